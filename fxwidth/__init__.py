@@ -1,0 +1,1 @@
+"""fxwidth: the width compiler for PyTorch."""

@@ -1,0 +1,238 @@
+"""Running a graph under fake tensors while rules say of what axes its tensors are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxwidth.errors import FxwidthError
+from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, constant
+from fxwidth.rules.registry import RuleContext, keeps, rule_for, rule_name
+from fxwidth.tape import (
+    Axes,
+    OpCall,
+    TapeRecorder,
+    evaluating,
+    fake_mode,
+    plain_kernels,
+    substituted,
+    tensor_slots,
+    tensors_in,
+)
+
+
+@dataclass(frozen=True)
+class ParameterAxes:
+    """A parameter or buffer of the model: the fake tensor that stood for it, and one new factor per dim."""
+
+    name: str
+    tensor: Tensor
+    fake: Tensor
+    origins: tuple[Factor | None, ...]
+    axes: Axes
+
+
+@dataclass
+class Analysis:
+    """All that one run of a graph has shown: its tape, its axes, and which fx node did what."""
+
+    module: fx.GraphModule
+    space: FactorSpace
+    mode: FakeTensorMode
+    parameters: dict[str, ParameterAxes]
+    inputs: tuple[Any, ...]
+    batch: Factor | None
+    calls: list[OpCall] = field(default_factory=list)
+    node_calls: dict[str, range] = field(default_factory=dict)
+    node_values: dict[str, Any] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    axes: dict[int, Axes] = field(default_factory=dict)
+    kept_alive: list[Any] = field(default_factory=list)
+
+    def axes_of(self, tensor: Tensor) -> Axes:
+        """Return the axes of a tensor; one that was never seen has fixed dims."""
+        axes = self.axes.get(id(tensor))
+        if axes is None:
+            axes = tuple(constant(size) for size in tensor.shape)
+            self.set_axes(tensor, axes)
+        return axes
+
+    def set_axes(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        """Say of what a tensor is made; it is kept alive, since it is known by its identity."""
+        self.axes[id(tensor)] = tuple(axes)
+        self.kept_alive.append(tensor)
+
+    def calls_of(self, node: str) -> list[OpCall]:
+        """Return the ops that an fx node ran."""
+        return [self.calls[i] for i in self.node_calls.get(node, range(0))]
+
+
+class NodeInterpreter(fx.Interpreter):
+    """Runs a graph node by node, telling a recorder which node is at work and keeping every value."""
+
+    def __init__(self, module: fx.GraphModule, analysis: Analysis, recorder: TapeRecorder) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._analysis = analysis
+        self._recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        self._recorder.node = n.name
+        first = len(self._recorder.calls)
+        value = super().run_node(n)
+        self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
+        self._analysis.node_values[n.name] = value
+        return value
+
+
+def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
+    """Run a graph on fake tensors and return the axes of everything in it.
+
+    Args:
+        module: the graph; it is run in eval mode and left as it was.
+        examples: one value per placeholder; tensors are used for their shape and dtype alone.
+
+    Raises:
+        FxwidthError: the graph does not run on these inputs.
+    """
+    mode = fake_mode()
+    space = FactorSpace()
+    batch = _batch_factor(examples)
+    inputs = tuple(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in examples)
+    analysis = Analysis(module, space, mode, _parameters(module, mode, space), inputs, batch)
+    for entry in analysis.parameters.values():
+        analysis.set_axes(entry.fake, entry.axes)
+    for value in inputs:
+        if isinstance(value, Tensor):
+            sizes = [((batch,),) if dim == 0 and batch else constant(n) for dim, n in enumerate(value.shape)]
+            analysis.set_axes(value, sizes)
+    recorder = TapeRecorder(keeps, lambda call: _judge(analysis, call))
+    analysis.calls = recorder.calls
+    fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
+    with evaluating(module), substituted(module, fakes), plain_kernels(), mode, recorder:
+        result = run_graph(NodeInterpreter(module, analysis, recorder), inputs)
+    analysis.outputs = tensors_in(result)
+    for output in analysis.outputs:
+        for axis in analysis.axes_of(output):
+            space.context = "model output"
+            space.pin(axis, "the size of the model's output")
+    return analysis
+
+
+def run_graph(interpreter: fx.Interpreter, inputs: Sequence[Any]) -> Any:
+    """Run an interpreter on one value per placeholder.
+
+    Raises:
+        FxwidthError: a node failed; the message names it, its op and the shapes of its inputs.
+    """
+    try:
+        return interpreter.run(*inputs, enable_io_processing=False)
+    except FxwidthError:
+        raise
+    except Exception as error:
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else value for value in inputs]
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FxwidthError(
+            f"the graph does not run on inputs of shapes {shapes}: {first_line}. "
+            "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."
+        ) from error
+
+
+def _batch_factor(examples: Sequence[Any]) -> Factor | None:
+    sizes = {value.shape[0] for value in examples if isinstance(value, Tensor) and value.dim() > 0}
+    if len(sizes) != 1 or (size := sizes.pop()) < 2:
+        return None
+    batch = Factor(size, "batch")
+    batch.is_batch = True
+    return batch
+
+
+def _parameters(module: nn.Module, mode: FakeTensorMode, space: FactorSpace) -> dict[str, ParameterAxes]:
+    result = {}
+    for name, (tensor, _) in tensor_slots(module).items():
+        axes = tuple(space.fresh(size, f"{name}:{dim}") for dim, size in enumerate(tensor.shape))
+        origins = tuple(_bare_factor(axis) for axis in axes)
+        result[name] = ParameterAxes(name, tensor, mode.from_tensor(tensor), origins, axes)
+    return result
+
+
+def _bare_factor(axis: Axis) -> Factor | None:
+    return axis[0][0] if axis[0] and isinstance(axis[0][0], Factor) else None
+
+
+def _judge(analysis: Analysis, call: OpCall) -> None:
+    """Apply an op's rule to a call that has just run, or pin what it touches."""
+    outputs = call.outputs
+    space = analysis.space
+    space.context = f"{rule_name(call.func)} at node {call.node}" if call.node else rule_name(call.func)
+    call.axes = {id(tensor): analysis.axes_of(tensor) for tensor in call.inputs}
+    if not outputs:
+        return
+    axes, reason = _axes_by_rule(analysis, call, outputs)
+    if axes is None:
+        for operand in call.inputs:
+            for axis in analysis.axes_of(operand):
+                space.pin(axis, reason)
+        axes = [tuple(constant(size) for size in output.shape) for output in outputs]
+    for output, result in zip(outputs, axes, strict=True):
+        old = call.axes.get(id(output))
+        if old is not None and len(old) == len(result) and all(map(_same_size, old, result)):
+            # In place: what was written must fit what was there.
+            _couple(analysis, old, result)
+        else:
+            analysis.set_axes(output, result)
+    call.output_axes = tuple(analysis.axes_of(output) for output in outputs)
+    analysis.kept_alive.append(call.inputs)
+
+
+def _same_size(first: Axis, second: Axis) -> bool:
+    return axis_size(first) == axis_size(second)
+
+
+def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -> None:
+    from fxwidth.unification import unify
+
+    for one, two in zip(first, second, strict=True):
+        unify(analysis.space, one, two)
+
+
+def _axes_by_rule(
+    analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]
+) -> tuple[Sequence[Axes] | None, str]:
+    judge = rule_for(call.func)
+    if judge is None:
+        return None, "no rule for this op"
+    try:
+        result = [tuple(axes) for axes in judge(RuleContext(call, analysis.space, analysis.axes_of))]
+    except Exception as error:
+        # A rule that does not fit the call must not guess: pinning costs compression, never the model.
+        return None, f"its rule does not cover this call: {error or type(error).__name__}"
+    shapes = [tuple(axis_size(axis) for axis in axes) for axes in result]
+    if shapes != [tuple(output.shape) for output in outputs]:
+        return None, f"its rule expected results of shapes {shapes}"
+    return result, ""
+
+
+def examples_for(module: fx.GraphModule, values: Mapping[str, Any]) -> list[Any]:
+    """Return one value per placeholder of a graph, defaults where none is given."""
+    result = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        if node.name in values:
+            result.append(values[node.name])
+        elif node.args:
+            result.append(node.args[0])
+        else:
+            raise FxwidthError(
+                f"no shape is known for input {node.target!r} of the graph; pass example_inputs with a tensor for it."
+            )
+    return result
+
+
+def as_meta_example(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor with a shape, dtype and device but no memory of its own beyond one element."""
+    return torch.empty(1, dtype=dtype, device=device).expand(tuple(shape))

@@ -1,0 +1,247 @@
+"""The axis algebra: what the dimensions of tensors are made of.
+
+A dimension is described by an *axis*: a concatenation (sum) of terms, each term a product of elements, major to minor.
+An element is a constant, a `Factor` or a nested axis::
+
+    cat(a, b)            ((A,), (B,))        A + B
+    view(heads, width)   ((H, D),)           H * D
+    flatten 7 x 7        ((A, 49), (B, 49))  (A + B) * 49, distributed
+
+A leading sum is distributed over what follows, because `(A + B) * S` is laid out as `A * S` then `B * S`; an inner sum,
+`S * (A + B)`, is not, and stays nested. This module knows only integers and never sees a tensor.
+
+Source: the word "factor" and its use for sub-dimensions follow Shardy's propagation design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+Element = "int | Factor | Axis"
+Term = tuple["int | Factor | Axis", ...]
+Axis = tuple[Term, ...]
+
+ONE: Axis = ((),)
+
+
+class Factor:
+    """An indivisible part of a dimension, until something divides it.
+
+    A factor is a node of a union-find forest (`parent`); a root may have been refined, once, into an axis
+    (`refined_to`). Nothing that mentions a factor is ever rewritten: readers normalise instead.
+    """
+
+    __slots__ = ("is_batch", "mixed", "name", "parent", "pinned", "refined_to", "size")
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size = size
+        self.name = name
+        self.parent: Factor | None = None
+        self.refined_to: Axis | None = None
+        self.pinned: str | None = None
+        self.mixed: str | None = None
+        self.is_batch = False
+
+    def __repr__(self) -> str:
+        return f"{self.name}[{self.size}]" + ("!" if self.pinned else "")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One reason why two factors are related: the context is the op and fx node at work."""
+
+    first: Factor
+    second: Factor
+    context: str
+
+
+class AxisMismatch(Exception):
+    """Two axes that should be equal have different sizes: the rule that said so does not fit the call."""
+
+
+def find(factor: Factor) -> Factor:
+    """Return the representative of a factor's union, compressing the path."""
+    root = factor
+    while root.parent is not None:
+        root = root.parent
+    while factor.parent is not None and factor.parent is not root:
+        factor.parent, factor = root, factor.parent
+    return root
+
+
+def constant(size: int) -> Axis:
+    """Return the axis of a dimension that never changes."""
+    return ONE if size == 1 else ((int(size),),)
+
+
+def element_size(element: int | Factor | Axis) -> int:
+    """Return the number of positions an element spans."""
+    if isinstance(element, int):
+        return element
+    if isinstance(element, Factor):
+        return element.size
+    return axis_size(element)
+
+
+def term_size(term: Term) -> int:
+    """Return the number of positions a term spans."""
+    size = 1
+    for element in term:
+        size *= element_size(element)
+    return size
+
+
+def axis_size(axis: Axis) -> int:
+    """Return the length of the dimension an axis describes."""
+    return sum(term_size(term) for term in axis)
+
+
+def is_integer_term(term: Term) -> bool:
+    """Tell whether a normalised term has neither factors nor nested sums."""
+    return all(isinstance(element, int) for element in term)
+
+
+class FactorSpace:
+    """The factors of one analysis, with their normal forms and the log of why they are related."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self.context = ""
+        self._normal_forms: dict[Axis, Axis] = {}
+
+    # -- making and changing factors ------------------------------------------------------------------------------
+
+    def fresh(self, size: int, name: str = "") -> Axis:
+        """Return an axis of one new factor; a dimension of size one has nothing to resize."""
+        return ONE if size == 1 else ((Factor(int(size), name),),)
+
+    def changed(self) -> None:
+        """Forget the normal forms after a factor changed."""
+        self._normal_forms.clear()
+
+    def link(self, first: Factor, second: Factor) -> None:
+        """Log that the op at work relates two factors."""
+        self.links.append(Link(first, second, self.context))
+
+    def merge(self, kept: Factor, absorbed: Factor) -> None:
+        """Make two roots of equal size one factor."""
+        self.link(kept, absorbed)
+        absorbed.parent = kept
+        kept.mixed = kept.mixed or absorbed.mixed
+        kept.is_batch = kept.is_batch or absorbed.is_batch
+        self.changed()
+
+    def refine(self, factor: Factor, axis: Axis) -> None:
+        """Say what a root consists of; a batch factor is pinned instead, since its size must stay symbolic."""
+        if factor.is_batch:
+            self.pin(((factor,),), "the batch dimension is divided")
+            self.pin(axis, "the batch dimension is divided")
+            return
+        if any(part is factor for part in self.factors(axis)):
+            self.pin(axis, "a dimension would contain itself")
+            return
+        factor.refined_to = axis
+        for part in self.factors(axis):
+            self.link(factor, part)
+            part.mixed = part.mixed or factor.mixed
+        self.changed()
+
+    def pin(self, axis: Axis, reason: str) -> None:
+        """Fix the size of everything an axis is made of, because of the op at work."""
+        for factor in self.factors(axis):
+            factor.pinned = f"{reason} ({self.context})" if self.context else reason
+            self.changed()
+
+    def mix(self, axis: Axis, reason: str) -> None:
+        """Mark the factors of an axis: an op reduces over them with their own neighbours."""
+        for factor in self.factors(axis):
+            factor.mixed = factor.mixed or f"{reason} ({self.context})"
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def normalise(self, axis: Axis) -> Axis:
+        """Return the canonical form: roots only, refinements substituted, pinned factors as integers."""
+        known = self._normal_forms.get(axis)
+        if known is None:
+            known = self._normalise(axis)
+            self._normal_forms[axis] = known
+            self._normal_forms[known] = known
+        return known
+
+    def factors(self, axis: Axis) -> list[Factor]:
+        """Return the free factors of an axis, in order, with repetitions."""
+        return list(_nested_factors(self.normalise(axis)))
+
+    def is_constant(self, axis: Axis) -> bool:
+        """Tell whether nothing in an axis can be resized."""
+        return not self.factors(axis)
+
+    def leaves(self, factor: Factor) -> list[Factor]:
+        """Return the roots that a factor has become, pinned ones included."""
+        root = find(factor)
+        if root.refined_to is None:
+            return [root]
+        return [leaf for part in _nested_factors(root.refined_to) for leaf in self.leaves(part)]
+
+    def product(self, *axes: Axis) -> Axis:
+        """Return the axis of several dimensions flattened into one, major first."""
+        return self.normalise((tuple(axes),))
+
+    def concatenation(self, axes: Iterable[Axis]) -> Axis:
+        """Return the axis of several dimensions laid end to end."""
+        return self.normalise(tuple(term for axis in axes for term in axis))
+
+    def _normalise(self, axis: Axis) -> Axis:
+        result: list[Term] = []
+        for term in axis:
+            for part in self._normal_term(term):
+                if result and is_integer_term(part) and is_integer_term(result[-1]):
+                    result[-1] = (term_size(result[-1]) + term_size(part),)
+                else:
+                    result.append(part)
+        return tuple(result)
+
+    def _normal_term(self, term: Term) -> list[Term]:
+        elements: list[int | Factor | Axis] = []
+        for element in term:
+            self._append(elements, element)
+        if elements and isinstance(elements[0], tuple):
+            head, rest = elements[0], tuple(elements[1:])
+            if not rest:
+                return list(head)
+            return [part for inner in head for part in self._normal_term(inner + rest)]
+        return [tuple(elements)]
+
+    def _append(self, elements: list[int | Factor | Axis], element: int | Factor | Axis) -> None:
+        if isinstance(element, int):
+            if element == 1:
+                return
+            if elements and isinstance(elements[-1], int):
+                elements[-1] *= element
+            else:
+                elements.append(element)
+        elif isinstance(element, Factor):
+            root = find(element)
+            if root.pinned is not None or root.size == 1:
+                self._append(elements, root.size)
+            elif root.refined_to is not None:
+                self._append(elements, root.refined_to)
+            else:
+                elements.append(root)
+        else:
+            inner = self.normalise(element)
+            if len(inner) == 1:
+                for part in inner[0]:
+                    self._append(elements, part)
+            else:
+                elements.append(inner)
+
+
+def _nested_factors(axis: Axis) -> Iterator[Factor]:
+    for term in axis:
+        for element in term:
+            if isinstance(element, Factor):
+                yield element
+            elif isinstance(element, tuple):
+                yield from _nested_factors(element)

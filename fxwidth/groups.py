@@ -1,0 +1,212 @@
+"""Channel groups: the units that are resized, found from the axes of an analysis."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import networkx as nx
+
+from fxwidth.analysis import Analysis
+from fxwidth.errors import FxwidthError
+from fxwidth.factors import Factor
+from fxwidth.growth import Growth, find_growth
+from fxwidth.roles import Role, Roles, find_roles
+from fxwidth.rules.registry import STRUCTURAL
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dim of one parameter or buffer in which a group occurs, and what it does there."""
+
+    parameter: str
+    dim: int
+    role: Role
+
+
+@dataclass(eq=False)
+class ChannelGroup:
+    """One factor and every place it occurs: the channels that are added and removed together.
+
+    Attributes:
+        name: the writer that comes first, with a number where that dim holds several groups.
+        width: the number of channels.
+        sites: where the group occurs in parameters and buffers.
+        pinned: why the width must stay, or None.
+        mixed: the op that reduces over the channels (norm, softmax, mean), so that removing some changes the others.
+    """
+
+    name: str
+    width: int
+    sites: tuple[Site, ...]
+    pinned: str | None
+    mixed: str | None
+    factor: Factor
+    find_growth: Callable[[], Growth]
+
+    @cached_property
+    def growth(self) -> Growth:
+        """How new channels are made; found on first use, since it reads the whole tape."""
+        return self.find_growth()
+
+    @property
+    def inexact_growth(self) -> str | None:
+        """None, or why new channels cannot be added without changing the function."""
+        return self.growth.inexact
+
+    def sites_as(self, role: Role) -> list[Site]:
+        """Return the sites of one role."""
+        return [site for site in self.sites if site.role == role]
+
+
+class WidthGraph:
+    """The channel groups of a graph, and the reasons for them."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.roles: Roles = find_roles(analysis)
+        _pin_unused(analysis)
+        self.groups: list[ChannelGroup] = list(_build_groups(analysis, self.roles))
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        """Return a group by name.
+
+        Raises:
+            FxwidthError: there is no such group; the message proposes the nearest names.
+        """
+        found = self._by_name.get(name)
+        if found is None:
+            near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.3)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else "."
+            raise FxwidthError(f"there is no channel group {name!r}{hint} print(fxwidth.analyze(gm)) lists all groups.")
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @property
+    def free(self) -> list[ChannelGroup]:
+        """The groups that can be resized."""
+        return [group for group in self.groups if group.pinned is None]
+
+    @cached_property
+    def _by_name(self) -> dict[str, ChannelGroup]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def graph(self) -> nx.MultiGraph:
+        """Factors as vertices; each edge is a coupling, with the op and fx node that made it as `context`."""
+        graph = nx.MultiGraph()
+        for name, entry in self.analysis.parameters.items():
+            for dim, origin in enumerate(entry.origins):
+                if origin is not None:
+                    graph.add_node(origin, label=f"{name} dim {dim}")
+        for link in self.analysis.space.links:
+            graph.add_edge(link.first, link.second, context=link.context)
+        return graph
+
+    def explain(self, a: str, b: str) -> str:
+        """Tell why two dims share channels.
+
+        Args:
+            a: a group's name, or a parameter's name and dim as in "conv1.weight:0".
+            b: likewise.
+
+        Raises:
+            FxwidthError: a name is not known.
+        """
+        first, second = self._origin(a), self._origin(b)
+        if set(self.analysis.space.leaves(first)).isdisjoint(self.analysis.space.leaves(second)):
+            return f"{first.name} and {second.name} share no channels."
+        path = nx.shortest_path(self.graph, first, second)
+        hops = [f"  {one.name} - {two.name}: {self._context(one, two)}" for one, two in nx.utils.pairwise(path)]
+        shared = sum(leaf.size for leaf in dict.fromkeys(self.analysis.space.leaves(first)))
+        return "\n".join([f"{first.name} and {second.name} share {shared} channels:", *hops])
+
+    def _context(self, one: Factor, two: Factor) -> str:
+        return next(iter(self.graph[one][two].values()))["context"] or "the same parameter"
+
+    def _origin(self, name: str) -> Factor:
+        parameter, _, dim = name.rpartition(":")
+        if parameter in self.analysis.parameters and dim.isdigit():
+            origins = self.analysis.parameters[parameter].origins
+            if int(dim) < len(origins) and (origin := origins[int(dim)]) is not None:
+                return origin
+            raise FxwidthError(f"{parameter} has no dim {dim} of size above one.")
+        site = self[name].sites[0]
+        origin = self.analysis.parameters[site.parameter].origins[site.dim]
+        assert origin is not None
+        return origin
+
+    def __str__(self) -> str:
+        """Return a table of the groups."""
+        rows = [("group", "width", "writers", "readers", "notes")]
+        for group in self.groups:
+            notes = [f"pinned: {group.pinned}"] if group.pinned else []
+            notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
+            counts = [str(len({site.parameter for site in group.sites_as(role)})) for role in (Role.WRITER, Role.READER)]
+            rows.append((group.name, str(group.width), *counts, "; ".join(notes)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _pin_unused(analysis: Analysis) -> None:
+    # A parameter the tape never touches looks free, but nothing says what depends on its shape.
+    used = {id(tensor) for call in analysis.calls for tensor in call.inputs}
+    for entry in analysis.parameters.values():
+        if id(entry.fake) not in used:
+            analysis.space.context = ""
+            for axis in entry.axes:
+                analysis.space.pin(axis, "the graph never uses this parameter")
+
+
+def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
+    sites: dict[Factor, list[Site]] = {}
+    names: dict[Factor, str] = {}
+    shared = _group_factors(analysis, roles)
+    for parameter, entry in analysis.parameters.items():
+        for dim, origin in enumerate(entry.origins):
+            if origin is None:
+                continue
+            leaves = list(dict.fromkeys(analysis.space.leaves(origin)))
+            role = roles.by_dim.get((parameter, dim), Role.PER_CHANNEL)
+            for number, leaf in enumerate(leaves):
+                own_role = Role.PER_CHANNEL if (parameter, dim, leaf) in shared else role
+                sites.setdefault(leaf, []).append(Site(parameter, dim, own_role))
+                if role == Role.WRITER and leaf not in names:
+                    names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)
+    taken: set[str] = set()
+    for leaf, places in sites.items():
+        if leaf.size == 1 or (leaf.pinned is not None and leaf.pinned.startswith(STRUCTURAL)):
+            continue
+        name = names.get(leaf) or _name(places[0].parameter, places[0].dim, None)
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        pinned = "it is the batch dimension" if leaf.is_batch else leaf.pinned
+        recipe = partial(Growth, inexact=f"pinned: {pinned}") if pinned else partial(find_growth, analysis, roles, leaf)
+        yield ChannelGroup(name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe)
+
+
+def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Factor]]:
+    """Return the occurrences of convolution groups in writers: such a factor is in the channels read and written."""
+    result = set()
+    for reading in roles.readings:
+        signal_axis = reading.call.axes[id(reading.activation)][reading.activation_dim]
+        entry = analysis.parameters[reading.parameter]
+        own = set(analysis.space.factors(entry.axes[reading.parameter_dim]))
+        through = set(analysis.space.factors(signal_axis)) - own
+        for dim, axis in enumerate(entry.axes):
+            if dim != reading.parameter_dim:
+                result |= {(reading.parameter, dim, factor) for factor in analysis.space.factors(axis) if factor in through}
+    return result
+
+
+def _name(parameter: str, dim: int, number: int | None) -> str:
+    name = parameter.removesuffix(".weight") + (f":{dim}" if dim else "")
+    return name if number is None else f"{name}#{number}"
+
+

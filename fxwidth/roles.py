@@ -1,0 +1,136 @@
+"""What each dim of each parameter does for its channels: writes them, reads them, or acts on each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from fxwidth.analysis import Analysis
+from fxwidth.factors import axis_size
+from fxwidth.tape import OpCall
+
+Dim = tuple[str, int]
+Lineage = tuple[frozenset[Dim], ...]
+
+
+class Role(StrEnum):
+    """A writer's rows make the channels, a reader's columns consume them, a per-channel tensor scales each alone."""
+
+    WRITER = "writer"
+    READER = "reader"
+    PER_CHANNEL = "per-channel"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A parameter that contracts a dim of an activation: the reader of whatever channels that dim is made of."""
+
+    call: OpCall
+    activation: Tensor
+    activation_dim: int
+    parameter: str
+    parameter_dim: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The role of each parameter dim that the graph uses, and where parameters read activations."""
+
+    by_dim: dict[Dim, Role]
+    readings: tuple[Reading, ...]
+    lineage: dict[int, Lineage]
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor of the tape is made of parameters alone."""
+        return id(tensor) in self.lineage
+
+
+def find_roles(analysis: Analysis) -> Roles:
+    """Follow every parameter along the tape to the ops that use it."""
+    lineage: dict[int, Lineage] = {
+        id(entry.fake): tuple(frozenset({(name, dim)}) for dim in range(len(entry.axes)))
+        for name, entry in analysis.parameters.items()
+    }
+    by_dim: dict[Dim, Role] = {}
+    readings: list[Reading] = []
+    for call in analysis.calls:
+        inputs = call.inputs
+        if inputs and all(id(tensor) in lineage for tensor in inputs) and not call.contractions:
+            for output in call.outputs:
+                lineage.setdefault(id(output), _through(call, inputs, output, lineage))
+            continue
+        readings += _contraction_roles(call, lineage, by_dim)
+        for tensor in inputs:
+            _per_channel_roles(call, tensor, lineage, by_dim)
+    return Roles(by_dim, tuple(readings), lineage)
+
+
+_STRONGER = {Role.READER: 2, Role.WRITER: 1, Role.PER_CHANNEL: 0}
+
+
+def _assign(by_dim: dict[Dim, Role], dims: Iterable[Dim], role: Role) -> None:
+    for dim in dims:
+        if dim not in by_dim or _STRONGER[role] > _STRONGER[by_dim[dim]]:
+            by_dim[dim] = role
+
+
+def _contraction_roles(call: OpCall, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> list[Reading]:
+    readings = []
+    for contraction in call.contractions:
+        sides = (
+            (contraction.left, contraction.left_dims, contraction.right, contraction.right_dims),
+            (contraction.right, contraction.right_dims, contraction.left, contraction.left_dims),
+        )
+        for own, own_dims, other, other_dims in sides:
+            if id(own) not in lineage:
+                continue
+            for dim, sources in enumerate(lineage[id(own)]):
+                _assign(by_dim, sources, Role.READER if dim in own_dims else Role.WRITER)
+            if id(other) not in lineage:
+                readings += [
+                    Reading(call, other, other_dim, *source)
+                    for own_dim, other_dim in zip(own_dims, other_dims, strict=True)
+                    for source in lineage[id(own)][own_dim]
+                ]
+    return readings
+
+
+def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> None:
+    contracted = {id(side) for contraction in call.contractions for side in (contraction.left, contraction.right)}
+    if id(tensor) not in lineage or id(tensor) in contracted:
+        return
+    # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
+    adds = call.name in ADDING or bool(call.contractions)
+    for sources in lineage[id(tensor)]:
+        _assign(by_dim, sources, Role.WRITER if adds else Role.PER_CHANNEL)
+
+
+ADDING = frozenset({"add", "sub", "rsub", "cat", "stack", "embedding", "index", "where", "copy"})
+
+
+def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[int, Lineage]) -> Lineage:
+    """Follow parameter dims through an op on parameters alone: exactly for movements, broadly for the rest."""
+    if len(inputs) == 1:
+        source = lineage[id(inputs[0])]
+        name, arguments = call.name, call.arguments
+        if name in ("t", "numpy_T", "mT"):
+            return source[::-1]
+        if name == "permute":
+            return tuple(source[dim] for dim in arguments["dims"])
+        if name == "transpose":
+            order = list(range(len(source)))
+            i, j = arguments["dim0"], arguments["dim1"]
+            order[i], order[j] = order[j], order[i]
+            return tuple(source[k] for k in order)
+        if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[id(inputs[0])])):
+            return source
+    # Broadcasting aligns from the last dim; where that does not fit, any dim may come from any other.
+    same_rank = all(len(lineage[id(tensor)]) == output.dim() for tensor in inputs)
+    if same_rank and call.name not in ("view", "reshape", "_unsafe_view"):
+        columns = zip(*(lineage[id(tensor)] for tensor in inputs), strict=True)
+        return tuple(frozenset().union(*column) for column in columns)
+    everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in lineage[id(tensor)]))
+    return (everything,) * output.dim()

@@ -1,0 +1,12 @@
+"""Op rules, one module per family; importing this package fills the table."""
+
+from fxwidth.rules import (  # noqa: F401
+    attention,
+    contraction,
+    indexing,
+    movement,
+    normalization,
+    pointwise,
+    reduction,
+    spatial,
+)

@@ -1,0 +1,97 @@
+"""Matrix products and convolutions: sums of products over a shared dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxwidth.factors import Axis
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import KERNEL, POSITION, Prescribed, RuleContext, RuleDeclined, prescription, revised, rule
+from fxwidth.tape import OpCall
+
+
+@rule("mm")
+def _mm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    left, right = c.axes("self"), c.axes("mat2")
+    c.unify(left[1], right[0])
+    c.contract("self", (1,), "mat2", (0,))
+    return [[left[0], right[1]]]
+
+
+@rule("addmm")
+def _addmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    left, right = c.axes("mat1"), c.axes("mat2")
+    c.unify(left[1], right[0])
+    c.contract("mat1", (1,), "mat2", (0,))
+    return [c.broadcast([c.axes("self"), [left[0], right[1]]])]
+
+
+@rule("bmm")
+def _bmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    left, right = c.axes("self"), c.axes("mat2")
+    c.unify(left[0], right[0])
+    c.unify(left[2], right[1])
+    c.contract("self", (2,), "mat2", (1,))
+    return [[left[0], left[1], right[2]]]
+
+
+@rule("baddbmm")
+def _baddbmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    left, right = c.axes("batch1"), c.axes("batch2")
+    c.unify(left[0], right[0])
+    c.unify(left[2], right[1])
+    c.contract("batch1", (2,), "batch2", (1,))
+    return [c.broadcast([c.axes("self"), [left[0], left[1], right[2]]])]
+
+
+@rule("mv")
+def _mv(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    left, right = c.axes("self"), c.axes("vec")
+    c.unify(left[1], right[0])
+    c.contract("self", (1,), "vec", (0,))
+    return [[left[0]]]
+
+
+@rule("dot")
+def _dot(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    c.unify(c.axes("self")[0], c.axes("tensor")[0])
+    c.contract("self", (0,), "tensor", (0,))
+    return [[]]
+
+
+@rule("convolution", "_convolution")
+def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Couple in = G * I and out = G * O with weight [G * O, I, *kernel], or [G * I, O, *kernel] when transposed."""
+    signal, weight = c.axes("input"), c.axes("weight")
+    if len(signal) != len(weight):
+        raise RuleDeclined("a convolution without a batch dimension")
+    groups = c["groups"]
+    out_shape = c.outputs[0].shape
+    c.pin(signal[2:], POSITION)
+    c.pin(weight[2:], KERNEL)
+    group = c.fresh(groups, "groups")
+    into = c.fresh(c.shape("input")[1] // groups, "in per group")
+    out = c.fresh(out_shape[1] // groups, "out per group")
+    c.unify(signal[1], ((group, into),))
+    if c["transposed"]:
+        c.unify(weight[0], ((group, into),))
+        c.unify(weight[1], out)
+        c.contract("input", (1,), "weight", (0,))
+    else:
+        c.unify(weight[1], into)
+        c.unify(weight[0], ((group, out),))
+        c.contract("input", (1,), "weight", (1,))
+    channels = c.space.product(group, out)
+    if "bias" in c:
+        c.unify(channels, c.axes("bias")[0])
+    return [[signal[0], c.space.normalise(channels), *map(c.fixed, out_shape[2:])]]
+
+
+@prescription("convolution", "_convolution")
+def _convolution_groups(call: OpCall, maps: IndexMaps) -> Prescribed:
+    arguments = call.arguments
+    if arguments["groups"] == 1:
+        return revised(call)
+    signal, weight = call.axes[id(arguments["input"])], call.axes[id(arguments["weight"])]
+    channels = call.output_axes[0][1] if arguments["transposed"] else signal[1]
+    return revised(call, groups=maps.size(channels) // maps.size(weight[1]))

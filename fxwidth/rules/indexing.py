@@ -1,0 +1,77 @@
+"""Look-ups by index tensors: the indexed dim is pinned, the others go through; and ops that make tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxwidth.factors import Axis
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclined, prescription, revised, rule
+from fxwidth.tape import OpCall
+
+_INDEXED = "the dimension is looked up by index"
+
+
+@rule("index", "_unsafe_index")
+def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, indices = c.axes("self"), list(c["indices"])
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        raise RuleDeclined("an index by mask: the number of results depends on values")
+    dims = [dim for dim, index in enumerate(indices) if index is not None]
+    c.pin([signal[dim] for dim in dims], _INDEXED)
+    looked_up = c.broadcast([c.axes(indices[dim]) for dim in dims])
+    rest = [axis for dim, axis in enumerate(signal) if dim not in dims]
+    # Index dims that stand together are replaced in place, others go to the front.
+    place = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
+    return [[*rest[:place], *looked_up, *rest[place:]]]
+
+
+@rule("index_select")
+def _index_select(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, index = c.axes("self"), c.axes("index")
+    dim = c.dim(c["dim"], len(signal))
+    c.pin([signal[dim]], _INDEXED)
+    signal[dim] = index[0] if index else c.fixed(1)
+    return [signal]
+
+
+@rule("embedding")
+def _embedding(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    table = c.axes("weight")
+    c.pin([table[0]], _INDEXED)
+    return [[*c.axes("indices"), table[1]]]
+
+
+@rule("gather")
+def _gather(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, index = c.axes("self"), c.axes("index")
+    dim = c.dim(c["dim"], len(signal))
+    shape, index_shape = c.shape("self"), c.shape("index")
+    c.pin([signal[dim]], _INDEXED)
+    for k in range(len(signal)):
+        if k != dim and shape[k] == index_shape[k]:
+            c.unify(signal[k], index[k])
+        elif k != dim:
+            c.pin([signal[k], index[k]], "gather takes only the first positions of the dimension")
+    return [index]
+
+
+_FILLED = ("full", "zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+
+
+@rule(*_FILLED)
+def _filled(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    # Every entry is made alike, so the tensor may take the size of whatever it meets.
+    return [[c.fresh(size) for size in c.outputs[0].shape]]
+
+
+@prescription(*_FILLED)
+def _filled_size(call: OpCall, maps: IndexMaps) -> Prescribed:
+    return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
+
+
+@rule("arange", "eye", "linspace", "randperm", "scalar_tensor", "empty_strided", "tril_indices", "triu_indices")
+def _made_once(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    return [[c.fixed(size) for size in output.shape] for output in c.outputs]

@@ -1,0 +1,342 @@
+"""Ops that move elements without computing: views, permutations, cuts, joins, copies along a dim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxwidth.factors import ONE, Axis, axis_size
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclined, prescription, revised, rule
+from fxwidth.tape import OpCall
+
+_VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+
+
+@rule(*_VIEWS)
+def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Match minimal blocks of dims with equal products: exactly the row-major meaning of a view."""
+    signal, old, new = c.axes("self"), c.shape("self"), list(c.outputs[0].shape)
+    if "size" not in c.call.arguments:
+        return [signal]  # a view as another dtype
+    if 0 in old:
+        raise RuleDeclined("a view of an empty tensor")
+    result: list[Axis] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        if i < len(old) and old[i] == 1:
+            i += 1
+            continue
+        if new[j] == 1:
+            result.append(ONE)
+            j += 1
+            continue
+        first_i, first_j = i, j
+        i, j = _end_of_block(old, i, new, j)
+        block = c.space.product(*signal[first_i:i])
+        large = [size for size in new[first_j:j] if size > 1]
+        parts = iter([block] if len(large) == 1 else c.factored(block, *large))
+        result += [next(parts) if size > 1 else ONE for size in new[first_j:j]]
+    return [result]
+
+
+def _end_of_block(old: Sequence[int], i: int, new: Sequence[int], j: int) -> tuple[int, int]:
+    """Return where the shortest runs of dims from i and j with equal products end."""
+    size_i, size_j = old[i], new[j]
+    i, j = i + 1, j + 1
+    while size_i != size_j:
+        if size_i < size_j:
+            size_i *= old[i]
+            i += 1
+        else:
+            size_j *= new[j]
+            j += 1
+    return i, j
+
+
+def _sizes_of_result(call: OpCall, maps: IndexMaps) -> Prescribed:
+    if "size" not in call.arguments:
+        return revised(call)
+    return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
+
+
+prescription(*_VIEWS)(_sizes_of_result)
+
+
+@rule("permute")
+def _permute(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    return [[signal[dim] for dim in c["dims"]]]
+
+
+@rule("t", "numpy_T", "mT")
+def _transposed(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    return [c.axes("self")[::-1]]
+
+
+@rule("transpose")
+def _transpose(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, i, j = c.axes("self"), c["dim0"], c["dim1"]
+    signal[i], signal[j] = signal[j], signal[i]
+    return [signal]
+
+
+@rule("expand")
+def _expand(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    # A dim that is copied has no structure: it takes that of whatever it meets next.
+    signal, shape = c.axes("self"), c.outputs[0].shape
+    padded = [ONE] * (len(shape) - len(signal)) + signal
+    return [[own if axis_size(own) == size else c.fresh(size) for own, size in zip(padded, shape, strict=True)]]
+
+
+prescription("expand")(_sizes_of_result)
+
+
+@rule("repeat")
+def _repeat(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    repeats = c["repeats"]
+    signal = c.axes("self")
+    padded = [ONE] * (len(repeats) - len(signal)) + signal
+    # The copies are a factor of their own: a whole copy can be dropped or added.
+    return [[c.space.product(c.fresh(count), own) for count, own in zip(repeats, padded, strict=True)]]
+
+
+@prescription("repeat")
+def _repeat_counts(call: OpCall, maps: IndexMaps) -> Prescribed:
+    signal, result = call.axes[id(call.arguments["self"])], call.output_axes[0]
+    padded = (ONE,) * (len(result) - len(signal)) + signal
+    counts = [maps.size(new) // max(1, maps.size(own)) for new, own in zip(result, padded, strict=True)]
+    return revised(call, repeats=counts)
+
+
+@rule("unsqueeze")
+def _unsqueeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    signal.insert(c["dim"] % (len(signal) + 1), ONE)
+    return [signal]
+
+
+@rule("squeeze")
+def _squeeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, shape = c.axes("self"), c.shape("self")
+    dims = c.call.arguments.get("dim")
+    chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {c.dim(dim, len(shape)) for dim in chosen}
+    return [[axis for dim, axis in enumerate(signal) if dim not in gone or shape[dim] != 1]]
+
+
+@rule("select")
+def _select(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, shape = c.axes("self"), c.shape("self")
+    dim = c.dim(c["dim"], len(shape))
+    axis = signal.pop(dim)
+    if not c.space.is_constant(axis):
+        _, rest = c.split(axis, c["index"] % shape[dim])
+        c.split(rest, 1)
+    return [signal]
+
+
+@prescription("select")
+def _select_index(call: OpCall, maps: IndexMaps) -> Prescribed:
+    signal = call.axes[id(call.arguments["self"])]
+    axis = signal[call.arguments["dim"] % len(signal)]
+    return revised(call, index=maps.prefix(axis, call.arguments["index"] % axis_size(axis)))
+
+
+def _slice_bounds(arguments: dict[str, Any], size: int) -> tuple[int, int]:
+    start = arguments["start"] or 0
+    end = size if arguments["end"] is None else arguments["end"]
+    start = max(0, start + size) if start < 0 else min(start, size)
+    end = max(0, end + size) if end < 0 else min(end, size)
+    return start, end
+
+
+@rule("slice", "slice_copy")
+def _slice(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, shape = c.axes("self"), c.shape("self")
+    dim = c.dim(c["dim"], len(shape))
+    size, step = shape[dim], c["step"]
+    start, end = _slice_bounds(c.call.arguments, size)
+    if step == 1:
+        if end - start != size:
+            signal[dim] = c.cut(signal[dim], start, end)
+    elif c.space.is_constant(signal[dim]):
+        signal[dim] = c.fixed(c.outputs[0].shape[dim])
+    elif size % step == 0 and start < step and end == size:
+        signal[dim], _ = _strided_parts(c, signal[dim], size // step, step)
+    else:
+        c.pin([signal[dim]], "a strided slice that does not divide the dimension")
+        signal[dim] = c.fixed(c.outputs[0].shape[dim])
+    return [signal]
+
+
+def _strided_parts(c: RuleContext, axis: Axis, count: int, step: int) -> tuple[Axis, Axis]:
+    major = c.fresh(count)
+    c.unify(axis, ((major, step),))
+    return c.space.normalise(major), c.fixed(step)
+
+
+@prescription("slice", "slice_copy")
+def _slice_literals(call: OpCall, maps: IndexMaps) -> Prescribed:
+    signal = call.axes[id(call.arguments["self"])]
+    axis = signal[call.arguments["dim"] % len(signal)]
+    start, end = _slice_bounds(call.arguments, axis_size(axis))
+    if call.arguments["step"] != 1:
+        return revised(call, end=maps.size(axis) if end == axis_size(axis) else end)
+    return revised(call, start=maps.prefix(axis, start), end=maps.prefix(axis, end))
+
+
+_SPLITS = ("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "split_with_sizes_copy")
+
+
+@rule(*_SPLITS)
+def _split(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    dim = c.dim(c["dim"], len(signal))
+    rest, parts = signal[dim], []
+    for output in c.outputs:
+        part, rest = c.split(rest, output.shape[dim])
+        parts.append(part)
+    return [[*signal[:dim], c.space.normalise(part), *signal[dim + 1 :]] for part in parts]
+
+
+@prescription(*_SPLITS)
+def _split_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
+    dim = call.arguments["dim"]
+    sizes = [maps.size(axes[dim]) for axes in call.output_axes]
+    arguments = {"self": call.arguments["self"], "split_sizes": sizes, "dim": dim}
+    return torch.ops.aten.split_with_sizes.default, arguments
+
+
+@rule("unbind")
+def _unbind(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    c.pin([signal.pop(c.dim(c["dim"], len(signal)))], "the dimension is taken apart into a fixed number of tensors")
+    return [signal] * len(c.outputs)
+
+
+@rule("cat", "concat")
+def _cat(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    rank = c.outputs[0].dim()
+    # Legacy: empty one-dimensional tensors are skipped by cat.
+    parts = [c.axes(tensor) for tensor in c["tensors"] if tensor.dim() == rank and tensor.shape != (0,)]
+    dim = c.dim(c["dim"], rank)
+    result = []
+    for k in range(rank):
+        if k == dim:
+            result.append(c.space.concatenation(part[k] for part in parts if axis_size(part[k])))
+        else:
+            for part in parts[1:]:
+                c.unify(parts[0][k], part[k])
+            result.append(parts[0][k])
+    return [result]
+
+
+@rule("stack")
+def _stack(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    parts = [c.axes(tensor) for tensor in c["tensors"]]
+    for part in parts[1:]:
+        for first, other in zip(parts[0], part, strict=True):
+            c.unify(first, other)
+    result = list(parts[0])
+    result.insert(c["dim"] % c.outputs[0].dim(), c.fixed(len(parts)))
+    return [result]
+
+
+@rule("constant_pad_nd")
+def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, pad, shape = c.axes("self"), c["pad"], c.outputs[0].shape
+    for k in range(len(pad) // 2):
+        dim = len(signal) - 1 - k
+        before, after = pad[2 * k : 2 * k + 2]
+        if before == after == 0:
+            continue
+        axis = signal[dim]
+        if c.space.is_constant(axis):
+            signal[dim] = c.fixed(shape[dim])
+            continue
+        axis = c.cut(axis, max(0, -before), axis_size(axis) - max(0, -after))
+        left = c.fresh(before, "padding before") if before > 0 else ()
+        right = c.fresh(after, "padding after") if after > 0 else ()
+        signal[dim] = c.space.concatenation([left, axis, right])
+    return [signal]
+
+
+@prescription("constant_pad_nd")
+def _pad_widths(call: OpCall, maps: IndexMaps) -> Prescribed:
+    signal, result, pad = call.axes[id(call.arguments["self"])], call.output_axes[0], list(call.arguments["pad"])
+    for k in range(len(pad) // 2):
+        dim = len(signal) - 1 - k
+        old, new = signal[dim], result[dim]
+        before, after = pad[2 * k : 2 * k + 2]
+        pad[2 * k] = maps.prefix(new, before) if before > 0 else -maps.prefix(old, -before)
+        pad[2 * k + 1] = (
+            maps.size(new) - maps.prefix(new, axis_size(new) - after)
+            if after > 0
+            else maps.prefix(old, axis_size(old) + after) - maps.size(old)
+        )
+    return revised(call, pad=pad)
+
+
+@rule("slice_scatter")
+def _slice_scatter(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal, source, shape = c.axes("self"), c.axes("src"), c.shape("self")
+    dim = c.dim(c["dim"], len(shape))
+    start, end = _slice_bounds(c.call.arguments, shape[dim])
+    if c["step"] != 1:
+        raise RuleDeclined("a strided scatter")
+    for k, axis in enumerate(signal):
+        c.unify(c.cut(axis, start, end) if k == dim else axis, source[k])
+    return [[c.space.normalise(axis) for axis in signal]]
+
+
+prescription("slice_scatter")(_slice_literals)
+
+
+@rule("as_strided")
+def _as_strided(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    # Adaptive pooling on channels-last tensors restrides its result: the same size is the same tensor.
+    if list(c["size"]) != c.shape("self"):
+        raise RuleDeclined("a view by strides")
+    return [c.axes("self")]
+
+
+@prescription("as_strided")
+def _as_alias(call: OpCall, maps: IndexMaps) -> Prescribed:
+    return torch.ops.aten.alias.default, {"self": call.arguments["self"]}
+
+
+@rule("flip", "roll")
+def _reordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    dims = c["dims"] or range(len(signal))
+    c.pin([signal[dim] for dim in dims], "the order along the dimension matters")
+    return [signal]
+
+
+@rule("tril", "triu")
+def _triangle(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    c.pin(signal[-2:], "the order along the dimension matters")
+    return [signal]
+
+
+@rule("glu")
+def _glu(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    dim = c.dim(c["dim"], len(signal))
+    value, gate = c.split(signal[dim], axis_size(signal[dim]) // 2)
+    c.unify(value, gate)
+    signal[dim] = c.space.normalise(value)
+    return [signal]
+
+
+@rule("native_channel_shuffle", "channel_shuffle")
+def _channel_shuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("self")
+    groups, inner = c.factored(signal[1], c["groups"], c.shape("self")[1] // c["groups"])
+    c.pin([groups], "the number of shuffled groups is a literal")
+    signal[1] = c.space.product(inner, groups)
+    return [signal]

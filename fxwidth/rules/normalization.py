@@ -1,0 +1,92 @@
+"""Normalisations: per channel over a batch (batch norm), or over the channels themselves (layer, group, RMS norm)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from fxwidth.factors import ONE, Axis
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import Prescribed, RuleContext, prescription, revised, rule
+from fxwidth.tape import OpCall
+
+
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "cudnn_batch_norm",
+)
+def _batch_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("input")
+    channels = signal[1] if len(signal) > 1 else signal[0]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if name in c:
+            c.unify(channels, c.axes(name)[0])
+    uses_batch = "training" in c.call.arguments and c["training"] or c.call.name == "_batch_norm_with_update"
+    if uses_batch or "running_mean" not in c:
+        for dim in range(len(signal)):
+            if dim != 1:
+                c.mix("input", dim, "batch norm over its own batch")
+    size = c.shape("input")[1] if len(signal) > 1 else -1
+    saved = [[channels] if tuple(out.shape) == (size,) else [c.fixed(n) for n in out.shape] for out in c.outputs[1:]]
+    return [signal, *saved]
+
+
+def _over_trailing_dims(c: RuleContext, kind: str) -> Sequence[Sequence[Axis]]:
+    signal = c.axes("input")
+    count = len(c["normalized_shape"])
+    for name in ("weight", "bias"):
+        if name in c:
+            for own, other in zip(signal[-count:], c.axes(name), strict=True):
+                c.unify(own, other)
+    for dim in range(len(signal) - count, len(signal)):
+        c.mix("input", dim, kind)
+    statistics = [*signal[:-count], *([ONE] * count)]
+    return [signal, *([statistics] * (len(c.outputs) - 1))]
+
+
+@rule("native_layer_norm")
+def _layer_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    return _over_trailing_dims(c, "layer norm")
+
+
+@rule("_fused_rms_norm", "rms_norm")
+def _rms_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    return _over_trailing_dims(c, "RMS norm")
+
+
+@prescription("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
+    signal = call.axes[id(call.arguments["input"])]
+    count = len(call.arguments["normalized_shape"])
+    return revised(call, normalized_shape=[maps.size(axis) for axis in signal[-count:]])
+
+
+@rule("native_group_norm")
+def _group_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Divide the channels into groups * channels per group; the statistics have one entry per sample and group."""
+    signal = c.axes("input")
+    for name in ("weight", "bias"):
+        if name in c:
+            c.unify(signal[1], c.axes(name)[0])
+    groups, inner = c.factored(signal[1], c["group"], c.shape("input")[1] // c["group"])
+    c.space.mix(inner, "group norm")
+    c.mix_inside("input", 1, "group norm")
+    for dim in range(2, len(signal)):
+        c.mix("input", dim, "group norm")
+    return [signal, *([[signal[0], groups]] * (len(c.outputs) - 1))]
+
+
+@prescription("native_group_norm")
+def _group_norm_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
+    signal = call.axes[id(call.arguments["input"])]
+    return revised(
+        call,
+        N=maps.size(signal[0]),
+        C=maps.size(signal[1]),
+        HxW=prod(maps.size(axis) for axis in signal[2:]),
+        group=maps.size(call.output_axes[1][1]),
+    )

@@ -1,0 +1,200 @@
+"""The table of op rules, and what a rule sees of the call it judges.
+
+A *rule* says of what axes the results of one ATen op are made, and couples the axes of its operands on the way. A
+*prescription* says how the op's literal arguments follow from the axes once those are resized. Ops whose literals
+never depend on a size that can change have a rule only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fxwidth.factors import ONE, Axis, FactorSpace, axis_size, constant
+from fxwidth.index_maps import IndexMaps
+from fxwidth.tape import Axes, Contraction, Mixing, OpCall, functional_name, tensors_in
+from fxwidth.unification import cut, split, unify
+
+Rule = Callable[["RuleContext"], Sequence[Sequence[Axis]]]
+Prescribed = tuple[OpOverload, dict[str, Any]]
+Prescription = Callable[[OpCall, IndexMaps], Prescribed]
+
+# Reasons that say a dim holds no channels at all; such dims are not listed as groups.
+KERNEL = "a kernel size"
+POSITION = "a position, not a channel"
+STRUCTURAL = (KERNEL, POSITION)
+
+RULES: dict[str, Rule] = {}
+PRESCRIPTIONS: dict[str, Prescription] = {}
+POINTWISE: set[str] = set()
+
+
+class RuleDeclined(Exception):
+    """The rule does not cover this form of the call: everything it touches is pinned."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops named without namespace and overload, e.g. "mm", or with it, "mylib::op"."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES or name in POINTWISE:
+                raise ValueError(f"there is a rule for {name} already")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def prescription(*names: str) -> Callable[[Prescription], Prescription]:
+    """Register how the literal arguments of ATen ops follow from resized axes."""
+
+    def register(function: Prescription) -> Prescription:
+        for name in names:
+            if name in PRESCRIPTIONS:
+                raise ValueError(f"there is a prescription for {name} already")
+            PRESCRIPTIONS[name] = function
+        return function
+
+    return register
+
+
+def pointwise(*names: str) -> None:
+    """Register ops that act on each element of their broadcast operands alone."""
+    for name in names:
+        if name in RULES or name in POINTWISE:
+            raise ValueError(f"there is a rule for {name} already")
+        POINTWISE.add(name)
+
+
+def revised(call: OpCall, **literals: Any) -> Prescribed:
+    """Return a call with some of its literal arguments changed."""
+    return call.func, {**call.arguments, **literals}
+
+
+def prescribed(call: OpCall, maps: IndexMaps) -> Prescribed:
+    """Return the op and arguments that a recorded call must have after a resize; tensors stand for their successors."""
+    prescribe = PRESCRIPTIONS.get(rule_name(call.func))
+    return revised(call) if prescribe is None else prescribe(call, maps)
+
+
+def rule_name(func: OpOverload) -> str:
+    """Return the name under which an op's rule is registered; ops outside ATen carry their namespace."""
+    name = functional_name(func)
+    return name if func.namespace == "aten" else f"{func.namespace}::{name}"
+
+
+def rule_for(func: OpOverload) -> Rule | None:
+    """Return the rule of an op, if there is one."""
+    name = rule_name(func)
+    if name in RULES:
+        return RULES[name]
+    if name in POINTWISE or torch.Tag.pointwise in func.tags:
+        return broadcast_all
+    return None
+
+
+def keeps(func: OpOverload) -> bool:
+    """Tell whether a composite op has a rule of its own and need not be taken apart."""
+    return rule_name(func) in RULES
+
+
+class RuleContext:
+    """One op call as its rule sees it: arguments by name, axes of tensors, and the verbs that relate axes."""
+
+    def __init__(self, call: OpCall, space: FactorSpace, axes_of: Callable[[Tensor], Axes]) -> None:
+        self.call = call
+        self.space = space
+        self.outputs = call.outputs
+        self._axes_of = axes_of
+
+    def __getitem__(self, name: str) -> Any:
+        return self.call.arguments[name]
+
+    def __contains__(self, name: str) -> bool:
+        return self.call.arguments.get(name) is not None
+
+    def axes(self, operand: str | Tensor) -> list[Axis]:
+        """Return the axes of an operand, one per dim, as a list the rule may change."""
+        return list(self._axes_of(self[operand] if isinstance(operand, str) else operand))
+
+    def shape(self, operand: str | Tensor) -> list[int]:
+        """Return an operand's shape from before the op."""
+        return [axis_size(axis) for axis in self.axes(operand)]
+
+    def dim(self, value: int, rank: int) -> int:
+        """Return a dim counted from the front."""
+        return value % rank if rank else 0
+
+    def unify(self, first: Axis, second: Axis) -> None:
+        """Couple two axes."""
+        unify(self.space, first, second)
+
+    def split(self, axis: Axis, position: int) -> tuple[Axis, Axis]:
+        """Cut an axis in two."""
+        return split(self.space, axis, position)
+
+    def cut(self, axis: Axis, start: int, stop: int) -> Axis:
+        """Return a part of an axis."""
+        return cut(self.space, axis, start, stop)
+
+    def fresh(self, size: int, name: str = "") -> Axis:
+        """Return the axis of a dimension that arises here."""
+        return self.space.fresh(size, f"{name or self.call.name}@{self.call.node or self.call.index}")
+
+    def fixed(self, size: int) -> Axis:
+        """Return the axis of a dimension that is never resized."""
+        return constant(size)
+
+    def factored(self, axis: Axis, *sizes: int) -> list[Axis]:
+        """Divide an axis into the product of dimensions of the given sizes, major first."""
+        parts = [self.fresh(size) for size in sizes]
+        self.unify(axis, (tuple(parts),))
+        return [self.space.normalise(part) for part in parts]
+
+    def pin(self, axes: Iterable[Axis], reason: str) -> None:
+        """Fix the size of axes."""
+        for axis in axes:
+            self.space.pin(axis, reason)
+
+    def mix(self, operand: str | Tensor, dim: int, kind: str) -> None:
+        """Record that the op reduces over a dim; all kinds but a plain sum mix channels."""
+        tensor = self[operand] if isinstance(operand, str) else operand
+        self.call.mixings.append(Mixing(tensor, dim, kind))
+        if kind != "sum":
+            self.space.mix(self.axes(tensor)[dim], kind)
+
+    def mix_inside(self, operand: str, dim: int, kind: str) -> None:
+        """Record that the op reduces over a part of a dim; the rule marks which."""
+        self.call.mixings.append(Mixing(self[operand], dim, kind))
+
+    def contract(self, left: str, left_dims: tuple[int, ...], right: str, right_dims: tuple[int, ...]) -> None:
+        """Record a sum of products over dims; the axes are coupled by the rule."""
+        self.call.contractions.append(Contraction(self[left], left_dims, self[right], right_dims))
+
+    def broadcast(self, operands: Iterable[Sequence[Axis]]) -> list[Axis]:
+        """Couple the axes of operands as broadcasting does and return those of the result."""
+        rows = list(operands)
+        rank = max((len(row) for row in rows), default=0)
+        result = []
+        for from_end in range(rank, 0, -1):
+            found = ONE
+            for row in rows:
+                if len(row) < from_end or axis_size(row[-from_end]) == 1:
+                    continue
+                if found == ONE:
+                    found = row[-from_end]
+                else:
+                    self.unify(found, row[-from_end])
+            result.append(found)
+        return result
+
+
+def broadcast_all(context: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Judge a pointwise op: every operand dim is coupled with the result's."""
+    operands = [context.axes(tensor) for tensor in tensors_in(context.call.arguments)]
+    return [context.broadcast(operands)] * len(context.outputs)

@@ -1,0 +1,214 @@
+"""The ATen tape: every op a model calls, in order, as seen under fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxwidth.factors import Axis
+
+Axes = tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A sum of products of two operands over some of their dims (matrix product, convolution)."""
+
+    left: Tensor
+    left_dims: tuple[int, ...]
+    right: Tensor
+    right_dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A reduction of a tensor over one dim: each result depends on all channels along it."""
+
+    tensor: Tensor
+    dim: int
+    kind: str
+
+
+@dataclass(eq=False)
+class OpCall:
+    """One ATen op with its bound arguments, its results, and the axes its tensors had when it ran."""
+
+    index: int
+    func: OpOverload
+    arguments: dict[str, Any]
+    result: Any
+    node: str
+    axes: dict[int, Axes] = field(default_factory=dict)
+    output_axes: tuple[Axes, ...] = ()
+    contractions: list[Contraction] = field(default_factory=list)
+    mixings: list[Mixing] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The op's name without namespace, overload and in-place underscore, e.g. "add"."""
+        return functional_name(self.func)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return tensors_in(self.arguments)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors among the results."""
+        return tensors_in(self.result)
+
+
+def functional_name(func: OpOverload) -> str:
+    """Return the name of an op's functional form."""
+    name = func.overloadpacket.__name__
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested value, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def bind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an ATen call by name, defaults filled in."""
+    bound: dict[str, Any] = {}
+    for i, parameter in enumerate(func._schema.arguments):
+        if i < len(args):
+            bound[parameter.name] = args[i]
+        elif parameter.name in kwargs:
+            bound[parameter.name] = kwargs[parameter.name]
+        else:
+            bound[parameter.name] = parameter.default_value if parameter.has_default_value() else None
+    return bound
+
+
+def unbind(func: OpOverload, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments for a call of an op; keyword defaults are left out."""
+    args, kwargs = [], {}
+    for parameter in func._schema.arguments:
+        value = arguments[parameter.name]
+        if not parameter.kwarg_only:
+            args.append(value)
+        elif not parameter.has_default_value() or value is not parameter.default_value:
+            kwargs[parameter.name] = value
+    return tuple(args), kwargs
+
+
+class TapeRecorder(TorchDispatchMode):
+    """Records every ATen op; composite ops are recorded as their parts unless `keeps` names them."""
+
+    def __init__(
+        self, keeps: Callable[[OpOverload], bool], on_call: Callable[[OpCall], None] | None = None, start: int = 0
+    ) -> None:
+        super().__init__()
+        self.calls: list[OpCall] = []
+        self.node = ""
+        self._keeps = keeps
+        self._on_call = on_call
+        self._start = start
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one op and put it on the tape."""
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if not self._keeps(func) and _is_composite(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        # Rules see the shapes and axes from before the op: an in-place op may change them.
+        call = OpCall(self._start + len(self.calls), func, bind(func, args, kwargs), None, self.node)
+        call.result = func(*args, **kwargs)
+        self.calls.append(call)
+        if self._on_call is not None:
+            self._on_call(call)
+        return call.result
+
+
+def _is_composite(func: OpOverload) -> bool:
+    return func._can_decompose() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Run attention as plain matrix products, so that every model is seen as the same few ops."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # no_grad and not inference_mode: the latter keeps composite ops and forbids in-place updates later.
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and its submodules in eval mode for a while."""
+    was_training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in was_training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in was_training:
+            submodule.training = True
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the distinct parameters and buffers of a module under their first names."""
+    return {name: tensor for name, (tensor, *_) in tensor_slots(module).items()}
+
+
+def tensor_slots(module: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
+    """Return each distinct parameter or buffer: its first name, the tensor, and every (module, attribute) it is in."""
+    first_name: dict[int, str] = {}
+    slots: dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+    for path, submodule in module.named_modules():
+        for attribute, tensor in [*submodule._parameters.items(), *submodule._buffers.items()]:
+            if tensor is None:
+                continue
+            name = first_name.setdefault(id(tensor), f"{path}.{attribute}" if path else attribute)
+            slots.setdefault(name, (tensor, []))[1].append((submodule, attribute))
+    return slots
+
+
+def set_slot(module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    """Put a tensor where a module keeps its parameter or buffer, without the checks meant for users."""
+    holder = module._parameters if attribute in module._parameters else module._buffers
+    holder[attribute] = tensor  # type: ignore[assignment]
+
+
+@contextmanager
+def substituted(module: nn.Module, replacements: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`."""
+    slots = tensor_slots(module)
+    with ExitStack() as undo:
+        for name, replacement in replacements.items():
+            original, places = slots[name]
+            for holder, attribute in places:
+                undo.callback(set_slot, holder, attribute, original)
+                set_slot(holder, attribute, replacement)
+        yield
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode in which tensors have shapes but no values; plain tensors met on the way are taken in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
