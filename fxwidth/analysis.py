@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,30 @@ from fxwidth.tape import (
     tensor_slots,
     tensors_in,
 )
+from fxwidth.unification import unify
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The shape, dtype and device of an input."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def with_batch(self, size: int) -> TensorSpec:
+        """Return the spec for another batch size."""
+        return TensorSpec((size, *self.shape[1:]), self.dtype, self.device)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the spec as plain data."""
+        return {"shape": list(self.shape), "dtype": str(self.dtype), "device": str(self.device)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> TensorSpec:
+        """Make a spec from plain data."""
+        dtype = getattr(torch, plain["dtype"].removeprefix("torch."))
+        return cls(tuple(plain["shape"]), dtype, torch.device(plain["device"]))
 
 
 @dataclass(frozen=True)
@@ -95,15 +119,15 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
 
     Args:
         module: the graph; it is run in eval mode and left as it was.
-        examples: one value per placeholder; tensors are used for their shape and dtype alone.
+        examples: one value per placeholder: a `TensorSpec`, a tensor (used for its shape and dtype alone), a constant.
 
     Raises:
         FxwidthError: the graph does not run on these inputs.
     """
     mode = fake_mode()
     space = FactorSpace()
-    batch = _batch_factor(examples)
-    inputs = tuple(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in examples)
+    inputs = tuple(_fake_input(mode, value) for value in examples)
+    batch = _batch_factor(inputs)
     analysis = Analysis(module, space, mode, _parameters(module, mode, space), inputs, batch)
     for entry in analysis.parameters.values():
         analysis.set_axes(entry.fake, entry.axes)
@@ -115,32 +139,34 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     analysis.calls = recorder.calls
     fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
     with evaluating(module), substituted(module, fakes), plain_kernels(), mode, recorder:
-        result = run_graph(NodeInterpreter(module, analysis, recorder), inputs)
+        result = _run(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = tensors_in(result)
+    space.context = "model output"
     for output in analysis.outputs:
         for axis in analysis.axes_of(output):
-            space.context = "model output"
-            space.pin(axis, "the size of the model's output")
+            for factor in space.factors(axis):
+                if not factor.is_batch:
+                    space.pin(((factor,),), "the size of the model's output")
     return analysis
 
 
-def run_graph(interpreter: fx.Interpreter, inputs: Sequence[Any]) -> Any:
-    """Run an interpreter on one value per placeholder.
-
-    Raises:
-        FxwidthError: a node failed; the message names it, its op and the shapes of its inputs.
-    """
+def _run(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any]) -> Any:
     try:
         return interpreter.run(*inputs, enable_io_processing=False)
-    except FxwidthError:
-        raise
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else value for value in inputs]
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FxwidthError(
-            f"the graph does not run on inputs of shapes {shapes}: {first_line}. "
+            f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0]}. "
             "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."
         ) from error
+
+
+def _fake_input(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        with mode:
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
 
 def _batch_factor(examples: Sequence[Any]) -> Factor | None:
@@ -195,8 +221,6 @@ def _same_size(first: Axis, second: Axis) -> bool:
 
 
 def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -> None:
-    from fxwidth.unification import unify
-
     for one, two in zip(first, second, strict=True):
         unify(analysis.space, one, two)
 
@@ -216,23 +240,3 @@ def _axes_by_rule(
     if shapes != [tuple(output.shape) for output in outputs]:
         return None, f"its rule expected results of shapes {shapes}"
     return result, ""
-
-
-def examples_for(module: fx.GraphModule, values: Mapping[str, Any]) -> list[Any]:
-    """Return one value per placeholder of a graph, defaults where none is given."""
-    result = []
-    for node in module.graph.find_nodes(op="placeholder"):
-        if node.name in values:
-            result.append(values[node.name])
-        elif node.args:
-            result.append(node.args[0])
-        else:
-            raise FxwidthError(
-                f"no shape is known for input {node.target!r} of the graph; pass example_inputs with a tensor for it."
-            )
-    return result
-
-
-def as_meta_example(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor with a shape, dtype and device but no memory of its own beyond one element."""
-    return torch.empty(1, dtype=dtype, device=device).expand(tuple(shape))

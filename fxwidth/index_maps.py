@@ -21,10 +21,30 @@ class IndexMaps:
     A new position without an old one is `NEW`. Factors that are not mentioned keep their size.
     """
 
-    def __init__(self, space: FactorSpace, kept: Mapping[Factor, Indices], batch_growth: int = 0) -> None:
+    def __init__(
+        self,
+        space: FactorSpace,
+        kept: Mapping[Factor, Indices],
+        *,
+        variance_ratios: Mapping[int, float] | None = None,
+        batch_growth: int = 0,
+    ) -> None:
         self._space = space
         self._kept = dict(kept)
+        self._variance_ratios = dict(variance_ratios or {})
         self._batch_growth = batch_growth
+
+    def with_variance_ratios(self, ratios: Mapping[int, float]) -> IndexMaps:
+        """Return the same maps with what becomes of the variance that each norm sees, by the index of its call."""
+        return IndexMaps(self._space, self._kept, variance_ratios=ratios, batch_growth=self._batch_growth)
+
+    def with_larger_batch(self) -> IndexMaps:
+        """Return the same maps for a batch that is larger by one."""
+        return IndexMaps(self._space, self._kept, variance_ratios=self._variance_ratios, batch_growth=1)
+
+    def variance_ratio(self, call_index: int) -> float:
+        """Return the variance (or mean square) that a norm sees after the resize, relative to before."""
+        return self._variance_ratios.get(call_index, 1.0)
 
     def size(self, axis: Axis) -> int:
         """Return the new length of a dimension."""

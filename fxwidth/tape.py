@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.factors import Axis
+from fxwidth.whole_ops import WholeOps
 
 Axes = tuple[Axis, ...]
 
@@ -148,12 +149,12 @@ def _is_composite(func: OpOverload) -> bool:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Run attention as plain matrix products, so that every model is seen as the same few ops."""
+    """Run attention as plain matrix products and RMS norms whole, so that models are seen as the same few ops."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # no_grad and not inference_mode: the latter keeps composite ops and forbids in-place updates later.
-        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), WholeOps():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

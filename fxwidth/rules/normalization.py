@@ -53,16 +53,18 @@ def _layer_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _over_trailing_dims(c, "layer norm")
 
 
-@rule("_fused_rms_norm", "rms_norm")
+@rule("_fused_rms_norm", "fxwidth::rms_norm")
 def _rms_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _over_trailing_dims(c, "RMS norm")
 
 
-@prescription("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@prescription("native_layer_norm", "_fused_rms_norm", "fxwidth::rms_norm")
 def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal = call.axes[id(call.arguments["input"])]
     count = len(call.arguments["normalized_shape"])
-    return revised(call, normalized_shape=[maps.size(axis) for axis in signal[-count:]])
+    # The gain carries the square root of the ratio: together they leave gain * x / sqrt(variance + eps) as it was.
+    eps = call.arguments["eps"] * maps.variance_ratio(call.index)
+    return revised(call, normalized_shape=[maps.size(axis) for axis in signal[-count:]], eps=eps)
 
 
 @rule("native_group_norm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +14,10 @@ from torch.fx import GraphModule
 
 from fxwidth.errors import FxwidthError
 from fxwidth.tracing import trace
-from fxwidth.training.datasets import DATASETS, ImageData, load_dataset
+from fxwidth.training import options
+from fxwidth.training.datasets import load_dataset
 from fxwidth.training.display import LiveDisplay
+from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 from fxwidth.training.loop import TrainingConfig, TrainingResult, evaluate, fit
 from fxwidth.training.networks import SEED_RESNET, build_network, input_channels
@@ -24,20 +25,7 @@ from fxwidth.training.outputs import write_outputs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Evolve the widths of PyTorch networks.")
 
-# Epochs by default. Digits are few and small, so an epoch is short.
-_EPOCHS = {"digits": 60, "mnist": 16, "fashion-mnist": 16, "cifar10": 30}
-_FOLDER_EPOCHS = 30
-# The seed network is far too wide for what it is given; of a network made by hand less can go.
-_SEED_TARGET, _TORCHVISION_TARGET = 12_500.0, 0.5
 _INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
-
-
-class Device(StrEnum):
-    """Where to train."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,56 +45,42 @@ def _fxwidth(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help=f"{SEED_RESNET}, or a torchvision classification model.")] = SEED_RESNET,
-    dataset: Annotated[str, typer.Option(help=f"{', '.join(DATASETS)}, or a folder of images.")] = "digits",
-    data: Annotated[Path | None, typer.Option(help="Folder of the data set's files, downloaded if missing.")] = None,
-    target_params: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Parameters to end at; below 1: a part of those at the start. Default: "
-                     f"{_SEED_TARGET:,.0f} for {SEED_RESNET}, {_TORCHVISION_TARGET} for others."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs. Default: by data set.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a training step.")] = 64,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of AdamW's one-cycle schedule.")] = 1e-2,
-    rounds: Annotated[int, typer.Option(min=1, help="Resizes on the way to the target.")] = 8,
-    evolve_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between resizes. Default: all are done early.")
-    ] = None,
-    max_minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="End the training, schedule included, by then.")
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Scale the images to this size.")] = None,
-    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
-    compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile once the widths are final.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder: model, history, curves. Default: runs/MODEL-DATASET.")
-    ] = None,
-) -> None:  # fmt: skip
+    model: options.Model = SEED_RESNET,
+    dataset: options.Dataset = "digits",
+    data: options.Data = None,
+    target_params: options.TargetParams = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = 64,
+    lr: options.LearningRate = None,
+    rounds: options.Rounds = 8,
+    evolve_every: options.EvolveEvery = None,
+    max_minutes: options.MaxMinutes = None,
+    image_size: options.ImageSize = None,
+    device: options.Place = options.Device.auto,
+    compile_: options.Compile = False,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    out: options.Out = None,
+) -> None:
     """Evolve a network while it trains; Ctrl-C ends the training and keeps what it has reached."""
     config = TrainingConfig(
-        epochs=epochs or _EPOCHS.get(dataset, _FOLDER_EPOCHS),
         batch_size=batch_size,
-        learning_rate=lr,
-        target_params=target_params or (_SEED_TARGET if model == SEED_RESNET else _TORCHVISION_TARGET),
         rounds=rounds,
         evolve_every=evolve_every,
         max_minutes=max_minutes,
         compile_backend="inductor" if compile_ else None,
         seed=seed,
     )
-    console = Console()
+    config = options.with_defaults(config, model, dataset, epochs, lr, target_params)
+    folder = out or Path("runs") / f"{model}-{Path(dataset).name}"
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
     try:
         place = _choose_device(device)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        torch.manual_seed(seed)
-        images = load_dataset(dataset, data, image_size).to(place)
-        gm, images = _prepare(model, images, place)
+        gm, images = _prepare(model, load_dataset(dataset, data, image_size).to(place), place)
         settings = {"model": model, "dataset": dataset, "device": str(place), **asdict(config), **_versions()}
-        folder = out or Path("runs") / f"{model}-{Path(dataset).name}"
-        result = _run(gm, images, config, console, folder, settings)
+        result = _run(gm, images, config, folder, settings)
     except FxwidthError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -125,16 +99,16 @@ def summary(result: TrainingResult) -> str:
     )
 
 
-def _choose_device(device: Device) -> torch.device:
+def _choose_device(device: options.Device) -> torch.device:
     """Return the device to train on.
 
     Raises:
         FxwidthError: CUDA is asked for and there is none.
     """
     has_cuda = torch.cuda.is_available()
-    if device is Device.cuda and not has_cuda:
+    if device is options.Device.cuda and not has_cuda:
         raise FxwidthError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if has_cuda and device is not Device.cpu else "cpu")
+    return torch.device("cuda" if has_cuda and device is not options.Device.cpu else "cpu")
 
 
 def _prepare(model: str, data: ImageData, device: torch.device) -> tuple[GraphModule, ImageData]:
@@ -148,14 +122,12 @@ def _prepare(model: str, data: ImageData, device: torch.device) -> tuple[GraphMo
 
 
 def _run(
-    gm: GraphModule,
-    data: ImageData,
-    config: TrainingConfig,
-    console: Console,
-    out: Path,
-    settings: dict[str, Any],
+    gm: GraphModule, data: ImageData, config: TrainingConfig, out: Path, settings: dict[str, Any]
 ) -> TrainingResult:
     """Train and evolve, write the outputs, and return the result; an interrupted run keeps all that it reached."""
+    console = Console()
+    sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
+    console.print(f"{settings['model']} on {data.name}: {sizes}, {settings['device']}", highlight=False)
     with StopRequest() as stop:
         with LiveDisplay(console) as display:
             result = fit(gm, data, config, display, stop)

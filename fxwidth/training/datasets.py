@@ -1,10 +1,9 @@
-"""Image classification data sets, held in memory as tensors: digits, MNIST and its like, CIFAR-10, image folders."""
+"""Image classification data sets by name: digits, MNIST and its like, CIFAR-10, image folders."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxwidth.errors import FxwidthError
+from fxwidth.training.images import ImageData, Split
 
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
 
@@ -30,100 +30,6 @@ _FILES = {
 }
 _FOLDER_IMAGE_SIZE = 64
 _TEST_EVERY = 5  # one image in five of an undivided folder (or of digits) is a test image
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, C, H, W) as uint8 and their labels (N) as int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set in memory, with the statistics that normalise it and the augmentation that suits it."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-    mean: Tensor  # (C, 1, 1), in units of the uint8 values, as is std
-    std: Tensor
-    shift: int = 0  # training images move by up to so many pixels
-    flip: bool = False  # training images are mirrored at random
-
-    @property
-    def channels(self) -> int:
-        """Return the number of channels of an image."""
-        return self.train.images.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        """Return the height, which is the width, of an image."""
-        return self.train.images.shape[-1]
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images (N, C, H, W) as float32, per channel of mean 0 and variance 1, channels last in memory."""
-        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-    def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of augmented, normalised batches of equal size, in an order drawn from `generator`."""
-        # All random numbers come from the CPU: a seed means the same batches on every device.
-        order = torch.randperm(len(self.train), generator=generator)
-        size = min(batch_size, len(self.train))
-        for start in range(0, len(order) - size + 1, size):
-            index = order[start : start + size].to(self.train.labels.device)
-            images = _augment(self.train.images[index], self.shift, self.flip, generator)
-            yield self.normalize(images), self.train.labels[index]
-
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test images, normalised and in their order, with their labels."""
-        for images, labels in zip(self.test.images.split(batch_size), self.test.labels.split(batch_size), strict=True):
-            yield self.normalize(images), labels
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the number of batches in one epoch of training."""
-        return len(self.train) // min(batch_size, len(self.train))
-
-    def to(self, device: torch.device) -> ImageData:
-        """Return the same data with all tensors on `device`."""
-        return replace(
-            self,
-            train=Split(self.train.images.to(device), self.train.labels.to(device)),
-            test=Split(self.test.images.to(device), self.test.labels.to(device)),
-            mean=self.mean.to(device),
-            std=self.std.to(device),
-        )
-
-    def with_channels(self, channels: int) -> ImageData:
-        """Return the same data with grey images repeated to `channels` channels, without using more memory.
-
-        Raises:
-            FxwidthError: the images are neither grey nor of `channels` channels.
-        """
-        if self.channels == channels:
-            return self
-        if self.channels != 1:
-            raise FxwidthError(f"{self.name}: images of {self.channels} channels cannot be given {channels} channels")
-        return replace(
-            self,
-            train=replace(self.train, images=self.train.images.expand(-1, channels, -1, -1)),
-            test=replace(self.test, images=self.test.images.expand(-1, channels, -1, -1)),
-            mean=self.mean.expand(channels, -1, -1),
-            std=self.std.expand(channels, -1, -1),
-        )
-
-    def subsample(self, count: int) -> ImageData:
-        """Return the same data with the first `count` training images and the first `count` test images."""
-        return replace(
-            self,
-            train=Split(self.train.images[:count], self.train.labels[:count]),
-            test=Split(self.test.images[:count], self.test.labels[:count]),
-        )
 
 
 def load_dataset(name: str, path: Path | None = None, image_size: int | None = None) -> ImageData:
@@ -151,7 +57,7 @@ def _load_digits() -> ImageData:
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     train, test = _divide(images, labels)
-    return _image_data("digits", tuple(str(name) for name in digits.target_names), train, test)
+    return replace(_image_data("digits", tuple(str(name) for name in digits.target_names), train, test), shift=1)
 
 
 def _load_torchvision(name: str, path: Path) -> ImageData:
@@ -193,7 +99,7 @@ def _load_folder(path: Path, image_size: int) -> ImageData:
     """Return a folder of images, one sub-folder a class: train/ and test/ (or val/), or undivided.
 
     Raises:
-        FxwidthError: there is no such folder, it holds no images, or train/ and test/ have other classes.
+        FxwidthError: there is no such folder, it holds no or too few images, or train/ and test/ have other classes.
     """
     layout = "one sub-folder of images for each class, or train/ and test/ (or val/) that have such sub-folders"
     if not path.is_dir():
@@ -206,6 +112,8 @@ def _load_folder(path: Path, image_size: int) -> ImageData:
     classes, train = _read_folder(train_path, image_size, layout)
     if held_out is None or train_path == path:
         train, test = _divide(train.images, train.labels)
+        if len(train) == 0:
+            raise FxwidthError(f"{path} has one image a class, which leaves none to train on: add images")
     else:
         test_classes, test = _read_folder(held_out, image_size, layout)
         if test_classes != classes:
@@ -256,25 +164,3 @@ def _scale(data: ImageData, image_size: int) -> ImageData:
         return replace(split, images=images.round().clamp(0, 255).to(torch.uint8))
 
     return replace(data, train=scaled(data.train), test=scaled(data.test))
-
-
-def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Return the images (N, C, H, W), each moved by up to `shift` pixels both ways and mirrored at random."""
-    if shift:
-        images = _shift(images, torch.randint(2 * shift + 1, (2, len(images)), generator=generator), shift)
-    if flip:
-        mirrored = torch.rand(len(images), generator=generator).lt(0.5).to(images.device)
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    return images
-
-
-def _shift(images: Tensor, offsets: Tensor, shift: int) -> Tensor:
-    """Return the images with each cut at its own offset (2, N) out of a frame of zeros of `shift` pixels."""
-    count, _, height, width = images.shape
-    padded = F.pad(images, (shift, shift, shift, shift))
-    top, left = offsets.to(images.device)
-    rows = top.view(-1, 1) + torch.arange(height, device=images.device)
-    columns = left.view(-1, 1) + torch.arange(width, device=images.device)
-    sample = torch.arange(count, device=images.device)
-    # Indexing with tensors around a slice moves the channels last.
-    return padded[sample.view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)

@@ -56,9 +56,10 @@ class LiveDisplay(TrainingObserver):
     def on_epoch(self, record: EpochRecord) -> None:
         """Print a line for each epoch."""
         self.console.print(
-            f"epoch {record.epoch}: training loss {record.train_loss:.4f}, test loss {record.test_loss:.4f}, "
-            f"test accuracy {100 * record.test_accuracy:.2f} %, {record.params:,} parameters, {record.seconds:.0f} s",
+            f"epoch {record.epoch}: loss {record.train_loss:.4f} (test {record.test_loss:.4f}), "
+            f"accuracy {100 * record.test_accuracy:.2f} %, {record.params:,} parameters, {record.seconds:.0f} s",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _render(self) -> Group:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fxwidth.analysis import analyze
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver
-from fxwidth.training.datasets import ImageData
+from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 
 _EVALUATION_BATCH = 500
@@ -100,7 +100,7 @@ def fit(
     A stop request ends the training after the step under way.
 
     Raises:
-        FxwidthError: the loss is no longer finite, or there is less than one batch of training images.
+        FxwidthError: the loss is no longer finite, or the target is out of reach.
     """
     return _Training(gm, data, config, observer or TrainingObserver(), stop or StopRequest()).run()
 

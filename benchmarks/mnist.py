@@ -1,0 +1,172 @@
+"""How good is the network that evolution ends at on MNIST, beside the same network trained directly for the same time?
+
+    python benchmarks/mnist.py --data PATH --seeds 3 --target-params 12500 --device cpu
+
+Each seed runs `fxwidth train`, as a user would; then the parameters of the evolved network are drawn anew, and it is
+trained for the same seconds with the same settings. Writes a JSON and a markdown table to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+import fxwidth
+from fxwidth.training.datasets import load_dataset
+from fxwidth.training.loop import TrainingConfig, count_parameters, fit
+from fxwidth.training.outputs import HISTORY_FILE, MODEL_FILE
+
+RESULTS = Path(__file__).parent / "results"
+GOAL = {"accuracy": 0.985, "params": 12_500, "minutes": 20}
+CASES = {"evolved": "from the full network, while it trains", "direct": "the final network from new random parameters"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case with one seed; `seconds` are those of the training, `wall_seconds` those of the whole command."""
+
+    case: str
+    seed: int
+    test_accuracy: float
+    params: int
+    seconds: float
+    wall_seconds: float
+    epochs: int
+    widths: dict[str, int]
+
+
+def main() -> None:
+    """Run both cases with every seed and write the results."""
+    options = _parse_options()
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(options.seeds):
+            out = Path(folder) / str(seed)
+            evolved, settings = run_evolved(options, seed, out)
+            direct = run_direct(options, seed, out, evolved, settings)
+            runs += [evolved, direct]
+            print(*(f"{run.case}: {100 * run.test_accuracy:.2f} % in {run.seconds:.0f} s" for run in (evolved, direct)))
+    name = f"mnist-{options.device}" + ("-compile" if options.compile else "")
+    RESULTS.mkdir(exist_ok=True)
+    machine = _machine(options, settings)
+    record = {"machine": machine, "settings": settings, "runs": [asdict(run) for run in runs]}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    table = render(runs, machine)
+    (RESULTS / f"{name}.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def run_evolved(options: argparse.Namespace, seed: int, out: Path) -> tuple[Run, dict[str, Any]]:
+    """Return what `fxwidth train` reaches, and the settings it used."""
+    command = [sys.executable, "-m", "fxwidth.cli", "train", "--dataset", "mnist", "--data", str(options.data)]
+    command += ["--target-params", str(options.target_params), "--device", options.device, "--seed", str(seed)]
+    command += ["--threads", str(options.threads), "--out", str(out), *(["--compile"] if options.compile else [])]
+    command += ["--epochs", str(options.epochs)] if options.epochs else []
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    wall_seconds = time.perf_counter() - started
+    history = json.loads((out / HISTORY_FILE).read_text(encoding="utf-8"))
+    run = Run(
+        "evolved", seed, history["test_accuracy"], history["params_after"], history["seconds"], wall_seconds,
+        len(history["epochs"]), history["widths_after"],
+    )  # fmt: skip
+    return run, history["settings"]
+
+
+def run_direct(options: argparse.Namespace, seed: int, out: Path, evolved: Run, settings: dict[str, Any]) -> Run:
+    """Return what the evolved network reaches with new random parameters in the seconds that evolution took."""
+    torch.manual_seed(seed)
+    gm = fxwidth.load(out / MODEL_FILE).to(options.device)
+    reset_parameters(gm)
+    data = load_dataset("mnist", options.data).to(torch.device(options.device))
+    fields = {name: settings[name] for name in TrainingConfig.__dataclass_fields__}
+    # The schedule follows the clock, so epochs only have to be enough.
+    config = replace(TrainingConfig(**fields), target_params=None, epochs=1000, max_minutes=evolved.seconds / 60)
+    result = fit(gm, data, config)
+    assert result.test_accuracy is not None
+    return Run(
+        "direct", seed, result.test_accuracy, count_parameters(gm), result.seconds, result.seconds,
+        len(result.epochs), evolved.widths,
+    )  # fmt: skip
+
+
+def reset_parameters(gm: GraphModule) -> None:
+    """Draw the parameters of every layer anew, as a new layer of its sizes would."""
+    for module in gm.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
+
+
+def render(runs: list[Run], machine: dict[str, str]) -> str:
+    """Return the results as markdown."""
+    goal = f"{GOAL['params']:,} parameters, {100 * GOAL['accuracy']:.1f} % test accuracy, {GOAL['minutes']} minutes"
+    lines = ["# MNIST: evolved while training, and the same final network trained directly for the same time", ""]
+    lines += [f"- {name}: {value}" for name, value in {**machine, "goal": goal}.items()]
+    lines += ["", *(f"- {case}: {text}" for case, text in CASES.items()), ""]
+    lines += ["| case | seed | test accuracy (%) | parameters | training (s) | whole command (s) | epochs |"]
+    lines += ["|---" * 7 + "|"]
+    for case in CASES:
+        own = [run for run in runs if run.case == case]
+        lines += [_row(run.case, str(run.seed), [_figures(run)]) for run in own]
+        lines += [_row(case, "median", [_figures(run) for run in own])]
+    evolved = [run for run in runs if run.case == "evolved"]
+    lines += ["", "Widths at the end:", ""]
+    lines += ["| channel group | " + " | ".join(f"seed {run.seed}" for run in evolved) + " |"]
+    lines += ["|---" * (len(evolved) + 1) + "|"]
+    for group in evolved[0].widths:
+        lines += [f"| {group} | " + " | ".join(str(run.widths[group]) for run in evolved) + " |"]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(run: Run) -> tuple[float, ...]:
+    return (100 * run.test_accuracy, run.params, run.seconds, run.wall_seconds, run.epochs)
+
+
+def _row(case: str, seed: str, figures: list[tuple[float, ...]]) -> str:
+    """Return a row of the table with the medians of some runs' figures."""
+    accuracy, *others = (statistics.median(column) for column in zip(*figures, strict=True))
+    return f"| {case} | {seed} | {accuracy:.2f} | " + " | ".join(f"{value:,.0f}" for value in others) + " |"
+
+
+def _machine(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, str]:
+    """Return the versions and the hardware that the results depend on."""
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{_cpu_model()}, {options.threads} threads"
+    versions = {name: settings[name] for name in ("fxwidth", "torch")} | {"python": platform.python_version()}
+    return {"device": device, **versions, "compiled": "yes" if options.compile else "no"}
+
+
+def _cpu_model() -> str:
+    """Return the processor's name as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--target-params", type=int, default=GOAL["params"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--epochs", type=int, help="default: that of the command line")
+    parser.add_argument("--compile", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

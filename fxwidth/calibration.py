@@ -1,0 +1,158 @@
+"""The inputs that evidence is taken from: batches of any form fitted to a graph's placeholders, and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxwidth.analysis import Analysis
+from fxwidth.errors import FxwidthError
+from fxwidth.probes import Measure, Probe
+from fxwidth.tape import OpCall
+
+# How many rows a covariance of n channels should come from: enough of them, and several times n.
+_ROWS, _ROWS_PER_CHANNEL = 4096, 4
+_LARGEST_ACTIVATION = 2**25
+
+
+def placeholder_names(analysis: Analysis) -> list[str]:
+    """Return the names of a graph's placeholders, in order."""
+    return [node.name for node in analysis.module.graph.nodes if node.op == "placeholder"]
+
+
+def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> Iterator[list[Any]]:
+    """Yield one value per placeholder for each batch of data, until there are as many samples as wanted.
+
+    Raises:
+        FxwidthError: data is no iterable, a batch lacks inputs, or one has the wrong shape or dtype or is not finite.
+    """
+    if isinstance(data, Tensor):
+        data = [data]
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
+        raise FxwidthError(f"data is a {type(data).__name__}; pass an iterable of batches, such as a DataLoader.")
+    left = limit
+    for number, batch in enumerate(data):
+        values = _fitted(analysis, batch, number)
+        size = max((len(value) for value in values if isinstance(value, Tensor) and value.dim()), default=1)
+        if left is not None and size > left:
+            values = [value[:left] if isinstance(value, Tensor) and len(value) == size else value for value in values]
+        if size:
+            yield values
+        if left is not None and (left := left - size) <= 0:
+            return
+
+
+def _fitted(analysis: Analysis, batch: Any, number: int) -> list[Any]:
+    """Return one value per placeholder, taken from a batch."""
+    names = placeholder_names(analysis)
+    wanted = [i for i, value in enumerate(analysis.inputs) if isinstance(value, Tensor)]
+    if isinstance(batch, Mapping):
+        missing = [names[i] for i in wanted if not isinstance(batch.get(names[i]), Tensor)]
+        if missing:
+            raise FxwidthError(
+                f"batch {number} of data holds {sorted(map(str, batch))} but no tensor {missing[0]!r}; "
+                f"pass dicts with the graph's inputs by name: {[names[i] for i in wanted]}."
+            )
+        given = [batch[names[i]] for i in wanted]
+    else:
+        parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        given = [part for part in parts if isinstance(part, Tensor)][: len(wanted)]
+        if len(given) < len(wanted):
+            raise FxwidthError(
+                f"batch {number} of data has {len(given)} tensors, the graph takes {len(wanted)} "
+                f"({', '.join(names[i] for i in wanted)}); pass tuples that begin with the inputs."
+            )
+    values = list(analysis.inputs)
+    for i, tensor in zip(wanted, given, strict=True):
+        values[i] = _checked(tensor, analysis.inputs[i], f"input {names[i]!r} in batch {number} of data")
+    return values
+
+
+def _checked(tensor: Tensor, example: Tensor, place: str) -> Tensor:
+    shape, expected = tuple(tensor.shape), tuple(example.shape)
+    if len(shape) != len(expected) or shape[1:] != expected[1:]:
+        raise FxwidthError(
+            f"{place} has shape {shape}, the graph was analysed with {expected}; "
+            "pass batches of that shape (only the first dim, the batch, may differ)."
+        )
+    if tensor.dtype != example.dtype and tensor.is_floating_point() != example.is_floating_point():
+        raise FxwidthError(f"{place} is {tensor.dtype}, the graph was analysed with {example.dtype}; convert it.")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise FxwidthError(f"{place} holds NaN or infinite values; leave such samples out.")
+    return tensor.detach().to(example.device, example.dtype)
+
+
+def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[list[Any]]:
+    """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products."""
+    recorded = next((len(value) for value in analysis.inputs if isinstance(value, Tensor) and value.dim()), 1)
+    samples = _samples_wanted(probes, recorded)
+    products = sum(_products(call) for call in analysis.calls) / recorded
+    samples = int(max(16, min(samples, work / max(1.0, products))))
+    largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
+    size = min(samples, max(16, _LARGEST_ACTIVATION // max(1, largest))) if analysis.batch else recorded
+    generators: dict[torch.device, torch.Generator] = {}
+    for _ in range(-(-samples // size)):
+        values = []
+        for example in analysis.inputs:
+            if isinstance(example, Tensor):
+                device = example.device
+                generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+                values.append(_noise(analysis, example, size if analysis.batch else None, generator))
+            else:
+                values.append(example)
+        yield values
+
+
+def _samples_wanted(probes: Sequence[Probe], recorded: int) -> int:
+    wanted = 16
+    for probe in probes:
+        tensor = probe.call.arguments[probe.argument]
+        if probe.measure == Measure.MOMENT:
+            channels = tensor.shape[probe.dims[0]] // probe.minor
+            rows = max(1, tensor.numel() // channels // recorded)
+            wanted = max(wanted, -(-max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
+    return wanted
+
+
+def _products(call: OpCall) -> int:
+    """Return how many multiplications an op's contractions take."""
+    total = 0
+    for contraction in call.contractions:
+        weight = contraction.right
+        per_output = weight.numel() // max(1, weight.shape[0]) if call.name.endswith("convolution") else 0
+        per_output = per_output or contraction.left.shape[contraction.left_dims[0]]
+        total += call.outputs[0].numel() * per_output
+    return total
+
+
+def _noise(analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
+    shape = list(example.shape)
+    if batch is not None and shape:
+        shape[0] = batch
+    device = example.device
+    if example.is_floating_point() or example.is_complex():
+        return torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
+    high = _vocabulary(analysis, example)
+    if high is None:
+        # A mask or a type: whatever it selects, one is within its range.
+        return torch.ones(shape, dtype=example.dtype, device=device)
+    return torch.randint(high, shape, generator=generator, device=device, dtype=example.dtype)
+
+
+def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:
+    """Return the size of the smallest table that an integer input, or integers made from it, index."""
+    derived = {id(example)}
+    sizes = []
+    for call in analysis.calls:
+        if not any(id(tensor) in derived for tensor in call.inputs):
+            continue
+        if call.name == "embedding" and id(call.arguments["indices"]) in derived:
+            sizes.append(call.arguments["weight"].shape[0])
+        elif call.name == "index":
+            pairs = zip(call.arguments["self"].shape, call.arguments["indices"], strict=False)
+            sizes += [size for size, index in pairs if index is not None and id(index) in derived]
+        derived |= {id(out) for out in call.outputs if not out.is_floating_point() and out.dtype != torch.bool}
+    return min(sizes, default=None)

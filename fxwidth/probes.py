@@ -1,0 +1,154 @@
+"""Which tensors of a run are worth measuring, and how one of them is turned into numbers per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fxwidth.analysis import Analysis
+from fxwidth.factors import Axis
+from fxwidth.groups import WidthGraph
+from fxwidth.readers import accumulation_dtype, argument_name, storage_of, wiring_of
+from fxwidth.tape import OpCall
+
+NORMS = {"layer norm": True, "RMS norm": False}
+
+Key = tuple[int, str]
+
+
+class Measure(StrEnum):
+    """What is measured: both moments of a contracted dim, its squares alone, or what a norm divides by."""
+
+    MOMENT = "moment"
+    SQUARES = "squares"
+    DEVIATIONS = "deviations"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One tensor argument of one op, to be measured.
+
+    Attributes:
+        call: the op on the analysis tape.
+        argument: the name of its argument.
+        measure: what is measured.
+        dims: the dims kept apart, counted from the front; all others are samples.
+        minor: how many neighbouring positions of the dim belong to one channel and count as samples.
+        centred: whether the mean over the dims is taken off first (layer norm).
+        keys: every (op index, argument) that sees the same values.
+    """
+
+    call: OpCall
+    argument: str
+    measure: Measure
+    dims: tuple[int, ...]
+    minor: int
+    centred: bool
+    keys: tuple[Key, ...]
+
+    def rows(self, tensor: Tensor, limit: int) -> Tensor:
+        """Return the vectors of channels in a tensor, [rows, channels]; evenly spread ones where there are too many."""
+        moved = tensor.movedim(self.dims[0], -1)
+        if self.minor > 1:
+            moved = moved.unflatten(-1, (-1, self.minor)).transpose(-1, -2)
+        count = moved.numel() // max(1, moved.shape[-1])
+        if count <= limit:
+            return moved.reshape(count, moved.shape[-1])
+        # One row at a random place of each stretch: an even stride may fall on the same image column every time.
+        generator = torch.Generator().manual_seed(count)
+        places = (torch.arange(limit) + torch.rand(limit, generator=generator, dtype=torch.float64)) * (count / limit)
+        flat = places.long().clamp_max(count - 1).to(tensor.device)
+        return moved[torch.unravel_index(flat, moved.shape[:-1])]
+
+    def squares(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """Return the sum of squares along the dims, and of how many terms each is one."""
+        others = [dim for dim in range(tensor.dim()) if dim not in self.dims]
+        wide = tensor.to(accumulation_dtype(tensor))
+        if self.centred:
+            wide = wide - wide.mean(self.dims, keepdim=True)
+        count = tensor.numel()
+        for dim in self.dims:
+            count //= tensor.shape[dim]
+        return wide.square().sum(others) if others else wide.square(), count
+
+
+def find_probes(width_graph: WidthGraph) -> list[Probe]:
+    """Return what must be measured to shrink any group of a width graph."""
+    found = _PROBES.get(width_graph)
+    if found is None:
+        found = _PROBES[width_graph] = [*_moments(width_graph), *_squares(width_graph), *_deviations(width_graph)]
+    return found
+
+
+_PROBES: WeakKeyDictionary[WidthGraph, list[Probe]] = WeakKeyDictionary()
+
+
+def resizable(analysis: Analysis, axes: Sequence[Axis]) -> bool:
+    """Tell whether any of the axes can change; the batch can not."""
+    return any(not factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
+
+
+def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
+    analysis = width_graph.analysis
+    versions = _versions(analysis)
+    seen: dict[tuple[object, ...], list[tuple[Key, Probe]]] = {}
+    for reader in wiring_of(width_graph).readers:
+        if not resizable(analysis, [reader.axis]):
+            continue
+        call, tensor = reader.call, reader.call.arguments[reader.source]
+        probe = Probe(call, reader.source, Measure.MOMENT, (reader.source_dim,), reader.minor, False, (reader.key,))
+        # The same memory, not written to in between, is measured once: query, key and value read one activation.
+        place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), reader.source_dim)
+        version = versions[call.index].get(place[0], 0) if call.index in versions else 0
+        seen.setdefault((*place, version, reader.minor), []).append((reader.key, probe))
+    for same in seen.values():
+        first = same[0][1]
+        keys = tuple(dict.fromkeys(key for key, _ in same))
+        yield Probe(first.call, first.argument, first.measure, first.dims, first.minor, False, keys)
+
+
+def _versions(analysis: Analysis) -> dict[int, dict[int, int]]:
+    """Return, by op index, how often each memory had been written to when the op ran; nothing before any write."""
+    result: dict[int, dict[int, int]] = {}
+    current: dict[int, int] = {}
+    for call in analysis.calls:
+        if current:
+            result[call.index] = current
+        if not call.func._schema.is_mutable:
+            continue
+        for parameter in call.func._schema.arguments:
+            value = call.arguments[parameter.name]
+            if parameter.alias_info is not None and parameter.alias_info.is_write and isinstance(value, Tensor):
+                storage = storage_of(value)
+                current = {**current, storage: current.get(storage, 0) + 1}
+    return result
+
+
+def _squares(width_graph: WidthGraph) -> Iterator[Probe]:
+    analysis, roles = width_graph.analysis, width_graph.roles
+    for call in analysis.calls:
+        for contraction in call.contractions:
+            if roles.is_parameter(contraction.left) or roles.is_parameter(contraction.right):
+                continue
+            sides = ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims))
+            for tensor, dims in sides:
+                if len(dims) == 1 and resizable(analysis, [call.axes[id(tensor)][dims[0]]]):
+                    name = argument_name(call, tensor)
+                    yield Probe(call, name, Measure.SQUARES, dims, 1, False, ((call.index, name),))
+
+
+def _deviations(width_graph: WidthGraph) -> Iterator[Probe]:
+    analysis = width_graph.analysis
+    for call in analysis.calls:
+        mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
+        if not mixings:
+            continue
+        tensor, dims = mixings[0].tensor, tuple(mixing.dim for mixing in mixings)
+        if resizable(analysis, [call.axes[id(tensor)][dim] for dim in dims]):
+            name, centred = argument_name(call, tensor), NORMS[mixings[0].kind]
+            yield Probe(call, name, Measure.DEVIATIONS, dims, 1, centred, ((call.index, name),))

@@ -1,0 +1,296 @@
+"""Parameters that read activations, seen as matrices: their entries, what they contract, who takes a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd, prod
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, element_size, is_integer_term, term_size
+from fxwidth.groups import WidthGraph
+from fxwidth.index_maps import Indices
+from fxwidth.tape import OpCall
+
+BATCH_NORMS = frozenset(
+    {
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_no_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    }
+)
+_CONVOLUTIONS = frozenset({"convolution", "_convolution"})
+_RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """The entries of a parameter that a tensor of the tape shows, as strides into the parameter's memory."""
+
+    parameter: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these entries of a tensor laid out like the parameter: writing to them writes to it."""
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    def entries(self) -> Indices:
+        """Return the sorted memory positions of the entries."""
+        positions = np.zeros(1, dtype=np.int64)
+        for size, stride in zip(self.size, self.stride, strict=True):
+            positions = (positions[:, None] + np.arange(size)[None, :] * stride).reshape(-1)
+        return np.unique(positions + self.offset)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A contraction of an activation with parameters: the weight as blocks [groups, rows, channels per group].
+
+    Attributes:
+        call: the op on the analysis tape.
+        source: the name of the op's argument that holds the activation.
+        source_dim: the dim of the activation that is contracted.
+        weight: the name of the op's argument that holds the weight.
+        weight_dim: the contracted dim of the weight.
+        axis: what the contracted dim is made of, without the positions counted as samples.
+        minor: how many neighbouring positions of the contracted dim belong to one channel and count as samples.
+        groups: how many groups of a convolution share the channels, major.
+        outputs: how many output channels there are per group.
+        view: the parameter entries that the weight is, or None when it is computed from parameters.
+    """
+
+    call: OpCall
+    source: str
+    source_dim: int
+    weight: str
+    weight_dim: int
+    axis: Axis
+    minor: int
+    groups: int
+    outputs: int
+    view: ParameterView | None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells one reader from another."""
+        return self.call.index, self.source
+
+    @property
+    def transposed(self) -> bool:
+        """Tell whether the op is a transposed convolution."""
+        return bool(self.call.arguments.get("transposed"))
+
+    @property
+    def strides(self) -> int:
+        """The share of a transposed convolution's kernel that meets one output position, inverted."""
+        return prod(self.call.arguments["stride"]) if self.transposed else 1
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """Return a weight operand as [groups, rows, channels per group], rows being output channel major."""
+        moved = weight.movedim(self.weight_dim, -1)
+        if self.transposed:
+            return moved.reshape(-1, self.groups, moved.shape[-1] // self.groups).transpose(0, 1)
+        if self.minor > 1:
+            return moved.reshape(-1, moved.shape[-1] // self.minor, self.minor).transpose(1, 2).flatten(0, 1)[None]
+        return moved.reshape(self.groups, -1, moved.shape[-1])
+
+    def operand(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """Return the weight operand whose blocks these are."""
+        moved = like.movedim(self.weight_dim, -1)
+        if self.transposed:
+            flat = blocks.transpose(0, 1)
+        elif self.minor > 1:
+            flat = blocks[0].reshape(-1, self.minor, blocks.shape[-1]).transpose(1, 2)
+        else:
+            flat = blocks
+        return flat.reshape(moved.shape).movedim(-1, self.weight_dim)
+
+
+class Wiring:
+    """How the parameters of a width graph meet its activations, looked up by op, tensor and parameter."""
+
+    def __init__(self, width_graph: WidthGraph) -> None:
+        self._analysis = width_graph.analysis
+        self._lineage = width_graph.roles.lineage
+        self.readers: list[Reader] = list(self._find_readers())
+
+    @cached_property
+    def consumers(self) -> dict[int, list[OpCall]]:
+        """The ops that take a tensor, by its id."""
+        result: dict[int, list[OpCall]] = {}
+        for call in self._analysis.calls:
+            for tensor in {id(tensor): tensor for tensor in call.inputs}.values():
+                result.setdefault(id(tensor), []).append(call)
+        return result
+
+    @cached_property
+    def uses(self) -> dict[str, list[tuple[OpCall, Tensor]]]:
+        """Where each parameter, or what is made of it, meets something that is no parameter."""
+        result: dict[str, list[tuple[OpCall, Tensor]]] = {}
+        for call in self._analysis.calls:
+            inputs = call.inputs
+            if all(id(tensor) in self._lineage for tensor in inputs) and not call.contractions:
+                continue
+            for tensor in inputs:
+                for name in {name for dims in self._lineage.get(id(tensor), ()) for name, _ in dims}:
+                    result.setdefault(name, []).append((call, tensor))
+        return result
+
+    @cached_property
+    def _by_storage(self) -> dict[int, list[str]]:
+        result: dict[int, list[str]] = {}
+        for name, entry in self._analysis.parameters.items():
+            result.setdefault(storage_of(entry.fake), []).append(name)
+        return result
+
+    def view(self, tensor: Tensor) -> ParameterView | None:
+        """Return which entries of which parameter a tensor of the tape is, or None when it is a computed one."""
+        names = self._by_storage.get(storage_of(tensor), [])
+        if len(names) != 1:
+            return None
+        entry = self._analysis.parameters[names[0]]
+        if entry.tensor.layout != torch.strided or entry.fake.stride() != entry.tensor.detach().clone().stride():
+            return None
+        size = tuple(1 if stride == 0 else n for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return ParameterView(
+            names[0], size, tensor.stride(), int(tensor.storage_offset() - entry.fake.storage_offset())
+        )
+
+    def following_batch_norm(self, call: OpCall) -> OpCall | None:
+        """Return the batch norm that alone takes an op's result, if it keeps running statistics."""
+        (follower,) = self._only_consumer(call.outputs[0]) or (None,)
+        if follower is None or follower.name not in BATCH_NORMS:
+            return None
+        arguments = follower.arguments
+        is_input = arguments["input"] is call.outputs[0]
+        return follower if is_input and arguments.get("running_mean") is not None else None
+
+    def added_bias(self, call: OpCall) -> tuple[OpCall, Tensor] | None:
+        """Return what an op, or the addition right after it, adds to each output channel, and where."""
+        arguments = call.arguments
+        if call.name in _CONVOLUTIONS:
+            return (call, arguments["bias"]) if arguments["bias"] is not None else None
+        if call.name == "addmm":
+            plain = arguments["beta"] == 1 and arguments["alpha"] == 1 and arguments["self"].dim() == 1
+            return (call, arguments["self"]) if plain else None
+        value = call.outputs[0]
+        while (follower := self._only_consumer(value)) and follower[0].name in _RESHAPES:
+            following = follower[0].outputs[0]
+            if following.shape[-1:] != value.shape[-1:]:
+                return None
+            value = following
+        if follower and follower[0].name == "add" and follower[0].arguments.get("alpha", 1) == 1:
+            for tensor in follower[0].inputs:
+                if tensor is not value and id(tensor) in self._lineage and tensor.shape == value.shape[-1:]:
+                    return follower[0], tensor
+        return None
+
+    def _only_consumer(self, tensor: Tensor) -> tuple[OpCall] | None:
+        consumers = self.consumers.get(id(tensor), [])
+        is_result = any(tensor is output for output in self._analysis.outputs)
+        return (consumers[0],) if len(consumers) == 1 and not is_result else None
+
+    def _find_readers(self) -> Iterator[Reader]:
+        for call in self._analysis.calls:
+            for contraction in call.contractions:
+                left, right = contraction.left, contraction.right
+                for own, own_dims, other, other_dims in (
+                    (left, contraction.left_dims, right, contraction.right_dims),
+                    (right, contraction.right_dims, left, contraction.left_dims),
+                ):
+                    if id(own) in self._lineage and id(other) not in self._lineage and len(own_dims) == 1:
+                        yield self._reader(call, other, other_dims[0], own, own_dims[0])
+
+    def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:
+        groups = call.arguments["groups"] if call.name in _CONVOLUTIONS else 1
+        axis = self._analysis.space.normalise(call.axes[id(activation)][dim])
+        axis, minor = without_minor(axis) if groups == 1 and call.name not in _CONVOLUTIONS else (axis, 1)
+        transposed = bool(call.arguments.get("transposed"))
+        outputs = prod(size for i, size in enumerate(_distinct(weight)) if i != weight_dim)
+        if call.name in _CONVOLUTIONS:
+            outputs = weight.shape[1] if transposed else weight.shape[0] // groups
+        source, own = argument_name(call, activation), argument_name(call, weight)
+        view = self.view(weight)
+        return Reader(call, source, dim, own, weight_dim, axis, minor, groups, outputs, view)
+
+
+_WIRINGS: WeakKeyDictionary[WidthGraph, Wiring] = WeakKeyDictionary()
+
+
+def wiring_of(width_graph: WidthGraph) -> Wiring:
+    """Return the wiring of a width graph, found once."""
+    found = _WIRINGS.get(width_graph)
+    if found is None:
+        found = _WIRINGS[width_graph] = Wiring(width_graph)
+    return found
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _distinct(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's sizes without the copies that expanding made."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def argument_name(call: OpCall, tensor: Tensor) -> str:
+    """Return under which name an op takes a tensor."""
+    return next(name for name, value in call.arguments.items() if value is tensor)
+
+
+def without_minor(axis: Axis) -> tuple[Axis, int]:
+    """Divide an axis by the largest constant that is minor in all of it: "channels * 49" gives channels and 49."""
+    last = [term[-1] if term else 1 for term in axis]
+    minor = gcd(*(element if isinstance(element, int) else 1 for element in last))
+    if minor == 1:
+        return axis, 1
+    terms = [(*term[:-1], element // minor) for term, element in zip(axis, last, strict=True)]  # type: ignore[operator]
+    return tuple(term[:-1] if term[-1] == 1 else term for term in terms), minor
+
+
+def channel_positions(space: FactorSpace, axis: Axis, factor: Factor) -> list[Indices]:
+    """Return, for each occurrence of a factor in an axis, the positions of its channels, [channels, positions each]."""
+    result = []
+    for labels in _labels(space.normalise(axis), factor):
+        order = np.argsort(labels, kind="stable")
+        result.append(order[np.count_nonzero(labels < 0) :].reshape(factor.size, -1))
+    return result
+
+
+def _labels(axis: Axis, factor: Factor) -> Iterator[Indices]:
+    """Yield, for each occurrence of a factor, the channel that each position of an axis belongs to, or -1."""
+    total, offset = axis_size(axis), 0
+    for term in axis:
+        size = term_size(term)
+        if not is_integer_term(term):
+            for place, element in enumerate(term):
+                outer = prod(map(element_size, term[:place]))
+                inner = prod(map(element_size, term[place + 1 :]))
+                for labels in _element_labels(element, factor):
+                    result = np.full(total, -1, dtype=np.int64)
+                    result[offset : offset + size] = np.tile(np.repeat(labels, inner), outer)
+                    yield result
+        offset += size
+
+
+def _element_labels(element: int | Factor | Axis, factor: Factor) -> Iterable[Indices]:
+    if element is factor:
+        return [np.arange(factor.size)]
+    return _labels(element, factor) if isinstance(element, tuple) else []
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the widest floating dtype that a tensor's device computes in."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,210 @@
+"""Carrying out a plan: everything is computed and checked first, then put in place, or nothing is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from fxwidth.errors import FxwidthError
+from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.moments import Moments, moments_from_data, moments_from_noise
+from fxwidth.planning import Plan
+from fxwidth.rewriting.attributes import AttributeEdits
+from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
+from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
+from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
+from fxwidth.selection import select
+from fxwidth.tape import set_slot, tensor_slots
+from fxwidth.tracing import analyze_module
+
+_HISTORY = "fxwidth_history"
+
+
+def resize(
+    gm: fx.GraphModule,
+    plan: Plan | Mapping[str, int],
+    *,
+    optimizer: Optimizer | None = None,
+    data: Iterable[Any] | None = None,
+    fold: bool = True,
+    exact: bool = True,
+) -> fx.GraphModule:
+    """Give channel groups new widths, in place.
+
+    Dropped channels are folded into their readers by least squares; grown channels leave the function as it was.
+    Parameters whose shape changes are replaced, in the module and in the optimizer, and so is their state.
+
+    Args:
+        gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
+        plan: group name -> new width; groups that are not named stay.
+        optimizer: the optimizer that trains `gm`.
+        data: batches of inputs from which to see what the readers see; without them, that is estimated from the
+            weights and batch norm statistics.
+        fold: whether readers take over what they read from dropped channels.
+        exact: whether to refuse the growth of groups whose new channels would change the function.
+
+    Raises:
+        FxwidthError: the plan or the data cannot be used; nothing has changed.
+    """
+    return resize_analyzed(
+        WidthGraph(analyze_module(gm)), plan, optimizer=optimizer, data=data, fold=fold, exact=exact
+    )
+
+
+def resize_analyzed(
+    width_graph: WidthGraph,
+    plan: Plan | Mapping[str, int],
+    *,
+    optimizer: Optimizer | None = None,
+    data: Iterable[Any] | None = None,
+    fold: bool = True,
+    exact: bool = True,
+) -> fx.GraphModule:
+    """Carry out a plan on a graph that has just been analysed; see `resize`."""
+    module = width_graph.analysis.module
+    groups = _checked(width_graph, plan, exact)
+    if not groups:
+        return module
+    edits = AttributeEdits()
+    try:
+        change = _prepare(width_graph, groups, optimizer, data, fold, edits)
+    except BaseException:
+        edits.undo()
+        raise
+    change.commit(module)
+    module.meta.setdefault(_HISTORY, []).append(change.record)
+    return module
+
+
+@dataclass(frozen=True)
+class _Change:
+    """All that a resize will put in place."""
+
+    graph: RewrittenGraph
+    tensors: Mapping[str, Tensor]
+    replacements: Mapping[str, Replacement]
+    update: OptimizerUpdate | None
+    record: dict[str, Any]
+
+    def commit(self, module: fx.GraphModule) -> None:
+        slots = tensor_slots(module)
+        for name, constant in self.graph.constants.items():
+            module.register_buffer(name, constant)
+        module.graph = self.graph.graph
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                old, places = slots[name]
+                if name not in self.replacements:
+                    old.copy_(tensor)
+                    continue
+                for holder, attribute in places:
+                    set_slot(holder, attribute, self.replacements[name].new)
+        if self.update is not None:
+            self.update.commit()
+
+
+def _checked(
+    width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: bool
+) -> dict[ChannelGroup, int]:
+    """Return the groups that change and their new widths.
+
+    Raises:
+        FxwidthError: a name, a width, a pinned group or an inexact growth makes the plan unusable.
+    """
+    if not isinstance(plan, Mapping):
+        raise FxwidthError(f"a plan maps group names to widths, but received {type(plan).__name__}.")
+    result = {}
+    for name, width in Plan(dict(plan)).items():
+        group = width_graph[name]
+        if width == group.width:
+            continue
+        if group.pinned is not None:
+            raise FxwidthError(
+                f"group {name!r} must keep its width {group.width}: {group.pinned}. Remove it from the plan."
+            )
+        if width > group.width and exact and group.inexact_growth is not None:
+            raise FxwidthError(
+                f"growing group {name!r} from {group.width} to {width} would change the function: "
+                f"{group.inexact_growth}. Pass exact=False to grow it all the same."
+            )
+        result[group] = width
+    return result
+
+
+def _prepare(
+    width_graph: WidthGraph,
+    groups: Mapping[ChannelGroup, int],
+    optimizer: Optimizer | None,
+    data: Iterable[Any] | None,
+    folds: bool,
+    edits: AttributeEdits,
+) -> _Change:
+    analysis = width_graph.analysis
+    shrinks = any(width < group.width for group, width in groups.items())
+    moments = _evidence(width_graph, data) if shrinks else None
+    kept = {group.factor: _kept(width_graph, group, width, moments) for group, width in groups.items()}
+    maps = IndexMaps(analysis.space, kept)
+    tensors, maps = resized_tensors(width_graph, maps, moments, folds)
+    replacements = _replacements(width_graph, maps, tensors)
+    fakes = {name: analysis.mode.from_tensor(replacement.new) for name, replacement in replacements.items()}
+    graph = rewrite_graph(analysis, maps, fakes, edits)
+    update = None if optimizer is None else plan_optimizer_update(optimizer, list(replacements.values()))
+    record = {
+        "widths": {group.name: [group.width, width] for group, width in groups.items()},
+        "parameters": _count_after(width_graph, replacements),
+        "evidence": moments.source if moments is not None else None,
+        "lowered": dict(graph.lowered),
+    }
+    return _Change(graph, tensors, replacements, update, record)
+
+
+def _evidence(width_graph: WidthGraph, data: Iterable[Any] | None) -> Moments | None:
+    if data is not None:
+        return moments_from_data(width_graph, data)
+    if any(entry.tensor.device.type == "meta" for entry in width_graph.analysis.parameters.values()):
+        return None
+    return moments_from_noise(width_graph)
+
+
+def _kept(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None) -> Indices:
+    if width > group.width:
+        return np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
+    return select(width_graph, group, width, moments)
+
+
+def _replacements(
+    width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]
+) -> dict[str, Replacement]:
+    result = {}
+    for name, tensor in tensors.items():
+        entry = width_graph.analysis.parameters[name]
+        indices = dim_maps(width_graph, maps, name)
+        if all(kept is None for kept in indices):
+            continue
+        new = tensor.detach().contiguous()
+        if isinstance(entry.tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=entry.tensor.requires_grad)
+            if entry.tensor.grad is not None:
+                new.grad = gather(entry.tensor.grad, indices)
+        result[name] = Replacement(entry.tensor, new, indices)
+    return result
+
+
+def _count_after(width_graph: WidthGraph, replacements: Mapping[str, Replacement]) -> list[int]:
+    parameters = {
+        name: entry.tensor
+        for name, entry in width_graph.analysis.parameters.items()
+        if isinstance(entry.tensor, nn.Parameter)
+    }
+    before = sum(tensor.numel() for tensor in parameters.values())
+    after = sum((replacements[name].new if name in replacements else t).numel() for name, t in parameters.items())
+    return [before, after]
+
+

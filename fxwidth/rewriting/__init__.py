@@ -1,0 +1,1 @@
+"""Carrying a resize out: parameters, literals of the graph, attributes of modules, optimizer state."""

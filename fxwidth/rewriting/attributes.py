@@ -1,0 +1,128 @@
+"""Sizes that standard modules keep as attributes, derived from their new parameters and the ops they ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import prescribed
+from fxwidth.tape import OpCall
+
+Attributes = dict[str, Any]
+_ByShape = Callable[[Any], Attributes]
+
+
+def _linear(module: nn.Linear) -> Attributes:
+    out_features, in_features = module.weight.shape
+    return {"out_features": out_features, "in_features": in_features}
+
+
+def _bilinear(module: nn.Bilinear) -> Attributes:
+    out_features, first, second = module.weight.shape
+    return {"out_features": out_features, "in1_features": first, "in2_features": second}
+
+
+def _embedding(module: nn.Embedding | nn.EmbeddingBag) -> Attributes:
+    return {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
+
+
+def _convolution(module: nn.modules.conv._ConvNd) -> Attributes:
+    first, second = module.weight.shape[:2]
+    if module.transposed:
+        return {"in_channels": first, "out_channels": second * module.groups}
+    return {"in_channels": second * module.groups, "out_channels": first}
+
+
+def _batch_norm(module: nn.modules.batchnorm._NormBase) -> Attributes:
+    channels = module.weight if module.weight is not None else module.running_mean
+    return {} if channels is None else {"num_features": channels.shape[0]}
+
+
+def _normalized_shape(module: nn.LayerNorm | nn.RMSNorm) -> Attributes:
+    return {} if module.weight is None else {"normalized_shape": tuple(module.weight.shape)}
+
+
+def _group_norm(module: nn.GroupNorm) -> Attributes:
+    return {} if module.weight is None else {"num_channels": module.weight.shape[0]}
+
+
+def _prelu(module: nn.PReLU) -> Attributes:
+    return {"num_parameters": module.weight.shape[0]}
+
+
+_BY_SHAPE: tuple[tuple[Any, _ByShape], ...] = (
+    (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    (nn.modules.conv._ConvNd, _convolution),
+    (nn.modules.batchnorm._NormBase, _batch_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _normalized_shape),
+    (nn.GroupNorm, _group_norm),
+    (nn.PReLU, _prelu),
+)
+
+
+def sizes_by_shape(module: nn.Module) -> Attributes:
+    """Return the size attributes that follow from the parameters a module has now."""
+    for kind, derive in _BY_SHAPE:
+        if isinstance(module, kind):
+            return derive(module)
+    return {}
+
+
+def sizes_by_calls(module: nn.Module, calls: Iterable[OpCall], maps: IndexMaps) -> Attributes:
+    """Return the attributes that follow from the ops a module must run after the resize."""
+    result: Attributes = {}
+    for call in calls:
+        _, arguments = prescribed(call, maps)
+        if isinstance(module, nn.modules.conv._ConvNd) and call.name == "convolution":
+            result["groups"] = arguments["groups"]
+        elif isinstance(module, nn.GroupNorm) and call.name == "native_group_norm":
+            result |= {"num_groups": arguments["group"], "num_channels": arguments["C"]}
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and "normalized_shape" in arguments:
+            result["normalized_shape"] = tuple(arguments["normalized_shape"])
+            if maps.variance_ratio(call.index) != 1.0:
+                result["eps"] = arguments["eps"]
+        elif isinstance(module, nn.Unflatten) and call.output_axes:
+            result |= _unflattened(module, call, maps)
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and "batch_norm" in call.name:
+            result["num_features"] = maps.size(call.axes[id(_first_tensor(call))][1])
+    return result
+
+
+def _unflattened(module: nn.Unflatten, call: OpCall, maps: IndexMaps) -> Attributes:
+    if not isinstance(module.dim, int) or call.name != "view":
+        return {}
+    axes = call.output_axes[0]
+    count = len(module.unflattened_size)
+    rank_before = len(axes) - count + 1
+    first = module.dim % rank_before
+    return {"unflattened_size": tuple(maps.size(axis) for axis in axes[first : first + count])}
+
+
+def _first_tensor(call: OpCall) -> Tensor:
+    return call.inputs[0]
+
+
+class AttributeEdits:
+    """Changes of module attributes that can be taken back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[nn.Module, str, Any]] = []
+
+    def apply(self, module: nn.Module, attributes: Attributes) -> None:
+        """Set attributes, remembering what they were."""
+        for name, value in attributes.items():
+            old = getattr(module, name)
+            if old != value:
+                self._undo.append((module, name, old))
+                setattr(module, name, value)
+
+    def undo(self) -> None:
+        """Set every attribute back."""
+        while self._undo:
+            module, name, value = self._undo.pop()
+            setattr(module, name, value)

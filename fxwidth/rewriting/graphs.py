@@ -1,0 +1,209 @@
+"""The repair ladder: making every node of a graph do, at the new sizes, what the axes prescribe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxwidth.analysis import Analysis
+from fxwidth.errors import FxwidthError
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
+from fxwidth.rewriting.literals import NodeState, patch
+from fxwidth.rewriting.lowering import Lowering
+from fxwidth.rewriting.signatures import differ, observed_signatures, prescribed_signatures
+from fxwidth.rules.registry import keeps
+from fxwidth.tape import TapeRecorder, evaluating, plain_kernels, substituted, tensor_slots, tensors_in
+
+
+@dataclass
+class RewrittenGraph:
+    """A graph for the new sizes, checked under fake tensors and not yet in use."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    patched: list[str] = field(default_factory=list)
+    lowered: dict[str, str] = field(default_factory=dict)
+
+
+def rewrite_graph(
+    analysis: Analysis, maps: IndexMaps, fakes: Mapping[str, Tensor], edits: AttributeEdits
+) -> RewrittenGraph:
+    """Return the graph of an analysed module for new parameter sizes.
+
+    Args:
+        analysis: the tape at the old sizes.
+        maps: the index maps of the resize.
+        fakes: the resized parameters and buffers as fake tensors, by name.
+        edits: takes the changes of module attributes, which are made at once; the caller undoes them on failure.
+
+    Raises:
+        FxwidthError: a node cannot be made to do what is prescribed.
+    """
+    return _Rewriter(analysis, maps, fakes, edits).run()
+
+
+class _Rewriter:
+    def __init__(
+        self, analysis: Analysis, maps: IndexMaps, fakes: Mapping[str, Tensor], edits: AttributeEdits
+    ) -> None:
+        self._analysis = analysis
+        self._maps = maps
+        self._module = analysis.module
+        self._edits = edits
+        self._fakes = {name: fakes.get(name, entry.fake) for name, entry in analysis.parameters.items()}
+        self._changed = set(fakes)
+        self._result = RewrittenGraph(copy.deepcopy(self._module.graph), {})
+        self._graph = self._result.graph
+        self._values: dict[fx.Node, Any] = {}
+        self._old_values: dict[fx.Node, Any] = {}
+        self._lowering = Lowering(analysis, maps, self._graph, self._add_constant)
+
+    def run(self) -> RewrittenGraph:
+        analysis = self._analysis
+        holders = self._holders()
+        with evaluating(self._module), substituted(self._module, self._fakes):
+            for holder in holders:
+                self._edits.apply(holder, sizes_by_shape(holder))
+            inputs = iter(analysis.inputs)
+            self._interpreter = fx.Interpreter(self._module, graph=self._graph)
+            for node in list(self._graph.nodes):
+                self._old_values[node] = analysis.node_values.get(node.name)
+                if node.op == "placeholder":
+                    self._values[node] = next(inputs)
+                elif node.op == "output":
+                    self._check_outputs(node)
+                else:
+                    self._rewrite(node)
+        self._graph.lint()
+        return self._result
+
+    def _holders(self) -> list[nn.Module]:
+        slots = tensor_slots(self._module)
+        found = {id(holder): holder for name in self._changed for holder, _ in slots[name][1]}
+        return list(found.values())
+
+    def _rewrite(self, node: fx.Node) -> None:
+        if not self._touched(node):
+            self._values[node] = self._old_values[node]
+            return
+        calls = self._analysis.calls_of(node.name)
+        if node.op == "get_attr":
+            self._values[node] = self._run(node)[0]
+            return
+        if node.op == "call_module":
+            module = self._module.get_submodule(str(node.target))
+            self._edits.apply(module, sizes_by_calls(module, calls, self._maps))
+            self._edits.apply(module, sizes_by_shape(module))  # in_channels follows from groups
+        wanted = prescribed_signatures(calls, self._maps)
+        problem = self._try(node, wanted)
+        if problem is None:
+            return
+        if patch(self._state(node)):
+            problem = self._try(node, wanted)
+        if problem is None:
+            self._result.patched.append(node.name)
+            return
+        self._lower(node, problem)
+
+    def _touched(self, node: fx.Node) -> bool:
+        """Tell whether anything a node works with has changed."""
+        if any(self._values[source] is not self._old_values[source] for source in node.all_input_nodes):
+            return True
+        fresh = any(self._maps.changes(axis) for call in self._analysis.calls_of(node.name)
+                    for axes in (*call.output_axes, *call.axes.values()) for axis in axes)
+        if fresh or node.op == "get_attr":
+            return True
+        if node.op == "call_module":
+            module = self._module.get_submodule(str(node.target))
+            return any(name in self._changed for name in self._names_of(module))
+        return False
+
+    def _names_of(self, module: nn.Module) -> set[str]:
+        own = {id(tensor) for tensor, _ in tensor_slots(module).values()}
+        return {name for name, fake in self._fakes.items() if id(fake) in own}
+
+    def _try(self, node: fx.Node, wanted: list[Any]) -> str | None:
+        """Run a node at the new sizes; return None when it does what is wanted, else what is wrong."""
+        try:
+            value, recorder = self._run(node)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            return lines[0] if lines else type(error).__name__
+        problem = differ(observed_signatures(recorder.calls), wanted) or self._wrong_shape(node, value)
+        if problem is None:
+            self._values[node] = value
+        return problem
+
+    def _run(self, node: fx.Node) -> tuple[Any, TapeRecorder]:
+        args = fx.node.map_arg(node.args, lambda source: self._values[source])
+        kwargs = fx.node.map_arg(node.kwargs, lambda source: self._values[source])
+        recorder = TapeRecorder(keeps)
+        with plain_kernels(), self._analysis.mode, recorder:
+            return getattr(self._interpreter, node.op)(node.target, args, kwargs), recorder
+
+    def _wrong_shape(self, node: fx.Node, value: Any) -> str | None:
+        old, new = tensors_in(self._old_values[node]), tensors_in(value)
+        wanted = [tuple(self._maps.size(axis) for axis in self._analysis.axes_of(tensor)) for tensor in old]
+        shapes = [tuple(tensor.shape) for tensor in new]
+        return None if shapes == wanted else f"results of shapes {shapes} where {wanted} are needed"
+
+    def _state(self, node: fx.Node) -> NodeState:
+        old = self._old_values[node]
+        return NodeState(
+            node,
+            self._analysis.calls_of(node.name),
+            old,
+            self._analysis.axes_of(old) if isinstance(old, Tensor) else None,
+            self._analysis.node_values,
+            self._values,
+            self._maps,
+            self._analysis.axes_of,
+        )
+
+    def _lower(self, node: fx.Node, problem: str) -> None:
+        name = node.name
+        if not tensors_in(self._old_values[node]):
+            # A number computed from a size: whoever uses it is patched.
+            self._values[node] = self._run(node)[0]
+            return
+        result, inserted = self._lowering.lower(node, name, self._old_values)
+        for new in inserted:
+            self._values[new] = self._run_inserted(new, name, problem)
+        node.replace_all_uses_with(result)
+        self._old_values[result] = self._old_values[node]
+        if (wrong := self._wrong_shape(result, self._values[result])) is not None:
+            raise FxwidthError(f"node {name!r} cannot be rewritten: {wrong}. Keep its groups with keep=.")
+        self._graph.erase_node(node)
+        self._result.lowered[name] = problem
+
+    def _run_inserted(self, node: fx.Node, lowered: str, problem: str) -> Any:
+        if node.op == "get_attr" and str(node.target) in self._result.constants:
+            return self._analysis.mode.from_tensor(self._result.constants[str(node.target)])
+        try:
+            return self._run(node)[0]
+        except Exception as error:
+            raise FxwidthError(
+                f"node {lowered!r} cannot be rewritten for the new sizes: {problem}; taken apart into ATen ops, "
+                f"{node.name!r} fails: {error}. Keep its groups with keep=."
+            ) from error
+
+    def _add_constant(self, value: Tensor) -> str:
+        name = f"_fxwidth_constant_{len(self._result.constants)}"
+        while hasattr(self._module, name):
+            name += "_"
+        self._result.constants[name] = value
+        return name
+
+    def _check_outputs(self, node: fx.Node) -> None:
+        values = tensors_in(fx.node.map_arg(node.args, lambda source: self._values[source]))
+        old = [tuple(tensor.shape) for tensor in self._analysis.outputs]
+        new = [tuple(tensor.shape) for tensor in values]
+        if old != new:
+            raise FxwidthError(f"the outputs would change their shapes from {old} to {new}; no resize was made.")
+
+

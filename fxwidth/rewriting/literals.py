@@ -1,0 +1,276 @@
+"""Patching the literal arguments of one fx node: the second rung of the repair ladder.
+
+Wanted values come from the axes of the tape, never from the present values. An argument that is computed in the
+graph and comes out right is left alone, so that what was dynamic stays dynamic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxwidth.factors import axis_size
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import prescribed
+from fxwidth.tape import Axes, OpCall
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """One node, what it did and returned on the tape, and the values its arguments have now."""
+
+    node: fx.Node
+    calls: Sequence[OpCall]
+    old_value: Any
+    axes: Axes | None
+    old_values: dict[str, Any]
+    new_values: dict[fx.Node, Any]
+    maps: IndexMaps
+    axes_of: Callable[[Tensor], Axes]
+
+    def now(self, argument: Any) -> Any:
+        """Return the present value of an argument."""
+        return self.new_values[argument] if isinstance(argument, fx.Node) else argument
+
+    def before(self, argument: Any) -> Any:
+        """Return the value of an argument on the tape."""
+        return self.old_values.get(argument.name) if isinstance(argument, fx.Node) else argument
+
+    def sizes(self) -> list[int]:
+        """Return the shape the node's result must have."""
+        assert self.axes is not None
+        return [self.maps.size(axis) for axis in self.axes]
+
+
+def patch(state: NodeState) -> bool:
+    """Give a node's literal arguments their prescribed values; return whether anything was changed."""
+    node = state.node
+    before = (node.args, node.kwargs, node.target)
+    name = _function_name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        _patch_aten(state)
+    elif name in _PATCHES:
+        _PATCHES[name](state)
+    _freeze_scalars(state)
+    return (node.args, node.kwargs, node.target) != before
+
+
+def _function_name(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _argument(node: fx.Node, position: int, *names: str) -> Any:
+    for name in names:
+        if name in node.kwargs:
+            return node.kwargs[name]
+    return node.args[position] if position < len(node.args) else None
+
+
+def _set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
+    if position < len(node.args) and name not in node.kwargs:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def _patch_aten(state: NodeState) -> None:
+    """Take the arguments of a node that is one ATen op from that op's prescription."""
+    node = state.node
+    calls = [call for call in state.calls if call.func == node.target]
+    if len(calls) != 1 or len(state.calls) != 1:
+        return
+    _, arguments = prescribed(calls[0], state.maps)
+    for position, parameter in enumerate(calls[0].func._schema.arguments):
+        if parameter.name not in arguments or isinstance(arguments[parameter.name], Tensor):
+            continue
+        wanted = arguments[parameter.name]
+        if parameter.name in node.kwargs:
+            node.update_kwarg(parameter.name, _merged(state, node.kwargs[parameter.name], wanted))
+        elif position < len(node.args):
+            node.update_arg(position, _merged(state, node.args[position], wanted))
+
+
+def _merged(state: NodeState, current: Any, wanted: Any) -> Any:
+    """Return the wanted value, with those parts of the current one that come out right left as they are."""
+    if isinstance(current, fx.Node):
+        return current if state.now(current) == wanted else wanted
+    if isinstance(current, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(current) == len(wanted):
+        if any(isinstance(state.now(part), (Tensor, type(None))) for part in current):
+            return current
+        return [_merged(state, own, other) for own, other in zip(current, wanted, strict=True)]
+    if isinstance(wanted, (int, float)) and isinstance(current, (int, float)) and current != -1:
+        return wanted
+    return current
+
+
+def _sizes(first: int) -> Callable[[NodeState], None]:
+    """Patch sizes given as one sequence or one by one from an argument position on."""
+
+    def apply(state: NodeState) -> None:
+        node = state.node
+        if state.axes is None:
+            return
+        rest = node.args[first:]
+        packed = len(rest) == 1 and not isinstance(state.now(rest[0]), int)
+        current = state.now(rest[0]) if packed and isinstance(rest[0], fx.Node) else rest[0] if packed else rest
+        wanted = state.sizes()
+        if not isinstance(current, (list, tuple)) or len(current) != len(wanted):
+            return
+        if packed and isinstance(rest[0], fx.Node):
+            if list(current) != wanted:
+                node.update_arg(first, wanted)
+            return
+        sizes = [_size(state, own, k, wanted[k], current) for k, own in enumerate(current)]
+        node.args = (*node.args[:first], sizes) if packed else (*node.args[:first], *sizes)
+
+    return apply
+
+
+def _size(state: NodeState, current: Any, position: int, wanted: int, others: Sequence[Any]) -> Any:
+    value = state.now(current)
+    if value in (wanted, -1):
+        return current
+    assert state.axes is not None
+    axis = state.axes[position]
+    if state.maps.size(axis) != state.maps.with_larger_batch().size(axis):
+        # A size that holds the batch must not be baked in.
+        return -1 if all(state.now(other) != -1 for other in others) else wanted
+    return wanted
+
+
+def _literal(position: int, name: str, op: str, argument: str) -> Callable[[NodeState], None]:
+    """Patch one argument with an argument of the ATen op that the function becomes."""
+
+    def apply(state: NodeState) -> None:
+        calls = [call for call in state.calls if call.name == op]
+        if len(calls) == 1:
+            _, arguments = prescribed(calls[0], state.maps)
+            wanted = arguments[argument]
+            current = _argument(state.node, position, name)
+            now = state.now(current)
+            equal = list(now) == list(wanted) if isinstance(now, (list, tuple)) else now == wanted
+            if current is not None and not equal:
+                _set_argument(state.node, position, name, wanted)
+
+    return apply
+
+
+def _norm(position: int, name: str, op: str, eps_position: int) -> Callable[[NodeState], None]:
+    shape = _literal(position, name, op, "normalized_shape")
+
+    def apply(state: NodeState) -> None:
+        shape(state)
+        calls = [call for call in state.calls if call.name == op]
+        if len(calls) == 1 and state.maps.variance_ratio(calls[0].index) != 1.0:
+            _, arguments = prescribed(calls[0], state.maps)
+            _set_argument(state.node, eps_position, "eps", arguments["eps"])
+
+    return apply
+
+
+def _split(state: NodeState) -> None:
+    """Give a split its section sizes when they are no longer what its present arguments make."""
+    node = state.node
+    if not isinstance(state.old_value, (list, tuple)) or not state.old_value:
+        return
+    dim = state.now(_argument(node, 2, "dim")) or 0
+    sections = [state.maps.size(state.axes_of(part)[dim]) for part in state.old_value]
+    node.op, node.target = "call_function", torch.split
+    node.args, node.kwargs = (_argument(node, 0, "input", "tensor"), sections, dim), {}
+
+
+def _getitem(state: NodeState) -> None:
+    node = state.node
+    source, index = node.args
+    tensor = state.before(source)
+    if not isinstance(tensor, Tensor) or not isinstance(state.old_value, Tensor):
+        return
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(isinstance(state.before(item), Tensor) or isinstance(state.before(item), (list, bool)) for item in items):
+        return
+    axes = state.axes_of(tensor)
+    named = sum(item is not None and item is not Ellipsis for item in items)
+    dim, result = 0, []
+    for item in items:
+        if item is None:
+            result.append(item)
+            continue
+        if item is Ellipsis:
+            dim += len(axes) - named
+            result.append(item)
+            continue
+        result.append(_index(state, item, axes, dim))
+        dim += 1
+    node.update_arg(1, tuple(result) if isinstance(index, tuple) else result[0])
+
+
+def _index(state: NodeState, item: Any, axes: Axes, dim: int) -> Any:
+    axis = axes[dim]
+    old_size, new_size = axis_size(axis), state.maps.size(axis)
+    if isinstance(item, slice):
+        if item.step not in (None, 1):
+            return item
+        bounds = [_bound(state, bound, old_size, new_size, axes, dim) for bound in (item.start, item.stop)]
+        return slice(*bounds, item.step)
+    if isinstance(item, (int, fx.Node)):
+        wanted = state.maps.prefix(axis, state.before(item) % old_size)
+        return item if state.now(item) % new_size == wanted else wanted
+    return item
+
+
+def _bound(state: NodeState, bound: Any, old_size: int, new_size: int, axes: Axes, dim: int) -> Any:
+    if bound is None:
+        return None
+    old, now = state.before(bound), state.now(bound)
+    position = min(max(old + old_size if old < 0 else old, 0), old_size)
+    present = min(max(now + new_size if now < 0 else now, 0), new_size)
+    wanted = state.maps.prefix(axes[dim], position)
+    return bound if present == wanted else wanted
+
+
+def _attention(state: NodeState) -> None:
+    """Keep the scale that attention was trained with: its default is computed from head_dim."""
+    node = state.node
+    query = state.before(_argument(node, 0, "query"))
+    if _argument(node, 6, "scale") is None and isinstance(query, Tensor) and state.maps.changes(state.axes_of(query)[-1]):
+        node.update_kwarg("scale", 1 / math.sqrt(query.shape[-1]))
+
+
+def _freeze_scalars(state: NodeState) -> None:
+    """Replace numbers that the graph computes from a size by their trained value, where a tensor is computed with them."""
+    node = state.node
+    if _function_name(node).strip("_") not in _ARITHMETIC or not isinstance(state.old_value, Tensor):
+        return
+    for position, argument in enumerate(node.args):
+        if isinstance(argument, fx.Node) and isinstance(state.before(argument), (int, float)):
+            if state.before(argument) != state.now(argument):
+                node.update_arg(position, state.before(argument))
+
+
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "pow", "iadd", "imul", "isub", "itruediv", "floordiv"})
+
+_PATCHES: dict[str, Callable[[NodeState], None]] = {
+    "view": _sizes(1),
+    "reshape": _sizes(1),
+    "expand": _sizes(1),
+    "split": _split,
+    "chunk": _split,
+    "split_with_sizes": _split,
+    "getitem": _getitem,
+    "scaled_dot_product_attention": _attention,
+    "layer_norm": _norm(1, "normalized_shape", "native_layer_norm", 4),
+    "rms_norm": _norm(1, "normalized_shape", "rms_norm", 3),
+    "group_norm": _literal(1, "num_groups", "native_group_norm", "group"),
+    "pad": _literal(1, "pad", "constant_pad_nd", "pad"),
+    "repeat": _literal(1, "repeats", "repeat", "repeats"),
+    "tile": _literal(1, "dims", "repeat", "repeats"),
+    **{f"conv{n}d": _literal(6, "groups", "convolution", "groups") for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _literal(6, "groups", "convolution", "groups") for n in (1, 2, 3)},
+}

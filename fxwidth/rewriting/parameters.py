@@ -1,0 +1,107 @@
+"""New parameters and buffers: old entries in their new places, what was dropped folded in, new channels filled."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.folding import fold, variance_ratio
+from fxwidth.groups import WidthGraph
+from fxwidth.growth import new_entries
+from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.moments import Moments
+from fxwidth.tape import OpCall
+
+_NORMS = ("layer norm", "RMS norm")
+
+
+def gather(tensor: Tensor, indices: Sequence[Indices | None]) -> Tensor:
+    """Return the old entries of a tensor in their new places, zero where there was none.
+
+    Args:
+        tensor: any shape.
+        indices: for each dim the old position of each new one, `NEW` for none, or None for a dim that stays.
+    """
+    for dim, kept in enumerate(indices):
+        if kept is None:
+            continue
+        places = torch.from_numpy(np.maximum(kept, 0)).to(tensor.device)
+        tensor = tensor.index_select(dim, places)
+        new = np.flatnonzero(kept == NEW)
+        if len(new):
+            tensor = tensor.index_fill(dim, torch.from_numpy(new).to(tensor.device), 0)
+    return tensor
+
+
+def dim_maps(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices | None]:
+    """Return the index map of each dim of a parameter, None where it stays."""
+    axes = width_graph.analysis.parameters[name].axes
+    return [maps.indices(axis) if maps.changes(axis) else None for axis in axes]
+
+
+def resized_tensors(
+    width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, folds: bool = True
+) -> tuple[dict[str, Tensor], IndexMaps]:
+    """Return the tensors that change, by name, and the maps completed with the variance ratios of norms.
+
+    Args:
+        width_graph: the analysis at the old sizes.
+        maps: the kept and new indices of each resized group.
+        moments: what the readers see; None when nothing is dropped or nothing is known.
+        folds: whether readers take over what they read from dropped channels.
+    """
+    analysis = width_graph.analysis
+    shrinks = moments is not None and folds
+    folded = fold(width_graph, maps, moments) if moments is not None and shrinks else {}
+    ratios = _variance_ratios(width_graph, maps, moments)
+    result = {}
+    for name, entry in analysis.parameters.items():
+        old = folded.get(name, entry.tensor.detach())
+        indices = dim_maps(width_graph, maps, name)
+        if any(kept is not None for kept in indices):
+            gathered = gather(old, indices)
+            result[name] = new_entries(width_graph, maps, name, old, gathered)
+        elif name in folded:
+            result[name] = old
+    for name, ratio in _gain_ratios(width_graph, ratios).items():
+        gain = result.get(name, analysis.parameters[name].tensor.detach())
+        result[name] = gain * math.sqrt(ratio)
+    return result, maps.with_variance_ratios(ratios)
+
+
+def _variance_ratios(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> dict[int, float]:
+    """Return the variance ratio of each norm whose gain can be rescaled, one for all calls that share a gain."""
+    by_gain: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for call in width_graph.analysis.calls:
+        gain = _gain(width_graph, call)
+        changed = [m for m in call.mixings if maps.changes(call.axes[id(m.tensor)][m.dim])]
+        if gain is not None and changed:
+            by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
+    result = {}
+    for entries in by_gain.values():
+        shared = math.exp(sum(math.log(max(ratio, 1e-12)) for _, ratio in entries) / len(entries))
+        result |= dict.fromkeys((index for index, _ in entries), shared)
+    return result
+
+
+def _gain(width_graph: WidthGraph, call: OpCall) -> str | None:
+    if not any(mixing.kind in _NORMS for mixing in call.mixings):
+        return None
+    weight = call.arguments.get("weight")
+    return next((name for name, e in width_graph.analysis.parameters.items() if e.fake is weight), None)
+
+
+def _gain_ratios(width_graph: WidthGraph, ratios: dict[int, float]) -> dict[str, float]:
+    result = {}
+    for index, ratio in ratios.items():
+        gain = _gain(width_graph, width_graph.analysis.calls[index])
+        if gain is not None and ratio != 1.0:
+            result[gain] = ratio
+    return result
+
+

@@ -1,0 +1,88 @@
+"""What a node does, as a list of ATen calls that can be compared: before a resize as prescribed, after it as observed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import prescribed
+from fxwidth.tape import OpCall, functional_name
+
+Signature = tuple[Any, ...]
+
+# Ops without arithmetic meaning: whether they occur depends on strides alone.
+SILENT = frozenset(
+    {"detach", "alias", "lift_fresh", "clone", "contiguous", "as_strided", "_assert_tensor_metadata"}
+    # A view is determined by the shapes before and after it, and those are compared.
+    | {"view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy"}
+)
+_SPLITS = frozenset({"split", "unsafe_split", "chunk", "split_with_sizes", "unsafe_split_with_sizes"})
+_SIZED_BY_RESULT = frozenset({"expand", "full", "zeros", "ones", "empty", "rand", "randn"})
+_IRRELEVANT = frozenset(
+    {"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator", "implicit", "N", "HxW"}
+)
+
+
+def prescribed_signatures(calls: Iterable[OpCall], maps: IndexMaps) -> list[Signature]:
+    """Return what a node must do after a resize, from what it did on the tape."""
+    result = []
+    for call in calls:
+        if call.name in SILENT:
+            continue
+        func, arguments = prescribed(call, maps)
+        shapes = [[maps.size(axis) for axis in axes] for axes in call.output_axes]
+        sliced = maps.size(call.axes[id(call.arguments["self"])][call.arguments["dim"]]) if call.name == "slice" else 0
+        result.append(_signature(func, arguments, shapes, sliced))
+    return result
+
+
+def observed_signatures(calls: Iterable[OpCall]) -> list[Signature]:
+    """Return what a node has done when it was run."""
+    result = []
+    for call in calls:
+        if call.name in SILENT:
+            continue
+        shapes = [list(output.shape) for output in call.outputs]
+        sliced = call.arguments["self"].shape[call.arguments["dim"]] if call.name == "slice" else 0
+        result.append(_signature(call.func, call.arguments, shapes, sliced))
+    return result
+
+
+def _signature(func: OpOverload, arguments: dict[str, Any], shapes: Sequence[Sequence[int]], sliced: int) -> Signature:
+    name = functional_name(func)
+    results = tuple(map(tuple, shapes))
+    if name in _SPLITS:
+        return ("split", results)
+    if name == "slice":
+        start = arguments["start"] or 0
+        return ("slice", results, arguments["dim"], start + sliced if start < 0 else start, arguments["step"])
+    literals = []
+    for key, value in arguments.items():
+        leaves = pytree.tree_leaves(value)
+        size_of_result = key == "size" and (name in _SIZED_BY_RESULT or name.startswith("new_"))
+        if key in _IRRELEVANT or size_of_result or any(isinstance(leaf, Tensor) for leaf in leaves):
+            continue
+        literals.append((key, tuple(_comparable(leaf) for leaf in leaves)))
+    return (name, results, tuple(literals))
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, float):
+        # Literals pass through float32 kernels and user arithmetic; a wrong scale differs by far more.
+        return float(f"{value:.10g}")
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)
+
+
+def differ(observed: Sequence[Signature], wanted: Sequence[Signature]) -> str | None:
+    """Return None when two lists agree, or the first difference in words."""
+    for own, other in zip(observed, wanted, strict=False):
+        if own != other:
+            return f"{own} where {other} is needed"
+    return None if len(observed) == len(wanted) else f"{len(observed)} ops where {len(wanted)} are needed"
+
+

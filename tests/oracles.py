@@ -1,0 +1,85 @@
+"""What several tests need: models with telling numbers, analyses of them, random removals, and the rule oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxwidth.analysis import Analysis, analyze_axes
+from fxwidth.factors import Factor
+from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.index_maps import IndexMaps, Indices
+from fxwidth.verification import replay_difference
+
+# Rounding of float64 over some hundred layers; the smallest planted fault is ten orders above it.
+ROUNDING = 1e-9
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and buffer random values of a sound scale: with defaults, wrong index maps do not show."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if not tensor.dtype.is_floating_point:
+            continue
+        is_gain = tensor.dim() <= 1 and any(word in name for word in ("weight", "var", "gamma", "scale"))
+        if is_gain:
+            values = uniform(tensor, 0.75, 1.25)
+        elif tensor.dim() <= 1:
+            values = uniform(tensor, -0.2, 0.2)
+        else:
+            bound = (3.0 / max(1, tensor[0].numel())) ** 0.5
+            values = uniform(tensor, -1.2 * bound, 1.2 * bound)
+        with torch.no_grad():
+            tensor.copy_(values)
+    return model
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    """Return a graph of a model: traced, or where that is not possible the model as one node."""
+    try:
+        return fx.symbolic_trace(model)
+    except Exception:
+        return as_one_node(model)
+
+
+def as_one_node(model: nn.Module) -> fx.GraphModule:
+    """Return a graph with one node, the model."""
+    graph = fx.Graph()
+    names = [name for name in model.forward.__code__.co_varnames[1 : model.forward.__code__.co_argcount]]
+    graph.output(graph.call_module("model", tuple(graph.placeholder(name) for name in names)))
+    return fx.GraphModule({"model": model}, graph)
+
+
+def analysed(model: nn.Module, inputs: Sequence[Any]) -> Analysis:
+    """Analyse a model in eval mode with telling numbers in it."""
+    return analyze_axes(traced(randomise(model.eval())), inputs)
+
+
+def removals(groups: Sequence[ChannelGroup], ratio: float, seed: int = 0) -> dict[Factor, Indices]:
+    """Keep a random part of the channels of each group, in order."""
+    generator = np.random.default_rng(seed)
+    return {
+        group.factor: np.sort(generator.permutation(group.width)[: max(1, round(group.width * ratio))])
+        for group in groups
+    }
+
+
+def random_maps(analysis: Analysis, ratio: float, seed: int = 0) -> IndexMaps:
+    """Keep a random part of the channels of every free group."""
+    return IndexMaps(analysis.space, removals(WidthGraph(analysis).free, ratio, seed))
+
+
+def assert_replays(analysis: Analysis, inputs: Sequence[Any], ratios: Sequence[float] = (0.5, 0.3)) -> None:
+    """Assert that random removals at several ratios give what zeroing the same channels gives."""
+    for seed, ratio in enumerate(ratios):
+        difference = replay_difference(analysis, random_maps(analysis, ratio, seed), inputs)
+        assert difference < ROUNDING, f"kept {ratio} of every group: outputs differ by {difference:.1e}"
