@@ -1,1 +1,50 @@
 """fxwidth: the width compiler for PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxwidth import rules  # noqa: F401  (fills the table of op rules)
+from fxwidth.checkpoint import load, save
+from fxwidth.errors import FxwidthError
+from fxwidth.evolution import Evolver, evolve
+from fxwidth.groups import ChannelGroup, Site, WidthGraph
+from fxwidth.planning import Plan, plan
+from fxwidth.reporting import Report, report
+from fxwidth.resizing import resize
+from fxwidth.tracing import analyze_module, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelGroup",
+    "Evolver",
+    "FxwidthError",
+    "Plan",
+    "Report",
+    "Site",
+    "WidthGraph",
+    "analyze",
+    "evolve",
+    "load",
+    "plan",
+    "report",
+    "resize",
+    "save",
+    "trace",
+]
+
+
+def analyze(gm: fx.GraphModule, example_inputs: Any = None) -> WidthGraph:
+    """Find the channel groups of a graph: what can be resized, what is coupled with what, what is pinned and why.
+
+    Args:
+        gm: a graph from `fxwidth.trace`, or any GraphModule.
+        example_inputs: a tensor or a tuple; needless when the graph carries shapes.
+
+    Raises:
+        FxwidthError: no shapes are known, or the graph does not run on them.
+    """
+    return WidthGraph(analyze_module(gm, example_inputs))

@@ -225,9 +225,7 @@ def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -
         unify(analysis.space, one, two)
 
 
-def _axes_by_rule(
-    analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]
-) -> tuple[Sequence[Axes] | None, str]:
+def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:
     judge = rule_for(call.func)
     if judge is None:
         return None, "no rule for this op"

@@ -56,7 +56,7 @@ class Link:
     context: str
 
 
-class AxisMismatch(Exception):
+class AxisMismatchError(Exception):
     """Two axes that should be equal have different sizes: the rule that said so does not fit the call."""
 
 

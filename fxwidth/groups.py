@@ -146,10 +146,13 @@ class WidthGraph:
         for group in self.groups:
             notes = [f"pinned: {group.pinned}"] if group.pinned else []
             notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
-            counts = [str(len({site.parameter for site in group.sites_as(role)})) for role in (Role.WRITER, Role.READER)]
-            rows.append((group.name, str(group.width), *counts, "; ".join(notes)))
+            writers = len({site.parameter for site in group.sites_as(Role.WRITER)})
+            readers = len({site.parameter for site in group.sites_as(Role.READER)})
+            rows.append((group.name, str(group.width), str(writers), str(readers), "; ".join(notes)))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+        ]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -201,12 +204,12 @@ def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Fact
         through = set(analysis.space.factors(signal_axis)) - own
         for dim, axis in enumerate(entry.axes):
             if dim != reading.parameter_dim:
-                result |= {(reading.parameter, dim, factor) for factor in analysis.space.factors(axis) if factor in through}
+                result |= {
+                    (reading.parameter, dim, factor) for factor in analysis.space.factors(axis) if factor in through
+                }
     return result
 
 
 def _name(parameter: str, dim: int, number: int | None) -> str:
     name = parameter.removesuffix(".weight") + (f":{dim}" if dim else "")
     return name if number is None else f"{name}#{number}"
-
-

@@ -36,12 +36,14 @@ class Moment:
         covariance: Cov h, [channels, channels].
         rows: how many vectors h they were taken from; pixels and tokens are vectors of their own.
         samples: how many inputs these came from.
+        precision: the rounding unit of the numbers they were computed from.
     """
 
     mean: Tensor
     covariance: Tensor
     rows: int
     samples: int
+    precision: float
 
     @property
     def second(self) -> Tensor:
@@ -182,6 +184,7 @@ class _Sum:
         wide = accumulation_dtype(rows)
         work = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
         if self._origin is None:
+            self._precision = torch.finfo(work.dtype).eps
             self._origin = work.to(wide).mean(0)
             self._first = torch.zeros_like(self._origin)
             self._second = self._first.new_zeros(len(self._origin), len(self._origin))
@@ -196,7 +199,7 @@ class _Sum:
         assert self._origin is not None
         shift = self._first / self.rows
         covariance = torch.addr(self._second / self.rows, shift, shift, alpha=-1)
-        return Moment(self._origin + shift, covariance, self.rows, self.samples)
+        return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
 
 
 class _Average:

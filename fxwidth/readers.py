@@ -44,12 +44,32 @@ class ParameterView:
         """Return these entries of a tensor laid out like the parameter: writing to them writes to it."""
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
-    def entries(self) -> Indices:
-        """Return the sorted memory positions of the entries."""
+    def overlaps(self, other: ParameterView) -> bool:
+        """Tell whether two views of one parameter have entries in common."""
+        if self._first > other._last or other._first > self._last:
+            return False
+        # Without a gap, every position between the first and the last is an entry.
+        if self._is_dense or other._is_dense:
+            return True
+        return bool(np.intersect1d(self._entries(), other._entries(), assume_unique=True).size)
+
+    @property
+    def _first(self) -> int:
+        return self.offset
+
+    @property
+    def _last(self) -> int:
+        return self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+
+    @property
+    def _is_dense(self) -> bool:
+        return prod(self.size) == self._last - self._first + 1
+
+    def _entries(self) -> Indices:
         positions = np.zeros(1, dtype=np.int64)
         for size, stride in zip(self.size, self.stride, strict=True):
             positions = (positions[:, None] + np.arange(size)[None, :] * stride).reshape(-1)
-        return np.unique(positions + self.offset)
+        return positions + self.offset
 
 
 @dataclass(frozen=True)
@@ -165,6 +185,11 @@ class Wiring:
         return ParameterView(
             names[0], size, tensor.stride(), int(tensor.storage_offset() - entry.fake.storage_offset())
         )
+
+    def values(self, tensor: Tensor | None) -> Tensor | None:
+        """Return the numbers of a tensor of the tape that is a parameter or a view of one."""
+        view = None if tensor is None else self.view(tensor)
+        return None if view is None else view.of(self._analysis.parameters[view.parameter].tensor.detach())
 
     def following_batch_norm(self, call: OpCall) -> OpCall | None:
         """Return the batch norm that alone takes an op's result, if it keeps running statistics."""

@@ -24,7 +24,7 @@ from fxwidth.selection import select
 from fxwidth.tape import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module
 
-_HISTORY = "fxwidth_history"
+HISTORY = "fxwidth_history"
 
 
 def resize(
@@ -53,9 +53,7 @@ def resize(
     Raises:
         FxwidthError: the plan or the data cannot be used; nothing has changed.
     """
-    return resize_analyzed(
-        WidthGraph(analyze_module(gm)), plan, optimizer=optimizer, data=data, fold=fold, exact=exact
-    )
+    return resize_analyzed(WidthGraph(analyze_module(gm)), plan, optimizer=optimizer, data=data, fold=fold, exact=exact)
 
 
 def resize_analyzed(
@@ -66,20 +64,25 @@ def resize_analyzed(
     data: Iterable[Any] | None = None,
     fold: bool = True,
     exact: bool = True,
+    blind: bool = False,
 ) -> fx.GraphModule:
-    """Carry out a plan on a graph that has just been analysed; see `resize`."""
+    """Carry out a plan on a graph that has just been analysed; see `resize`.
+
+    With `blind`, the first channels of each group are kept without a look at values, which are about to be loaded.
+    """
     module = width_graph.analysis.module
     groups = _checked(width_graph, plan, exact)
     if not groups:
         return module
     edits = AttributeEdits()
     try:
-        change = _prepare(width_graph, groups, optimizer, data, fold, edits)
+        moments = None if blind else _evidence(width_graph, groups, data)
+        change = _prepare(width_graph, groups, optimizer, moments, fold, edits)
     except BaseException:
         edits.undo()
         raise
     change.commit(module)
-    module.meta.setdefault(_HISTORY, []).append(change.record)
+    module.meta.setdefault(HISTORY, []).append(change.record)
     return module
 
 
@@ -110,9 +113,7 @@ class _Change:
             self.update.commit()
 
 
-def _checked(
-    width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: bool
-) -> dict[ChannelGroup, int]:
+def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: bool) -> dict[ChannelGroup, int]:
     """Return the groups that change and their new widths.
 
     Raises:
@@ -142,13 +143,11 @@ def _prepare(
     width_graph: WidthGraph,
     groups: Mapping[ChannelGroup, int],
     optimizer: Optimizer | None,
-    data: Iterable[Any] | None,
+    moments: Moments | None,
     folds: bool,
     edits: AttributeEdits,
 ) -> _Change:
     analysis = width_graph.analysis
-    shrinks = any(width < group.width for group, width in groups.items())
-    moments = _evidence(width_graph, data) if shrinks else None
     kept = {group.factor: _kept(width_graph, group, width, moments) for group, width in groups.items()}
     maps = IndexMaps(analysis.space, kept)
     tensors, maps = resized_tensors(width_graph, maps, moments, folds)
@@ -165,7 +164,11 @@ def _prepare(
     return _Change(graph, tensors, replacements, update, record)
 
 
-def _evidence(width_graph: WidthGraph, data: Iterable[Any] | None) -> Moments | None:
+def _evidence(
+    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], data: Iterable[Any] | None
+) -> Moments | None:
+    if all(width > group.width for group, width in groups.items()):
+        return None
     if data is not None:
         return moments_from_data(width_graph, data)
     if any(entry.tensor.device.type == "meta" for entry in width_graph.analysis.parameters.values()):
@@ -175,13 +178,12 @@ def _evidence(width_graph: WidthGraph, data: Iterable[Any] | None) -> Moments | 
 
 def _kept(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None) -> Indices:
     if width > group.width:
-        return np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
+        kept: Indices = np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
+        return kept
     return select(width_graph, group, width, moments)
 
 
-def _replacements(
-    width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]
-) -> dict[str, Replacement]:
+def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Replacement]:
     result = {}
     for name, tensor in tensors.items():
         entry = width_graph.analysis.parameters[name]
@@ -206,5 +208,3 @@ def _count_after(width_graph: WidthGraph, replacements: Mapping[str, Replacement
     before = sum(tensor.numel() for tensor in parameters.values())
     after = sum((replacements[name].new if name in replacements else t).numel() for name, t in parameters.items())
     return [before, after]
-
-

@@ -71,7 +71,7 @@ class OpCall:
 
 def functional_name(func: OpOverload) -> str:
     """Return the name of an op's functional form."""
-    name = func.overloadpacket.__name__
+    name: str = func.overloadpacket.__name__
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
@@ -113,7 +113,7 @@ class TapeRecorder(TorchDispatchMode):
     def __init__(
         self, keeps: Callable[[OpOverload], bool], on_call: Callable[[OpCall], None] | None = None, start: int = 0
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[OpCall] = []
         self.node = ""
         self._keeps = keeps

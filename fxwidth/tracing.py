@@ -51,7 +51,7 @@ def analyze_module(module: fx.GraphModule, example_inputs: Any = None) -> Analys
     """
     if not isinstance(module, fx.GraphModule):
         raise FxwidthError(
-            f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace(model, inputs)."
+            f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
     _refuse_nan(module)
     specs = input_specs(module, example_inputs)
@@ -106,7 +106,9 @@ def _to_graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
 
 def _exported(model: nn.Module, examples: tuple[Any, ...]) -> fx.GraphModule:
-    batched = any(isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] > 1 for leaf in pytree.tree_leaves(examples))
+    batched = any(
+        isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] > 1 for leaf in pytree.tree_leaves(examples)
+    )
     dynamic = pytree.tree_map(
         lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, examples
     )
@@ -149,7 +151,7 @@ def _given_specs(module: fx.GraphModule, placeholders: Sequence[fx.Node], exampl
 
 
 def _carried_spec(node: fx.Node) -> tuple[Any] | None:
-    """Return what a placeholder's metadata says of it: as torch.export (`val`) or ShapeProp (`tensor_meta`) write it."""
+    """Return what a placeholder's metadata says, as torch.export (`val`) or ShapeProp (`tensor_meta`) write it."""
     for key in ("val", "tensor_meta", "example_value"):
         known = node.meta.get(key)
         if isinstance(known, (Tensor, TensorMetadata)):

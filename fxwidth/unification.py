@@ -10,7 +10,7 @@ from math import gcd
 
 from fxwidth.factors import (
     Axis,
-    AxisMismatch,
+    AxisMismatchError,
     Factor,
     FactorSpace,
     Term,
@@ -28,14 +28,14 @@ def unify(space: FactorSpace, first: Axis, second: Axis) -> None:
     """Make two axes of equal size the same.
 
     Raises:
-        AxisMismatch: the axes have different sizes.
+        AxisMismatchError: the axes have different sizes.
     """
     while True:
         first, second = space.normalise(first), space.normalise(second)
         if first == second:
             return
         if axis_size(first) != axis_size(second):
-            raise AxisMismatch(f"{axis_size(first)} against {axis_size(second)}")
+            raise AxisMismatchError(f"{axis_size(first)} against {axis_size(second)}")
         if _alias_bare_factor(space, first, second) or _alias_bare_factor(space, second, first):
             return
         if len(first) == 1 and len(second) == 1:

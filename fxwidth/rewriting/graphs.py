@@ -48,9 +48,7 @@ def rewrite_graph(
 
 
 class _Rewriter:
-    def __init__(
-        self, analysis: Analysis, maps: IndexMaps, fakes: Mapping[str, Tensor], edits: AttributeEdits
-    ) -> None:
+    def __init__(self, analysis: Analysis, maps: IndexMaps, fakes: Mapping[str, Tensor], edits: AttributeEdits) -> None:
         self._analysis = analysis
         self._maps = maps
         self._module = analysis.module
@@ -114,8 +112,12 @@ class _Rewriter:
         """Tell whether anything a node works with has changed."""
         if any(self._values[source] is not self._old_values[source] for source in node.all_input_nodes):
             return True
-        fresh = any(self._maps.changes(axis) for call in self._analysis.calls_of(node.name)
-                    for axes in (*call.output_axes, *call.axes.values()) for axis in axes)
+        fresh = any(
+            self._maps.changes(axis)
+            for call in self._analysis.calls_of(node.name)
+            for axes in (*call.output_axes, *call.axes.values())
+            for axis in axes
+        )
         if fresh or node.op == "get_attr":
             return True
         if node.op == "call_module":
@@ -205,5 +207,3 @@ class _Rewriter:
         new = [tuple(tensor.shape) for tensor in values]
         if old != new:
             raise FxwidthError(f"the outputs would change their shapes from {old} to {new}; no resize was made.")
-
-

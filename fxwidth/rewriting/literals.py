@@ -193,11 +193,12 @@ def _getitem(state: NodeState) -> None:
     if not isinstance(tensor, Tensor) or not isinstance(state.old_value, Tensor):
         return
     items = list(index) if isinstance(index, (tuple, list)) else [index]
-    if any(isinstance(state.before(item), Tensor) or isinstance(state.before(item), (list, bool)) for item in items):
+    if any(isinstance(state.before(item), (Tensor, list, bool)) for item in items):
         return
     axes = state.axes_of(tensor)
     named = sum(item is not None and item is not Ellipsis for item in items)
-    dim, result = 0, []
+    dim = 0
+    result: list[Any] = []
     for item in items:
         if item is None:
             result.append(item)
@@ -213,21 +214,21 @@ def _getitem(state: NodeState) -> None:
 
 def _index(state: NodeState, item: Any, axes: Axes, dim: int) -> Any:
     axis = axes[dim]
-    old_size, new_size = axis_size(axis), state.maps.size(axis)
     if isinstance(item, slice):
         if item.step not in (None, 1):
             return item
-        bounds = [_bound(state, bound, old_size, new_size, axes, dim) for bound in (item.start, item.stop)]
-        return slice(*bounds, item.step)
+        start = _bound(state, item.start, axes, dim)
+        return slice(start, _bound(state, item.stop, axes, dim), item.step)
     if isinstance(item, (int, fx.Node)):
-        wanted = state.maps.prefix(axis, state.before(item) % old_size)
-        return item if state.now(item) % new_size == wanted else wanted
+        wanted = state.maps.prefix(axis, state.before(item) % axis_size(axis))
+        return item if state.now(item) % state.maps.size(axis) == wanted else wanted
     return item
 
 
-def _bound(state: NodeState, bound: Any, old_size: int, new_size: int, axes: Axes, dim: int) -> Any:
+def _bound(state: NodeState, bound: Any, axes: Axes, dim: int) -> Any:
     if bound is None:
         return None
+    old_size, new_size = axis_size(axes[dim]), state.maps.size(axes[dim])
     old, now = state.before(bound), state.now(bound)
     position = min(max(old + old_size if old < 0 else old, 0), old_size)
     present = min(max(now + new_size if now < 0 else now, 0), new_size)
@@ -239,19 +240,24 @@ def _attention(state: NodeState) -> None:
     """Keep the scale that attention was trained with: its default is computed from head_dim."""
     node = state.node
     query = state.before(_argument(node, 0, "query"))
-    if _argument(node, 6, "scale") is None and isinstance(query, Tensor) and state.maps.changes(state.axes_of(query)[-1]):
+    if (
+        _argument(node, 6, "scale") is None
+        and isinstance(query, Tensor)
+        and state.maps.changes(state.axes_of(query)[-1])
+    ):
         node.update_kwarg("scale", 1 / math.sqrt(query.shape[-1]))
 
 
 def _freeze_scalars(state: NodeState) -> None:
-    """Replace numbers that the graph computes from a size by their trained value, where a tensor is computed with them."""
+    """Keep the trained value of numbers that the graph computes from a size and computes tensors with."""
     node = state.node
     if _function_name(node).strip("_") not in _ARITHMETIC or not isinstance(state.old_value, Tensor):
         return
     for position, argument in enumerate(node.args):
-        if isinstance(argument, fx.Node) and isinstance(state.before(argument), (int, float)):
-            if state.before(argument) != state.now(argument):
-                node.update_arg(position, state.before(argument))
+        if not isinstance(argument, fx.Node) or not isinstance(state.before(argument), (int, float)):
+            continue
+        if state.before(argument) != state.now(argument):
+            node.update_arg(position, state.before(argument))
 
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "pow", "iadd", "imul", "isub", "itruediv", "floordiv"})

@@ -101,9 +101,7 @@ class Lowering:
         return self._graph.call_function(operator.add, (node, offset)) if offset else node
 
     def _batch_node(self) -> fx.Node:
-        for placeholder, example in zip(
-            self._graph.find_nodes(op="placeholder"), self._analysis.inputs, strict=True
-        ):
+        for placeholder, example in zip(self._graph.find_nodes(op="placeholder"), self._analysis.inputs, strict=True):
             if isinstance(example, Tensor) and example.dim():
                 return self._graph.call_function(torch.ops.aten.sym_size.int, (placeholder, 0))
         raise FxwidthError("the graph has no tensor input to take the batch size from.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,15 +86,13 @@ def _resized_entry(key: str, value: Any, replacement: Replacement) -> Any:
     # Factored state (one row and one column per matrix) has size one along the dims it sums over.
     sizes = zip(value.shape, replacement.old.shape, replacement.indices, strict=True)
     indices = [kept if own == full else None for own, full, kept in sizes]
-    fill = _FILLS["scale" if key in _SCALES else "copy" if key in _COPIES else "zero"]
-    return fill(gather(value, indices), indices, replacement)
+    gathered = gather(value, indices)
+    if key in _SCALES:
+        return _fill_with_means(gathered, indices)
+    return _fill_from(replacement.new.detach(), gathered, indices) if key in _COPIES else gathered
 
 
-def _zero(gathered: Tensor, indices: Sequence[Indices | None], replacement: Replacement) -> Tensor:
-    return gathered
-
-
-def _scale(gathered: Tensor, indices: Sequence[Indices | None], replacement: Replacement) -> Tensor:
+def _fill_with_means(gathered: Tensor, indices: Sequence[Indices | None]) -> Tensor:
     """Give new slots the mean of the old ones, dim after dim, so that corners are filled too."""
     for dim, kept in enumerate(indices):
         if kept is None or not (kept == NEW).any() or not (kept != NEW).any():
@@ -102,20 +100,16 @@ def _scale(gathered: Tensor, indices: Sequence[Indices | None], replacement: Rep
         old = torch.from_numpy(np.flatnonzero(kept != NEW)).to(gathered.device)
         new = torch.from_numpy(np.flatnonzero(kept == NEW)).to(gathered.device)
         mean = gathered.index_select(dim, old).mean(dim, keepdim=True)
-        gathered = gathered.index_copy(dim, new, mean.expand([len(new) if d == dim else n for d, n in enumerate(gathered.shape)]))
+        gathered = gathered.index_copy(
+            dim, new, mean.expand([len(new) if d == dim else n for d, n in enumerate(gathered.shape)])
+        )
     return gathered
 
 
-def _copy(gathered: Tensor, indices: Sequence[Indices | None], replacement: Replacement) -> Tensor:
+def _fill_from(source: Tensor, gathered: Tensor, indices: Sequence[Indices | None]) -> Tensor:
+    """Copy new slots from the new parameter."""
     for dim, kept in enumerate(indices):
         if kept is not None and (kept == NEW).any():
             new = torch.from_numpy(np.flatnonzero(kept == NEW)).to(gathered.device)
-            gathered = gathered.index_copy(dim, new, replacement.new.detach().index_select(dim, new).to(gathered.dtype))
+            gathered = gathered.index_copy(dim, new, source.index_select(dim, new).to(gathered.dtype))
     return gathered
-
-
-_FILLS: dict[str, Callable[[Tensor, Sequence[Indices | None], Replacement], Tensor]] = {
-    "zero": _zero,
-    "scale": _scale,
-    "copy": _copy,
-}

@@ -82,7 +82,7 @@ def _variance_ratios(width_graph: WidthGraph, maps: IndexMaps, moments: Moments 
         changed = [m for m in call.mixings if maps.changes(call.axes[id(m.tensor)][m.dim])]
         if gain is not None and changed:
             by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
-    result = {}
+    result: dict[int, float] = {}
     for entries in by_gain.values():
         shared = math.exp(sum(math.log(max(ratio, 1e-12)) for _, ratio in entries) / len(entries))
         result |= dict.fromkeys((index for index, _ in entries), shared)
@@ -103,5 +103,3 @@ def _gain_ratios(width_graph: WidthGraph, ratios: dict[int, float]) -> dict[str,
         if gain is not None and ratio != 1.0:
             result[gain] = ratio
     return result
-
-

@@ -1,4 +1,4 @@
-"""What a node does, as a list of ATen calls that can be compared: before a resize as prescribed, after it as observed."""
+"""What a node does, as a list of ATen calls that can be compared: prescribed from the tape, or observed."""
 
 from __future__ import annotations
 
@@ -84,5 +84,3 @@ def differ(observed: Sequence[Signature], wanted: Sequence[Signature]) -> str | 
         if own != other:
             return f"{own} where {other} is needed"
     return None if len(observed) == len(wanted) else f"{len(observed)} ops where {len(wanted)} are needed"
-
-

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rules.registry import KERNEL, POSITION, Prescribed, RuleContext, RuleDeclined, prescription, revised, rule
+from fxwidth.rules.registry import KERNEL, POSITION, Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
 
@@ -64,7 +64,7 @@ def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Couple in = G * I and out = G * O with weight [G * O, I, *kernel], or [G * I, O, *kernel] when transposed."""
     signal, weight = c.axes("input"), c.axes("weight")
     if len(signal) != len(weight):
-        raise RuleDeclined("a convolution without a batch dimension")
+        raise RuleDeclinedError("a convolution without a batch dimension")
     groups = c["groups"]
     out_shape = c.outputs[0].shape
     c.pin(signal[2:], POSITION)

@@ -8,7 +8,7 @@ import torch
 
 from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclined, prescription, revised, rule
+from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
 _INDEXED = "the dimension is looked up by index"
@@ -18,7 +18,7 @@ _INDEXED = "the dimension is looked up by index"
 def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, indices = c.axes("self"), list(c["indices"])
     if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        raise RuleDeclined("an index by mask: the number of results depends on values")
+        raise RuleDeclinedError("an index by mask: the number of results depends on values")
     dims = [dim for dim, index in enumerate(indices) if index is not None]
     c.pin([signal[dim] for dim in dims], _INDEXED)
     looked_up = c.broadcast([c.axes(indices[dim]) for dim in dims])

@@ -9,7 +9,7 @@ import torch
 
 from fxwidth.factors import ONE, Axis, axis_size
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclined, prescription, revised, rule
+from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
 _VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
@@ -22,7 +22,7 @@ def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if "size" not in c.call.arguments:
         return [signal]  # a view as another dtype
     if 0 in old:
-        raise RuleDeclined("a view of an empty tensor")
+        raise RuleDeclinedError("a view of an empty tensor")
     result: list[Axis] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -286,7 +286,7 @@ def _slice_scatter(c: RuleContext) -> Sequence[Sequence[Axis]]:
     dim = c.dim(c["dim"], len(shape))
     start, end = _slice_bounds(c.call.arguments, shape[dim])
     if c["step"] != 1:
-        raise RuleDeclined("a strided scatter")
+        raise RuleDeclinedError("a strided scatter")
     for k, axis in enumerate(signal):
         c.unify(c.cut(axis, start, end) if k == dim else axis, source[k])
     return [[c.space.normalise(axis) for axis in signal]]
@@ -299,7 +299,7 @@ prescription("slice_scatter")(_slice_literals)
 def _as_strided(c: RuleContext) -> Sequence[Sequence[Axis]]:
     # Adaptive pooling on channels-last tensors restrides its result: the same size is the same tensor.
     if list(c["size"]) != c.shape("self"):
-        raise RuleDeclined("a view by strides")
+        raise RuleDeclinedError("a view by strides")
     return [c.axes("self")]
 
 

@@ -33,7 +33,7 @@ PRESCRIPTIONS: dict[str, Prescription] = {}
 POINTWISE: set[str] = set()
 
 
-class RuleDeclined(Exception):
+class RuleDeclinedError(Exception):
     """The rule does not cover this form of the call: everything it touches is pinned."""
 
 

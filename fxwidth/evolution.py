@@ -1,0 +1,172 @@
+"""Evolving widths: all steps in one call, or again and again while the network trains."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from fxwidth.errors import FxwidthError
+from fxwidth.groups import WidthGraph
+from fxwidth.planning import Plan, plan
+from fxwidth.resizing import resize_analyzed
+from fxwidth.tracing import analyze_module, trace
+
+
+def evolve(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    optimizer: Optimizer | None = None,
+    data: Iterable[Any] | None = None,
+    fold: bool = True,
+    **options: Any,
+) -> fx.GraphModule:
+    """Trace a model, plan new widths by its spectra, and resize it.
+
+    Args:
+        model: any module or GraphModule; its parameters are resized in place, and the returned graph is the model to
+            use from now on.
+        example_inputs: a tensor or a tuple; needless when the graph carries shapes.
+        optimizer: the optimizer that trains the model.
+        data: batches of inputs from which to see what readers see.
+        fold: whether readers take over what they read from dropped channels.
+        options: those of `fxwidth.plan`, e.g. `params=0.5`.
+
+    Raises:
+        FxwidthError: the model, the inputs or the options cannot be used; nothing has changed.
+    """
+    module = trace(model, example_inputs)
+    width_graph = WidthGraph(analyze_module(module))
+    return resize_analyzed(width_graph, plan(width_graph, **options), optimizer=optimizer, data=data, fold=fold)
+
+
+class Evolver:
+    """Evolves a network while it trains; called like a learning-rate scheduler.
+
+    Every `every` steps the widths are planned anew and the network is resized in place; the references of the
+    training loop to the graph, the optimizer and its schedulers stay valid. With a target, `params=`, the parameter
+    count goes there in `rounds` geometric steps and stays; without one, the thresholds of `fxwidth.plan` decide, and
+    layers may grow again.
+
+    Args:
+        gm: a graph from `fxwidth.trace`.
+        optimizer: the optimizer that trains it.
+        every: steps between two resizes.
+        start: steps before the first.
+        params: the parameter count to reach, absolute or as a ratio of the present one.
+        rounds: the number of resizes on the way there.
+        data: batches of inputs from which to see what readers see; by default the batches last given to `step`.
+        fold: whether readers take over what they read from dropped channels.
+        options: those of `fxwidth.plan`.
+
+    Attributes:
+        history: one dict per resize: step, params_before, params_after, widths {group: [old, new]}.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        optimizer: Optimizer | None = None,
+        *,
+        every: int = 200,
+        start: int = 0,
+        params: int | float | None = None,
+        rounds: int | None = None,
+        data: Iterable[Any] | None = None,
+        fold: bool = True,
+        **options: Any,
+    ) -> None:
+        if every < 1:
+            raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
+        if rounds is not None and (params is None or rounds < 1):
+            raise FxwidthError(f"rounds={rounds} needs params= to go to, and must be at least 1.")
+        self.gm = gm
+        self.optimizer = optimizer
+        self.every = every
+        self.start = start
+        self.history: list[dict[str, Any]] = []
+        self._steps = 0
+        self._rounds = rounds or 8
+        self._data = data
+        self._fold = fold
+        self._options = options
+        self._first = parameter_count(gm)
+        self._target = _absolute(params, self._first)
+        # A few batches are evidence enough, and their memory is that of the batches themselves.
+        self._recent: deque[tuple[Tensor, ...]] = deque(maxlen=4)
+        analyze_module(gm)  # a graph without shapes, or one that does not run, is refused now and not in mid-training
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target is reached; always false without one."""
+        return self._target is not None and self._round > self._rounds
+
+    @property
+    def _round(self) -> int:
+        return len(self.history) + 1
+
+    def step(self, *batch: Any) -> Plan | None:
+        """Count one training step, and resize when it is time.
+
+        Args:
+            batch: the inputs of the step, in the order the model takes them; what follows them (targets) is ignored.
+
+        Returns:
+            The plan that was carried out, or None when nothing was due.
+
+        Raises:
+            FxwidthError: the target cannot be reached; nothing has changed.
+        """
+        self._steps += 1
+        if self.finished:
+            return None
+        self._remember(batch)
+        if self._steps <= self.start or (self._steps - self.start) % self.every:
+            return None
+        return self._resize()
+
+    def _remember(self, batch: Sequence[Any]) -> None:
+        count = len(self.gm.graph.find_nodes(op="placeholder"))
+        tensors = tuple(value.detach() for value in batch if isinstance(value, Tensor))[:count]
+        if self._data is None and tensors:
+            self._recent.append(tensors)
+
+    def _resize(self) -> Plan:
+        before = parameter_count(self.gm)
+        width_graph = WidthGraph(analyze_module(self.gm))
+        chosen = plan(width_graph, **self._target_option(), **self._options)
+        data = self._data if self._data is not None else list(self._recent) or None
+        old = {name: width_graph[name].width for name in chosen}
+        resize_analyzed(width_graph, chosen, optimizer=self.optimizer, data=data, fold=self._fold)
+        self.history.append(
+            {
+                "step": self._steps,
+                "params_before": before,
+                "params_after": parameter_count(self.gm),
+                "widths": {name: [old[name], width] for name, width in chosen.items()},
+            }
+        )
+        return chosen
+
+    def _target_option(self) -> dict[str, int]:
+        if self._target is None:
+            return {}
+        share = min(1.0, self._round / self._rounds)
+        return {"params": max(self._target, round(self._first * (self._target / self._first) ** share))}
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of entries of a module's parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _absolute(params: int | float | None, present: int) -> int | None:
+    if params is None or isinstance(params, int):
+        return params
+    if not 0 < params <= 1:
+        raise FxwidthError(f"params={params} as a ratio must lie in (0, 1]; give an int for an absolute count.")
+    return round(params * present)

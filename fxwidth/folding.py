@@ -1,0 +1,198 @@
+"""Folding dropped channels into the weights that read them: what is left speaks for what is gone."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.factors import axis_size
+from fxwidth.groups import WidthGraph
+from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.moments import Moment, Moments
+from fxwidth.probes import NORMS
+from fxwidth.reader_sets import ReaderSet, reader_sets
+from fxwidth.tape import OpCall
+
+_SMALLEST_RIDGE = 1e-13
+_ITERATIONS = 5
+
+
+def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> dict[str, Tensor]:
+    """Return the parameters and buffers that change when dropped channels are folded into their readers.
+
+    A reader's weight W [rows, channels], with K kept and d dropped, becomes W_K + W_d R on its kept columns, with
+    R = S[d, K] (S[K, K] + rho)^-1; a constant W_d (mu_d - R mu_K) goes to its bias, or off the running mean of the batch
+    norm that follows it. S is the covariance where something takes the constant, and E h h^T elsewhere.
+
+    Args:
+        width_graph: the graph; its parameters are read, not changed.
+        maps: which channels are kept.
+        moments: the evidence; nothing is folded without.
+
+    Returns:
+        New tensors of the old shapes by parameter name, their kept entries ready to be indexed; others have not changed.
+
+    Source: least-squares reconstruction, as in He et al., Channel Pruning for Accelerating Very Deep Neural Networks
+        (2017), solved for all readers in closed form from moments.
+    """
+    folded: dict[str, Tensor] = {}
+    if moments is None:
+        return folded
+    for readers in reader_sets(width_graph):
+        if not readers.foldable or not maps.changes(readers.first.axis):
+            continue
+        kept = maps.indices(readers.first.axis)
+        moment = _common_moment(readers, moments)
+        if moment is not None:
+            _fold_set(width_graph, readers, kept[kept != NEW], moment, folded)
+    return folded
+
+
+def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, call: OpCall) -> float:
+    """Return the variance (RMS norm: mean square) that a norm sees after a resize, relative to what it saw before.
+
+    It is the kept channels' share of the sum of squares, over the new size instead of the old; new channels are at the
+    mean (RMS norm: zero) and add nothing. For a layer norm the squares are of deviations from the mean over all old
+    channels. Without evidence the dropped channels are taken to carry nothing.
+
+    Args:
+        width_graph: the graph.
+        maps: which channels are kept.
+        moments: the evidence, if there is any.
+        call: a layer norm or RMS norm on the tape.
+    """
+    mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
+    axes = [call.axes[id(mixing.tensor)][mixing.dim] for mixing in mixings]
+    if not any(maps.changes(axis) for axis in axes):
+        return 1.0
+    resized = prod(map(axis_size, axes)) / prod(map(maps.size, axes))
+    squares = None if moments is None else moments.deviations.get(call.index)
+    if squares is None:
+        return resized
+    kept = squares
+    for dim, axis in enumerate(axes):
+        indices = maps.indices(axis)
+        kept = kept.index_select(dim, torch.from_numpy(indices[indices != NEW]).to(kept.device))
+    total = float(squares.sum())
+    # A norm over constants sees no variance, and its eps alone decides: as for growth, the size is all that changes.
+    return resized if total == 0.0 else resized * float(kept.sum()) / total
+
+
+def _common_moment(readers: ReaderSet, moments: Moments) -> Moment | None:
+    """Return the moment of all that passes through one weight: of the mixture where it is used several times."""
+    known = [moment for reader in readers.readers if (moment := moments.of(reader)) is not None]
+    if len(known) < len(readers.readers) or not known:
+        return None
+    if len(known) == 1:
+        return known[0]
+    mean = torch.stack([moment.mean for moment in known]).mean(0)
+    second = torch.stack([moment.second for moment in known]).mean(0)
+    rows, samples = sum(moment.rows for moment in known), sum(moment.samples for moment in known)
+    covariance = torch.addr(second, mean, mean, alpha=-1)
+    return Moment(mean, covariance, rows, samples, max(moment.precision for moment in known))
+
+
+def _fold_set(
+    width_graph: WidthGraph, readers: ReaderSet, kept: Indices, moment: Moment, folded: dict[str, Tensor]
+) -> None:
+    """Fold what is not kept into one weight, and the constant into what absorbs it."""
+    reader, view, absorber = readers.first, readers.first.view, readers.absorber
+    assert view is not None
+    weight = view.of(_working_copy(width_graph, view.parameter, folded))
+    blocks = reader.blocks(weight).to(moment.covariance.dtype)
+    groups, _, size = blocks.shape
+    # Contiguous, so that the blocks of a transposed weight can be written to in place.
+    blocks = blocks.clone(memory_format=torch.contiguous_format)
+    constants = blocks.new_zeros(groups, reader.outputs)
+    every = np.arange(size)
+    for group in range(groups):
+        own = kept[kept // size == group] % size
+        lost = np.setdiff1d(every, own)
+        if not len(own) or not len(lost):
+            continue
+        part = _part(moment, slice(group * size, (group + 1) * size))
+        K, d = (torch.from_numpy(np.sort(indices)).to(blocks.device) for indices in (own, lost))
+        readings = blocks[group].index_select(1, d)
+        R = regression(part, K, d, readings, centred=absorber is not None)
+        blocks[group].index_add_(1, K, readings @ R)
+        if absorber is not None:
+            constant = readings @ (part.mean[d] - R @ part.mean[K])
+            constants[group] = constant.view(reader.outputs, -1).sum(1) / reader.strides
+    weight.copy_(reader.operand(blocks, weight))
+    if absorber is not None:
+        vector = absorber.view.of(_working_copy(width_graph, absorber.view.parameter, folded))
+        vector.add_(absorber.sign * constants.view(-1).to(vector.dtype))
+
+
+def _part(moment: Moment, channels: slice) -> Moment:
+    covariance = moment.covariance[channels, channels]
+    return Moment(moment.mean[channels], covariance, moment.rows, moment.samples, moment.precision)
+
+
+def _working_copy(width_graph: WidthGraph, name: str, folded: dict[str, Tensor]) -> Tensor:
+    """Return the tensor that will replace a parameter, laid out like it."""
+    if name not in folded:
+        tensor = width_graph.analysis.parameters[name].tensor.detach()
+        copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        folded[name] = copy.copy_(tensor)
+    return folded[name]
+
+
+def regression(moment: Moment, kept: Tensor, dropped: Tensor, readings: Tensor, *, centred: bool) -> Tensor:
+    """Return R [dropped, kept] with which the kept channels best predict the dropped ones, as their reader weighs them.
+
+    Args:
+        moment: the channels' moments.
+        kept: the kept channels.
+        dropped: the dropped channels.
+        readings: the reader's columns for the dropped channels, [rows, dropped].
+        centred: whether a constant may be added to the prediction.
+
+    Source: the ridge is that of Hoerl, Kennard and Baldwin, Ridge Regression: Some Simulations (1975), found by
+        iteration: it is in proportion to what stays unexplained, and so vanishes for dependent channels.
+    """
+    S = moment.covariance if centred else moment.second
+    to_kept, to_dropped = S[kept][:, kept], S[kept][:, dropped]
+    scale = _inverse_root(to_kept.diagonal())
+    correlation = to_kept * scale[:, None] * scale[None, :]
+    target = to_dropped * scale[:, None]
+    energy = S.diagonal()[dropped]
+    weights = readings.square().sum(0)
+    smallest = max(_SMALLEST_RIDGE, 10 * moment.precision)
+    share = len(kept) / effective_rows(moment)
+    ridge = share
+    for _ in range(_ITERATIONS):
+        solution = _solve(correlation, target, max(ridge, smallest))
+        if ridge <= smallest:
+            break
+        explained = 2 * (solution * target).sum(0) - (solution * (correlation @ solution)).sum(0)
+        unexplained = float((weights * (energy - explained).clamp_min(0)).sum())
+        size = float((weights * solution.square().sum(0)).sum())
+        freedom = max(1e-3, 1 - share)
+        ridge = min(1.0, share * unexplained / freedom / size) if size > 0 else 0.0
+    return (solution * scale[:, None]).T
+
+
+def effective_rows(moment: Moment) -> float:
+    """Return how many independent rows a moment is worth: neighbouring pixels or tokens tell much the same."""
+    return moment.samples * (moment.rows / moment.samples) ** 0.5
+
+
+def _inverse_root(variances: Tensor) -> Tensor:
+    alive = variances > 0
+    return torch.where(alive, variances.clamp_min(torch.finfo(variances.dtype).tiny).rsqrt(), 0.0)
+
+
+def _solve(correlation: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """Solve (correlation + ridge) X = target; where that is singular to rounding, with the smallest X."""
+    identity = torch.eye(len(correlation), dtype=correlation.dtype, device=correlation.device)
+    factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
+    if not bool(failed):
+        return torch.cholesky_solve(target, factor)
+    values, vectors = torch.linalg.eigh(correlation)
+    large = values > max(ridge, len(values) * torch.finfo(values.dtype).eps) * values[-1]
+    inverse = torch.where(large, 1 / values.where(large, torch.ones_like(values)), 0.0)
+    return vectors @ (inverse[:, None] * (vectors.T @ target))

@@ -1,0 +1,111 @@
+"""Readers that share one weight, and what takes a constant added to their output: the units in which weights change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from fxwidth.groups import WidthGraph
+from fxwidth.readers import ParameterView, Reader, Wiring, wiring_of
+from fxwidth.tape import OpCall
+
+# The operands of products whose other side's rows are samples: what is added to the result has one entry per output.
+_RIGHT = frozenset({"mat2", "weight", "batch2"})
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A vector that can take a constant meant for a reader's output channels.
+
+    Attributes:
+        view: the parameter or buffer entries, one per output channel.
+        sign: 1 for a bias, -1 for the running mean that a batch norm takes off.
+    """
+
+    view: ParameterView
+    sign: int
+
+
+@dataclass(frozen=True)
+class ReaderSet:
+    """All readers of one weight.
+
+    Attributes:
+        readers: they have the same view and dims, so the first one tells how the weight is laid out.
+        foldable: whether changing the weight changes nothing but what these readers make of their channels.
+        absorber: what takes constants, or None.
+    """
+
+    readers: tuple[Reader, ...]
+    foldable: bool
+    absorber: Absorber | None
+
+    @property
+    def first(self) -> Reader:
+        """The reader that stands for all."""
+        return self.readers[0]
+
+
+def reader_sets(width_graph: WidthGraph) -> list[ReaderSet]:
+    """Return the readers of a width graph, put together where they share a weight."""
+    found = _SETS.get(width_graph)
+    if found is None:
+        found = _SETS[width_graph] = list(_find(wiring_of(width_graph)))
+    return found
+
+
+_SETS: WeakKeyDictionary[WidthGraph, list[ReaderSet]] = WeakKeyDictionary()
+
+
+def _find(wiring: Wiring) -> Iterator[ReaderSet]:
+    by_weight: dict[object, list[Reader]] = {}
+    for reader in wiring.readers:
+        shared = (reader.view, reader.weight_dim, reader.groups, reader.minor, reader.transposed)
+        by_weight.setdefault(shared if reader.view else reader.key, []).append(reader)
+    for readers in by_weight.values():
+        view = readers[0].view
+        foldable = view is not None and _used_only_by(wiring, view, [reader.call for reader in readers])
+        yield ReaderSet(tuple(readers), foldable, _absorber(wiring, readers) if foldable else None)
+
+
+def _used_only_by(wiring: Wiring, view: ParameterView, calls: list[OpCall]) -> bool:
+    """Tell whether the entries of a view reach no other op, and these ops only as this view."""
+    own = {call.index for call in calls}
+    for call, tensor in wiring.uses.get(view.parameter, []):
+        other = wiring.view(tensor)
+        if other is None or other.parameter != view.parameter:
+            return False
+        if other == view and call.index in own:
+            continue
+        if other.overlaps(view):
+            return False
+    return True
+
+
+def _absorber(wiring: Wiring, readers: list[Reader]) -> Absorber | None:
+    if any(reader.weight not in _RIGHT for reader in readers):
+        return None
+    width = readers[0].outputs * readers[0].groups
+    biases = [wiring.added_bias(reader.call) for reader in readers]
+    norms = [wiring.following_batch_norm(reader.call) for reader in readers]
+    means = [norm and (norm, norm.arguments["running_mean"]) for norm in norms]
+    for places, sign in ((biases, 1), (means, -1)):
+        view = _common_view(wiring, places, width)
+        if view is not None:
+            return Absorber(view, sign)
+    return None
+
+
+def _common_view(wiring: Wiring, places: list[tuple[OpCall, Tensor] | None], width: int) -> ParameterView | None:
+    """Return the vector that stands at all places, if it stands nowhere else."""
+    if any(place is None for place in places):
+        return None
+    known = [place for place in places if place is not None]
+    views = {wiring.view(tensor) for _, tensor in known}
+    view = views.pop()
+    if views or view is None or view.size != (width,):
+        return None
+    return view if _used_only_by(wiring, view, [call for call, _ in known]) else None

@@ -1,0 +1,42 @@
+"""What has been done to a graph, told in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxwidth.resizing import HISTORY
+
+
+@dataclass(frozen=True)
+class Report:
+    """The resizes of a graph, oldest first; `print` it for a readable form.
+
+    Attributes:
+        resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what the fold was
+            computed from: "data", "noise" or None), lowered (nodes replaced by ATen ops, with the reason).
+    """
+
+    resizes: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        """Return a paragraph per resize."""
+        if not self.resizes:
+            return "nothing was resized"
+        return "\n".join(_paragraph(number, record) for number, record in enumerate(self.resizes, 1))
+
+
+def report(gm: fx.GraphModule) -> Report:
+    """Return what `resize`, `evolve` and `Evolver` have done to a graph."""
+    return Report(tuple(gm.meta.get(HISTORY, ())))
+
+
+def _paragraph(number: int, record: dict[str, Any]) -> str:
+    before, after = record["parameters"]
+    evidence = f", readers refitted from {record['evidence']}" if record["evidence"] else ""
+    lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){evidence}"]
+    lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
+    lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""The singular spectrum of a group: how much of what its writers can say each direction holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fxwidth.factors import Axis, Factor
+from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.readers import Wiring, accumulation_dtype, channel_positions, wiring_of
+from fxwidth.roles import Role
+from fxwidth.tape import OpCall
+
+# Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
+_STACKED_ENTRIES = 2**22
+_LOOK_UPS = {"embedding": "weight", "index": "self", "index_select": "self"}
+
+
+def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
+    """Return the singular values of a group's writers side by side, one per channel, largest first, [width].
+
+    Each writer is unfolded to [width, everything else], scaled by the batch norm that directly follows it, and stands
+    beside the others: the identity path of a residual block is among the writers of its stream. A group that nothing
+    but per-channel tensors writes, and one of a model without values (meta device), has a flat spectrum.
+
+    Source: J. Dejaegher, SVD evolutive CNN (2021), which decomposes each layer's own kernel.
+    """
+    writers = list(writer_matrices(width_graph, group))
+    if not writers or writers[0].device.type == "meta":
+        return torch.ones(group.width, dtype=torch.float64)
+    columns = sum(writer.shape[1] for writer in writers)
+    if group.width * columns <= _STACKED_ENTRIES:
+        values = torch.linalg.svdvals(torch.cat([writer.to(accumulation_dtype(writer)) for writer in writers], 1))
+        return torch.cat([values, values.new_zeros(group.width - len(values))])
+    gram: Tensor | None = None
+    for writer in writers:
+        wide = writer.to(accumulation_dtype(writer))
+        gram = wide @ wide.T if gram is None else torch.addmm(gram, wide, wide.T)
+    assert gram is not None
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+
+
+def tail_share(values: Tensor) -> Tensor:
+    """Return for every k from 0 to n the share of the sum of n values, largest first, that those after the k-th hold.
+
+    Returns:
+        [n + 1], from 1 down to 0.
+    """
+    from_end = torch.cat([values.new_zeros(1), values.flip(0).cumsum(0)]).flip(0)
+    return from_end / from_end[0] if float(from_end[0]) > 0 else torch.zeros_like(from_end)
+
+
+def writer_norms(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
+    """Return the Euclidean norm of each channel's row over all writers, [width]; None where there are no values."""
+    squares: Tensor | None = None
+    for writer in writer_matrices(width_graph, group):
+        if writer.device.type == "meta":
+            return None
+        own = writer.to(accumulation_dtype(writer)).square().sum(1)
+        squares = own if squares is None else squares + own
+    return None if squares is None else squares.sqrt()
+
+
+def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Tensor]:
+    """Yield the weights that write a group as [width, everything else], scaled by a batch norm that directly follows.
+
+    Biases, position embeddings and per-channel parameters are left out: they hold no direction of their own.
+    """
+    wiring = wiring_of(width_graph)
+    space = width_graph.analysis.space
+    for site in group.sites_as(Role.WRITER):
+        entry = width_graph.analysis.parameters[site.parameter]
+        calls = [call for call, tensor in wiring.uses.get(site.parameter, []) if _writes(call, tensor)]
+        if not calls:
+            continue
+        weight = entry.tensor.detach().movedim(site.dim, 0).flatten(1)
+        for positions in channel_positions(space, entry.axes[site.dim], group.factor):
+            index = torch.from_numpy(positions).to(weight.device)
+            rows = weight[index.view(-1)].view(*index.shape, -1)
+            scales = [scale for call in calls if (scale := _batch_norm_scale(wiring, width_graph, call, group.factor)) is not None]
+            if len(scales) == len(calls):
+                scale = torch.stack(scales).mean(0)
+                # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
+                rows = rows * (scale if scale.shape == index.shape else scale.mean(1, keepdim=True))[:, :, None]
+            yield rows.flatten(1)
+
+
+def _writes(call: OpCall, tensor: Tensor) -> bool:
+    if any(tensor is side for contraction in call.contractions for side in (contraction.left, contraction.right)):
+        return True
+    return call.arguments.get(_LOOK_UPS.get(call.name, "")) is tensor
+
+
+def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:
+    """Return gamma / sqrt(variance + eps) of the batch norm after an op, [channels of the factor, positions each]."""
+    norm = wiring.following_batch_norm(call)
+    if norm is None:
+        return None
+    signal: Axis = norm.axes[id(norm.arguments["input"])][1]
+    occurrences = channel_positions(width_graph.analysis.space, signal, factor)
+    variance = wiring.values(norm.arguments["running_var"])
+    gain = wiring.values(norm.arguments["weight"])
+    if not occurrences or variance is None:
+        return None
+    eps = norm.arguments.get("eps", norm.arguments.get("epsilon"))
+    scale = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
+    return scale[torch.from_numpy(occurrences[0]).to(scale.device)]

@@ -1,0 +1,7 @@
+"""The steps of fxwidth as `torch.fx` passes, for compile pipelines of others."""
+
+from fxwidth.passes.analyze_widths import AnalyzeWidths
+from fxwidth.passes.plan_widths import PlanWidths
+from fxwidth.passes.resize_widths import ResizeWidths
+
+__all__ = ["AnalyzeWidths", "PlanWidths", "ResizeWidths"]

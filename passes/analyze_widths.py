@@ -1,0 +1,32 @@
+"""The pass that finds channel groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fxwidth.groups import WidthGraph
+from fxwidth.tracing import analyze_module
+
+GROUPS = "fxwidth_groups"
+
+
+class AnalyzeWidths(PassBase):
+    """Writes the channel groups of a graph, as plain data, to `gm.meta["fxwidth_groups"]`; the graph stays.
+
+    Requires a graph that carries shapes, or `example_inputs`.
+    """
+
+    def __init__(self, example_inputs: Any = None) -> None:
+        super().__init__()
+        self._example_inputs = example_inputs
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Analyse a graph."""
+        width_graph = WidthGraph(analyze_module(graph_module, self._example_inputs))
+        graph_module.meta[GROUPS] = {
+            group.name: {"width": group.width, "pinned": group.pinned} for group in width_graph.groups
+        }
+        return PassResult(graph_module, False)

@@ -1,0 +1,27 @@
+"""The pass that decides on new widths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxwidth.planning import plan
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fxwidth.groups import WidthGraph
+from fxwidth.tracing import analyze_module
+
+PLAN = "fxwidth_plan"
+
+
+class PlanWidths(PassBase):
+    """Writes a plan, group name to new width, to `gm.meta["fxwidth_plan"]`; takes the options of `fxwidth.plan`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._options = options
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Plan widths for a graph."""
+        graph_module.meta[PLAN] = dict(plan(WidthGraph(analyze_module(graph_module)), **self._options))
+        return PassResult(graph_module, False)

@@ -1,0 +1,42 @@
+"""The pass that carries a plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.optim import Optimizer
+
+from fxwidth.errors import FxwidthError
+from fxwidth.passes.plan_widths import PLAN
+from fxwidth.resizing import resize
+
+
+class ResizeWidths(PassBase):
+    """Resizes a graph by a given plan, or by the one that `PlanWidths` has left in `gm.meta["fxwidth_plan"]`."""
+
+    def __init__(
+        self,
+        plan: Mapping[str, int] | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        data: Iterable[Any] | None = None,
+        exact: bool = True,
+    ) -> None:
+        super().__init__()
+        self._plan = plan
+        self._optimizer = optimizer
+        self._data = data
+        self._exact = exact
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Resize a graph in place."""
+        widths = self._plan if self._plan is not None else graph_module.meta.get(PLAN)
+        if widths is None:
+            raise FxwidthError("ResizeWidths has no plan; give it one, or run PlanWidths before it.")
+        resize(graph_module, widths, optimizer=self._optimizer, data=self._data, exact=self._exact)
+        # The plan was made for the old widths and does not hold any more.
+        graph_module.meta.pop(PLAN, None)
+        return PassResult(graph_module, bool(widths))

@@ -1,0 +1,126 @@
+"""Evolving: in one call, during training, as passes, and across a save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import fxwidth
+from fxwidth import FxwidthError
+from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
+
+
+def network(width: int = 24) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 4),
+    )  # fmt: skip
+
+
+def data(steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Four quadrants: which one is bright?"""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(steps):
+        y = torch.randint(0, 4, (32,), generator=generator)
+        x = torch.randn(32, 1, 8, 8, generator=generator)
+        for i, label in enumerate(y.tolist()):
+            x[i, :, 4 * (label // 2) :, 4 * (label % 2) :][:, :4, :4] += 1
+        result.append((x, y))
+    return result
+
+
+def test_evolve_in_one_call() -> None:
+    gm = fxwidth.evolve(network(), torch.randn(2, 1, 8, 8), params=0.5)
+    count = sum(p.numel() for p in gm.parameters())
+    assert count <= 0.5 * sum(p.numel() for p in network().parameters())
+    assert gm(torch.randn(5, 1, 8, 8)).shape == (5, 4)
+    text = str(fxwidth.report(gm))
+    assert f"{count:,} parameters" in text
+    assert "readers refitted from noise" in text
+
+
+def test_evolver_goes_to_its_target_while_the_loop_trains() -> None:
+    gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    evolver = fxwidth.Evolver(gm, optimizer, every=10, start=10, params=800, rounds=3)
+    for x, y in data(60):
+        nn.functional.cross_entropy(gm(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        evolver.step(x, y)
+    assert evolver.finished
+    assert [record["step"] for record in evolver.history] == [20, 30, 40]
+    assert sum(p.numel() for p in gm.parameters()) <= 800
+    assert [record["evidence"] for record in fxwidth.report(gm).resizes] == ["data"] * 3
+    x, y = data(61)[-1]
+    assert float((gm.eval()(x).argmax(1) == y).float().mean()) > 0.9
+
+
+def test_evolver_grows_a_network_that_is_too_narrow() -> None:
+    gm = fxwidth.trace(network(2), torch.randn(2, 1, 8, 8))
+    evolver = fxwidth.Evolver(gm, every=1, shrink_energy=0.0, grow_energy=0.1, grow_step=3)
+    x = torch.randn(4, 1, 8, 8)
+    gm.eval()
+    before = gm(x)
+    plan = evolver.step(x)
+    assert plan is not None
+    assert all(width == 5 for width in plan.values())
+    assert torch.allclose(gm(x), before, atol=1e-5)
+
+
+def test_bad_evolvers() -> None:
+    gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
+    with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, at least 1"):
+        fxwidth.Evolver(gm, every=0)
+    with pytest.raises(FxwidthError, match=r"rounds=3 needs params= to go to"):
+        fxwidth.Evolver(gm, rounds=3)
+    with pytest.raises(FxwidthError, match=r"params=1\.5 as a ratio must lie in \(0, 1\]"):
+        fxwidth.Evolver(gm, params=1.5)
+
+
+def test_passes_in_a_pass_manager() -> None:
+    gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
+    result = PassManager([AnalyzeWidths(), PlanWidths(params=0.4), ResizeWidths()])(gm)
+    assert result.modified
+    assert sum(p.numel() for p in result.graph_module.parameters()) <= 0.4 * sum(p.numel() for p in network().parameters())
+    assert "fxwidth_plan" not in result.graph_module.meta
+    assert {"0", "3"} <= set(result.graph_module.meta["fxwidth_groups"])
+
+
+def test_a_resize_pass_without_a_plan() -> None:
+    gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
+    with pytest.raises(FxwidthError, match="ResizeWidths has no plan; give it one, or run PlanWidths before it"):
+        ResizeWidths().call(gm)
+    assert ResizeWidths({"0": 5}).call(gm).modified
+
+
+@pytest.mark.parametrize("file", ["evolved.pt", "evolved.safetensors"])
+def test_saved_graphs_come_back(tmp_path: Path, file: str) -> None:
+    gm = fxwidth.evolve(network(), torch.randn(2, 1, 8, 8), params=0.5).eval()
+    fxwidth.resize(gm, {"0": 5})
+    fxwidth.save(gm, tmp_path / file)
+    fresh = None if file.endswith(".pt") else network()
+    again = fxwidth.load(tmp_path / file, fresh, torch.randn(2, 1, 8, 8)).eval()
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(again(x), gm(x))
+    fxwidth.resize(again, {"0": 4})
+    assert again(x).shape == (3, 4)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(FxwidthError, match="there is no file .*; pass the path that"):
+        fxwidth.load(tmp_path / "nothing.pt")
+    gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    with pytest.raises(FxwidthError, match="holds tensors only; pass model="):
+        fxwidth.load(tmp_path / "a.safetensors")
+    with pytest.raises(FxwidthError, match=r"does not fit this model: 0\.weight has shape \(24, 1, 3, 3\) in the file"):
+        fxwidth.load(tmp_path / "a.safetensors", network(8), torch.randn(2, 1, 8, 8))
