@@ -25,8 +25,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 import fxwidth
+from fxwidth.evolution import parameter_count
 from fxwidth.training.datasets import load_dataset
-from fxwidth.training.loop import TrainingConfig, count_parameters, fit
+from fxwidth.training.loop import TrainingConfig, fit
 from fxwidth.training.outputs import HISTORY_FILE, MODEL_FILE
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +99,7 @@ def run_direct(options: argparse.Namespace, seed: int, out: Path, evolved: Run, 
     result = fit(gm, data, config)
     assert result.test_accuracy is not None
     return Run(
-        "direct", seed, result.test_accuracy, count_parameters(gm), result.seconds, result.seconds,
+        "direct", seed, result.test_accuracy, parameter_count(gm), result.seconds, result.seconds,
         len(result.epochs), evolved.widths,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ class Polynomial:
         return sum(coefficient * _product(monomial, widths) for monomial, coefficient in self.terms.items())
 
     def along(self, factor: Factor, widths: Mapping[Factor, int]) -> list[int]:
-        """Return the coefficients, by degree, of the part that one factor's width changes, the others being as given."""
+        """Return the coefficients, by degree, of the part that one factor's width changes, the others given."""
         parts = self._by_factor.get(factor, [])
         result = [0] * (1 + max((degree for _, _, degree in parts), default=0))
         for rest, coefficient, degree in parts:

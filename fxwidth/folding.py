@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import prod, sqrt
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
     """Return the parameters and buffers that change when dropped channels are folded into their readers.
 
     A reader's weight W [rows, channels], with K kept and d dropped, becomes W_K + W_d R on its kept columns, with
-    R = S[d, K] (S[K, K] + rho)^-1; a constant W_d (mu_d - R mu_K) goes to its bias, or off the running mean of the batch
-    norm that follows it. S is the covariance where something takes the constant, and E h h^T elsewhere.
+    R = S[d, K] (S[K, K] + rho)^-1; a constant W_d (mu_d - R mu_K) goes to its bias, or off the running mean of the
+    batch norm that follows it. S is the covariance where something takes the constant, and E h h^T elsewhere.
 
     Args:
         width_graph: the graph; its parameters are read, not changed.
@@ -33,7 +33,7 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
         moments: the evidence; nothing is folded without.
 
     Returns:
-        New tensors of the old shapes by parameter name, their kept entries ready to be indexed; others have not changed.
+        New tensors of the old shapes by parameter name, their kept entries ready to be indexed.
 
     Source: least-squares reconstruction, as in He et al., Channel Pruning for Accelerating Very Deep Neural Networks
         (2017), solved for all readers in closed form from moments.
@@ -65,7 +65,8 @@ def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | 
         call: a layer norm or RMS norm on the tape.
     """
     mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
-    axes = [call.axes[id(mixing.tensor)][mixing.dim] for mixing in mixings]
+    space = width_graph.analysis.space
+    axes = [space.normalise(call.axes[id(mixing.tensor)][mixing.dim]) for mixing in mixings]
     if not any(maps.changes(axis) for axis in axes):
         return 1.0
     resized = prod(map(axis_size, axes)) / prod(map(maps.size, axes))
@@ -178,7 +179,7 @@ def regression(moment: Moment, kept: Tensor, dropped: Tensor, readings: Tensor, 
 
 def effective_rows(moment: Moment) -> float:
     """Return how many independent rows a moment is worth: neighbouring pixels or tokens tell much the same."""
-    return moment.samples * (moment.rows / moment.samples) ** 0.5
+    return sqrt(moment.samples * moment.rows)
 
 
 def _inverse_root(variances: Tensor) -> Tensor:
@@ -195,4 +196,5 @@ def _solve(correlation: Tensor, target: Tensor, ridge: float) -> Tensor:
     values, vectors = torch.linalg.eigh(correlation)
     large = values > max(ridge, len(values) * torch.finfo(values.dtype).eps) * values[-1]
     inverse = torch.where(large, 1 / values.where(large, torch.ones_like(values)), 0.0)
-    return vectors @ (inverse[:, None] * (vectors.T @ target))
+    solution: Tensor = vectors @ (inverse[:, None] * (vectors.T @ target))
+    return solution

@@ -1,45 +1,32 @@
-"""How new channels enter a group without changing the function: the recipe for every place the group occurs in.
+"""How new channels enter a group without changing the function: what stands in the new slots of every parameter.
 
-A recipe says what stands in the new slots of each parameter. It is exact when abstract interpretation of the tape (see
-`growth_states`) finds no op that lets new channels reach old ones. Recipes are tried from the freest to the narrowest.
+A recipe is exact when interpretation of the tape (see `growth_interpretation`) finds no op that lets new channels reach
+old ones. Recipes are tried from the one that leaves most to learn to the narrowest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, Flag, StrEnum, auto
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
-from fxwidth.factors import Axis, Factor, FactorSpace
-from fxwidth.growth_pointwise import pass_pointwise
-from fxwidth.growth_states import (
-    CONSTANT,
-    TRANSFERS,
-    AxisFacts,
-    CallView,
-    ProductRefusal,
-    Refusal,
-    State,
-    States,
-)
-from fxwidth.growth_transfer import is_grouped
+from fxwidth.factors import Factor
+from fxwidth.growth_interpretation import CHANNEL_NORMS, Interpretation, Slot, tape_index
+from fxwidth.growth_states import AxisFacts, ProductRefusedError, State
+from fxwidth.growth_transfer import is_grouped_by
 from fxwidth.roles import ADDING, Roles
-from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
+from fxwidth.rules.registry import rule_name
 from fxwidth.tape import OpCall
-
-Slot = tuple[str, int]
-"""A dim of a parameter or buffer."""
 
 
 class Recipe(StrEnum):
     """How the new channels of a group stay without effect."""
 
     FREE = "new channels carry anything and nobody reads them"
-    ONE_SIDED = "new channels carry anything, but one side of each product of two activations is zero"
+    ONE_SIDED = "new channels carry anything, but are zero on one side of each product of activations"
     ZERO = "new channels are zero"
     MEAN = "new channels are the mean of the old ones"
 
@@ -47,16 +34,14 @@ class Recipe(StrEnum):
 class Fill(Enum):
     """What stands in the new slots of a parameter along one dim."""
 
-    ZERO = State.ZERO
-    MEAN = State.MEAN
-    WEIGHTED = State.WEIGHTED
+    ZERO = "zero"
+    MEAN = "the mean of the old entries"
+    WEIGHTED = "the mean of the old entries, each times its entry of a per-channel scale"
     ONE = "one"
-    DIRECTIONS = "directions"
+    DIRECTIONS = "directions that the old entries do not span"
 
-    @property
-    def state(self) -> State:
-        """What is known of entries filled so."""
-        return self.value if isinstance(self.value, State) else State.ANY
+
+_STATES = {Fill.ZERO: State.ZERO, Fill.MEAN: State.MEAN, Fill.WEIGHTED: State.WEIGHTED}
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Growth:
         recipe: the kind of recipe; `FREE` where none is exact.
         inexact: None, or why new channels change the function.
         fills: what stands in the new slots of each parameter dim.
-        weights: for `Fill.WEIGHTED` slots, the per-channel scale whose product with the channels has the mean.
+        weights: for each `Fill.WEIGHTED` dim, the parameter that holds the per-channel scale.
         norms: the tape index of each norm that sees more channels than before: its gain times sqrt(n / n') and its
             eps times n / n', from n to n' channels, leave what it makes of the old ones as it was.
     """
@@ -80,61 +65,149 @@ class Growth:
 
 
 class Use(Flag):
-    """What an op does with a parameter's entries along the channels."""
+    """What ops do with a parameter's entries along the channels."""
 
     READS = auto()
     WRITES = auto()
     SCALES = auto()
     SHIFTS = auto()
-    NORM_GAIN = auto()
+    UNIT_GAIN = auto()
     GROUP_KERNEL = auto()
-
-
-_UNUSED = Use(0)
-_UNIT_GAIN = frozenset({"weight", "running_var"})
-_CHANNEL_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "fxwidth::rms_norm"})
 
 
 def find_growth(analysis: Analysis, roles: Roles, factor: Factor) -> Growth:
     """Find how a group can grow without a change of the function.
 
     Args:
-        analysis: the tape and the axes; groups must be final.
+        analysis: the tape and the axes, after all pinning.
         roles: what the graph does with its parameters.
         factor: the group's factor.
     """
-    tape = _tape_of(analysis)
-    uses = _uses(analysis, tape, roles, factor)
-    failures: list[_Attempt] = []
+    search = _Search(analysis, roles, factor)
+    failures: list[Interpretation] = []
     for recipe in Recipe:
-        attempt = _Attempt(analysis, tape, roles, factor, _fills(analysis, recipe, uses))
-        attempt = _repaired(attempt, recipe, uses)
-        if attempt.refusal is None:
-            attempt = _with_active_readers(attempt, uses)
-            return Growth(recipe, None, attempt.fills, attempt.weights, tuple(attempt.norms))
-        failures.append(attempt)
+        fills, weights, run = search.repaired(recipe)
+        if run.refusal is None:
+            fills, run = search.with_active_readers(fills, weights, run)
+            return Growth(recipe, None, fills, weights, tuple(run.norms))
+        failures.append(run)
     # The recipe that came furthest met what stands in the way of all.
-    furthest = max(failures, key=lambda attempt: attempt.progress)
-    return Growth(Recipe.FREE, str(furthest.refusal), failures[0].fills)
+    furthest = max(failures, key=lambda run: run.progress)
+    return Growth(Recipe.FREE, str(furthest.refusal), search.fills(Recipe.FREE))
 
 
-def _repaired(attempt: _Attempt, recipe: Recipe, uses: Mapping[Slot, Use]) -> _Attempt:
-    """Run an attempt and give it what it asks for, as far as the recipe allows."""
-    attempt.run()
-    if recipe is Recipe.ONE_SIDED:
-        # Each turn sets at least one more slot to zero.
-        while isinstance(attempt.refusal, ProductRefusal):
-            left, right = (attempt.sources.get(id(t), frozenset()) for t in (attempt.refusal.left, attempt.refusal.right))
-            zeroed = {slot for slot in right - left if attempt.fills[slot] is not Fill.ZERO and uses[slot] & Use.WRITES}
+class _Search:
+    """The attempts to grow one group."""
+
+    def __init__(self, analysis: Analysis, roles: Roles, factor: Factor) -> None:
+        self._analysis = analysis
+        self._roles = roles
+        self._factor = factor
+        self._uses = _find_uses(analysis, roles, factor)
+
+    def fills(self, recipe: Recipe) -> dict[Slot, Fill]:
+        """Return what a recipe puts in the new slots."""
+        return {slot: self._fill(recipe, slot, use) for slot, use in self._uses.items()}
+
+    def run(self, fills: Mapping[Slot, Fill], weights: Mapping[Slot, str]) -> Interpretation:
+        """Follow the new channels along the tape."""
+        states = {slot: _STATES.get(fill, State.ANY) for slot, fill in fills.items()}
+        return Interpretation(self._analysis, self._roles, self._factor, states, weights).run()
+
+    def repaired(self, recipe: Recipe) -> tuple[dict[Slot, Fill], dict[Slot, str], Interpretation]:
+        """Try a recipe, and again with what the attempt found to be missing, as far as the recipe allows."""
+        fills, weights = self.fills(recipe), dict[Slot, str]()
+        run = self.run(fills, weights)
+        while recipe is Recipe.ONE_SIDED and isinstance(run.refusal, ProductRefusedError):
+            zeroed = self._one_side(run, run.refusal, fills)
             if not zeroed:
                 break
-            attempt = attempt.with_fills({**attempt.fills, **dict.fromkeys(zeroed, Fill.ZERO)})
-            attempt.run()
-    elif recipe is Recipe.MEAN and attempt.refusal is not None and attempt.wanted_weights:
-        weights = attempt.wanted_weights
-        scales = {(name, 0): Fill.ONE for name in weights.values()}
-        fills = {**attempt.fills, **dict.fromkeys(weights, Fill.WEIGHTED)}
-        fills |= {slot: Fill.ONE for slot in fills if slot[0] in set(weights.values())}
-        attempt = attempt.with_fills(fills, weights)
-        attempt.run()
-    return attempt
+            fills |= dict.fromkeys(zeroed, Fill.ZERO)
+            run = self.run(fills, weights)
+        if recipe is Recipe.MEAN and run.refusal is not None:
+            weights = {slot: name for slot, name in run.wanted_weights.items() if Use.WRITES in self._uses[slot]}
+            if weights:
+                # The scales are one, so that a weighted mean becomes the mean of the products.
+                fills |= {slot: Fill.ONE for slot in fills if slot[0] in weights.values()}
+                fills |= dict.fromkeys(weights, Fill.WEIGHTED)
+                run = self.run(fills, weights)
+        return fills, weights, run
+
+    def with_active_readers(
+        self, fills: dict[Slot, Fill], weights: Mapping[Slot, str], run: Interpretation
+    ) -> tuple[dict[Slot, Fill], Interpretation]:
+        """Let readers of channels that are zero anyway be anything, so that those channels get a gradient."""
+        readers = [slot for slot, use in self._uses.items() if use == Use.READS and slot not in run.needed]
+        active = {slot: Fill.DIRECTIONS for slot in readers if self._is_float(slot)}
+        if not active:
+            return fills, run
+        again = self.run({**fills, **active}, weights)
+        return (fills, run) if again.refusal is not None else ({**fills, **active}, again)
+
+    def _one_side(self, run: Interpretation, refusal: ProductRefusedError, fills: Mapping[Slot, Fill]) -> list[Slot]:
+        left, right = (run.sources.get(id(tensor), frozenset()) for tensor in (refusal.left, refusal.right))
+        free = [slot for slot in right - left if fills[slot] is not Fill.ZERO]
+        return [slot for slot in free if Use.WRITES in self._uses[slot]]
+
+    def _is_float(self, slot: Slot) -> bool:
+        return self._analysis.parameters[slot[0]].fake.dtype.is_floating_point
+
+    def _fill(self, recipe: Recipe, slot: Slot, use: Use) -> Fill:
+        if not self._is_float(slot):
+            return Fill.ZERO
+        if recipe is Recipe.MEAN and Use.WRITES in use:
+            return Fill.MEAN
+        if Use.READS in use or (recipe is Recipe.ZERO and Use.WRITES in use):
+            return Fill.ZERO
+        if Use.GROUP_KERNEL in use:
+            return Fill.DIRECTIONS
+        if Use.UNIT_GAIN in use:
+            return Fill.ONE
+        if Use.SCALES in use:
+            return Fill.MEAN
+        return Fill.DIRECTIONS if Use.WRITES in use and self._is_matrix(slot) else Fill.ZERO
+
+    def _is_matrix(self, slot: Slot) -> bool:
+        fake = self._analysis.parameters[slot[0]].fake
+        return bool(fake.numel() > fake.shape[slot[1]])
+
+
+def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, Use]:
+    """Return what the graph does with each parameter dim that the factor is in."""
+    index = tape_index(analysis)
+    facts = AxisFacts(factor, analysis.space)
+    uses = dict.fromkeys(index.slots.get(factor, ()), Use(0))
+    for call in index.calls.get(factor, ()):
+        inputs = call.inputs
+        if not call.contractions and all(map(roles.is_parameter, inputs)):
+            continue
+        for tensor in inputs:
+            lineage = roles.lineage.get(id(tensor), ())
+            axes = call.axes[id(tensor)]
+            for dim, sources in enumerate(lineage):
+                if dim < len(axes) and facts.carries(axes[dim]):
+                    use = _use(call, tensor, dim, facts)
+                    for slot in sources & uses.keys():
+                        uses[slot] |= use
+    return uses
+
+
+def _use(call: OpCall, tensor: Tensor, dim: int, facts: AxisFacts) -> Use:
+    for contraction in call.contractions:
+        for operand, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
+            if operand is tensor:
+                if "groups" in call.arguments and is_grouped_by(call, facts):
+                    return Use.GROUP_KERNEL
+                return Use.READS if dim in dims else Use.WRITES
+    for name, use in _NORM_SLOTS.items():
+        if call.arguments.get(name) is tensor and "norm" in call.name:
+            return Use.SCALES if use is Use.UNIT_GAIN and rule_name(call.func) in CHANNEL_NORMS else use
+    return Use.WRITES if call.contractions or call.name in ADDING else Use.SCALES
+
+
+_NORM_SLOTS = {
+    "weight": Use.UNIT_GAIN,
+    "running_var": Use.UNIT_GAIN,
+    "bias": Use.SHIFTS,
+    "running_mean": Use.SHIFTS,
+}

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.growth_pointwise import pass_pointwise
-from fxwidth.growth_states import CONSTANT, TRANSFERS, AxisFacts, CallView, Refusal, State, States
+from fxwidth.growth_states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, CallView, RefusedError, State, States
 from fxwidth.roles import Roles
 from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
 from fxwidth.tape import OpCall
@@ -92,7 +92,7 @@ class Interpretation:
         self._weights = dict(weights or {})
         self._states: dict[int, States] = {}
         self._by_storage: dict[int, dict[int, Tensor]] = {}
-        self.refusal: Refusal | None = None
+        self.refusal: RefusedError | None = None
         self.progress = -1
         self.needed: set[Slot] = set()
         self.norms: list[int] = []
@@ -106,7 +106,7 @@ class Interpretation:
         for call in self._index.calls.get(self._factor, ()):
             try:
                 self._pass(call)
-            except Refusal as refusal:
+            except RefusedError as refusal:
                 self.refusal, self.progress = refusal, call.index
                 break
         return self
@@ -120,7 +120,7 @@ class Interpretation:
         if known is not None and len(known) == len(axes):
             return known
         if any(map(self._facts.carries, axes)):
-            raise Refusal(f"a tensor of shape {tuple(tensor.shape)} comes from nowhere (node {call.node})")
+            raise RefusedError(f"a tensor of shape {tuple(tensor.shape)} comes from nowhere (node {call.node})")
         return (CONSTANT,) * len(axes)
 
     def zero_needed(self, tensor: Tensor, dim: int) -> None:
@@ -204,7 +204,7 @@ class Interpretation:
 
     def _write(self, call: OpCall, settled: list[States], origins: frozenset[Slot]) -> None:
         """Let all views of what an in-place op wrote have only what holds for old and written entries alike."""
-        written = State(-1)
+        written = ALL_ZERO
         for (_, axes), states in zip(CallView(call, self._facts, self).outputs, settled, strict=True):
             for axis, state in zip(axes, states, strict=True):
                 if self._facts.carries(axis):

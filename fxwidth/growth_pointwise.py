@@ -37,9 +37,8 @@ class Place:
 def pass_pointwise(c: CallView) -> Sequence[Sequence[State]]:
     """Return the states of a pointwise op's results."""
     combine = _COMBINATIONS.get(c.call.name, _by_value_at_zero)
-    ranks = {id(output): len(axes) for output, axes in c.outputs}
-    rank = max(ranks.values())
-    return c.each_output(lambda dim, axis: combine(Place(c, rank - dim)))
+    rank = len(c.outputs[0][1])
+    return c.each_output(lambda dim: combine(Place(c, rank - dim)))
 
 
 def _by_value_at_zero(at: Place) -> State:
@@ -123,10 +122,6 @@ def _filled(at: Place) -> State:
     return at.state_of(at.view.call.arguments.get("value", at.view.call.arguments.get("fill_value", 1)))
 
 
-def _zeros(at: Place) -> State:
-    return ALL_ZERO
-
-
 def _dropped(at: Place) -> State:
     name = "self" if "self" in at.view.call.arguments else "input"
     return at.state(name) & State.ZERO
@@ -147,7 +142,7 @@ _COMBINATIONS: dict[str, Callable[[Place], State]] = {
     "where": _chosen,
     "masked_fill": _masked,
     **dict.fromkeys(("fill", "full_like", "ones_like"), _filled),
-    **dict.fromkeys(("zero", "zeros_like", "empty_like"), _zeros),
+    **dict.fromkeys(("zero", "zeros_like", "empty_like"), lambda _: ALL_ZERO),
     "native_dropout": _dropped,
     **dict.fromkeys(("prelu", "_prelu_kernel"), _activated),
 }

@@ -39,11 +39,11 @@ ALL_ZERO = State.ZERO | State.MEAN | State.UNIFORM | State.WEIGHTED
 States = tuple[State, ...]
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """New channels would change the function here; the text is the clause that says why."""
 
 
-class ProductRefusal(Refusal):
+class ProductRefusedError(RefusedError):
     """Two operands are multiplied and summed over the factor, and neither has zeros in its new channels."""
 
     def __init__(self, reason: str, left: Tensor, right: Tensor) -> None:
@@ -160,18 +160,18 @@ class CallView:
         """The results with their axes."""
         return list(zip(self.call.outputs, self.call.output_axes, strict=True))
 
-    def each_output(self, state: Callable[[int, Axis], State]) -> list[States]:
+    def each_output(self, state: Callable[[int], State]) -> list[States]:
         """Return the states of all results, asking only for dims that carry the factor."""
         return [
-            tuple(state(dim, axis) if self.facts.carries(axis) else CONSTANT for dim, axis in enumerate(axes))
+            tuple(state(dim) if self.facts.carries(axis) else CONSTANT for dim, axis in enumerate(axes))
             for _, axes in self.outputs
         ]
 
     def everywhere(self, state: State) -> list[States]:
         """Return one state for all dims of all results that carry the factor."""
-        return self.each_output(lambda dim, axis: state)
+        return self.each_output(lambda _: state)
 
-    def results(self, states: Sequence[States]) -> list[States]:
+    def results(self, states: Sequence[Sequence[State]]) -> list[States]:
         """Return a transfer's result without what integers or a squared factor cannot promise."""
         settled = []
         for (output, axes), row in zip(self.outputs, states, strict=True):
@@ -192,9 +192,9 @@ class CallView:
         """Say that new channels would change the function here.
 
         Raises:
-            Refusal: always.
+            RefusedError: always.
         """
-        raise Refusal(f"{reason} ({self.place})")
+        raise RefusedError(f"{reason} ({self.place})")
 
     @property
     def place(self) -> str:
@@ -205,7 +205,7 @@ class CallView:
         """Refuse unless the new channels of an operand are zero.
 
         Raises:
-            Refusal: they are not.
+            RefusedError: they are not.
         """
         if not self.states(operand)[dim] & State.ZERO:
             self.refuse(reason)
@@ -215,7 +215,7 @@ class CallView:
         """Refuse a sum of products over the factor unless one operand is zero in the new channels.
 
         Raises:
-            ProductRefusal: neither is.
+            ProductRefusedError: neither is.
         """
         if not self.facts.carries(self.axes(left)[left_dim]) and not self.facts.carries(self.axes(right)[right_dim]):
             return
@@ -224,7 +224,7 @@ class CallView:
         right_zero = bool(self.states(right)[right_dim] & State.ZERO)
         if not left_zero and not right_zero:
             reason = "it sums products of new channels, which are zero on neither side"
-            raise ProductRefusal(f"{reason} ({self.place})", one, other)
+            raise ProductRefusedError(f"{reason} ({self.place})", one, other)
         # Of two parameters that are both zero only one needs to be; zeros of an activation cost nothing.
         if right_zero and (not left_zero or self.observer.is_parameter(one)):
             self.observer.zero_needed(other, right_dim)

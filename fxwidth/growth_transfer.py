@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fxwidth.factors import Axis
-from fxwidth.growth_states import ALL_ZERO, CONSTANT, CallView, State, transfer
+from fxwidth.growth_states import ALL_ZERO, CONSTANT, AxisFacts, CallView, State, transfer
+from fxwidth.tape import OpCall
 
 Result = Sequence[Sequence[State]]
 
@@ -91,7 +91,7 @@ def _cat(c: CallView) -> Result:
     # Legacy: empty one-dimensional tensors are skipped by cat.
     parts = [tensor for tensor in c["tensors"] if len(c.axes(tensor)) == rank]
 
-    def joined(dim: int, axis: Axis) -> State:
+    def joined(dim: int) -> State:
         return meet(c.states(part)[dim] for part in parts if c.facts.carries(c.axes(part)[dim]))
 
     return c.each_output(joined)
@@ -108,7 +108,7 @@ def _stack(c: CallView) -> Result:
 def _pad(c: CallView) -> Result:
     states, axes, filled = c.states("self"), c.axes("self"), of_number(c["value"])
 
-    def padded(dim: int, axis: Axis) -> State:
+    def padded(dim: int) -> State:
         return states[dim] & filled if c.facts.carries(axes[dim]) else filled
 
     return c.each_output(padded)
@@ -182,7 +182,7 @@ def _index_select(c: CallView) -> Result:
 def _gather(c: CallView) -> Result:
     _check_index(c, c["index"])
     signal, index = c.states("self"), c.states("index")
-    return c.each_output(lambda dim, axis: signal[dim] if index[dim] & State.UNIFORM else State.ANY)
+    return c.each_output(lambda dim: signal[dim] if index[dim] & State.UNIFORM else State.ANY)
 
 
 # -- matrix products and convolutions ------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def _convolution(c: CallView) -> Result:
     signal, weight, out = c.axes("input"), c.axes("weight"), c.outputs[0][1]
     if any(c.facts.repeats(axis) for axis in (signal[1], weight[0], out[1])):
         c.refuse("its channels hold the growing ones twice")
-    if is_grouped(c):
+    if is_grouped_by(c.call, c.facts):
         grouped = multiplied(c.states("input")[1], c.states("weight")[0])
     else:
         c.contract("input", 1, "weight", reads)
@@ -250,16 +250,17 @@ def _convolution(c: CallView) -> Result:
     channels = grouped & c.entry("bias")
     # Samples are treated alike; a bias adds the same to all of them.
     samples = c.states("input")[0] & (CONSTANT if "bias" in c else ALL_ZERO)
-    return c.each_output(lambda dim, axis: channels if dim == 1 else samples if dim == 0 else State.ANY)
+    return c.each_output(lambda dim: channels if dim == 1 else samples if dim == 0 else State.ANY)
 
 
-def is_grouped(c: CallView) -> bool:
+def is_grouped_by(call: OpCall, facts: AxisFacts) -> bool:
     """Tell whether the factor is (in) the groups of a convolution."""
-    if c["groups"] == 1:
+    arguments = call.arguments
+    if arguments["groups"] == 1:
         return False
-    within = c.axes("weight")[1]
-    across = c.outputs[0][1][1] if c["transposed"] else c.axes("input")[1]
-    return c.facts.carries(across) and not c.facts.carries(within)
+    within = call.axes[id(arguments["weight"])][1]
+    across = call.output_axes[0][1] if arguments["transposed"] else call.axes[id(arguments["input"])][1]
+    return facts.carries(across) and not facts.carries(within)
 
 
 @transfer("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
@@ -269,7 +270,7 @@ def _attention(c: CallView) -> Result:
         c.refuse("its softmax sees new entries")
     c.contract("query", 3, "key", 3)
     value = c.states("value")
-    output, *rest = c.each_output(lambda dim, axis: State.ANY)
+    output, *rest = c.everywhere(State.ANY)
     heads = [value[dim] & State.ZERO if c.facts.carries(c.outputs[0][1][dim]) else CONSTANT for dim in (0, 1)]
     return [(*heads, output[2], value[3]), *rest]
 
@@ -285,7 +286,7 @@ def _batch_norm(c: CallView) -> Result:
             c.refuse("its batch norm normalises over new entries")
     kept = c.states("input")[1] & c.entry("bias") & c.entry("running_mean") & State.ZERO
     own = [kept if dim == 1 and c.facts.carries(a) else State.ANY for dim, a in enumerate(c.axes("input"))]
-    output, *saved = c.each_output(lambda dim, axis: State.ANY)
+    _, *saved = c.everywhere(State.ANY)
     return [tuple(own), *saved]
 
 
@@ -317,7 +318,7 @@ def _layer_norm(c: CallView) -> Result:
         _rescale(c, "layer norm")
     bias = c["bias"]
 
-    def normalised(dim: int, axis: Axis) -> State:
+    def normalised(dim: int) -> State:
         if dim in inside:
             return State.ZERO & (ALL_ZERO if bias is None else c.states(bias)[dim - dims[0]])
         return _passed(states[dim], State.ANY)
@@ -333,7 +334,7 @@ def _rms_norm(c: CallView) -> Result:
         if c.facts.carries(axes[dim]):
             c.need_zero("input", dim, "its RMS norm sees new channels that cannot be zero")
             _rescale(c, "RMS norm")
-    return c.each_output(lambda dim, axis: _passed(states[dim], State.ZERO))
+    return c.each_output(lambda dim: _passed(states[dim], State.ZERO))
 
 
 @transfer("native_group_norm")
@@ -346,7 +347,7 @@ def _group_norm(c: CallView) -> Result:
     if any(map(c.facts.carries, axes[2:])):
         c.refuse("its group norm reduces over new entries")
     kept = State.ZERO & states[1] & c.entry("bias") if grows_groups else State.ANY
-    return c.each_output(lambda dim, axis: kept if dim == 1 else State.ANY)
+    return c.each_output(lambda dim: kept if dim == 1 else State.ANY)
 
 
 # -- reductions ----------------------------------------------------------------------------------------------------
@@ -441,5 +442,4 @@ def _grid_sampler(c: CallView) -> Result:
     signal, grid = c.call.inputs
     states, places = c.states(signal), c.states(grid)
     own = [states[0] if places[0] & State.UNIFORM else states[0] & State.ZERO, states[1]]
-    return c.each_output(lambda dim, axis: own[dim] if dim < 2 else State.ANY)
-
+    return c.each_output(lambda dim: own[dim] if dim < 2 else State.ANY)

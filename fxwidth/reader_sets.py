@@ -91,7 +91,7 @@ def _absorber(wiring: Wiring, readers: list[Reader]) -> Absorber | None:
     width = readers[0].outputs * readers[0].groups
     biases = [wiring.added_bias(reader.call) for reader in readers]
     norms = [wiring.following_batch_norm(reader.call) for reader in readers]
-    means = [norm and (norm, norm.arguments["running_mean"]) for norm in norms]
+    means = [None if norm is None else (norm, norm.arguments["running_mean"]) for norm in norms]
     for places, sign in ((biases, 1), (means, -1)):
         view = _common_view(wiring, places, width)
         if view is not None:

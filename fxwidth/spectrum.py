@@ -39,7 +39,8 @@ def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
         wide = writer.to(accumulation_dtype(writer))
         gram = wide @ wide.T if gram is None else torch.addmm(gram, wide, wide.T)
     assert gram is not None
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)
+    return squares.clamp_min(0).sqrt()
 
 
 def tail_share(values: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):
             index = torch.from_numpy(positions).to(weight.device)
             rows = weight[index.view(-1)].view(*index.shape, -1)
-            scales = [scale for call in calls if (scale := _batch_norm_scale(wiring, width_graph, call, group.factor)) is not None]
+            found = [_batch_norm_scale(wiring, width_graph, call, group.factor) for call in calls]
+            scales = [scale for scale in found if scale is not None]
             if len(scales) == len(calls):
                 scale = torch.stack(scales).mean(0)
                 # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
@@ -104,6 +106,6 @@ def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, fac
     gain = wiring.values(norm.arguments["weight"])
     if not occurrences or variance is None:
         return None
-    eps = norm.arguments.get("eps", norm.arguments.get("epsilon"))
-    scale = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
+    eps = norm.arguments["epsilon" if "epsilon" in norm.arguments else "eps"]
+    scale: Tensor = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
     return scale[torch.from_numpy(occurrences[0]).to(scale.device)]

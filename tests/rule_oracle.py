@@ -147,7 +147,8 @@ def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
     }
     func, arguments = prescribed(probe.call, maps)
     args, kwargs = unbind(
-        func, {name: pytree.tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), value) for name, value in arguments.items()}
+        func,
+        {name: pytree.tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), value) for name, value in arguments.items()},
     )
     actual = tensors_in(func(*args, **kwargs))
     wanted = [tuple(maps.size(axis) for axis in axes) for axes in probe.result_axes]
@@ -179,7 +180,9 @@ def coupled_without_need(probe: Probe) -> list[str]:
     Such a dim can be permuted alone, and cut alone, and the results follow in one dim or not at all.
     """
     found = []
-    occurrences = [factor for axes in probe.operand_axes for axis in axes for factor in probe.analysis.space.factors(axis)]
+    occurrences = [
+        factor for axes in probe.operand_axes for axis in axes for factor in probe.analysis.space.factors(axis)
+    ]
     for i, (operand, axes) in enumerate(zip(probe.operands, probe.operand_axes, strict=True)):
         for dim, axis in enumerate(axes):
             size = operand.shape[dim]

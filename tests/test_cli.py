@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -154,7 +153,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
-    assert capsys.readouterr().out == f"fxwidth {version('fxwidth')}\n"
+    assert capsys.readouterr().out == f"fxwidth {fxwidth.__version__}\n"
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

@@ -90,7 +90,9 @@ def test_passes_in_a_pass_manager() -> None:
     gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
     result = PassManager([AnalyzeWidths(), PlanWidths(params=0.4), ResizeWidths()])(gm)
     assert result.modified
-    assert sum(p.numel() for p in result.graph_module.parameters()) <= 0.4 * sum(p.numel() for p in network().parameters())
+    assert sum(p.numel() for p in result.graph_module.parameters()) <= 0.4 * sum(
+        p.numel() for p in network().parameters()
+    )
     assert "fxwidth_plan" not in result.graph_module.meta
     assert {"0", "3"} <= set(result.graph_module.meta["fxwidth_groups"])
 

@@ -107,7 +107,9 @@ def test_removing_channels_that_nobody_reads_or_writes_keeps_the_function(name: 
 
 def silence(wg: fxwidth.WidthGraph, dead: dict[str, np.ndarray]) -> None:
     """Zero the slices of channels in everything that reads or writes them."""
-    maps = IndexMaps(wg.analysis.space, {wg[g].factor: np.setdiff1d(np.arange(wg[g].width), c) for g, c in dead.items()})
+    maps = IndexMaps(
+        wg.analysis.space, {wg[g].factor: np.setdiff1d(np.arange(wg[g].width), c) for g, c in dead.items()}
+    )
     with torch.no_grad():
         for entry in wg.analysis.parameters.values():
             for dim, axis in enumerate(entry.axes):
@@ -118,7 +120,12 @@ def silence(wg: fxwidth.WidthGraph, dead: dict[str, np.ndarray]) -> None:
 
 def test_attributes_follow_the_parameters() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.GroupNorm(4, 8), nn.Flatten(), nn.Linear(128, 5)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.GroupNorm(4, 8),
+        nn.Flatten(),
+        nn.Linear(128, 5),
     )
     gm = fxwidth.trace(model.eval(), torch.randn(2, 3, 8, 8))
     fxwidth.resize(gm, {"3#0": 3} if "3#0" in fxwidth.analyze(gm) else {fxwidth.analyze(gm).free[0].name: 3})

@@ -13,6 +13,7 @@ from PIL import Image
 
 import fxwidth
 from fxwidth import FxwidthError
+from fxwidth.evolution import parameter_count
 from fxwidth.training.curves import save_curves
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.images import ImageData
@@ -21,7 +22,6 @@ from fxwidth.training.loop import (
     TrainingConfig,
     TrainingObserver,
     TrainingResult,
-    count_parameters,
     evaluate,
     fit,
     free_widths,
@@ -45,7 +45,7 @@ def traced_seed_resnet(data: ImageData) -> torch.fx.GraphModule:
 
 
 def test_seed_resnet_has_the_published_size() -> None:
-    assert count_parameters(seed_resnet()) == 1_971_308
+    assert parameter_count(seed_resnet()) == 1_971_308
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_fit_evolves_to_the_target(digits: ImageData, tmp_path: Path) -> None:
     result = fit(gm, digits, EVOLVING, recorder)
     assert recorder.steps == list(range(1, 10))
     assert recorder.params == sorted(recorder.params, reverse=True)
-    assert result.params_after == recorder.params[-1] == count_parameters(gm) <= 20_000 < result.params_before
+    assert result.params_after == recorder.params[-1] == parameter_count(gm) <= 20_000 < result.params_before
     assert result.test_accuracy == result.epochs[-1].test_accuracy == pytest.approx(evaluate(gm, digits)[1])
     assert len(result.losses) == result.steps == 9
     assert result.widths_after == free_widths(gm)
@@ -183,7 +183,7 @@ def test_interrupted_training_keeps_a_usable_network(digits: ImageData) -> None:
         result = fit(gm, digits, EVOLVING, Recorder(stop_at=2), stop)
     assert signal.getsignal(signal.SIGINT) is handler
     assert (result.interrupted, result.steps, result.test_accuracy) == (True, 2, None)
-    assert result.params_after == count_parameters(gm) < result.params_before
+    assert result.params_after == parameter_count(gm) < result.params_before
     assert evaluate(gm, digits) is not None
     assert evaluate(gm, digits, stop=lambda: True) is None
 

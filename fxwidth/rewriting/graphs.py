@@ -173,6 +173,11 @@ class _Rewriter:
             # A number computed from a size: whoever uses it is patched.
             self._values[node] = self._run(node)[0]
             return
+        if node.op == "call_module" and (dropout := _dropout_in(self._module.get_submodule(str(node.target)))):
+            raise FxwidthError(
+                f"node {name!r} has to be taken apart into ATen ops ({problem}), which would lose its dropout of "
+                f"{dropout} in training. Set that dropout to 0, or keep the groups of this module with keep=."
+            )
         result, inserted = self._lowering.lower(node, name, self._old_values)
         for new in inserted:
             self._values[new] = self._run_inserted(new, name, problem)
@@ -207,3 +212,10 @@ class _Rewriter:
         new = [tuple(tensor.shape) for tensor in values]
         if old != new:
             raise FxwidthError(f"the outputs would change their shapes from {old} to {new}; no resize was made.")
+
+
+def _dropout_in(module: nn.Module) -> float:
+    """Return the dropout probability of a module or one of its parts, 0 where there is none."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+    parts = [part for part in module.modules() if isinstance(part, kinds)]
+    return max((float(getattr(part, "p", 0) or getattr(part, "dropout", 0)) for part in parts), default=0.0)

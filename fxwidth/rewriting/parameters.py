@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxwidth.folding import fold, variance_ratio
 from fxwidth.groups import WidthGraph
-from fxwidth.growth import new_entries
+from fxwidth.growth_values import new_entries
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moments
 from fxwidth.tape import OpCall
@@ -65,7 +65,7 @@ def resized_tensors(
         indices = dim_maps(width_graph, maps, name)
         if any(kept is not None for kept in indices):
             gathered = gather(old, indices)
-            result[name] = new_entries(width_graph, maps, name, old, gathered)
+            result[name] = new_entries(width_graph, maps, name, gathered)
         elif name in folded:
             result[name] = old
     for name, ratio in _gain_ratios(width_graph, ratios).items():

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rules.registry import KERNEL, POSITION, Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
+from fxwidth.rules.registry import (
+    KERNEL,
+    POSITION,
+    Prescribed,
+    RuleContext,
+    RuleDeclinedError,
+    prescription,
+    revised,
+    rule,
+)
 from fxwidth.tape import OpCall
 
 

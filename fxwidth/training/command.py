@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from torch.fx import GraphModule
 
+import fxwidth
 from fxwidth.errors import FxwidthError
 from fxwidth.tracing import trace
 from fxwidth.training import options
@@ -30,7 +30,7 @@ _INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fxwidth {version('fxwidth')}")
+        typer.echo(f"fxwidth {fxwidth.__version__}")
         raise typer.Exit
 
 
@@ -144,4 +144,4 @@ def _run(
 
 def _versions() -> dict[str, str]:
     """Return the versions that a run depends on."""
-    return {"fxwidth": version("fxwidth"), "torch": torch.__version__}
+    return {"fxwidth": fxwidth.__version__, "torch": torch.__version__}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from fxwidth.analysis import analyze
+from fxwidth import analyze
 from fxwidth.errors import FxwidthError
-from fxwidth.evolution import Evolver
+from fxwidth.evolution import Evolver, parameter_count
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 
@@ -124,11 +124,6 @@ def evaluate(gm: nn.Module, data: ImageData, stop: Callable[[], bool] = lambda: 
     return loss.item() / len(data.test), hits.item() / len(data.test)
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters of a module, shared ones counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def one_cycle(progress: float) -> float:
     """Return the factor of the peak learning rate: a linear rise, then half a cosine down to zero."""
     if progress < _WARMUP:
@@ -171,7 +166,7 @@ class _Training:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: one_cycle(self.clock.progress))
         self.evolver = self._make_evolver(steps)
         self.widths = free_widths(gm)
-        self.widths_before, self.params_before = dict(self.widths), count_parameters(gm)
+        self.widths_before, self.params_before = dict(self.widths), parameter_count(gm)
         self.pending: list[Tensor] = []  # losses still on the device: reading each one would stop the device each step
         self.losses: list[float] = []
         self.epochs: list[EpochRecord] = []
@@ -229,7 +224,7 @@ class _Training:
             self._read_losses()
             self._use_channels_last()
             self.widths.update({name: new for name, (_, new) in self.evolver.history[-1]["widths"].items()})
-            self.observer.on_resize(self.clock.step, self.widths, count_parameters(self.gm))
+            self.observer.on_resize(self.clock.step, self.widths, parameter_count(self.gm))
         if self.evolver.finished and (plan is not None or not was_finished):
             self._compile()
 
@@ -264,7 +259,7 @@ class _Training:
             train_loss=sum(recent) / len(recent),
             test_loss=measured[0],
             test_accuracy=measured[1],
-            params=count_parameters(self.gm),
+            params=parameter_count(self.gm),
             seconds=self.clock.seconds,
         )
         self.epochs.append(record)
@@ -275,7 +270,7 @@ class _Training:
         return TrainingResult(
             test_accuracy=self.epochs[-1].test_accuracy if evaluated else None,
             params_before=self.params_before,
-            params_after=count_parameters(self.gm),
+            params_after=parameter_count(self.gm),
             seconds=self.clock.seconds,
             steps=self.clock.step,
             interrupted=self.stop.count > 0,
