@@ -61,12 +61,12 @@ def main() -> None:
             runs += [evolved, direct]
             print(*(f"{run.case}: {100 * run.test_accuracy:.2f} % in {run.seconds:.0f} s" for run in (evolved, direct)))
     name = f"mnist-{options.device}" + ("-compile" if options.compile else "")
-    RESULTS.mkdir(exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
     machine = _machine(options, settings)
     record = {"machine": machine, "settings": settings, "runs": [asdict(run) for run in runs]}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     table = render(runs, machine)
-    (RESULTS / f"{name}.md").write_text(table, encoding="utf-8")
+    (options.results / f"{name}.md").write_text(table, encoding="utf-8")
     print(table)
 
 
@@ -165,6 +165,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: that of the command line")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 

@@ -14,7 +14,7 @@ from fxwidth.probes import Measure, Probe
 from fxwidth.tape import OpCall
 
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
-_ROWS, _ROWS_PER_CHANNEL = 4096, 4
+_ROWS, _ROWS_PER_CHANNEL = 1024, 4
 _LARGEST_ACTIVATION = 2**25
 
 
@@ -89,7 +89,7 @@ def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: 
     """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products."""
     recorded = next((len(value) for value in analysis.inputs if isinstance(value, Tensor) and value.dim()), 1)
     samples = _samples_wanted(probes, recorded)
-    products = sum(_products(call) for call in analysis.calls) / recorded
+    products = (sum(map(_products, analysis.calls)) + sum(map(_products_of_moment, probes))) / recorded
     samples = int(max(16, min(samples, work / max(1.0, products))))
     largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
     size = min(samples, max(16, _LARGEST_ACTIVATION // max(1, largest))) if analysis.batch else recorded
@@ -126,6 +126,13 @@ def _products(call: OpCall) -> int:
         per_output = per_output or contraction.left.shape[contraction.left_dims[0]]
         total += call.outputs[0].numel() * per_output
     return total
+
+
+def _products_of_moment(probe: Probe) -> int:
+    """Return how many multiplications a second moment takes."""
+    tensor = probe.call.arguments[probe.argument]
+    channels = tensor.shape[probe.dims[0]] // probe.minor
+    return tensor.numel() * channels if probe.measure == Measure.MOMENT else 0
 
 
 def _noise(analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:

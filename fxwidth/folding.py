@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from math import prod
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moment, Moments
 from fxwidth.probes import NORMS
 from fxwidth.reader_sets import ReaderSet, reader_sets
+from fxwidth.regression import regression
 from fxwidth.tape import OpCall
 
-_SMALLEST_RIDGE = 1e-13
-_ITERATIONS = 5
+_SMALLEST_SHARE = 0.05
 
 
 def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> dict[str, Tensor]:
@@ -25,7 +25,8 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
 
     A reader's weight W [rows, channels], with K kept and d dropped, becomes W_K + W_d R on its kept columns, with
     R = S[d, K] (S[K, K] + rho)^-1; a constant W_d (mu_d - R mu_K) goes to its bias, or off the running mean of the
-    batch norm that follows it. S is the covariance where something takes the constant, and E h h^T elsewhere.
+    batch norm that follows it. S is the covariance where something takes the constant, and E h h^T elsewhere. What is
+    predicted varies less than what was there: the running variance of that batch norm is scaled by the share left.
 
     Args:
         width_graph: the graph; its parameters are read, not changed.
@@ -99,7 +100,7 @@ def _common_moment(readers: ReaderSet, moments: Moments) -> Moment | None:
 def _fold_set(
     width_graph: WidthGraph, readers: ReaderSet, kept: Indices, moment: Moment, folded: dict[str, Tensor]
 ) -> None:
-    """Fold what is not kept into one weight, and the constant into what absorbs it."""
+    """Fold what is not kept into one weight, the constant into what absorbs it, lost variance into a batch norm."""
     reader, view, absorber = readers.first, readers.first.view, readers.absorber
     assert view is not None
     weight = view.of(_working_copy(width_graph, view.parameter, folded))
@@ -108,24 +109,42 @@ def _fold_set(
     # Contiguous, so that the blocks of a transposed weight can be written to in place.
     blocks = blocks.clone(memory_format=torch.contiguous_format)
     constants = blocks.new_zeros(groups, reader.outputs)
-    every = np.arange(size)
+    shares = blocks.new_ones(groups, reader.outputs)
     for group in range(groups):
         own = kept[kept // size == group] % size
-        lost = np.setdiff1d(every, own)
-        if not len(own) or not len(lost):
-            continue
-        part = _part(moment, slice(group * size, (group + 1) * size))
-        K, d = (torch.from_numpy(np.sort(indices)).to(blocks.device) for indices in (own, lost))
-        readings = blocks[group].index_select(1, d)
-        R = regression(part, K, d, readings, centred=absorber is not None)
-        blocks[group].index_add_(1, K, readings @ R)
-        if absorber is not None:
-            constant = readings @ (part.mean[d] - R @ part.mean[K])
-            constants[group] = constant.view(reader.outputs, -1).sum(1) / reader.strides
+        lost = np.setdiff1d(np.arange(size), own)
+        if len(own) and len(lost):
+            K, d = (torch.from_numpy(np.sort(indices)).to(blocks.device) for indices in (own, lost))
+            part = _part(moment, slice(group * size, (group + 1) * size))
+            constant, share = _fold_block(blocks[group], part, K, d, reader.outputs, centred=absorber is not None)
+            constants[group], shares[group] = constant / reader.strides, share
     weight.copy_(reader.operand(blocks, weight))
     if absorber is not None:
         vector = absorber.view.of(_working_copy(width_graph, absorber.view.parameter, folded))
         vector.add_(absorber.sign * constants.view(-1).to(vector.dtype))
+    if readers.variance is not None:
+        vector = readers.variance.of(_working_copy(width_graph, readers.variance.parameter, folded))
+        vector.mul_(shares.view(-1).to(vector.dtype))
+
+
+def _fold_block(
+    block: Tensor, moment: Moment, K: Tensor, d: Tensor, outputs: int, *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """Fold columns d of a weight, [rows, channels], into its columns K, in place.
+
+    Returns:
+        The constant to add to each output, and the share of each output's variance that is left, [outputs] each.
+    """
+    lost = block.index_select(1, d)
+    before = ((block @ moment.covariance) * block).sum(1).view(outputs, -1).sum(1)
+    R = regression(moment, K, d, lost, centred=centred)
+    constant = lost @ (moment.mean[d] - R @ moment.mean[K]) if centred else lost.new_zeros(len(lost))
+    block.index_add_(1, K, lost @ R)
+    own = block.index_select(1, K)
+    after = ((own @ moment.covariance[K][:, K]) * own).sum(1).view(outputs, -1).sum(1)
+    # An output of which nothing is left must not be blown up to its old size.
+    share = torch.where(before > 0, after / before, 1.0).clamp_min(_SMALLEST_SHARE)
+    return constant.view(outputs, -1).sum(1), share
 
 
 def _part(moment: Moment, channels: slice) -> Moment:
@@ -140,61 +159,3 @@ def _working_copy(width_graph: WidthGraph, name: str, folded: dict[str, Tensor])
         copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         folded[name] = copy.copy_(tensor)
     return folded[name]
-
-
-def regression(moment: Moment, kept: Tensor, dropped: Tensor, readings: Tensor, *, centred: bool) -> Tensor:
-    """Return R [dropped, kept] with which the kept channels best predict the dropped ones, as their reader weighs them.
-
-    Args:
-        moment: the channels' moments.
-        kept: the kept channels.
-        dropped: the dropped channels.
-        readings: the reader's columns for the dropped channels, [rows, dropped].
-        centred: whether a constant may be added to the prediction.
-
-    Source: the ridge is that of Hoerl, Kennard and Baldwin, Ridge Regression: Some Simulations (1975), found by
-        iteration: it is in proportion to what stays unexplained, and so vanishes for dependent channels.
-    """
-    S = moment.covariance if centred else moment.second
-    to_kept, to_dropped = S[kept][:, kept], S[kept][:, dropped]
-    scale = _inverse_root(to_kept.diagonal())
-    correlation = to_kept * scale[:, None] * scale[None, :]
-    target = to_dropped * scale[:, None]
-    energy = S.diagonal()[dropped]
-    weights = readings.square().sum(0)
-    smallest = max(_SMALLEST_RIDGE, 10 * moment.precision)
-    share = len(kept) / effective_rows(moment)
-    ridge = share
-    for _ in range(_ITERATIONS):
-        solution = _solve(correlation, target, max(ridge, smallest))
-        if ridge <= smallest:
-            break
-        explained = 2 * (solution * target).sum(0) - (solution * (correlation @ solution)).sum(0)
-        unexplained = float((weights * (energy - explained).clamp_min(0)).sum())
-        size = float((weights * solution.square().sum(0)).sum())
-        freedom = max(1e-3, 1 - share)
-        ridge = min(1.0, share * unexplained / freedom / size) if size > 0 else 0.0
-    return (solution * scale[:, None]).T
-
-
-def effective_rows(moment: Moment) -> float:
-    """Return how many independent rows a moment is worth: neighbouring pixels or tokens tell much the same."""
-    return sqrt(moment.samples * moment.rows)
-
-
-def _inverse_root(variances: Tensor) -> Tensor:
-    alive = variances > 0
-    return torch.where(alive, variances.clamp_min(torch.finfo(variances.dtype).tiny).rsqrt(), 0.0)
-
-
-def _solve(correlation: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """Solve (correlation + ridge) X = target; where that is singular to rounding, with the smallest X."""
-    identity = torch.eye(len(correlation), dtype=correlation.dtype, device=correlation.device)
-    factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
-    if not bool(failed):
-        return torch.cholesky_solve(target, factor)
-    values, vectors = torch.linalg.eigh(correlation)
-    large = values > max(ridge, len(values) * torch.finfo(values.dtype).eps) * values[-1]
-    inverse = torch.where(large, 1 / values.where(large, torch.ones_like(values)), 0.0)
-    solution: Tensor = vectors @ (inverse[:, None] * (vectors.T @ target))
-    return solution

@@ -83,7 +83,7 @@ def find_growth(analysis: Analysis, roles: Roles, factor: Factor) -> Growth:
         roles: what the graph does with its parameters.
         factor: the group's factor.
     """
-    search = _Search(analysis, roles, factor)
+    search = GrowthSearch(analysis, roles, factor)
     failures: list[Interpretation] = []
     for recipe in Recipe:
         fills, weights, run = search.repaired(recipe)
@@ -91,12 +91,12 @@ def find_growth(analysis: Analysis, roles: Roles, factor: Factor) -> Growth:
             fills, run = search.with_active_readers(fills, weights, run)
             return Growth(recipe, None, fills, weights, tuple(run.norms))
         failures.append(run)
-    # The recipe that came furthest met what stands in the way of all.
-    furthest = max(failures, key=lambda run: run.progress)
+    # The recipe that came furthest met what stands in the way of all; of several, the narrowest says most.
+    furthest = max(reversed(failures), key=lambda run: run.progress)
     return Growth(Recipe.FREE, str(furthest.refusal), search.fills(Recipe.FREE))
 
 
-class _Search:
+class GrowthSearch:
     """The attempts to grow one group."""
 
     def __init__(self, analysis: Analysis, roles: Roles, factor: Factor) -> None:

@@ -30,7 +30,9 @@ class TapeIndex:
         self.slots: dict[Factor, list[Slot]] = {}
         self.users: dict[int, list[OpCall]] = {id(entry.fake): [] for entry in analysis.parameters.values()}
         self.names = {id(entry.fake): name for name, entry in analysis.parameters.items()}
+        self.used = {id(tensor) for tensor in analysis.outputs}
         for call in analysis.calls:
+            self.used |= call.axes.keys()
             rows = [*call.axes.values(), *call.output_axes]
             for factor in self._mentioned(analysis.space, (axis for axes in rows for axis in axes)):
                 self.calls.setdefault(factor, []).append(call)
@@ -90,7 +92,7 @@ class Interpretation:
         self._factor = factor
         self._slots = slots
         self._weights = dict(weights or {})
-        self._states: dict[int, States] = {}
+        self.states: dict[int, States] = {}
         self._by_storage: dict[int, dict[int, Tensor]] = {}
         self.refusal: RefusedError | None = None
         self.progress = -1
@@ -116,7 +118,7 @@ class Interpretation:
     def states_of(self, tensor: Tensor, call: OpCall) -> States:
         """Return the states of a call's operand."""
         axes = call.axes[id(tensor)]
-        known = self._states.get(id(tensor))
+        known = self.states.get(id(tensor))
         if known is not None and len(known) == len(axes):
             return known
         if any(map(self._facts.carries, axes)):
@@ -131,6 +133,10 @@ class Interpretation:
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether an operand is made of parameters alone."""
         return self._roles.is_parameter(tensor)
+
+    def is_used(self, tensor: Tensor) -> bool:
+        """Tell whether any op, or the model's output, takes a tensor."""
+        return id(tensor) in self._index.used
 
     def gain_conflict(self, weight: Tensor) -> str | None:
         """Return why the gain of a norm cannot be rescaled, or None."""
@@ -198,7 +204,7 @@ class Interpretation:
                 self._store(output, states, origins)
 
     def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
-        self._states[id(tensor)] = states
+        self.states[id(tensor)] = states
         self.sources[id(tensor)] = origins
         self._by_storage.setdefault(_storage(tensor), {})[id(tensor)] = tensor
 
@@ -212,9 +218,9 @@ class Interpretation:
         targets = {_storage(output) for output in call.outputs}
         for tensor in [alias for key in targets for alias in self._by_storage.get(key, {}).values()]:
             axes = self._analysis.axes_of(tensor)
-            old = self._states[id(tensor)]
+            old = self.states[id(tensor)]
             carried = map(self._facts.carries, axes) if len(axes) == len(old) else [True] * len(old)
-            self._states[id(tensor)] = tuple(
+            self.states[id(tensor)] = tuple(
                 state & written if carries else CONSTANT for state, carries in zip(old, carried, strict=True)
             )
             self.sources[id(tensor)] |= origins

@@ -36,40 +36,44 @@ class Place:
 
 def pass_pointwise(c: CallView) -> Sequence[Sequence[State]]:
     """Return the states of a pointwise op's results."""
-    combine = _COMBINATIONS.get(c.call.name, _by_value_at_zero)
+    combine = _COMBINATIONS.get(c.call.name, _by_trial)
     rank = len(c.outputs[0][1])
     return c.each_output(lambda dim: combine(Place(c, rank - dim)))
 
 
-def _by_value_at_zero(at: Place) -> State:
-    """Settle an op without an entry by running it once with all its tensors zero."""
+def _by_trial(at: Place) -> State:
+    """Settle an op without an entry by running it once, with zeros for new entries that are zero."""
     c = at.view
-    states = [at.state_of(tensor) for tensor in tensors_in(c.call.arguments)]
+    states = {id(tensor): at.state_of(tensor) for tensor in tensors_in(c.call.arguments)}
     if not states or torch.Tag.nondeterministic_seeded in c.call.func.tags:
         return State.ANY
-    common = meet(states)
     # Entries that are all equal stay so.
+    common = meet(states.values())
     result = CONSTANT if common & State.UNIFORM else State.ANY
-    return result | State.ZERO if common & State.ZERO and _is_zero_at_zero(c) else result
-
-
-def _is_zero_at_zero(c: CallView) -> bool:
-    arguments = {
-        name: pytree.tree_map(lambda leaf: _zero_like(leaf) if isinstance(leaf, Tensor) else leaf, value)
-        for name, value in c.call.arguments.items()
-    }
-    args, kwargs = unbind(c.call.func, arguments)
-    try:
-        values = tensors_in(c.call.func(*args, **kwargs))
-    except Exception:
-        return False
+    zero = {key for key, state in states.items() if state & State.ZERO}
+    if not zero:
+        return result
+    values = _trial(c, zero)
     if not all(bool(value.isfinite().all()) for value in values):
         c.refuse("it is not finite where new channels are zero")
-    return all(not bool(value.any()) for value in values)
+    return result | State.ZERO if common & State.ZERO and not any(value.any() for value in values) else result
 
 
-def _zero_like(tensor: Tensor) -> Tensor:
-    return torch.zeros(1, dtype=tensor.dtype)
+def _trial(c: CallView, zero: set[int]) -> list[Tensor]:
+    """Run an op on single numbers: zero for some tensors, one half (or one, for integers) for the others."""
+
+    def number(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        other = 0.5 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else 1
+        return torch.full((1,), 0 if id(leaf) in zero else other, dtype=leaf.dtype)
+
+    arguments = {name: pytree.tree_map(number, value) for name, value in c.call.arguments.items()}
+    args, kwargs = unbind(c.call.func, arguments)
+    try:
+        return tensors_in(c.call.func(*args, **kwargs))
+    except (RuntimeError, TypeError) as error:
+        c.refuse(f"it cannot be tried on single numbers: {str(error).splitlines()[0]}")
 
 
 def _sum(at: Place) -> State:

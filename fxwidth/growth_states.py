@@ -64,6 +64,9 @@ class Observer(Protocol):
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether an operand is made of parameters alone."""
 
+    def is_used(self, tensor: Tensor) -> bool:
+        """Tell whether any op, or the model's output, takes a tensor."""
+
     def gain_conflict(self, weight: Tensor) -> str | None:
         """Return why the gain of a norm cannot be rescaled, or None."""
 

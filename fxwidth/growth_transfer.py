@@ -34,14 +34,16 @@ def _follow(c: CallView, source: Tensor, kept: State = ALL_ZERO) -> Result:
     states, into = c.states(source), c.carrying(source)
     simple = not any(c.facts.repeats(c.axes(source)[dim]) for dim in into)
     rows = []
-    for _, axes in c.outputs:
+    for output, axes in c.outputs:
         onto = [dim for dim, axis in enumerate(axes) if c.facts.carries(axis)]
         paired = dict(zip(onto, into, strict=True)) if simple and len(onto) == len(into) else None
         shared = meet(states[dim] for dim in into)
         row = [CONSTANT] * len(axes)
         for dim in onto:
             state = states[paired[dim]] if paired is not None else shared
-            row[dim] = _passed(state, kept) if into else c.refuse("it makes the channels itself")
+            # Of a reduction's results the integers are positions, which are not zero where the values are.
+            own = kept if kept == ALL_ZERO or output.dtype.is_floating_point else State.ANY
+            row[dim] = _passed(state, own) if into else c.refuse("it makes the channels itself")
         rows.append(row)
     return rows
 
@@ -51,9 +53,9 @@ def _passed(state: State, kept: State) -> State:
     return (state & kept) | (state & CONSTANT if state & State.UNIFORM else State.ANY)
 
 
-@transfer("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")
+@transfer("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")
 @transfer("select", "slice", "slice_copy", "as_strided", "flip", "roll", "unfold", "native_channel_shuffle")
-@transfer("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "split_with_sizes_copy")
+@transfer("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy")
 @transfer("unbind", "channel_shuffle", "tril", "triu", "cumsum")
 def _moved(c: CallView) -> Result:
     return _follow(c, c.tensor("self"))
@@ -65,7 +67,7 @@ def _permute(c: CallView) -> Result:
     return [[states[dim] for dim in c["dims"]]]
 
 
-@transfer("t", "numpy_T", "mT")
+@transfer("t")
 def _transposed(c: CallView) -> Result:
     return [c.states("self")[::-1]]
 
@@ -85,7 +87,7 @@ def _copies(c: CallView) -> Result:
     return [[CONSTANT] * (rank - len(states)) + states]
 
 
-@transfer("cat", "concat")
+@transfer("cat")
 def _cat(c: CallView) -> Result:
     rank = c.outputs[0][0].dim()
     # Legacy: empty one-dimensional tensors are skipped by cat.
@@ -217,12 +219,13 @@ _PRODUCTS = {
     "bmm": ("self", "mat2", "bik,bkj->bij"),
     "mv": ("self", "vec", "ik,k->i"),
     "dot": ("self", "tensor", "k,k->"),
+    "vdot": ("self", "other", "k,k->"),
     "addmm": ("mat1", "mat2", "ik,kj->ij"),
     "baddbmm": ("batch1", "batch2", "bik,bkj->bij"),
 }
 
 
-@transfer("mm", "bmm", "mv", "dot")
+@transfer("mm", "bmm", "mv", "dot", "vdot")
 def _plain_product(c: CallView) -> Result:
     return [_product(c, *_PRODUCTS[c.call.name])]
 
@@ -248,9 +251,9 @@ def _convolution(c: CallView) -> Result:
         c.contract("input", 1, "weight", reads)
         grouped = c.states("weight")[writes]
     channels = grouped & c.entry("bias")
-    # Samples are treated alike; a bias adds the same to all of them.
-    samples = c.states("input")[0] & (CONSTANT if "bias" in c else ALL_ZERO)
-    return c.each_output(lambda dim: channels if dim == 1 else samples if dim == 0 else State.ANY)
+    # Samples, and positions under a kernel of size one, are treated alike; a bias adds the same to all of them.
+    signals, kept = c.states("input"), CONSTANT if "bias" in c else ALL_ZERO
+    return c.each_output(lambda dim: channels if dim == 1 else signals[dim] & kept)
 
 
 def is_grouped_by(call: OpCall, facts: AxisFacts) -> bool:
@@ -300,6 +303,8 @@ def _rescale(c: CallView, kind: str) -> None:
     conflict = "has no gain that could be rescaled" if weight is None else c.observer.gain_conflict(weight)
     if conflict is not None:
         c.refuse(f"its {kind} {conflict}")
+    if any(map(c.observer.is_used, c.call.outputs[1:])):
+        c.refuse(f"the statistics of its {kind} are used elsewhere")
     c.observer.gain_rescaled(c.call)
 
 
@@ -337,6 +342,22 @@ def _rms_norm(c: CallView) -> Result:
     return c.each_output(lambda dim: _passed(states[dim], State.ZERO))
 
 
+@transfer("_weight_norm_interface")
+def _weight_norm(c: CallView) -> Result:
+    """Let zeros in where the norm runs over them; a slice of zeros has no direction."""
+    own = c["dim"] % len(c.axes("v"))
+    directions = c.states("v")
+    for dim in c.carrying("v"):
+        if dim != own:
+            c.need_zero("v", dim, "its weight norm sees new channels that cannot be zero")
+        elif directions[dim] & State.ZERO:
+            c.refuse("it divides new channels that are zero by their norm")
+    _, norms = c.everywhere(State.ANY)
+    row = [CONSTANT if state & State.UNIFORM else state & State.ZERO for state in directions]
+    row[own] = c.states("g")[own] & State.ZERO if c.facts.carries(c.axes("v")[own]) else CONSTANT
+    return [row, norms]
+
+
 @transfer("native_group_norm")
 def _group_norm(c: CallView) -> Result:
     """Let whole groups in; more channels per group change the statistics of that group."""
@@ -347,7 +368,8 @@ def _group_norm(c: CallView) -> Result:
     if any(map(c.facts.carries, axes[2:])):
         c.refuse("its group norm reduces over new entries")
     kept = State.ZERO & states[1] & c.entry("bias") if grows_groups else State.ANY
-    return c.each_output(lambda dim: kept if dim == 1 else State.ANY)
+    output, *statistics = c.everywhere(State.ANY)
+    return [(output[0], kept, *output[2:]), *statistics]
 
 
 # -- reductions ----------------------------------------------------------------------------------------------------
@@ -358,7 +380,8 @@ _REDUCTIONS = {
     "mean": "it takes the mean over new channels, which cannot be at the mean of the others",
 }
 _LINEAR = frozenset({"sum", "nansum", "mean"})
-_ZERO_AT_ZERO = frozenset({"amax", "amin", "max", "min", "linalg_vector_norm", "norm", "prod", "var", "std"})
+_EXTREMA = frozenset({"amax", "amin", "max", "min"})
+_ZERO_AT_ZERO = _EXTREMA | {"linalg_vector_norm", "norm", "prod", "var", "std"}
 
 
 @transfer("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "any", "all", "logsumexp")
@@ -385,7 +408,10 @@ def _check_mixing(c: CallView, kind: str, dim: int) -> None:
             c.refuse(_REDUCTIONS[kind])
     elif kind == "sum" or (kind == "vector norm" and _ignores_zeros(c)):
         c.need_zero("self", dim, _REDUCTIONS[kind])
-    else:
+    elif c.call.name == "any":
+        c.need_zero("self", dim, "it asks whether any new channel is set")
+    elif not (c.call.name in _EXTREMA and c.states("self")[dim] & State.MEAN):
+        # A mean is never beyond the extremes.
         c.refuse(f"it takes a {kind} over new channels")
 
 
@@ -403,7 +429,7 @@ def _extremum(c: CallView) -> Result:
     return _follow(c, c["self"], State.ZERO)
 
 
-@transfer("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
+@transfer("_softmax", "_log_softmax", "_safe_softmax")
 def _softmax(c: CallView) -> Result:
     dim = c["dim"] % max(1, len(c.axes("self")))
     if c.facts.carries(c.axes("self")[dim]):
@@ -419,8 +445,8 @@ def _ordered(c: CallView) -> Result:
 # -- positions -----------------------------------------------------------------------------------------------------
 
 
-@transfer("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
-@transfer("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "pixel_shuffle", "pixel_unshuffle", "im2col", "col2im")
+@transfer("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "pixel_shuffle")
+@transfer("pixel_unshuffle", "im2col", "col2im")
 @transfer("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d")
 @transfer("_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d")
 @transfer("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
@@ -430,14 +456,12 @@ def _linear_over_positions(c: CallView) -> Result:
     return _follow(c, c.call.inputs[0])
 
 
-@transfer("max_pool1d", "max_pool2d", "max_pool3d", "mkldnn_max_pool2d", "max_pool1d_with_indices")
-@transfer("max_pool2d_with_indices", "max_pool3d_with_indices")
-@transfer("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+@transfer("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d")
 def _max_pool(c: CallView) -> Result:
     return _follow(c, c.call.inputs[0], State.ZERO)
 
 
-@transfer("grid_sampler_2d", "grid_sampler_3d", "grid_sampler", "cudnn_grid_sampler")
+@transfer("grid_sampler_2d", "grid_sampler_3d")
 def _grid_sampler(c: CallView) -> Result:
     signal, grid = c.call.inputs
     states, places = c.states(signal), c.states(grid)

@@ -19,7 +19,7 @@ from fxwidth.groups import WidthGraph
 from fxwidth.probes import Key, Measure, Probe, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader, accumulation_dtype
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import OpCall, TapeRecorder, evaluating, functional_name, plain_kernels
+from fxwidth.tape import OpCall, TapeRecorder, bind, evaluating, functional_name, plain_kernels
 
 ROWS_PER_BATCH = 65_536
 
@@ -101,7 +101,7 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
     return moments
 
 
-def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 2e11) -> Moments | None:
+def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 2e10) -> Moments | None:
     """Return the moments of a graph's activations on Gaussian inputs; None for a model without values (meta device).
 
     Every batch norm normalises by the statistics of the noise itself, so that its channels have the mean and deviation
@@ -312,14 +312,17 @@ class _OwnStatistics(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if functional_name(func) not in BATCH_NORMS:
             return result
-        signal, weight, bias = args[:3]
+        arguments = bind(func, args, kwargs or {})
+        signal, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
         dims = [dim for dim in range(signal.dim()) if dim != 1]
         if signal.numel() // signal.shape[1] < 2:
             return result
-        variance, mean = torch.var_mean(signal, dims, correction=0, keepdim=True)
-        # Relative: whatever scale the noise has got by here, a trained network has seen variances far above its eps.
-        normal = (signal - mean) / (variance + 1e-12 * variance.max()).clamp_min(1e-30).sqrt()
+        variance, mean = torch.var_mean(signal, dims, correction=0)
+        eps = arguments["epsilon" if "epsilon" in arguments else "eps"]
+        if arguments["running_var"] is not None:
+            # As small against the noise as it is against what the network was trained on.
+            eps = eps * variance.mean() / arguments["running_var"].mean()
+        gain = (variance + eps).clamp_min(1e-30).rsqrt() * (1.0 if weight is None else weight)
+        shift = (0.0 if bias is None else bias) - mean * gain
         shape = [-1, *[1] * (signal.dim() - 2)]
-        if weight is not None:
-            normal = normal * weight.view(shape)
-        return (normal if bias is None else normal + bias.view(shape), *result[1:])
+        return (torch.addcmul(shift.view(shape), signal, gain.view(shape)), *result[1:])

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fxwidth.allocation import Choice, allocate
 from fxwidth.costs import entries_polynomial, parameter_count, parameter_polynomial
 from fxwidth.errors import FxwidthError
-from fxwidth.factors import Factor
+from fxwidth.factors import Factor, axis_size
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.plans import Plan
+from fxwidth.readers import channel_positions, wiring_of
 from fxwidth.spectrum import singular_values, tail_share, writer_matrices
 
 __all__ = ["Plan", "plan"]
@@ -205,10 +207,27 @@ def _under_count(
         raise FxwidthError(_out_of_reach(width_graph, groups, smallest, target))
     choices = []
     for group, widths in allowed.items():
-        errors = tail_share(singular_values(width_graph, group).square()).cpu().numpy()
-        choices.append(Choice(group.factor, np.array(widths), errors[widths]))
+        choices.append(Choice(group.factor, np.array(widths), width_errors(width_graph, group)[widths]))
     result = allocate(choices, cost, target)
     return {group: result[group.factor] for group in groups}
+
+
+def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> npt.NDArray[np.float64]:
+    """Return the predicted error of every width of a group from none to all, [width + 1]."""
+    tails = tail_share(singular_values(width_graph, group).square()).cpu().numpy()
+    kept = np.clip(1.0 - tails, 1e-12, 1.0)
+    return np.asarray(-np.log(kept) * _readings(width_graph, group), dtype=np.float64)
+
+
+def _readings(width_graph: WidthGraph, group: ChannelGroup) -> float:
+    """Return in how many readers a group is, each counted by its share of what the reader reads."""
+    space = width_graph.analysis.space
+    shares = [
+        sum(positions.size for positions in channel_positions(space, reader.axis, group.factor))
+        / axis_size(reader.axis)
+        for reader in wiring_of(width_graph).readers
+    ]
+    return max(1.0, sum(shares))
 
 
 def _out_of_reach(

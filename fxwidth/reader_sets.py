@@ -37,11 +37,13 @@ class ReaderSet:
         readers: they have the same view and dims, so the first one tells how the weight is laid out.
         foldable: whether changing the weight changes nothing but what these readers make of their channels.
         absorber: what takes constants, or None.
+        variance: the running variance of the batch norm that alone follows, or None.
     """
 
     readers: tuple[Reader, ...]
     foldable: bool
     absorber: Absorber | None
+    variance: ParameterView | None
 
     @property
     def first(self) -> Reader:
@@ -68,7 +70,10 @@ def _find(wiring: Wiring) -> Iterator[ReaderSet]:
     for readers in by_weight.values():
         view = readers[0].view
         foldable = view is not None and _used_only_by(wiring, view, [reader.call for reader in readers])
-        yield ReaderSet(tuple(readers), foldable, _absorber(wiring, readers) if foldable else None)
+        if foldable and all(reader.weight in _RIGHT for reader in readers):
+            yield ReaderSet(tuple(readers), True, *_following_vectors(wiring, readers))
+        else:
+            yield ReaderSet(tuple(readers), foldable, None, None)
 
 
 def _used_only_by(wiring: Wiring, view: ParameterView, calls: list[OpCall]) -> bool:
@@ -85,18 +90,18 @@ def _used_only_by(wiring: Wiring, view: ParameterView, calls: list[OpCall]) -> b
     return True
 
 
-def _absorber(wiring: Wiring, readers: list[Reader]) -> Absorber | None:
-    if any(reader.weight not in _RIGHT for reader in readers):
-        return None
+def _following_vectors(wiring: Wiring, readers: list[Reader]) -> tuple[Absorber | None, ParameterView | None]:
+    """Return what takes a constant for the readers' outputs, and the variance by which these are divided."""
     width = readers[0].outputs * readers[0].groups
-    biases = [wiring.added_bias(reader.call) for reader in readers]
     norms = [wiring.following_batch_norm(reader.call) for reader in readers]
-    means = [None if norm is None else (norm, norm.arguments["running_mean"]) for norm in norms]
-    for places, sign in ((biases, 1), (means, -1)):
-        view = _common_view(wiring, places, width)
-        if view is not None:
-            return Absorber(view, sign)
-    return None
+
+    def statistic(name: str) -> ParameterView | None:
+        return _common_view(wiring, [None if norm is None else (norm, norm.arguments[name]) for norm in norms], width)
+
+    bias = _common_view(wiring, [wiring.added_bias(reader.call) for reader in readers], width)
+    mean = statistic("running_mean")
+    absorber = Absorber(bias, 1) if bias is not None else Absorber(mean, -1) if mean is not None else None
+    return absorber, statistic("running_var")
 
 
 def _common_view(wiring: Wiring, places: list[tuple[OpCall, Tensor] | None], width: int) -> ParameterView | None:

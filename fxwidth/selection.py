@@ -23,6 +23,8 @@ from fxwidth.tape import OpCall
 _ENTRIES = 2**27
 # A channel whose variance is explained up to this share of it, times the precision of the numbers, holds nothing new.
 _EXPLAINED = 1e3
+# A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
+_ROUNDING = 100.0
 
 
 def select(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None) -> Indices:
@@ -39,7 +41,12 @@ def select(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Mo
         return np.arange(group.width, dtype=np.int64)
     if pairs is None:
         return select_by_magnitude(width_graph, group, width)
-    return _sorted(greedy_order(pairs, width))
+    # Dropping what nobody reads costs nothing at all, whatever it may tell about the others.
+    read = pairs.read_channels()
+    if len(read) <= width:
+        unread = np.setdiff1d(np.arange(group.width), read.cpu().numpy())
+        return np.sort(np.concatenate([read.cpu().numpy(), unread[: width - len(read)]])).astype(np.int64)
+    return _sorted(read[greedy_order(pairs.among(read), width)])
 
 
 def select_by_magnitude(width_graph: WidthGraph, group: ChannelGroup, width: int) -> Indices:
@@ -71,6 +78,14 @@ class Pairs:
     wanted: Tensor
     precision: float
 
+    def read_channels(self) -> Tensor:
+        """Return the channels of which some reader makes anything."""
+        return torch.nonzero((self.wanted.diagonal(dim1=1, dim2=2) > 0).any(0))[:, 0]
+
+    def among(self, channels: Tensor) -> Pairs:
+        """Return the evidence on some channels alone."""
+        return Pairs(self.seen[:, channels][:, :, channels], self.wanted[:, channels][:, :, channels], self.precision)
+
 
 def greedy_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels in the order in which they explain most of what is still unexplained, [count].
@@ -82,15 +97,20 @@ def greedy_order(pairs: Pairs, count: int) -> Tensor:
     """
     S, D = pairs.seen, pairs.wanted
     variance = S.diagonal(dim1=1, dim2=2).clone()
-    negligible = variance * min(0.5, _EXPLAINED * pairs.precision)
+    # What rounding leaves in a channel that is constant says nothing, however well it fits.
+    rounding = variance.amax(1, keepdim=True) * (_ROUNDING * pairs.precision) ** 2
+    negligible = (variance * min(0.5, _EXPLAINED * pairs.precision)).maximum(rounding)
     gain = (torch.bmm(D, S) * S).sum(1)
+    # With fewer samples than channels everything is explained early; what is loudest for the readers then comes first.
+    loudness = (D.diagonal(dim1=1, dim2=2) * variance).sum(0)
+    tie_break = loudness / loudness.sum().clamp_min(torch.finfo(S.dtype).tiny) * _EXPLAINED * pairs.precision
     chosen: list[Tensor] = []
     taken = torch.zeros(S.shape[2], dtype=torch.bool, device=S.device)
     explained = S.new_zeros(S.shape[0], S.shape[2], count)
     for step in range(count):
         open_ = variance > negligible
         score = torch.where(open_, gain.clamp_min(0) / variance.where(open_, torch.ones_like(variance)), 0.0).sum(0)
-        j = score.masked_fill(taken, -1.0).argmax()
+        j = (score + tie_break).masked_fill(taken, -1.0).argmax()
         chosen.append(j)
         taken[j] = True
         past = explained[:, :, :step]
@@ -119,7 +139,7 @@ def _pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pa
         if moment is None or values is None:
             continue
         S = moment.covariance if centred[reader.key] else moment.second
-        for one, other in _reader_pairs(space, reader, group.factor, S, values.to(S.dtype)):
+        for one, other in _reader_pairs(space, reader, group.factor, S, values.to(S.dtype), moment.precision):
             seen.append(one)
             wanted.append(other)
             precision = max(precision, moment.precision)
@@ -141,7 +161,7 @@ def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
 
 
 def _reader_pairs(
-    space: FactorSpace, reader: Reader, factor: Factor, S: Tensor, weight: Tensor
+    space: FactorSpace, reader: Reader, factor: Factor, S: Tensor, weight: Tensor, precision: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (S, D) [positions each, width, width] for each occurrence of a factor in what a reader contracts."""
     occurrences = channel_positions(space, reader.axis, factor)
@@ -152,7 +172,9 @@ def _reader_pairs(
     D = torch.bmm(blocks.transpose(1, 2), blocks)
     inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)
     energy = float((D.permute(1, 2, 0) * inside).sum())
-    if energy <= 0:
+    # A reader that hears rounding errors alone has no say.
+    most = float(D.diagonal(dim1=1, dim2=2).sum() * S.diagonal().amax())
+    if energy <= most * (_ROUNDING * precision) ** 2:
         return
     for positions in occurrences:
         owners = positions // size

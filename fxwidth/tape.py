@@ -152,11 +152,15 @@ def plain_kernels() -> Iterator[None]:
     """Run attention as plain matrix products and RMS norms whole, so that models are seen as the same few ops."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # oneDNN runs a recurrent layer as one op; without it, the gates are matrix products. Its public switch warns.
+    fused = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     try:
         # no_grad and not inference_mode: the latter keeps composite ops and forbids in-place updates later.
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), WholeOps():
             yield
     finally:
+        torch._C._set_mkldnn_enabled(fused)
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 

@@ -172,17 +172,31 @@ def _unify_by_common_divisor(space: FactorSpace, first: Term, second: Term) -> N
     end_1, end_2 = first[-1], second[-1]
     common = gcd(element_size(end_1), element_size(end_2))
     if common == 1 or isinstance(end_1, tuple) or isinstance(end_2, tuple):
-        return _pin_both(space, first, second, UNALIGNED)
+        return _unify_major_ends(space, first, second)
     major_1, minor_1 = _divide(space, end_1, common)
     major_2, minor_2 = _divide(space, end_2, common)
     _unify_block(space, (minor_1,), (minor_2,))
     return _unify_terms(space, first[:-1] + major_1, second[:-1] + major_2)
 
 
+def _unify_major_ends(space: FactorSpace, first: Term, second: Term) -> None:
+    """Match what the major ends have in common, where the minor ends have nothing; the rest stays unaligned."""
+    end_1, end_2 = first[0], second[0]
+    common = gcd(element_size(end_1), element_size(end_2))
+    if common == 1 or isinstance(end_1, tuple) or isinstance(end_2, tuple):
+        return _pin_both(space, first, second, UNALIGNED)
+    major_1, minor_1 = _divide(space, end_1, element_size(end_1) // common)
+    major_2, minor_2 = _divide(space, end_2, element_size(end_2) // common)
+    _unify_block(space, major_1, major_2)
+    return _unify_terms(space, (minor_1, *first[1:]), (minor_2, *second[1:]))
+
+
 def _divide(space: FactorSpace, element: int | Factor, divisor: int) -> tuple[Term, int | Factor]:
     size = element_size(element)
     if size == divisor:
         return (), element
+    if divisor == 1:
+        return (element,), 1
     # Integers are divided here and not by a factor: normalising would multiply them together again, for ever.
     if isinstance(element, int):
         return (size // divisor,), divisor

@@ -54,7 +54,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
 def as_one_node(model: nn.Module) -> fx.GraphModule:
     """Return a graph with one node, the model."""
     graph = fx.Graph()
-    names = [name for name in model.forward.__code__.co_varnames[1 : model.forward.__code__.co_argcount]]
+    names = model.forward.__code__.co_varnames[1 : model.forward.__code__.co_argcount]
     graph.output(graph.call_module("model", tuple(graph.placeholder(name) for name in names)))
     return fx.GraphModule({"model": model}, graph)
 

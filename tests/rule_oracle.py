@@ -22,7 +22,7 @@ from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.rules.registry import prescribed
-from fxwidth.tape import Axes, OpCall, plain_kernels, tensors_in, unbind
+from fxwidth.tape import Axes, plain_kernels, tensors_in, unbind
 
 
 @dataclass
@@ -43,15 +43,11 @@ class Probe:
     def result_axes(self) -> list[Axes]:
         return [self.analysis.axes_of(tensor) for tensor in tensors_in(self.analysis.node_values["call"])]
 
-    @property
-    def call(self) -> OpCall:
-        (call,) = self.analysis.calls
-        return call
-
     def factors(self) -> list[Factor]:
         """Return the free factors of operands and results."""
         axes = [axis for row in [*self.operand_axes, *self.result_axes] for axis in row]
-        return list(dict.fromkeys(factor for axis in axes for factor in self.analysis.space.factors(axis)))
+        found = (factor for axis in axes for factor in self.analysis.space.factors(axis))
+        return list(dict.fromkeys(factor for factor in found if factor.size))
 
     def fixed_dims(self) -> int:
         """Count the operand dims in which nothing is free."""
@@ -141,21 +137,31 @@ def check_permutations(probe: Probe, seed: int = 0) -> None:
 def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
     """Assert that the prescribed call has results of the prescribed shapes, and where it only moves or maps, values."""
     maps = maps_of(probe, kept)
-    stand_ins = {
-        id(entry.fake): take(operand, entry.axes, maps)
-        for operand, entry in zip(probe.operands, probe.analysis.parameters.values(), strict=True)
-    }
-    func, arguments = prescribed(probe.call, maps)
-    args, kwargs = unbind(
-        func,
-        {name: pytree.tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), value) for name, value in arguments.items()},
-    )
-    actual = tensors_in(func(*args, **kwargs))
-    wanted = [tuple(maps.size(axis) for axis in axes) for axes in probe.result_axes]
-    assert [tuple(tensor.shape) for tensor in actual] == wanted, f"{probe.sample.op}: {kept}"
-    if probe.sample.by_value and not probe.call.contractions and not probe.call.mixings:
+    operands = [take(*pair, maps) for pair in zip(probe.operands, probe.operand_axes, strict=True)]
+    if probe.sample.by_value:
+        actual = _run_prescribed(probe, maps, operands)
+    else:
+        with probe.analysis.mode:
+            fakes = [torch.empty(operand.shape, dtype=operand.dtype) for operand in operands]
+            _run_prescribed(probe, maps, fakes)
+        return
+    if not any(call.contractions or call.mixings for call in probe.analysis.calls):
         for tensor, result, axes in zip(actual, probe.results, probe.result_axes, strict=True):
             assert same([_old_part(tensor, axes, maps)], [_old_part(take(result, axes, maps), axes, maps)])
+
+
+def _run_prescribed(probe: Probe, maps: IndexMaps, operands: Sequence[Tensor]) -> list[Tensor]:
+    entries = probe.analysis.parameters.values()
+    values = {id(entry.fake): operand for operand, entry in zip(operands, entries, strict=True)}
+    for call in probe.analysis.calls:
+        func, arguments = prescribed(call, maps)
+        args, kwargs = unbind(func, pytree.tree_map(lambda leaf: values.get(id(leaf), leaf), arguments))
+        results = tensors_in(func(*args, **kwargs))
+        for output, result in zip(call.outputs, results, strict=True):
+            values[id(output)] = result
+            wanted = tuple(maps.size(axis) for axis in probe.analysis.axes_of(output))
+            assert tuple(result.shape) == wanted, f"{func} prescribed for {probe.sample.op}"
+    return [values[id(tensor)] for tensor in tensors_in(probe.analysis.node_values["call"])]
 
 
 def _old_part(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +134,8 @@ class _Rewriter:
     def _try(self, node: fx.Node, wanted: list[Any]) -> str | None:
         """Run a node at the new sizes; return None when it does what is wanted, else what is wrong."""
         try:
-            value, recorder = self._run(node)
+            with _quiet():
+                value, recorder = self._run(node)
         except Exception as error:
             lines = str(error).strip().splitlines()
             return lines[0] if lines else type(error).__name__
@@ -212,6 +215,18 @@ class _Rewriter:
         new = [tuple(tensor.shape) for tensor in values]
         if old != new:
             raise FxwidthError(f"the outputs would change their shapes from {old} to {new}; no resize was made.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's log of failures under fake tensors: here a failure is an answer, not an error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _dropout_in(module: nn.Module) -> float:

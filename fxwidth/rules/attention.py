@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxwidth.factors import Axis
+from fxwidth.factors import Axis, axis_size
 from fxwidth.rules.registry import RuleContext, rule
 
 
@@ -21,6 +21,8 @@ def _attention(c: RuleContext) -> Sequence[Sequence[Axis]]:
         c.unify(key[dim], value[dim])
     c.unify(query[3], key[3])
     c.unify(key[2], value[2])
+    if "flash" in c.call.name:
+        c.unify(query[3], value[3])  # one tile size serves all three
     c.contract("query", (3,), "key", (3,))
     # The kernels' default scale is computed from head_dim, which must therefore stay.
     if c.call.arguments.get("scale") is None:
@@ -29,4 +31,11 @@ def _attention(c: RuleContext) -> Sequence[Sequence[Axis]]:
         if name in c:
             c.broadcast([[query[0], query[1], query[2], key[2]], c.axes(name)])
     result = [query[0], query[1], query[2], value[3]]
-    return [result, *([[c.fixed(size) for size in output.shape] for output in c.outputs[1:]])]
+    return [result, *(_statistics(c, query, tuple(output.shape)) for output in c.outputs[1:])]
+
+
+def _statistics(c: RuleContext, query: Sequence[Axis], shape: tuple[int, ...]) -> Sequence[Axis]:
+    """Return the axes of a log-sum-exp: batch, heads, queries (rounded up by some kernels); random states are fixed."""
+    known = query[:3] if len(shape) >= 3 else []
+    own = [axis if axis_size(axis) == size else c.fixed(size) for axis, size in zip(known, shape, strict=False)]
+    return [*own, *map(c.fixed, shape[len(own) :])]

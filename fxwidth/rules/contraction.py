@@ -61,10 +61,11 @@ def _mv(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[left[0]]]
 
 
-@rule("dot")
+@rule("dot", "vdot")
 def _dot(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    c.unify(c.axes("self")[0], c.axes("tensor")[0])
-    c.contract("self", (0,), "tensor", (0,))
+    other = "tensor" if "tensor" in c else "other"
+    c.unify(c.axes("self")[0], c.axes(other)[0])
+    c.contract("self", (0,), other, (0,))
     return [[]]
 
 
@@ -76,7 +77,7 @@ def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
         raise RuleDeclinedError("a convolution without a batch dimension")
     groups = c["groups"]
     out_shape = c.outputs[0].shape
-    c.pin(signal[2:], POSITION)
+    positions = _positions(c, signal)
     c.pin(weight[2:], KERNEL)
     group = c.fresh(groups, "groups")
     into = c.fresh(c.shape("input")[1] // groups, "in per group")
@@ -93,7 +94,19 @@ def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
     channels = c.space.product(group, out)
     if "bias" in c:
         c.unify(channels, c.axes("bias")[0])
-    return [[signal[0], c.space.normalise(channels), *map(c.fixed, out_shape[2:])]]
+    return [[signal[0], c.space.normalise(channels), *positions]]
+
+
+def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
+    """Return the axes of the result's positions: those of the signal where nothing reaches from one to another."""
+    result = []
+    for i, axis in enumerate(signal[2:]):
+        if c.shape("weight")[2 + i] == c["stride"][i] == 1 and c["padding"][i] == c["output_padding"][i] == 0:
+            result.append(axis)
+        else:
+            c.pin([axis], POSITION)
+            result.append(c.fixed(c.outputs[0].shape[2 + i]))
+    return result
 
 
 @prescription("convolution", "_convolution")

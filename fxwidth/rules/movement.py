@@ -12,7 +12,7 @@ from fxwidth.index_maps import IndexMaps
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
-_VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+_VIEWS = ("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy")
 
 
 @rule(*_VIEWS)
@@ -62,7 +62,14 @@ def _sizes_of_result(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
 
 
-prescription(*_VIEWS)(_sizes_of_result)
+prescription(*(name for name in _VIEWS if name != "_reshape_alias"))(_sizes_of_result)
+
+
+@prescription("_reshape_alias")
+def _reshape(call: OpCall, maps: IndexMaps) -> Prescribed:
+    # Its strides are those of the old sizes.
+    sizes = [maps.size(axis) for axis in call.output_axes[0]]
+    return torch.ops.aten.reshape.default, {"self": call.arguments["self"], "shape": sizes}
 
 
 @rule("permute")
@@ -71,7 +78,7 @@ def _permute(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[signal[dim] for dim in c["dims"]]]
 
 
-@rule("t", "numpy_T", "mT")
+@rule("t")
 def _transposed(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [c.axes("self")[::-1]]
 
@@ -125,6 +132,18 @@ def _squeeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
     chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {c.dim(dim, len(shape)) for dim in chosen}
     return [[axis for dim, axis in enumerate(signal) if dim not in gone or shape[dim] != 1]]
+
+
+@prescription("squeeze")
+def _squeezed_dims(call: OpCall, maps: IndexMaps) -> Prescribed:
+    # A dim that is narrowed to one channel must not be squeezed for that.
+    signal, dims = call.axes[id(call.arguments["self"])], call.arguments.get("dim")
+    chosen = range(len(signal)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = [dim for dim in chosen if axis_size(signal[dim]) == 1]
+    if all(axis_size(signal[dim]) == 1 or maps.size(signal[dim]) != 1 for dim in chosen):
+        return revised(call)
+    squeeze = torch.ops.aten.squeeze_ if call.func._schema.is_mutable else torch.ops.aten.squeeze
+    return squeeze.dims, {"self": call.arguments["self"], "dim": gone}
 
 
 @rule("select")
@@ -188,7 +207,7 @@ def _slice_literals(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, start=maps.prefix(axis, start), end=maps.prefix(axis, end))
 
 
-_SPLITS = ("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "split_with_sizes_copy")
+_SPLITS = ("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy")
 
 
 @rule(*_SPLITS)
@@ -217,7 +236,7 @@ def _unbind(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal] * len(c.outputs)
 
 
-@rule("cat", "concat")
+@rule("cat")
 def _cat(c: RuleContext) -> Sequence[Sequence[Axis]]:
     rank = c.outputs[0].dim()
     # Legacy: empty one-dimensional tensors are skipped by cat.

@@ -25,7 +25,7 @@ def _batch_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if name in c:
             c.unify(channels, c.axes(name)[0])
-    uses_batch = "training" in c.call.arguments and c["training"] or c.call.name == "_batch_norm_with_update"
+    uses_batch = c.call.arguments.get("training") or c.call.name == "_batch_norm_with_update"
     if uses_batch or "running_mean" not in c:
         for dim in range(len(signal)):
             if dim != 1:
@@ -65,6 +65,18 @@ def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
     # The gain carries the square root of the ratio: together they leave gain * x / sqrt(variance + eps) as it was.
     eps = call.arguments["eps"] * maps.variance_ratio(call.index)
     return revised(call, normalized_shape=[maps.size(axis) for axis in signal[-count:]], eps=eps)
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Scale each slice along `dim` of a weight to unit length, then by its gain."""
+    direction, gain = c.axes("v"), c.axes("g")
+    kept = c.dim(c["dim"], len(direction))
+    c.unify(direction[kept], gain[kept])
+    for dim in range(len(direction)):
+        if dim != kept:
+            c.mix("v", dim, "vector norm")
+    return [direction, gain]
 
 
 @rule("native_group_norm")

@@ -61,7 +61,7 @@ def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _arg(c) if len(c.outputs) > 1 else _reduction("maximum")(c)
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
+@rule("_softmax", "_log_softmax", "_safe_softmax")
 def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.mix("self", c.dim(c["dim"], len(signal)), "softmax")

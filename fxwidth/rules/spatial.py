@@ -9,15 +9,14 @@ from fxwidth.factors import Axis
 from fxwidth.rules.registry import POSITION, Rule, RuleContext, rule
 
 _BY_RANK = {
-    1: ("max_pool1d_with_indices", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d")
-    + ("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d")
+    1: ("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d")
     + ("reflection_pad1d", "replication_pad1d"),
-    2: ("max_pool2d_with_indices", "max_pool2d", "mkldnn_max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d")
-    + ("adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d")
+    2: ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
+    + ("upsample_nearest2d", "_upsample_nearest_exact2d")
     + ("upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa")
     + ("reflection_pad2d", "replication_pad2d"),
-    3: ("max_pool3d_with_indices", "max_pool3d", "avg_pool3d", "_adaptive_avg_pool3d", "adaptive_avg_pool3d")
-    + ("adaptive_max_pool3d", "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d")
+    3: ("max_pool3d_with_indices", "avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d")
+    + ("upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d")
     + ("reflection_pad3d", "replication_pad3d"),
 }
 
@@ -35,7 +34,7 @@ for _rank, _names in _BY_RANK.items():
     rule(*_names)(_over_positions(_rank))
 
 
-@rule("grid_sampler_2d", "grid_sampler_3d", "grid_sampler", "cudnn_grid_sampler")
+@rule("grid_sampler_2d", "grid_sampler_3d")
 def _grid_sampler(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, grid = (c.axes(tensor) for tensor in c.call.inputs)
     c.pin([*signal[2:], *grid[1:]], POSITION)

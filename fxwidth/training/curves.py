@@ -62,20 +62,22 @@ def _draw_parameters(axis: Axes, result: TrainingResult) -> None:
 
 
 def _draw_widths(axis: Axes, result: TrainingResult) -> None:
-    for group, steps, widths in _width_paths(result):
+    paths = list(_width_paths(result))
+    for group, steps, widths in paths:
         axis.step(steps, widths, where="post", label=group, linewidth=1)
     axis.set_yscale("log")
     axis.set_title("widths of the channel groups")
-    if 0 < len(result.widths_before) <= _LEGEND_ROWS:
+    if 0 < len(paths) <= _LEGEND_ROWS:
         axis.legend(fontsize="x-small", ncols=2)
 
 
 def _width_paths(result: TrainingResult) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield each free channel group with the steps at which its width changed and the widths from then on."""
+    """Yield each channel group that was resized, with the steps of its changes and the widths from then on."""
     for group, width in result.widths_before.items():
         steps, widths = [0], [width]
         for resize in result.resizes:
             if group in resize["widths"]:
                 steps.append(resize["step"])
                 widths.append(resize["widths"][group][1])
-        yield group, [*steps, result.steps], [*widths, widths[-1]]
+        if len(steps) > 1:
+            yield group, [*steps, result.steps], [*widths, widths[-1]]

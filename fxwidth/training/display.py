@@ -39,6 +39,8 @@ class LiveDisplay(TrainingObserver):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.live.stop()
+        if not self.console.is_terminal:
+            self.console.line()  # after its last frame the display leaves the line open
 
     def on_start(self, widths: Mapping[str, int], params: int) -> None:
         """Show the widths and parameters before the first step."""
@@ -74,13 +76,16 @@ class LiveDisplay(TrainingObserver):
         widest = sorted(self.before, key=lambda group: -self.before[group])
         shown = [group for group in self.before if group in set(widest[:_ROWS])]
         for group in shown:
-            self._add_row(table, group, self.before[group], self.now[group])
+            self._add_row(table, group, self.before[group], self.now.get(group))
         if rest := widest[_ROWS:]:
-            before, now = (sum(widths[group] for group in rest) for widths in (self.before, self.now))
+            before, now = (sum(widths.get(group, 0) for group in rest) for widths in (self.before, self.now))
             self._add_row(table, f"({len(rest)} more groups)", before, now)
         return table
 
     @staticmethod
-    def _add_row(table: Table, name: str, before: int, now: int) -> None:
+    def _add_row(table: Table, name: str, before: int, now: int | None) -> None:
+        if now is None:  # the group became one with another
+            table.add_row(Text(name), str(before), "-", "")
+            return
         filled = max(1, round(_BAR * min(1.0, now / before)))
         table.add_row(Text(name), str(before), str(now), Text("█" * filled, style="green"))

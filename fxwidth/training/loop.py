@@ -65,8 +65,8 @@ class TrainingResult:
     seconds: float
     steps: int
     interrupted: bool
-    widths_before: Mapping[str, int]
-    widths_after: Mapping[str, int]
+    widths_before: Mapping[str, int]  # of the groups that could be resized
+    widths_after: Mapping[str, int]  # of all groups
     losses: tuple[float, ...]  # one a step
     epochs: tuple[EpochRecord, ...]
     resizes: tuple[Mapping[str, Any], ...]
@@ -76,13 +76,13 @@ class TrainingObserver:
     """Told of a training's progress; this one ignores it."""
 
     def on_start(self, widths: Mapping[str, int], params: int) -> None:
-        """Take note of the free channel groups' widths and the parameters at the start."""
+        """Take note of the widths of the groups that can be resized, and of the parameters, at the start."""
 
     def on_step(self, step: int, progress: float) -> None:
         """Take note of a finished step; `progress` is the part of the training done, 0 to 1."""
 
     def on_resize(self, step: int, widths: Mapping[str, int], params: int) -> None:
-        """Take note of the widths and parameters after a resize."""
+        """Take note of the widths of all groups and the parameters after a resize."""
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Take note of what was measured at the end of an epoch."""
@@ -165,8 +165,7 @@ class _Training:
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: one_cycle(self.clock.progress))
         self.evolver = self._make_evolver(steps)
-        self.widths = free_widths(gm)
-        self.widths_before, self.params_before = dict(self.widths), parameter_count(gm)
+        self.widths_before, self.params_before = free_widths(gm), parameter_count(gm)
         self.pending: list[Tensor] = []  # losses still on the device: reading each one would stop the device each step
         self.losses: list[float] = []
         self.epochs: list[EpochRecord] = []
@@ -218,14 +217,19 @@ class _Training:
     def _evolve(self, images: Tensor, labels: Tensor) -> None:
         if self.evolver is None:
             return
-        was_finished = self.evolver.finished
-        plan = self.evolver.step(images, labels)
-        if plan is not None:
-            self._read_losses()
-            self._use_channels_last()
-            self.widths.update({name: new for name, (_, new) in self.evolver.history[-1]["widths"].items()})
-            self.observer.on_resize(self.clock.step, self.widths, parameter_count(self.gm))
-        if self.evolver.finished and (plan is not None or not was_finished):
+        try:
+            plan = self.evolver.step(images, labels)
+        except FxwidthError as error:
+            with torch.no_grad():
+                finite = bool(self.gm(images).isfinite().all())
+            if not finite:
+                raise self._diverged(self.clock.step) from error
+            raise
+        if plan is None:
+            return
+        self._use_channels_last()
+        self.observer.on_resize(self.clock.step, all_widths(self.gm), parameter_count(self.gm))
+        if self.evolver.finished:
             self._compile()
 
     def _compile(self) -> None:
@@ -242,10 +246,11 @@ class _Training:
         for value in values:
             self.losses.append(value)
             if not math.isfinite(value):
-                raise FxwidthError(
-                    f"the training loss became {value} at step {len(self.losses)}: the learning rate "
-                    f"{self.config.learning_rate} is too high for this network, try a smaller --lr"
-                )
+                raise self._diverged(len(self.losses))
+
+    def _diverged(self, step: int) -> FxwidthError:
+        rate = self.config.learning_rate
+        return FxwidthError(f"the training diverged by step {step}: the learning rate {rate:g} is too high, lower --lr")
 
     def _evaluate_epoch(self, epoch: int) -> None:
         measured = evaluate(self.gm, self.data, lambda: self.stop.count > 0)
@@ -275,7 +280,7 @@ class _Training:
             steps=self.clock.step,
             interrupted=self.stop.count > 0,
             widths_before=self.widths_before,
-            widths_after=dict(self.widths),
+            widths_after=all_widths(self.gm),
             losses=tuple(self.losses),
             epochs=tuple(self.epochs),
             resizes=tuple(self.evolver.history) if self.evolver is not None else (),
@@ -283,5 +288,10 @@ class _Training:
 
 
 def free_widths(gm: GraphModule) -> dict[str, int]:
-    """Return the widths of the channel groups that may be resized, by name."""
+    """Return the widths of the channel groups that can be resized, by name."""
     return {group.name: group.width for group in analyze(gm).groups if group.pinned is None}
+
+
+def all_widths(gm: GraphModule) -> dict[str, int]:
+    """Return the widths of all channel groups, pinned ones too, by name."""
+    return {group.name: group.width for group in analyze(gm).groups}

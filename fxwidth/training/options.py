@@ -14,7 +14,7 @@ from fxwidth.training.loop import TrainingConfig
 from fxwidth.training.networks import SEED_RESNET
 
 # Epochs by default. Digits are few and small, so an epoch is short.
-_EPOCHS = {"digits": 40, "mnist": 12, "fashion-mnist": 12, "cifar10": 30}
+_EPOCHS = {"digits": 30, "mnist": 6, "fashion-mnist": 10, "cifar10": 30}
 _FOLDER_EPOCHS = 30
 # The seed network is far too wide for what it is given, and takes high rates; of one made by hand less can go.
 _SEED_TARGET, _OTHER_TARGET = 12_500.0, 0.5

@@ -1,0 +1,505 @@
+"""Growth keeps the function where it says so, and says so wherever it can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from growth_oracle import EXACT, change, change_by_recipe, grown_maps, grown_parameters, width_graph
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxwidth.groups import WidthGraph
+from fxwidth.growth import Fill, Recipe
+from fxwidth.growth_states import TRANSFERS
+from fxwidth.growth_values import new_directions
+from tests.zoo import FULL_SIZE, SMALL, RMSTransformer, build
+
+
+def sequence(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def check_together(wg: WidthGraph, *inputs: Tensor) -> None:
+    """Assert that all exact groups can grow at once."""
+    exact = [group for group in wg.free if group.inexact_growth is None]
+    assert exact
+    assert change(wg, {group: group.width + (1, 5, 2)[i % 3] for i, group in enumerate(exact)}, *inputs) < EXACT
+
+
+def check_all(wg: WidthGraph, *inputs: Tensor) -> None:
+    """Assert that each exact group alone, by one and by five channels, and all of them at once keep the function."""
+    for group in wg.free:
+        for more in (1, 5) if group.inexact_growth is None else ():
+            assert change(wg, {group: group.width + more}, *inputs) < EXACT, f"{group.name}: {group.growth}"
+    if any(group.inexact_growth is None for group in wg.free):
+        check_together(wg, *inputs)
+
+
+def check_refusals(wg: WidthGraph, *inputs: Tensor) -> None:
+    """Assert that no recipe would have kept the function of the groups that are called inexact."""
+    for group in wg.free:
+        if group.inexact_growth is None:
+            continue
+        for recipe in Recipe:
+            assert change_by_recipe(wg, group, group.width + 3, recipe, *inputs) > 1e-7, (
+                f"{group.name} by {recipe.name}"
+            )
+
+
+def recipes(wg: WidthGraph) -> dict[str, str]:
+    """Return what is to be done for each group."""
+    return {g.name: "inexact" if g.inexact_growth is not None else g.growth.recipe.name for g in wg.free}
+
+
+# -- models of the field -------------------------------------------------------------------------------------------
+
+
+WIDE = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "squeezenet1_1")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models(name: str) -> None:
+    model, x = build(name)
+    wg = width_graph(model, x)
+    check = check_together if name in WIDE else check_all
+    check(wg, x)
+    check_refusals(wg, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WIDE, *FULL_SIZE])
+def test_every_group_of_large_models(name: str) -> None:
+    model, x = build(name)
+    wg = width_graph(model, x)
+    check_all(wg, x)
+    check_refusals(wg, x)
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if n not in ("vit", "swin", "convnext", "rms_transformer")])
+def test_convolutional_networks_grow_freely(name: str) -> None:
+    model, x = build(name)
+    assert set(recipes(width_graph(model, x)).values()) == {"FREE"}
+
+
+def test_vit_by_recipe() -> None:
+    model, x = build("vit")
+    wg = width_graph(model, x)
+    found = recipes(wg)
+    prefix = "encoder.layers.encoder_layer_0."
+    assert found["class_token:2"] == "MEAN"
+    assert found[prefix + "self_attention.in_proj_weight#0"] == "FREE"
+    # Queries and keys are rows of one parameter, which cannot be zero for one of them alone.
+    assert found[prefix + "self_attention.in_proj_weight#1"] == "ZERO"
+    assert found[prefix + "mlp.0"] == "FREE"
+    assert wg["class_token:2"].growth.norms == tuple(
+        call.index for call in wg.analysis.calls if call.name == "native_layer_norm"
+    )
+
+
+def test_swin_says_what_stands_in_the_way() -> None:
+    model, x = build("swin")
+    wg = width_graph(model, x)
+    inexact = {group.name: group.inexact_growth for group in wg.free if group.inexact_growth is not None}
+    reason = "its layer norm sees new channels that cannot be at the mean of the others (native_layer_norm at node"
+    assert list(inexact) == ["features.0.0"]
+    assert inexact["features.0.0"].startswith(reason)
+    assert recipes(wg)["features.2.reduction"] == "MEAN"
+
+
+class Merged(nn.Module):
+    """A stream that is normalised in pairs of neighbours, as in swin's patch merging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.read = nn.Linear(4, 6), nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        return self.read(self.norm(torch.cat([x[:, ::2], x[:, 1::2]], -1)))
+
+
+def test_a_norm_over_several_parts_is_named() -> None:
+    x = sequence(2, 4, 4)
+    wg = width_graph(Merged(), x)
+    assert wg["write"].inexact_growth == (
+        "its layer norm sees several concatenated parts (native_layer_norm at node norm)"
+    )
+    check_refusals(wg, x)
+
+
+def test_convnext_says_what_stands_in_the_way() -> None:
+    model, x = build("convnext")
+    wg = width_graph(model, x)
+    inexact = [group for group in wg.free if group.inexact_growth is not None]
+    assert inexact
+    assert all("cannot be at the mean of the others" in str(group.inexact_growth) for group in inexact)
+    assert all(group.sites[0].parameter.startswith("features") for group in inexact)
+
+
+# -- streams and norms ---------------------------------------------------------------------------------------------
+
+
+def test_rms_transformer_by_recipe() -> None:
+    x = sequence(2, 5, 10)
+    wg = width_graph(RMSTransformer(), x)
+    found = recipes(wg)
+    assert found["embed"] == "ZERO"
+    assert found["gate"] == "FREE"
+    heads, width = (group for group in wg.free if group.sites[0].parameter.startswith("q."))
+    assert (heads.growth.recipe, width.growth.recipe) == (Recipe.FREE, Recipe.ONE_SIDED)
+    # One of queries and keys is zero; the other gives it a gradient.
+    fills = width.growth.fills
+    assert {fills["q.weight", 0], fills["k.weight", 0]} == {Fill.ZERO, Fill.DIRECTIONS}
+    check_all(wg, x)
+
+
+class TiedModel(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self, norm: type[nn.Module], post: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 12)
+        self.position = nn.Parameter(torch.randn(1, 5, 12))
+        self.norm_1, self.norm_2 = norm(12), norm(12)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.head = nn.Linear(12, 11)
+        self.head.weight = self.embedding.weight
+        self.post = post
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position
+        if self.post:
+            x = self.norm_1(x + self.down(F.gelu(self.up(x))))
+            x = self.norm_2(x + self.down(F.gelu(self.up(x))))
+        else:
+            x = x + self.down(F.gelu(self.up(self.norm_1(x))))
+            x = self.norm_2(x)
+        return self.head(x)
+
+
+TOKENS = torch.arange(10).reshape(2, 5)
+
+
+@pytest.mark.parametrize(("norm", "recipe"), [(nn.LayerNorm, Recipe.MEAN), (nn.RMSNorm, Recipe.ZERO)])
+def test_tied_embedding(norm: type[nn.Module], recipe: Recipe) -> None:
+    wg = width_graph(TiedModel(norm), TOKENS)
+    assert recipes(wg) == {"position:2": recipe.name, "up": "FREE"}
+    check_all(wg, TOKENS)
+
+
+def test_post_norm_stream_is_inexact() -> None:
+    wg = width_graph(TiedModel(nn.LayerNorm, post=True), TOKENS)
+    assert recipes(wg) == {"position:2": "inexact", "up": "FREE"}
+    check_refusals(wg, TOKENS)
+
+
+def test_post_norm_with_rms_is_exact() -> None:
+    # A zero stays zero through an RMS norm, so its output can be added to and normalised again.
+    wg = width_graph(TiedModel(nn.RMSNorm, post=True), TOKENS)
+    assert recipes(wg) == {"position:2": "ZERO", "up": "FREE"}
+    check_all(wg, TOKENS)
+
+
+class LayerScaled(nn.Module):
+    """A pre-norm stream whose branch is scaled per channel before it is added."""
+
+    def __init__(self, norm: nn.Module, depthwise: bool = False) -> None:
+        super().__init__()
+        self.write = nn.Linear(5, 8)
+        self.norm, self.final = norm, nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.scale = nn.Parameter(torch.randn(8))
+        self.mix = nn.Conv1d(8, 8, 3, padding=1, groups=8) if depthwise else nn.Identity()
+        self.read = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        y = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.scale * self.down(F.relu(self.up(self.norm(y))))
+        return self.read(self.final(x))
+
+
+def test_layer_scale_in_a_stream_with_layer_norms() -> None:
+    x = sequence(2, 4, 5)
+    wg = width_graph(LayerScaled(nn.LayerNorm(8)), x)
+    growth = wg["write"].growth
+    assert (growth.recipe, growth.inexact) == (Recipe.MEAN, None)
+    assert growth.weights == {("down.weight", 0): "scale", ("down.bias", 0): "scale"}
+    assert growth.fills["scale", 0] is Fill.ONE
+    check_all(wg, x)
+
+
+def test_depthwise_convolution_before_a_layer_norm_is_inexact() -> None:
+    x = sequence(2, 4, 5)
+    wg = width_graph(LayerScaled(nn.LayerNorm(8), depthwise=True), x)
+    assert "cannot be at the mean" in str(wg["write"].inexact_growth)
+    check_refusals(wg, x)
+
+
+def test_norm_without_gain_is_inexact() -> None:
+    x = sequence(2, 4, 5)
+    wg = width_graph(LayerScaled(nn.LayerNorm(8, elementwise_affine=False)), x)
+    assert wg["write"].inexact_growth == (
+        "its layer norm has no gain that could be rescaled (native_layer_norm at node norm)"
+    )
+
+
+class SharedGain(nn.Module):
+    """A norm whose gain also scales something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.read = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        return self.read(self.norm(x)) + self.read(x * self.norm.weight)
+
+
+def test_gain_with_another_use_is_inexact() -> None:
+    x = sequence(3, 4)
+    wg = width_graph(SharedGain(), x)
+    assert wg["write"].inexact_growth == (
+        "its layer norm shares its gain, which would have to be rescaled, with other ops "
+        "(native_layer_norm at node norm)"
+    )
+    check_refusals(wg, x)
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+
+class GroupedQueries(nn.Module):
+    """Attention in which several query heads share one head of keys and values."""
+
+    def __init__(self, width: int = 12, heads: int = 6, shared: int = 2) -> None:
+        super().__init__()
+        self.heads, self.shared = heads, shared
+        self.norm = nn.RMSNorm(width)
+        self.q = nn.Linear(width, heads * 4)
+        self.k, self.v = nn.Linear(width, shared * 4), nn.Linear(width, shared * 4)
+        self.out = nn.Linear(heads * 4, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        y = self.norm(x)
+        q = self.q(y).view(batch, length, self.heads, -1).transpose(1, 2)
+        k, v = (p(y).view(batch, length, self.shared, -1).transpose(1, 2) for p in (self.k, self.v))
+        k, v = (t.repeat_interleave(self.heads // self.shared, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class Stacked(nn.Module):
+    """A block between an embedding and a head."""
+
+    def __init__(self, block: nn.Module, width: int = 12) -> None:
+        super().__init__()
+        self.write, self.block, self.read = nn.Linear(5, width), block, nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.block(self.write(x)))
+
+
+def test_grouped_query_attention() -> None:
+    x = sequence(2, 4, 5)
+    wg = width_graph(Stacked(GroupedQueries()), x)
+    assert all(group.inexact_growth is None for group in wg.free)
+    assert len(wg.free) >= 4
+    check_all(wg, x)
+
+
+class CrossCovariance(nn.Module):
+    """Attention between channels instead of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x).transpose(1, 2) @ self.k(x)).softmax(-1)
+        return x + self.out((weights @ self.v(x).transpose(1, 2)).transpose(1, 2))
+
+
+def test_softmax_over_channels_is_inexact() -> None:
+    x = sequence(2, 4, 5)
+    wg = width_graph(Stacked(CrossCovariance()), x)
+    found = recipes(wg)
+    assert "its softmax sees new channels" in str(wg["block.k"].inexact_growth)
+    assert found["block.q"] == "FREE"
+    check_all(wg, x)
+    check_refusals(wg, x)
+
+
+# -- per-channel ops and reductions --------------------------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """A convolution, something on its channels, and a classifier."""
+
+    def __init__(self, body: nn.Module, out: int = 8) -> None:
+        super().__init__()
+        self.write, self.body = nn.Conv2d(3, 8, 3, padding=1), body
+        self.read = nn.Linear(out, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.body(self.write(x)).mean((2, 3)))
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class OverChannels(nn.Module):
+    """Adds a reduction over the channels to each of them."""
+
+    def __init__(self, reduction: str, activation: nn.Module) -> None:
+        super().__init__()
+        self.reduction, self.activation = reduction, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + getattr(torch, self.reduction)(self.activation(x), dim=1, keepdim=True)
+
+
+class FrozenBatchNorm(nn.Module):
+    """A batch norm by hand, its statistics being buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
+class InPlace(nn.Module):
+    """Writes into a part of what it made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, :, :2] = x[:, :, :2]
+        y[:, :, 2:].add_(x[:, :, 2:].sigmoid())
+        return y.mul_(2)
+
+
+class Padded(nn.Module):
+    """A parameter-free shortcut into more channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3))
+
+
+BODIES = {
+    "squeeze_excitation": (SqueezeExcitation(), 8, {"FREE"}),
+    "group_norm": (nn.GroupNorm(4, 8), 8, {"FREE", "inexact"}),
+    "instance_norm": (nn.InstanceNorm2d(8, affine=True), 8, {"FREE"}),
+    "mean_of_linear": (OverChannels("mean", nn.Identity()), 8, {"MEAN"}),
+    "mean_of_sigmoid": (OverChannels("mean", nn.Sigmoid()), 8, {"inexact"}),
+    "sum_of_relu": (OverChannels("sum", nn.ReLU()), 8, {"ZERO"}),
+    "sum_of_sigmoid": (OverChannels("sum", nn.Sigmoid()), 8, {"inexact"}),
+    "maximum": (OverChannels("amax", nn.Identity()), 8, {"MEAN"}),
+    "variance": (OverChannels("var", nn.Identity()), 8, {"inexact"}),
+    "softmax": (nn.Softmax(dim=1), 8, {"inexact"}),
+    "prelu": (nn.PReLU(8), 8, {"FREE"}),
+    "depthwise": (nn.Conv2d(8, 16, 3, groups=8), 16, {"FREE"}),
+    "grouped": (nn.Conv2d(8, 12, 3, groups=2), 12, {"FREE"}),
+    "transposed": (nn.ConvTranspose2d(8, 12, 3, groups=2), 12, {"FREE"}),
+    "frozen_batch_norm": (FrozenBatchNorm(), 8, {"FREE"}),
+    "in_place": (InPlace(), 8, {"FREE"}),
+    "padded": (Padded(), 13, {"FREE"}),
+    "gated": (nn.GLU(dim=1), 4, {"FREE"}),
+    "shuffled": (nn.ChannelShuffle(2), 8, {"FREE"}),
+    "pixel_shuffle": (nn.PixelShuffle(2), 2, {"FREE"}),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_ops_on_channels(name: str) -> None:
+    body, out, expected = BODIES[name]
+    x = sequence(2, 3, 6, 6)
+    wg = width_graph(Images(body, out), x)
+    assert set(recipes(wg).values()) == expected, [(group.name, group.inexact_growth) for group in wg.free]
+    check_all(wg, x)
+    check_refusals(wg, x)
+
+
+def test_groups_of_a_group_norm_grow_and_channels_within_do_not() -> None:
+    x = sequence(2, 3, 6, 6)
+    wg = width_graph(Images(nn.GroupNorm(4, 8)), x)
+    assert {group.width: group.inexact_growth is None for group in wg.free} == {4: True, 2: False}
+
+
+def test_an_unknown_op_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TRANSFERS, "max_pool2d_with_indices")
+    wg = width_graph(Images(nn.MaxPool2d(2)), sequence(2, 3, 6, 6))
+    assert wg["write"].inexact_growth == (
+        "how new channels pass it is not known (max_pool2d_with_indices at node body)"
+    )
+
+
+# -- values --------------------------------------------------------------------------------------------------------
+
+
+def grown(wg: WidthGraph, name: str, more: int) -> dict[str, Tensor]:
+    return grown_parameters(wg, grown_maps(wg, {wg[name]: wg[name].width + more}))
+
+
+def test_new_rows_are_orthogonal_to_the_present_ones_and_alike_in_size() -> None:
+    wg = width_graph(nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 2)), sequence(2, 9))
+    weight = grown(wg, "0", 3)["0.weight"]
+    old, new = weight[:4], weight[4:]
+    assert (new @ old.T).abs().max() < 1e-12
+    torch.testing.assert_close(new @ new.T, torch.eye(3, dtype=torch.float64) * old.norm(dim=1).mean() ** 2)
+    assert not grown(wg, "0", 3)["2.weight"][:, 4:].any()
+    assert not grown(wg, "0", 3)["0.bias"][4:].any()
+
+
+def test_new_entries_are_the_same_every_time() -> None:
+    wg = width_graph(nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 2)), sequence(2, 9))
+    torch.manual_seed(1)
+    first = grown(wg, "0", 3)
+    torch.manual_seed(2)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in grown(wg, "0", 3).items())
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank", "count"), [(3, 8, 3, 4), (3, 4, 3, 5), (9, 4, 4, 3), (9, 6, 2, 3)])
+def test_directions_leave_the_row_space_while_there_is_room(rows: int, columns: int, rank: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+    present = left @ right
+    made = new_directions(present, count, generator)
+    assert made.shape == (count, columns)
+    size = present.norm(dim=1).mean()
+    torch.testing.assert_close(made.norm(dim=1), size.expand(count))
+    room = min(count, columns - rank)
+    assert torch.count_nonzero((made[:room] @ present.T).abs() > 1e-4 * size**2) == 0
+
+
+def test_directions_beside_rows_of_zeros_have_norm_one() -> None:
+    made = new_directions(torch.zeros(2, 5), 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_new_entries_have_the_dtype_of_the_parameter(dtype: torch.dtype) -> None:
+    wg = width_graph(nn.Sequential(nn.Linear(9, 4), nn.LayerNorm(4), nn.Linear(4, 2)), sequence(2, 9))
+    wg.analysis.module.to(dtype)
+    parameters = grown(wg, "0", 3)
+    assert {tensor.dtype for tensor in parameters.values()} == {dtype}
+    mean = parameters["0.weight"][:4].double().mean(0)
+    torch.testing.assert_close(parameters["0.weight"][4:].double(), mean.expand(3, -1), rtol=1e-2, atol=1e-3)
+
+
+def test_where_new_rows_and_new_columns_cross_there_is_nothing() -> None:
+    x = sequence(2, 3, 6, 6)
+    wg = width_graph(Images(nn.Conv2d(8, 8, 1)), x)
+    maps = grown_maps(wg, {group: group.width + 2 for group in wg.free})
+    assert not grown_parameters(wg, maps)["body.weight"][8:, 8:].any()
