@@ -90,9 +90,9 @@ def run_evolved(options: argparse.Namespace, seed: int, out: Path) -> tuple[Run,
 def run_direct(options: argparse.Namespace, seed: int, out: Path, evolved: Run, settings: dict[str, Any]) -> Run:
     """Return what the evolved network reaches with new random parameters in the seconds that evolution took."""
     torch.manual_seed(seed)
-    gm = fxwidth.load(out / MODEL_FILE).to(options.device)
-    reset_parameters(gm)
     data = load_dataset("mnist", options.data).to(torch.device(options.device))
+    gm = fxwidth.trace(fxwidth.load(out / MODEL_FILE).to(options.device), data.normalize(data.test.images[:2]))
+    reset_parameters(gm)
     fields = {name: settings[name] for name in TrainingConfig.__dataclass_fields__}
     # The schedule follows the clock, so epochs only have to be enough.
     config = replace(TrainingConfig(**fields), target_params=None, epochs=1000, max_minutes=evolved.seconds / 60)

@@ -16,7 +16,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.factors import Factor
 from fxwidth.growth_interpretation import CHANNEL_NORMS, Interpretation, Slot, tape_index
 from fxwidth.growth_states import AxisFacts, ProductRefusedError, State
-from fxwidth.growth_transfer import is_grouped_by
+from fxwidth.growth_sums import is_grouped_by
 from fxwidth.roles import ADDING, Roles
 from fxwidth.rules.registry import rule_name
 from fxwidth.tape import OpCall
@@ -179,17 +179,22 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
     uses = dict.fromkeys(index.slots.get(factor, ()), Use(0))
     for call in index.calls.get(factor, ()):
         inputs = call.inputs
-        if not call.contractions and all(map(roles.is_parameter, inputs)):
-            continue
+        inside = not call.contractions and all(map(roles.is_parameter, inputs))
         for tensor in inputs:
             lineage = roles.lineage.get(id(tensor), ())
             axes = call.axes[id(tensor)]
             for dim, sources in enumerate(lineage):
                 if dim < len(axes) and facts.carries(axes[dim]):
-                    use = _use(call, tensor, dim, facts)
+                    use = _use_in_parameters(call, tensor, dim) if inside else _use(call, tensor, dim, facts)
                     for slot in sources & uses.keys():
                         uses[slot] |= use
     return uses
+
+
+def _use_in_parameters(call: OpCall, tensor: Tensor, dim: int) -> Use:
+    """Return what an op on parameters alone tells: the length of a weight's rows scales them, as in a weight norm."""
+    scales = call.name in ("mul", "div", "_weight_norm_interface") and tensor.numel() == tensor.shape[dim]
+    return Use.SCALES if scales else Use(0)
 
 
 def _use(call: OpCall, tensor: Tensor, dim: int, facts: AxisFacts) -> Use:

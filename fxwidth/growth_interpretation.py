@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from fxwidth import growth_sums, growth_transfer  # noqa: F401 - they fill the table of transfers
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.growth_pointwise import pass_pointwise

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxwidth.growth_states import ALL_ZERO, CONSTANT, CallView, State
-from fxwidth.growth_transfer import meet, multiplied, of_number
+from fxwidth.growth_states import ALL_ZERO, CONSTANT, CallView, State, meet, multiplied, of_number
 from fxwidth.tape import tensors_in, unbind
 
 

@@ -6,7 +6,7 @@ Growth is decided by abstract interpretation of the tape: every dim that carries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntFlag
 from typing import Any, NoReturn, Protocol
 
@@ -235,7 +235,8 @@ class CallView:
             self.observer.zero_needed(one, left_dim)
 
 
-Transfer = Callable[[CallView], Sequence[Sequence[State]]]
+Result = Sequence[Sequence[State]]
+Transfer = Callable[[CallView], Result]
 
 TRANSFERS: dict[str, Transfer] = {}
 
@@ -251,3 +252,56 @@ def transfer(*names: str) -> Callable[[Transfer], Transfer]:
         return function
 
     return register
+
+
+# -- what states become ----------------------------------------------------------------------------------------------
+
+
+def meet(states: Iterable[State]) -> State:
+    """Return what holds for all of several states; for none of them, what holds for memory nobody wrote to."""
+    result = ALL_ZERO
+    for state in states:
+        result &= state
+    return result
+
+
+def multiplied(one: State, other: State) -> State:
+    """Return the state of products, channel by channel."""
+    result = (one | other) & State.ZERO
+    if one & State.UNIFORM:
+        result |= other
+    if other & State.UNIFORM:
+        result |= one
+    return result
+
+
+def of_number(value: object) -> State:
+    """Return the state of channels that all hold one number."""
+    return ALL_ZERO if isinstance(value, (int, float)) and value == 0 else CONSTANT
+
+
+def follow(c: CallView, source: Tensor, kept: State = ALL_ZERO) -> Result:
+    """Pair the dims that carry the factor in order; where their numbers differ, each result has what all sources have.
+
+    `kept` is what the op leaves standing: all of it for a copy, `ZERO` alone where f(0) = 0 is all that is known.
+    """
+    states, into = c.states(source), c.carrying(source)
+    simple = not any(c.facts.repeats(c.axes(source)[dim]) for dim in into)
+    rows = []
+    for output, axes in c.outputs:
+        onto = [dim for dim, axis in enumerate(axes) if c.facts.carries(axis)]
+        paired = dict(zip(onto, into, strict=True)) if simple and len(onto) == len(into) else None
+        shared = meet(states[dim] for dim in into)
+        row = [CONSTANT] * len(axes)
+        for dim in onto:
+            state = states[paired[dim]] if paired is not None else shared
+            # Of a reduction's results the integers are positions, which are not zero where the values are.
+            own = kept if kept == ALL_ZERO or output.dtype.is_floating_point else State.ANY
+            row[dim] = passed(state, own) if into else c.refuse("it makes the channels itself")
+        rows.append(row)
+    return rows
+
+
+def passed(state: State, kept: State) -> State:
+    """Return what an op that acts on all channels alike leaves standing; entries that are all equal stay so."""
+    return (state & kept) | (state & CONSTANT if state & State.UNIFORM else State.ANY)

@@ -61,6 +61,8 @@ def grown_parameters(wg: WidthGraph, maps: IndexMaps) -> dict[str, Tensor]:
     for name, entry in wg.analysis.parameters.items():
         tensor = entry.tensor.detach()
         for dim, axis in enumerate(entry.axes):
+            if not maps.changes(axis):
+                continue
             indices = torch.from_numpy(maps.indices(axis))
             tensor = tensor.index_select(dim, indices.clamp(min=0))
             tensor = tensor.index_fill(dim, (indices == NEW).nonzero().flatten(), 0)

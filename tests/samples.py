@@ -319,8 +319,8 @@ for _name in ("tril_indices", "triu_indices"):
 _UNARY = (
     "abs relu sigmoid tanh exp log sqrt rsqrt neg sin cos erf floor round sign square reciprocal isfinite"
     " gelu silu mish elu celu softplus leaky_relu hardtanh hardswish hardsigmoid relu6 selu"
-    " logical_not isnan nan_to_num clone detach alias lift_fresh lift_fresh_copy zero zeros_like ones_like _to_copy log_sigmoid_forward softshrink"
-    " logit"
+    " logical_not isnan nan_to_num clone detach alias lift_fresh lift_fresh_copy zero zeros_like ones_like _to_copy"
+    " log_sigmoid_forward softshrink logit"
 )
 for _name in _UNARY.split():
     row(_name, 2, 0, lambda s: [t(s.a, s.b)])

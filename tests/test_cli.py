@@ -37,7 +37,7 @@ def run(*options: str) -> tuple[int, str]:
 def check_outputs(out: Path) -> dict[str, object]:
     """Return the history that a run left in `out`, and check that its model and curves are usable."""
     history = json.loads((out / "history.json").read_text())
-    gm = fxwidth.load(out / "model.fxwidth")
+    gm = fxwidth.load(out / "model.pt")
     assert sum(parameter.numel() for parameter in gm.parameters()) == history["params_after"]
     assert gm(torch.randn(3, 1, 8, 8)).shape == (3, 10)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")

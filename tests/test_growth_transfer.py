@@ -18,9 +18,19 @@ from samples import ROWS, Sample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxwidth import growth_pointwise
 from fxwidth.factors import Axis, Factor
 from fxwidth.growth_interpretation import Interpretation, Slot
-from fxwidth.growth_states import ALL_ZERO, CONSTANT, TRANSFERS, State
+from fxwidth.growth_states import (
+    ALL_ZERO,
+    CONSTANT,
+    TRANSFERS,
+    CallView,
+    Result,
+    State,
+    Transfer,
+    follow,
+)
 from fxwidth.index_maps import NEW, IndexMaps
 from fxwidth.roles import Roles, find_roles
 from fxwidth.rules.registry import RULES, prescribed
@@ -179,18 +189,63 @@ def judge(probe: Probe, roles: Roles, factor: Factor, kinds: Mapping[Slot, State
     return (None if run.refusal is None else str(run.refusal)), agree
 
 
-@pytest.mark.parametrize("sample", ROWS, ids=[f"{row.op}-{i}" for i, row in enumerate(ROWS)])
-def test_new_channels_pass_as_the_op_lets_them(sample: Sample) -> None:
-    if not sample.by_value:
-        pytest.skip("its results cannot be compared")
+def disagreements(sample: Sample) -> list[str]:
+    """Return where the op does not do what its transfer says."""
     probe = make_probe(sample)
     if [call.func for call in probe.analysis.calls] != [sample.overload()]:
         pytest.skip("it is seen as other ops, which have rows of their own")
     roles = find_roles(probe.analysis)
+    found = []
     for factor in probe.factors():
         for kinds in combinations(probe, factor):
             refusal, agrees = judge(probe, roles, factor, kinds)
-            assert refusal is not None or agrees, f"{factor} with {kinds}"
+            if refusal is None and not agrees:
+                found.append(f"{factor} with {kinds}")
+    return found
+
+
+@pytest.mark.parametrize("sample", ROWS, ids=[f"{row.op}-{i}" for i, row in enumerate(ROWS)])
+def test_new_channels_pass_as_the_op_lets_them(sample: Sample) -> None:
+    if not sample.by_value:
+        pytest.skip("its results cannot be compared")
+    assert not disagreements(sample)
+
+
+def careless(c: CallView) -> Result:
+    """Let everything pass as it is."""
+    return follow(c, c.call.inputs[0])
+
+
+def summing(c: CallView) -> Result:
+    """Multiply and sum whatever comes."""
+    states = c.states("self")
+    return [[states[0], states[1], c.states("mat2")[2]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("_softmax", careless),
+        ("native_layer_norm", lambda c: [c.states("input"), *c.everywhere(State.ANY)[1:]]),
+        ("native_group_norm", lambda c: [c.states("input"), *c.everywhere(State.ANY)[1:]]),
+        ("native_batch_norm", lambda c: [c.states("input"), *c.everywhere(State.ANY)[1:]]),
+        ("bmm", summing),
+        ("convolution", lambda c: c.everywhere(State.ANY)),
+        ("max_pool2d_with_indices", careless),
+        ("mean", lambda c: [[State.ANY] * len(c.outputs[0][1])]),
+        ("constant_pad_nd", lambda c: c.everywhere(ALL_ZERO)),
+        ("glu", careless),
+    ],
+)
+def test_planted_faults_are_found(name: str, fault: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSFERS, name, fault)
+    rows = [row for row in ROWS if row.op.split(".")[0] == name]
+    assert any(disagreements(row) for row in rows)
+
+
+def test_a_planted_pointwise_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(growth_pointwise._COMBINATIONS, "sigmoid", lambda at: at.state("self"))
+    assert any(disagreements(row) for row in ROWS if row.op == "sigmoid")
 
 
 def test_every_rule_has_a_transfer() -> None:

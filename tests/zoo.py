@@ -83,8 +83,6 @@ Case = tuple[Callable[[], nn.Module], Callable[[], Tensor]]
 SMALL: dict[str, Case] = {
     "seed_resnet": (partial(seed_resnet, image_size=8), lambda: _image(8)[:, :1]),
     "resnet18": (partial(_torchvision, "resnet18"), lambda: _image(40)),
-    "mobilenet_v2": (partial(_torchvision, "mobilenet_v2"), lambda: _image(40)),
-    "shufflenet_v2_x1_0": (partial(_torchvision, "shufflenet_v2_x1_0"), lambda: _image(40)),
     "squeezenet1_1": (partial(_torchvision, "squeezenet1_1"), lambda: _image(40)),
     "vit": (_vit, lambda: _image(32)),
     "swin": (_swin, lambda: _image(32)),
@@ -96,6 +94,7 @@ FULL_SIZE: dict[str, Case] = {
     **{
         name: (partial(_torchvision, name), lambda: _image(64))
         for name in ("resnext50_32x4d", "densenet121", "googlenet", "efficientnet_b0", "swin_t", "convnext_tiny")
+        + ("mobilenet_v2", "shufflenet_v2_x1_0")
     },
     "vgg11_bn": (partial(_torchvision, "vgg11_bn"), lambda: _image(32)),
     "vit_b_16": (partial(_torchvision, "vit_b_16"), lambda: _image(224)[:1]),
@@ -111,4 +110,5 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Ten
 
 def relative_difference(new: Tensor, old: Tensor) -> float:
     """Return the largest difference relative to the largest magnitude."""
-    return float((new.double() - old.double()).abs().max() / old.double().abs().max())
+    new, old = new.detach().double(), old.detach().double()
+    return float((new - old).abs().max() / old.abs().max())

@@ -16,7 +16,7 @@ from fxwidth.training.loop import TrainingResult
 
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.png"
-MODEL_FILE = "model.fxwidth"
+MODEL_FILE = "model.pt"
 
 
 def write_outputs(out: Path, gm: GraphModule, result: TrainingResult, settings: Mapping[str, Any]) -> None:
