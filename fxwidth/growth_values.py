@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ def new_entries(width_graph: WidthGraph, maps: IndexMaps, name: str, gathered: T
         gathered: the tensor at its new shape: old entries in place, zeros in the new slots.
     """
     fillings = list(_fillings(width_graph, maps, name))
-    if not fillings:
+    if not fillings or gathered.is_meta:
         return gathered
     result = gathered.detach().clone()
     # Means come after what is put beside the old entries, zeros after all: that keeps every group's promise where
@@ -79,16 +79,12 @@ def new_entries(width_graph: WidthGraph, maps: IndexMaps, name: str, gathered: T
 
 def _fillings(width_graph: WidthGraph, maps: IndexMaps, name: str) -> Iterator[_Filling]:
     space = width_graph.analysis.space
-    growths: dict[Factor, Callable[[], Growth]] = {}
     for dim, axis in enumerate(width_graph.analysis.parameters[name].axes):
         for factor in maps.changed_factors(axis):
-            if not (maps.of(factor) == NEW).any():
-                continue
-            if not growths:
-                growths = {group.factor: lambda group=group: group.growth for group in width_graph.groups}  # type: ignore[misc]
-            growth = growths[factor]()
-            fill = growth.fills.get((name, dim), Fill.ZERO)
-            yield _Filling(fill, dim, factor, _coordinates(space, maps, axis, factor), growth)
+            if (maps.of(factor) == NEW).any():
+                growth = next(group.growth for group in width_graph.groups if group.factor is factor)
+                fill = growth.fills.get((name, dim), Fill.ZERO)
+                yield _Filling(fill, dim, factor, _coordinates(space, maps, axis, factor), growth)
 
 
 def _old_positions(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices]:

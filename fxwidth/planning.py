@@ -221,13 +221,11 @@ def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> npt.NDArray[np
 
 def _readings(width_graph: WidthGraph, group: ChannelGroup) -> float:
     """Return in how many readers a group is, each counted by its share of what the reader reads."""
-    space = width_graph.analysis.space
-    shares = [
-        sum(positions.size for positions in channel_positions(space, reader.axis, group.factor))
-        / axis_size(reader.axis)
-        for reader in wiring_of(width_graph).readers
-    ]
-    return max(1.0, sum(shares))
+    total = 0.0
+    for reader in wiring_of(width_graph).readers:
+        places = channel_positions(width_graph.analysis.space, reader.axis, group.factor)
+        total += sum(positions.size for positions in places) / axis_size(reader.axis)
+    return max(1.0, total)
 
 
 def _out_of_reach(

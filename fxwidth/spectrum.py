@@ -10,7 +10,7 @@ from torch import Tensor
 from fxwidth.factors import Axis, Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.readers import Wiring, accumulation_dtype, channel_positions, wiring_of
-from fxwidth.roles import Role
+from fxwidth.roles import Dim, Lineage, Role
 from fxwidth.tape import OpCall
 
 # Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
@@ -71,10 +71,14 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
     """
     wiring = wiring_of(width_graph)
     space = width_graph.analysis.space
-    for site in group.sites_as(Role.WRITER):
+    lineage = width_graph.roles.lineage
+    for site in group.sites:
         entry = width_graph.analysis.parameters[site.parameter]
-        calls = [call for call, tensor in wiring.uses.get(site.parameter, []) if _writes(call, tensor)]
-        if not calls:
+        uses = wiring.uses.get(site.parameter, [])
+        calls = [
+            call for call, tensor in uses if _writes(call, tensor, lineage[id(tensor)], (site.parameter, site.dim))
+        ]
+        if not calls or site.role == Role.PER_CHANNEL:
             continue
         weight = entry.tensor.detach().movedim(site.dim, 0).flatten(1)
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):
@@ -89,10 +93,14 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
             yield rows.flatten(1)
 
 
-def _writes(call: OpCall, tensor: Tensor) -> bool:
-    if any(tensor is side for contraction in call.contractions for side in (contraction.left, contraction.right)):
-        return True
-    return call.arguments.get(_LOOK_UPS.get(call.name, "")) is tensor
+def _writes(call: OpCall, tensor: Tensor, lineage: Lineage, dim: Dim) -> bool:
+    """Tell whether an op makes channels of a parameter's dim: not one that it sums over, nor one that it looks up."""
+    for contraction in call.contractions:
+        for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
+            if side is tensor and any(dim in lineage[k] for k in range(tensor.dim()) if k not in dims):
+                return True
+    is_table = call.arguments.get(_LOOK_UPS.get(call.name, "")) is tensor
+    return is_table and any(dim in sources for sources in lineage[1:])
 
 
 def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:
