@@ -74,10 +74,9 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
     lineage = width_graph.roles.lineage
     for site in group.sites:
         entry = width_graph.analysis.parameters[site.parameter]
+        dim = site.parameter, site.dim
         uses = wiring.uses.get(site.parameter, [])
-        calls = [
-            call for call, tensor in uses if _writes(call, tensor, lineage[id(tensor)], (site.parameter, site.dim))
-        ]
+        calls = [call for call, tensor in uses if _writes(call, tensor, lineage[id(tensor)], dim)]
         if not calls or site.role == Role.PER_CHANNEL:
             continue
         weight = entry.tensor.detach().movedim(site.dim, 0).flatten(1)

@@ -63,7 +63,7 @@ def grown_parameters(wg: WidthGraph, maps: IndexMaps) -> dict[str, Tensor]:
         for dim, axis in enumerate(entry.axes):
             if not maps.changes(axis):
                 continue
-            indices = torch.from_numpy(maps.indices(axis))
+            indices = torch.from_numpy(maps.indices(axis)).to(tensor.device)
             tensor = tensor.index_select(dim, indices.clamp(min=0))
             tensor = tensor.index_fill(dim, (indices == NEW).nonzero().flatten(), 0)
         result[name] = new_entries(wg, maps, name, tensor)
@@ -128,3 +128,39 @@ def change_by_recipe(wg: WidthGraph, group: ChannelGroup, width: int, recipe: Re
         return change(wg, {forced: width}, *inputs)
     finally:
         wg.groups = groups
+
+
+def sequence(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def check_together(wg: WidthGraph, *inputs: Tensor) -> None:
+    """Assert that all exact groups can grow at once."""
+    exact = [group for group in wg.free if group.inexact_growth is None]
+    assert exact
+    assert change(wg, {group: group.width + (1, 5, 2)[i % 3] for i, group in enumerate(exact)}, *inputs) < EXACT
+
+
+def check_all(wg: WidthGraph, *inputs: Tensor) -> None:
+    """Assert that each exact group alone, by one and by five channels, and all of them at once keep the function."""
+    for group in wg.free:
+        for more in (1, 5) if group.inexact_growth is None else ():
+            assert change(wg, {group: group.width + more}, *inputs) < EXACT, f"{group.name}: {group.growth}"
+    if any(group.inexact_growth is None for group in wg.free):
+        check_together(wg, *inputs)
+
+
+def check_refusals(wg: WidthGraph, *inputs: Tensor) -> None:
+    """Assert that no recipe would have kept the function of the groups that are called inexact."""
+    for group in wg.free:
+        if group.inexact_growth is None:
+            continue
+        for recipe in Recipe:
+            assert change_by_recipe(wg, group, group.width + 3, recipe, *inputs) > 1e-7, (
+                f"{group.name} by {recipe.name}"
+            )
+
+
+def recipes(wg: WidthGraph) -> dict[str, str]:
+    """Return what is to be done for each group."""
+    return {g.name: "inexact" if g.inexact_growth is not None else g.growth.recipe.name for g in wg.free}

@@ -18,7 +18,8 @@ def network(width: int = 24) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 4),
+        nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, 4),
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_saved_graphs_come_back(tmp_path: Path, file: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(FxwidthError, match="there is no file .*; pass the path that"):
+    with pytest.raises(FxwidthError, match=r"there is no file .*; pass the path that"):
         fxwidth.load(tmp_path / "nothing.pt")
     gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
     fxwidth.save(gm, tmp_path / "a.safetensors")

@@ -24,9 +24,9 @@ class CopiesToCPU(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         source = args[0] if args else None
-        leaves = isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor)
-        if leaves and source.is_cuda and result.device.type == "cpu" and source.is_floating_point():
-            if not isinstance(source, torch._subclasses.FakeTensor) and source.numel() > 1:
+        if isinstance(source, torch.Tensor) and not isinstance(source, torch._subclasses.FakeTensor):
+            leaves = source.is_cuda and isinstance(result, torch.Tensor) and result.device.type == "cpu"
+            if leaves and source.is_floating_point() and source.numel() > 1:
                 self.found.append((str(func), source.numel()))
         return result
 

@@ -160,7 +160,7 @@ class TestNoise:
         torch.testing.assert_close(moment.mean, norm.bias.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(moment.covariance.diagonal().sqrt(), norm.weight.detach().abs(), rtol=1e-2, atol=0)
         # The running statistics say nothing of noise: with them the deviations would be others.
-        assert moment.rows >= 4096
+        assert moment.rows >= 1024
 
     def test_it_is_the_same_every_time_and_other_for_another_seed(self) -> None:
         graph, _ = build("conv")

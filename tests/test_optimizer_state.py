@@ -16,22 +16,22 @@ MAKERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
-    "adadelta": lambda p: torch.optim.Adadelta(p),
-    "adamax": lambda p: torch.optim.Adamax(p),
-    "nadam": lambda p: torch.optim.NAdam(p),
-    "radam": lambda p: torch.optim.RAdam(p),
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
     "rmsprop": lambda p: torch.optim.RMSprop(p, momentum=0.5, centered=True),
-    "rprop": lambda p: torch.optim.Rprop(p),
-    "asgd": lambda p: torch.optim.ASGD(p),
-    "adafactor": lambda p: torch.optim.Adafactor(p),
+    "rprop": torch.optim.Rprop,
+    "asgd": torch.optim.ASGD,
+    "adafactor": torch.optim.Adafactor,
 }
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(5 * 16, 3),
+        nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(5 * 16, 3),
     ).double()  # fmt: skip
 
 

@@ -16,6 +16,13 @@ EXACT = 1e-10
 ALL = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL_SIZE)]
 
 
+@pytest.fixture(autouse=True)
+def _little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is dropped here is dead, so that little evidence is enough; convolutions in float64 are slow."""
+    monkeypatch.setattr("fxwidth.calibration._LEAST_NOISE", 4)
+    monkeypatch.setattr("fxwidth.calibration._MOST_NOISE", 4)
+
+
 def traced(name: str, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, Tensor]:
     model, x = build(name, dtype)
     return fxwidth.trace(model, x), x
@@ -149,7 +156,7 @@ def test_tied_weights_stay_tied() -> None:
             return self.head(torch.relu(self.hidden(self.embed(x))))
 
     gm = fxwidth.trace(Tied().eval(), torch.randint(0, 11, (2, 4)))
-    tied = [group for group in fxwidth.analyze(gm).free]
+    tied = list(fxwidth.analyze(gm).free)
     fxwidth.resize(gm, {group.name: 5 for group in tied})
     assert gm.embed.weight is gm.head.weight
     assert gm.embed.weight.shape == (11, 5)
@@ -158,7 +165,7 @@ def test_tied_weights_stay_tied() -> None:
 def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gm, x = traced("vit")
     before, code = gm(x), gm.code
-    parameters = {name: parameter for name, parameter in gm.named_parameters()}
+    parameters = dict(gm.named_parameters())
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.1, momentum=0.9)
 
     def fails(*_: object) -> None:
