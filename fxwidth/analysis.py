@@ -20,6 +20,7 @@ from fxwidth.tape import (
     evaluating,
     fake_mode,
     plain_kernels,
+    quiet,
     substituted,
     tensor_slots,
     tensors_in,
@@ -138,7 +139,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     recorder = TapeRecorder(keeps, lambda call: _judge(analysis, call))
     analysis.calls = recorder.calls
     fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
-    with evaluating(module), substituted(module, fakes), plain_kernels(), mode, recorder:
+    with evaluating(module), substituted(module, fakes), plain_kernels(), quiet(), mode, recorder:
         result = _run(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = tensors_in(result)
     space.context = "model output"

@@ -15,7 +15,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
 from fxwidth.resizing import HISTORY, resize_analyzed
 from fxwidth.tape import tensor_slots
-from fxwidth.tracing import analyze_module, trace
+from fxwidth.tracing import INPUTS, analyze_module, trace
 
 _FORMAT = "fxwidth.resizes"
 
@@ -29,7 +29,8 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        torch.save(gm, path)
+        # Pickling a GraphModule keeps its code but not its notes: shapes and history travel beside it.
+        torch.save({"module": gm, "meta": {key: gm.meta[key] for key in (INPUTS, HISTORY) if key in gm.meta}}, path)
         return
     tensors = {name: tensor.detach().contiguous() for name, (tensor, _) in tensor_slots(gm).items()}
     widths = [{name: new for name, (_, new) in record["widths"].items()} for record in gm.meta.get(HISTORY, [])]
@@ -51,9 +52,11 @@ def load(path: str | Path, model: nn.Module | None = None, example_inputs: Any =
     if not path.is_file():
         raise FxwidthError(f"there is no file {path}; pass the path that fxwidth.save was given.")
     if path.suffix != ".safetensors":
-        module = torch.load(path, weights_only=False)
-        if not isinstance(module, fx.GraphModule):
-            raise FxwidthError(f"{path} holds a {type(module).__name__}, not a graph written by fxwidth.save.")
+        saved = torch.load(path, weights_only=False)
+        if not isinstance(saved, dict) or not isinstance(saved.get("module"), fx.GraphModule):
+            raise FxwidthError(f"{path} holds a {type(saved).__name__}, not a graph written by fxwidth.save.")
+        module: fx.GraphModule = saved["module"]
+        module.meta.update(saved["meta"])
         return module
     if model is None:
         raise FxwidthError(f"{path} holds tensors only; pass model=, a fresh model of the original architecture.")

@@ -152,7 +152,7 @@ class Evolver:
         )
         return chosen
 
-    def _target_option(self) -> dict[str, int]:
+    def _target_option(self) -> dict[str, Any]:
         if self._target is None:
             return {}
         share = min(1.0, self._round / self._rounds)

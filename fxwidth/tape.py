@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -162,6 +163,18 @@ def plain_kernels() -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(fused)
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's log of failures under fake tensors: here a failure is an answer, or is told in our words."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fxwidth.analysis import Analysis, TensorSpec, analyze_axes
 from fxwidth.errors import FxwidthError
 from fxwidth.tape import tensor_slots
 
-_INPUTS = "fxwidth_inputs"
+INPUTS = "fxwidth_inputs"
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -56,7 +56,7 @@ def analyze_module(module: fx.GraphModule, example_inputs: Any = None) -> Analys
     _refuse_nan(module)
     specs = input_specs(module, example_inputs)
     analysis = _analyze_any_batch(module, specs)
-    module.meta[_INPUTS] = [spec.as_plain() if isinstance(spec, TensorSpec) else spec for spec in specs]
+    module.meta[INPUTS] = [spec.as_plain() if isinstance(spec, TensorSpec) else spec for spec in specs]
     return analysis
 
 
@@ -69,8 +69,8 @@ def input_specs(module: fx.GraphModule, example_inputs: Any = None) -> list[Any]
     placeholders = module.graph.find_nodes(op="placeholder")
     if example_inputs is not None:
         return _given_specs(module, placeholders, example_inputs)
-    if _INPUTS in module.meta:
-        known = module.meta[_INPUTS]
+    if INPUTS in module.meta:
+        known = module.meta[INPUTS]
         if len(known) == len(placeholders):
             return [TensorSpec.from_plain(value) if isinstance(value, dict) else value for value in known]
     carried = [_carried_spec(node) for node in placeholders]

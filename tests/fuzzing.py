@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fxwidth.groups import WidthGraph
 
 BATCH, INPUTS, POSITIONS, OUTPUTS = 3, 10, 4, 3
 WIDEST = 60
@@ -182,9 +186,7 @@ def _spread(x: Tensor) -> Tensor:
 
 OPS: dict[str, Op] = {
     "pointwise conv": Op(_new_width, lambda m, n, x, y: m(x), lambda w, n: nn.Conv1d(w, n[0], 1)),
-    "linear": Op(
-        _new_width, lambda m, n, x, y: m(x.transpose(1, 2)).transpose(1, 2), lambda w, n: nn.Linear(w, n[0])
-    ),
+    "linear": Op(_new_width, lambda m, n, x, y: m(x.transpose(1, 2)).transpose(1, 2), lambda w, n: nn.Linear(w, n[0])),
     "conv": Op(_new_width, lambda m, n, x, y: m(x), lambda w, n: nn.Conv1d(w, n[0], 3, padding=1)),
     "grouped conv": Op(
         _grouped,
@@ -199,9 +201,7 @@ OPS: dict[str, Op] = {
     "depthwise conv": Op(
         _depthwise, lambda m, n, x, y: m(x), lambda w, n: nn.Conv1d(w, w * n[0], 3, padding=1, groups=w)
     ),
-    "flatten": Op(
-        _new_width, lambda m, n, x, y: _spread(m(x.flatten(1))), lambda w, n: nn.Linear(w * POSITIONS, n[0])
-    ),
+    "flatten": Op(_new_width, lambda m, n, x, y: _spread(m(x.flatten(1))), lambda w, n: nn.Linear(w * POSITIONS, n[0])),
     "flatten last": Op(
         _new_width,
         lambda m, n, x, y: _spread(m(x.transpose(1, 2).flatten(1))),
@@ -234,7 +234,9 @@ OPS: dict[str, Op] = {
     "attend over positions": Op(_kept, _over_positions, same_width=True, operands=2),
     "attend over channels": Op(_kept, _over_channels, same_width=True, operands=2),
     "outer": Op(
-        lambda draw, w, o: ((), (w * o,)), lambda m, n, x, y: (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2), operands=2
+        lambda draw, w, o: ((), (w * o,)),
+        lambda m, n, x, y: (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2),
+        operands=2,
     ),
     "update": Op(_update, _updated, operands=2),
     "heads": Op(
@@ -246,9 +248,7 @@ OPS: dict[str, Op] = {
     "cosine": Op(_kept, lambda m, n, x, y: torch.cos(x)),
     "glu": Op(_halved, lambda m, n, x, y: F.glu(x, 1)),
     "gain": Op(_kept, lambda m, n, x, y: x * m[0], _per_channel),
-    "sum of groups": Op(
-        _by_divisor(lambda w, g: w // g), lambda m, n, x, y: x.unflatten(1, (n[0], -1)).sum(1)
-    ),
+    "sum of groups": Op(_by_divisor(lambda w, g: w // g), lambda m, n, x, y: x.unflatten(1, (n[0], -1)).sum(1)),
     "maxout": Op(_by_divisor(lambda w, g: w // g), lambda m, n, x, y: x.unflatten(1, (-1, n[0])).amax(2)),
     "positions": Op(_by_divisor(lambda w, g: w // g), _channels_to_positions),
     "batch norm": Op(_kept, lambda m, n, x, y: m(x), lambda w, n: nn.BatchNorm1d(w)),
@@ -304,7 +304,7 @@ class RandomNetwork(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         values = [stem(x) for stem in self.stems]
         for i, step in enumerate(self.program.steps):
-            layer = self.layers[str(i)] if str(i) in self.layers else None
+            layer = self.layers[str(i)] if str(i) in self.layers else None  # noqa: SIM401 - no get in ModuleDict
             operands = [values[source] for source in step.sources]
             result = OPS[step.op].run(layer, step.numbers, operands[0], operands[-1])
             values += list(result[: len(step.widths)]) if len(step.widths) > 1 else [result]
@@ -313,3 +313,33 @@ class RandomNetwork(nn.Module):
 
 def example_input() -> Tensor:
     return torch.randn(BATCH, INPUTS, POSITIONS, dtype=torch.float64)
+
+
+@dataclass
+class Tally:
+    """How many groups were found in many networks, and why those that are pinned are."""
+
+    networks: int = 0
+    free: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, width_graph: WidthGraph) -> None:
+        self.networks += 1
+        for group in width_graph.groups:
+            # The widths of the network's inputs and outputs are fixed from the start.
+            if all(_is_outer(site.parameter, site.dim) for site in group.sites):
+                continue
+            if group.pinned is None:
+                self.free += 1
+            else:
+                self.reasons[re.sub(r" at node \w+", "", group.pinned)] += 1
+
+    def __str__(self) -> str:
+        pinned = self.reasons.total()
+        share = pinned / max(1, pinned + self.free)
+        lines = [f"{self.networks} networks, {self.free} free groups, {pinned} pinned ({share:.1%})"]
+        return "\n  ".join([*lines, *(f"{count:5d}  {reason}" for reason, count in self.reasons.most_common())])
+
+
+def _is_outer(parameter: str, dim: int) -> bool:
+    return (parameter.startswith("stems.") and dim == 1) or (parameter.startswith("heads.") and dim == 0)

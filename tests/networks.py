@@ -591,7 +591,7 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(24, 4, 40, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(24, 4, 40, 0.0, batch_first=True, norm_first=True)
         self.into, self.head = nn.Linear(16, 24), nn.Linear(24, 7)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
@@ -606,7 +606,7 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.into, self.memory, self.head = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 7)
-        self.decoder = nn.TransformerDecoderLayer(24, 4, 40, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(24, 4, 40, 0.0, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.decoder(self.into(x), self.memory(x)))

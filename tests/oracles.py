@@ -1,9 +1,10 @@
-"""What several tests need: models with telling numbers, analyses of them, random removals, and the rule oracle."""
+"""What several tests need: models with telling numbers, analyses of them, and random removals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.factors import Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import IndexMaps, Indices
-from fxwidth.verification import replay_difference
+from fxwidth.resizing import resize_analyzed
+from fxwidth.tape import tensors_in
+from fxwidth.tracing import analyze_module
+from fxwidth.verification import largest_difference, reference_outputs, replay_difference
 
 # Rounding of float64 over some hundred layers; the smallest planted fault is ten orders above it.
 ROUNDING = 1e-9
@@ -83,3 +87,31 @@ def assert_replays(analysis: Analysis, inputs: Sequence[Any], ratios: Sequence[f
     for seed, ratio in enumerate(ratios):
         difference = replay_difference(analysis, random_maps(analysis, ratio, seed), inputs)
         assert difference < ROUNDING, f"kept {ratio} of every group: outputs differ by {difference:.1e}"
+
+
+def assert_rewrites(model: nn.Module, inputs: Sequence[Any], ratio: float = 0.5, seed: int = 0) -> fx.GraphModule:
+    """Assert that a graph that was really resized, without folding, gives what zeroing the same channels gives."""
+    module = traced(randomise(model.eval()).double())
+    inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    width_graph = WidthGraph(analyze_module(module, tuple(inputs)))
+    kept = removals(width_graph.free, ratio, seed)
+    analysis = width_graph.analysis
+    expected = reference_outputs(analysis, IndexMaps(analysis.space, kept), at_batch_of(analysis, inputs))
+    plan = {group.name: len(kept[group.factor]) for group in width_graph.free}
+    # What is left of the function once its improvements are off: no selection, no folding, no variance matching.
+    selects = patch("fxwidth.resizing.select", lambda graph, group, width, moments: kept[group.factor])
+    with selects, patch("fxwidth.rewriting.parameters._variance_ratios", lambda *_: {}):
+        resize_analyzed(width_graph, plan, fold=False, blind=True)
+    with torch.no_grad():
+        actual = tensors_in(module(*at_batch_of(analysis, inputs)))
+    difference = largest_difference(actual, expected)
+    assert difference < ROUNDING, f"kept {ratio} of every group: outputs of the new graph differ by {difference:.1e}"
+    return module
+
+
+def at_batch_of(analysis: Analysis, inputs: Sequence[Any]) -> list[Any]:
+    """Return inputs at the batch size of an analysis, which sees a batch of one as two."""
+    return [
+        x if not isinstance(x, Tensor) or x.shape == spec.shape else x.repeat(2, *[1] * (x.dim() - 1))
+        for x, spec in zip(inputs, analysis.inputs, strict=True)
+    ]

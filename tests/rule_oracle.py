@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from samples import Operand, Sample, Sizes
+from tests.samples import Operand, Sample, Sizes
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 

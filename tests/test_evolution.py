@@ -114,6 +114,10 @@ def test_saved_graphs_come_back(tmp_path: Path, file: str) -> None:
     again = fxwidth.load(tmp_path / file, fresh, torch.randn(2, 1, 8, 8)).eval()
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(again(x), gm(x))
+    assert again.meta["fxwidth_inputs"] == gm.meta["fxwidth_inputs"]
+    assert [record["widths"] for record in fxwidth.report(again).resizes] == [
+        record["widths"] for record in fxwidth.report(gm).resizes
+    ]
     fxwidth.resize(again, {"0": 4})
     assert again(x).shape == (3, 4)
 

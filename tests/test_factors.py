@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axes_strategy import SIZES, layout, plans
+from tests.axes_strategy import SIZES, layout, plans
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from axes_strategy import SIZES, Plan, kept_indices, plans
+from tests.axes_strategy import SIZES, Plan, kept_indices, plans
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.index_maps import IndexMaps
+from fxwidth.moments import moments_from_noise
 from fxwidth.verification import reference_outputs
 from tests.zoo import FULL_SIZE, SMALL, build, relative_difference
 
@@ -19,8 +22,7 @@ ALL = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL_SIZ
 @pytest.fixture(autouse=True)
 def _little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped here is dead, so that little evidence is enough; convolutions in float64 are slow."""
-    monkeypatch.setattr("fxwidth.calibration._LEAST_NOISE", 4)
-    monkeypatch.setattr("fxwidth.calibration._MOST_NOISE", 4)
+    monkeypatch.setattr("fxwidth.resizing.moments_from_noise", partial(moments_from_noise, work=1e6))
 
 
 def traced(name: str, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, Tensor]:

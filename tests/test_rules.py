@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from rule_oracle import (
+from tests.rule_oracle import (
     check_permutations,
     check_prescription,
     coupled_without_need,
@@ -14,7 +14,7 @@ from rule_oracle import (
     make_probe,
     removal,
 )
-from samples import ROWS, Sample
+from tests.samples import ROWS, Sample
 
 import fxwidth.rules  # noqa: F401 - fills the table of rules
 from fxwidth.rules.registry import POINTWISE, PRESCRIPTIONS, RULES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from axes_strategy import SIZES, Plan, layout, numbered, pairs, plans, within
+from tests.axes_strategy import SIZES, Plan, layout, numbered, pairs, plans, within
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.signatures import differ, observed_signatures, prescribed_signatures
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import TapeRecorder, evaluating, plain_kernels, substituted, tensor_slots, tensors_in
+from fxwidth.tape import TapeRecorder, evaluating, plain_kernels, quiet, substituted, tensor_slots, tensors_in
 
 
 @dataclass
@@ -134,7 +132,7 @@ class _Rewriter:
     def _try(self, node: fx.Node, wanted: list[Any]) -> str | None:
         """Run a node at the new sizes; return None when it does what is wanted, else what is wrong."""
         try:
-            with _quiet():
+            with quiet():
                 value, recorder = self._run(node)
         except Exception as error:
             lines = str(error).strip().splitlines()
@@ -215,18 +213,6 @@ class _Rewriter:
         new = [tuple(tensor.shape) for tensor in values]
         if old != new:
             raise FxwidthError(f"the outputs would change their shapes from {old} to {new}; no resize was made.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's log of failures under fake tensors: here a failure is an answer, not an error."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _dropout_in(module: nn.Module) -> float:
