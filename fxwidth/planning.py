@@ -14,10 +14,10 @@ import torch
 from fxwidth.allocation import Choice, allocate
 from fxwidth.costs import entries_polynomial, parameter_count, parameter_polynomial
 from fxwidth.errors import FxwidthError
-from fxwidth.factors import Factor, axis_size
+from fxwidth.factors import Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.plans import Plan
-from fxwidth.readers import channel_positions, wiring_of
+from fxwidth.readers import wiring_of
 from fxwidth.spectrum import singular_values, tail_share, writer_matrices
 
 __all__ = ["Plan", "plan"]
@@ -41,8 +41,8 @@ def plan(
 
     Without `params`, each group goes by itself: it shrinks while the tail of its singular values holds less than
     `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times the width exceeds `grow_energy`
-    of the sum. With `params`, groups shrink together to that count, and the sum over groups of the share that the
-    dropped tails hold is as small as can be found.
+    of the sum. With `params`, groups shrink together to that count, and as much of the spectra is kept in what each
+    layer reads as can be found.
 
     Args:
         width_graph: the groups, from `fxwidth.analyze`.
@@ -213,19 +213,14 @@ def _under_count(
 
 
 def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> npt.NDArray[np.float64]:
-    """Return the predicted error of every width of a group from none to all, [width + 1]."""
-    tails = tail_share(singular_values(width_graph, group).square()).cpu().numpy()
-    kept = np.clip(1.0 - tails, 1e-12, 1.0)
-    return np.asarray(-np.log(kept) * _readings(width_graph, group), dtype=np.float64)
+    """Return the predicted error of every width of a group from none to all, [width + 1].
 
-
-def _readings(width_graph: WidthGraph, group: ChannelGroup) -> float:
-    """Return in how many readers a group is, each counted by its share of what the reader reads."""
-    total = 0.0
-    for reader in wiring_of(width_graph).readers:
-        places = channel_positions(width_graph.analysis.space, reader.axis, group.factor)
-        total += sum(positions.size for positions in places) / axis_size(reader.axis)
-    return max(1.0, total)
+    It is -log of the share of the sum of singular values that is kept, since shares multiply from layer to layer,
+    times the number of readers, each counted by how much of what it reads is of this group.
+    """
+    tails = tail_share(singular_values(width_graph, group)).cpu().numpy()
+    audience = max(1.0, wiring_of(width_graph).audience.get(group.factor, 0.0))
+    return np.asarray(-np.log(np.clip(1.0 - tails, 1e-12, 1.0)) * audience, dtype=np.float64)
 
 
 def _out_of_reach(

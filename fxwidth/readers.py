@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd, prod
+from math import prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, element_size, is_integer_term, term_size
+from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import Indices
+from fxwidth.occurrences import occupied_positions, without_minor
 from fxwidth.tape import OpCall
 
 BATCH_NORMS = frozenset(
@@ -167,6 +168,15 @@ class Wiring:
         return result
 
     @cached_property
+    def audience(self) -> dict[Factor, float]:
+        """In how many readers each factor is, each counted by the share of its positions that are of the factor."""
+        result: dict[Factor, float] = {}
+        for reader in self.readers:
+            for factor, positions in occupied_positions(reader.axis).items():
+                result[factor] = result.get(factor, 0.0) + positions / axis_size(reader.axis)
+        return result
+
+    @cached_property
     def _by_storage(self) -> dict[int, list[str]]:
         result: dict[int, list[str]] = {}
         for name, entry in self._analysis.parameters.items():
@@ -273,47 +283,6 @@ def _distinct(tensor: Tensor) -> tuple[int, ...]:
 def argument_name(call: OpCall, tensor: Tensor) -> str:
     """Return under which name an op takes a tensor."""
     return next(name for name, value in call.arguments.items() if value is tensor)
-
-
-def without_minor(axis: Axis) -> tuple[Axis, int]:
-    """Divide an axis by the largest constant that is minor in all of it: "channels * 49" gives channels and 49."""
-    last = [term[-1] if term else 1 for term in axis]
-    minor = gcd(*(element if isinstance(element, int) else 1 for element in last))
-    if minor == 1:
-        return axis, 1
-    terms = [(*term[:-1], element // minor) for term, element in zip(axis, last, strict=True)]  # type: ignore[operator]
-    return tuple(term[:-1] if term[-1] == 1 else term for term in terms), minor
-
-
-def channel_positions(space: FactorSpace, axis: Axis, factor: Factor) -> list[Indices]:
-    """Return, for each occurrence of a factor in an axis, the positions of its channels, [channels, positions each]."""
-    result = []
-    for labels in _labels(space.normalise(axis), factor):
-        order = np.argsort(labels, kind="stable")
-        result.append(order[np.count_nonzero(labels < 0) :].reshape(factor.size, -1))
-    return result
-
-
-def _labels(axis: Axis, factor: Factor) -> Iterator[Indices]:
-    """Yield, for each occurrence of a factor, the channel that each position of an axis belongs to, or -1."""
-    total, offset = axis_size(axis), 0
-    for term in axis:
-        size = term_size(term)
-        if not is_integer_term(term):
-            for place, element in enumerate(term):
-                outer = prod(map(element_size, term[:place]))
-                inner = prod(map(element_size, term[place + 1 :]))
-                for labels in _element_labels(element, factor):
-                    result = np.full(total, -1, dtype=np.int64)
-                    result[offset : offset + size] = np.tile(np.repeat(labels, inner), outer)
-                    yield result
-        offset += size
-
-
-def _element_labels(element: int | Factor | Axis, factor: Factor) -> Iterable[Indices]:
-    if element is factor:
-        return [np.arange(factor.size)]
-    return _labels(element, factor) if isinstance(element, tuple) else []
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -15,12 +15,15 @@ from fxwidth.index_maps import Indices
 from fxwidth.moments import Moments
 from fxwidth.probes import Key
 from fxwidth.reader_sets import reader_sets
-from fxwidth.readers import Reader, channel_positions, wiring_of
+from fxwidth.occurrences import channel_positions
+from fxwidth.readers import Reader, wiring_of
 from fxwidth.spectrum import writer_norms
 from fxwidth.tape import OpCall
 
-# More numbers than this in all pairs of a group, and pairs are merged.
-_ENTRIES = 2**27
+# More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
+_ENTRIES, _PRODUCTS = 2**27, 4e9
+# From this width on time matters more than the last digits.
+_WIDE = 128
 # A channel whose variance is explained up to this share of it, times the precision of the numbers, holds nothing new.
 _EXPLAINED = 1e3
 # A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
@@ -36,9 +39,9 @@ def select(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Mo
         width: how many channels to keep.
         moments: what the readers see; without, or where nothing reads the group, the writers' largest rows are kept.
     """
-    pairs = _pairs(width_graph, group, moments) if moments is not None else None
     if width >= group.width:
         return np.arange(group.width, dtype=np.int64)
+    pairs = _pairs(width_graph, group, width, moments) if moments is not None else None
     if pairs is None:
         return select_by_magnitude(width_graph, group, width)
     # Dropping what nobody reads costs nothing at all, whatever it may tell about the others.
@@ -114,20 +117,28 @@ def greedy_order(pairs: Pairs, count: int) -> Tensor:
         chosen.append(j)
         taken[j] = True
         past = explained[:, :, :step]
-        own = S[:, :, j] - torch.bmm(past, past[:, j, :, None])[:, :, 0]
+        own = S[:, :, j] - _times(past, past[:, j])
         # Where the channel is explained already it has nothing to take away.
         scale = torch.where(open_[:, j], variance[:, j], torch.inf)[:, None]
-        wish = torch.bmm(D, own[:, :, None])
-        echo = torch.bmm(S, wish) - torch.bmm(past, torch.bmm(past.transpose(1, 2), wish))
-        pull = (own[:, None, :] @ wish)[:, :, 0]
-        gain = gain - 2 * own / scale * echo[:, :, 0] + (own / scale).square() * pull
+        wish = _times(D, own)
+        echo = _times(S, wish) - _times(past, _times(past.transpose(1, 2), wish))
+        pull = (own * wish).sum(1, keepdim=True)
+        gain = gain - 2 * own / scale * echo + (own / scale).square() * pull
         variance = variance - own.square() / scale
         explained[:, :, step] = own / scale.sqrt()
     return torch.stack(chosen)
 
 
-def _pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pairs | None:
-    """Return the evidence on a group from all that reads it, or None where nothing does."""
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return the product of each matrix [pairs, n, m] with its vector [pairs, m]."""
+    if matrices.shape[1] < _WIDE:
+        return torch.bmm(matrices, vectors[:, :, None])[:, :, 0]
+    # One by one, large products are several times as fast as in a batch.
+    return torch.stack([matrix @ vector for matrix, vector in zip(matrices, vectors, strict=True)])
+
+
+def _pairs(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments) -> Pairs | None:
+    """Return the evidence on a group from all that reads it, for keeping so many channels; None where nothing does."""
     seen: list[Tensor] = []
     wanted: list[Tensor] = []
     precision = torch.finfo(torch.float64).eps
@@ -150,8 +161,10 @@ def _pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pa
             wanted.append(torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total)
     if not seen:
         return None
-    merged = _merged(seen, wanted)
-    return Pairs(*merged, precision)
+    S, D = _merged(seen, wanted, width)
+    if group.width >= _WIDE and precision > torch.finfo(torch.float32).eps / 2:
+        S, D = S.float(), D.float()
+    return Pairs(S, D, precision)
 
 
 def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
@@ -200,10 +213,10 @@ def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) 
             yield product[torch.from_numpy(positions).to(product.device)].sum(1)
 
 
-def _merged(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Put pairs side by side, or add neighbouring ones together where that would take too much memory."""
+def _merged(seen: Sequence[Tensor], wanted: Sequence[Tensor], kept: int) -> tuple[Tensor, Tensor]:
+    """Put pairs side by side, or add neighbouring ones together where that would take too much memory or time."""
     count, width = sum(len(one) for one in seen), seen[0].shape[1]
-    runs = min(count, max(1, _ENTRIES // width**2))
+    runs = min(count, max(1, int(min(_ENTRIES, _PRODUCTS // kept)) // width**2))
     if runs == count:
         return torch.cat(list(seen)), torch.cat(list(wanted))
     S, D = (seen[0].new_zeros(runs, width, width) for _ in range(2))

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fxwidth.factors import Axis, Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
-from fxwidth.readers import Wiring, accumulation_dtype, channel_positions, wiring_of
+from fxwidth.occurrences import channel_positions
+from fxwidth.readers import Wiring, accumulation_dtype, wiring_of
 from fxwidth.roles import Dim, Lineage, Role
 from fxwidth.tape import OpCall
 
 # Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
-_STACKED_ENTRIES = 2**22
+_STACKED_ENTRIES = 2**17
 _LOOK_UPS = {"embedding": "weight", "index": "self", "index_select": "self"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxwidth.groups import WidthGraph
+from fxwidth.roles import Role
 
 BATCH, INPUTS, POSITIONS, OUTPUTS = 3, 10, 4, 3
 WIDEST = 60
@@ -41,8 +43,25 @@ class Program:
         return [*self.stems, *(width for step in self.steps for width in step.widths)]
 
 
+class Choices:
+    """Where random decisions come from: a function that returns a number below its argument."""
+
+    def __init__(self, below: Callable[[int], int]) -> None:
+        self._below = below
+
+    def between(self, low: int, high: int) -> int:
+        return low + self._below(high - low + 1)
+
+    def one_of(self, options: Sequence[Any]) -> Any:
+        return options[self._below(len(options))]
+
+    def order(self, items: Sequence[int]) -> list[int]:
+        rest = list(items)
+        return [rest.pop(self._below(len(rest))) for _ in items]
+
+
 # A proposal draws the literals of a step for given widths of its operands; None where the op does not fit them.
-Proposal = Callable[[Any, int, int], "tuple[tuple[int, ...], tuple[int, ...]] | None"]
+Proposal = Callable[[Choices, int, int], "tuple[tuple[int, ...], tuple[int, ...]] | None"]
 Run = Callable[[Any, tuple[int, ...], Tensor, Tensor], "Tensor | Sequence[Tensor]"]
 
 
@@ -57,91 +76,91 @@ class Op:
     operands: int = 1
 
 
-def divisor(draw: Any, width: int, choices: Sequence[int] = (2, 3, 4, 6)) -> int | None:
+def divisor(choose: Choices, width: int, choices: Sequence[int] = (2, 3, 4, 6)) -> int | None:
     """Draw a proper divisor of a width."""
     fitting = [n for n in choices if width % n == 0 and width > n]
-    return draw(st.sampled_from(fitting)) if fitting else None
+    return choose.one_of(fitting) if fitting else None
 
 
-def _new_width(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    new = draw(st.sampled_from([6, 8, 12, 16, 24]))
+def _new_width(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    new = choose.one_of([6, 8, 12, 16, 24])
     return (new,), (new,)
 
 
-def _kept(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _kept(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), (width,)
 
 
-def _grouped(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    groups = divisor(draw, width)
+def _grouped(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    groups = divisor(choose, width)
     if groups is None:
         return None
-    new = groups * draw(st.integers(1, 4))
-    return (groups, new, draw(st.sampled_from([1, 3]))), (new,)
+    new = groups * choose.between(1, 4)
+    return (groups, new, choose.one_of([1, 3])), (new,)
 
 
-def _depthwise(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    times = draw(st.integers(1, 2))
+def _depthwise(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    times = choose.between(1, 2)
     return (times,), (width * times,)
 
 
 def _by_divisor(result: Callable[[int, int], int]) -> Proposal:
-    def propose(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        groups = divisor(draw, width)
+    def propose(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        groups = divisor(choose, width)
         return None if groups is None else ((groups,), (result(width, groups),))
 
     return propose
 
 
-def _split(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _split(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     if width < 4:
         return None
-    at = draw(st.integers(1, width - 1))
+    at = choose.between(1, width - 1)
     return (at, width - at), (at, width - at)
 
 
-def _chunk(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    count = draw(st.integers(2, 3))
+def _chunk(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    count = choose.between(2, 3)
     sizes = [len(part) for part in torch.arange(width).chunk(count)]
     return ((len(sizes),), tuple(sizes)) if min(sizes) > 0 else None
 
 
-def _slice(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _slice(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     if width < 6:
         return None
-    start = draw(st.integers(0, width // 2))
-    stop = draw(st.integers(start + 2, width))
+    start = choose.between(0, width // 2)
+    stop = choose.between(start + 2, width)
     return (start, stop), (stop - start,)
 
 
-def _fold(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _fold(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     fitting = [(a, b) for a in (2, 3, 4) for b in (2, 3, 4) if width % (a * b) == 0]
     if not fitting:
         return None
-    order = draw(st.permutations([1, 2, 3]))
-    return (*draw(st.sampled_from(fitting)), *order), (width,)
+    order = choose.order([1, 2, 3])
+    return (*choose.one_of(fitting), *order), (width,)
 
 
-def _tile(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    new = draw(st.integers(width, 3 * width))
+def _tile(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    new = choose.between(width, 3 * width)
     return (new,), (new,)
 
 
-def _place(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    return ((draw(st.integers(1, width - 1)),), (width,)) if width > 1 else None
+def _place(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    return ((choose.between(1, width - 1),), (width,)) if width > 1 else None
 
 
-def _pad(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    before, after = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+def _pad(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    before, after = choose.between(0, 3), choose.between(0, 3)
     return (before, after), (width + before + after,)
 
 
-def _halved(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    return ((draw(st.integers(0, 1)),), (width // 2,)) if width % 2 == 0 else None
+def _halved(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    return ((choose.between(0, 1),), (width // 2,)) if width % 2 == 0 else None
 
 
-def _update(draw: Any, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    return ((draw(st.integers(0, width - other)),), (width,)) if other < width else None
+def _update(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    return ((choose.between(0, width - other),), (width,)) if other < width else None
 
 
 def _per_channel(width: int, numbers: tuple[int, ...]) -> nn.Module:
@@ -207,9 +226,9 @@ OPS: dict[str, Op] = {
         lambda m, n, x, y: _spread(m(x.transpose(1, 2).flatten(1))),
         lambda w, n: nn.Linear(w * POSITIONS, n[0]),
     ),
-    "cat": Op(lambda draw, w, o: ((), (w + o,)), lambda m, n, x, y: torch.cat([x, y], 1), operands=2),
+    "cat": Op(lambda choose, w, o: ((), (w + o,)), lambda m, n, x, y: torch.cat([x, y], 1), operands=2),
     "split": Op(_split, lambda m, n, x, y: x.split(list(n), 1)),
-    "chunk": Op(_chunk, lambda m, n, x, y: [x.chunk(n[0], 1)[i] for i in range(n[0])]),
+    "chunk": Op(_chunk, lambda m, n, x, y: x.chunk(n[0], 1)),
     "slice": Op(_slice, lambda m, n, x, y: x[:, n[0] : n[1]]),
     "stride": Op(_halved, lambda m, n, x, y: x[:, n[0] :: 2]),
     "shuffle": Op(
@@ -224,17 +243,15 @@ OPS: dict[str, Op] = {
     "repeat": Op(_depthwise, lambda m, n, x, y: x.repeat_interleave(n[0], 1)),
     "roll": Op(_place, lambda m, n, x, y: torch.cat([x[:, n[0] :], x[:, : n[0]]], 1)),
     "pad": Op(_pad, lambda m, n, x, y: F.pad(x, (0, 0, n[0], n[1]))),
-    "ones": Op(
-        _pad, lambda m, n, x, y: torch.cat([x, torch.ones(x.shape[0], n[0] + n[1], POSITIONS, dtype=x.dtype)], 1)
-    ),
-    "zeros": Op(_kept, lambda m, n, x, y: x + torch.zeros(x.shape[1], 1, dtype=x.dtype)),
+    "ones": Op(_pad, lambda m, n, x, y: torch.cat([x, x.new_ones(x.shape[0], n[0] + n[1], POSITIONS)], 1)),
+    "zeros": Op(_kept, lambda m, n, x, y: x + x.new_zeros(x.shape[1], 1)),
     "add": Op(_kept, lambda m, n, x, y: x + y, same_width=True, operands=2),
     "mul": Op(_kept, lambda m, n, x, y: x * torch.sigmoid(y), same_width=True, operands=2),
-    "interleave": Op(lambda draw, w, o: ((), (2 * w,)), _interleaved, same_width=True, operands=2),
+    "interleave": Op(lambda choose, w, o: ((), (2 * w,)), _interleaved, same_width=True, operands=2),
     "attend over positions": Op(_kept, _over_positions, same_width=True, operands=2),
     "attend over channels": Op(_kept, _over_channels, same_width=True, operands=2),
     "outer": Op(
-        lambda draw, w, o: ((), (w * o,)),
+        lambda choose, w, o: ((), (w * o,)),
         lambda m, n, x, y: (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2),
         operands=2,
     ),
@@ -258,35 +275,45 @@ OPS: dict[str, Op] = {
 }
 
 
-@st.composite
-def programs(draw: Any, longest: int = 12) -> Program:
+def draw_program(choose: Choices, longest: int = 12) -> Program:
     """Return a random program."""
-    stems = tuple(draw(st.lists(st.sampled_from([8, 12, 12, 16, 24]), min_size=2, max_size=3)))
+    stems = tuple(choose.one_of([8, 12, 12, 16, 24]) for _ in range(choose.between(2, 3)))
     widths, steps = list(stems), []
-    for _ in range(draw(st.integers(3, longest))):
-        step = _draw_step(draw, widths)
+    for _ in range(choose.between(3, longest)):
+        step = _draw_step(choose, widths)
         if step is not None:
             steps.append(step)
             widths += step.widths
     used = {source for step in steps for source in step.sources}
-    heads = tuple(i for i in range(len(widths)) if i not in used or draw(st.integers(0, 3)) == 0)
+    heads = tuple(i for i in range(len(widths)) if i not in used or choose.between(0, 3) == 0)
     return Program(stems, tuple(steps), heads)
 
 
-def _draw_step(draw: Any, widths: list[int]) -> Step | None:
-    name = draw(st.sampled_from(list(OPS)))
+def _draw_step(choose: Choices, widths: list[int]) -> Step | None:
+    name = choose.one_of(list(OPS))
     op = OPS[name]
-    first = draw(st.integers(0, len(widths) - 1))
+    first = choose.between(0, len(widths) - 1)
     sources = (first,)
     if op.operands == 2:
         others = [i for i, width in enumerate(widths) if i != first and (width == widths[first] or not op.same_width)]
         if not others:
             return None
-        sources = (first, draw(st.sampled_from(others)))
-    drawn = op.propose(draw, widths[first], widths[sources[-1]])
+        sources = (first, choose.one_of(others))
+    drawn = op.propose(choose, widths[first], widths[sources[-1]])
     if drawn is None or max(drawn[1]) > WIDEST:
         return None
     return Step(name, sources, *drawn)
+
+
+@st.composite
+def programs(draw: Any) -> Program:
+    """Return random programs that hypothesis can shrink."""
+    return draw_program(Choices(lambda count: draw(st.integers(0, count - 1))))
+
+
+def seeded_program(seed: int) -> Program:
+    """Return the random program of a seed: these are less alike than hypothesis's."""
+    return draw_program(Choices(random.Random(seed).randrange))
 
 
 class RandomNetwork(nn.Module):
@@ -307,7 +334,7 @@ class RandomNetwork(nn.Module):
             layer = self.layers[str(i)] if str(i) in self.layers else None  # noqa: SIM401 - no get in ModuleDict
             operands = [values[source] for source in step.sources]
             result = OPS[step.op].run(layer, step.numbers, operands[0], operands[-1])
-            values += list(result[: len(step.widths)]) if len(step.widths) > 1 else [result]
+            values += [result[k] for k in range(len(step.widths))] if len(step.widths) > 1 else [result]
         return [head(values[i]) for i, head in zip(self.program.heads, self.heads, strict=True)]
 
 
@@ -317,7 +344,7 @@ def example_input() -> Tensor:
 
 @dataclass
 class Tally:
-    """How many groups were found in many networks, and why those that are pinned are."""
+    """How many groups of channels were found in many networks, and why those that are pinned are."""
 
     networks: int = 0
     free: int = 0
@@ -326,8 +353,8 @@ class Tally:
     def add(self, width_graph: WidthGraph) -> None:
         self.networks += 1
         for group in width_graph.groups:
-            # The widths of the network's inputs and outputs are fixed from the start.
-            if all(_is_outer(site.parameter, site.dim) for site in group.sites):
+            # What is only read has the pins of what writes it; the widths of the outputs are fixed from the start.
+            if not any(not site.parameter.startswith("heads.") for site in group.sites_as(Role.WRITER)):
                 continue
             if group.pinned is None:
                 self.free += 1
@@ -339,7 +366,3 @@ class Tally:
         share = pinned / max(1, pinned + self.free)
         lines = [f"{self.networks} networks, {self.free} free groups, {pinned} pinned ({share:.1%})"]
         return "\n  ".join([*lines, *(f"{count:5d}  {reason}" for reason, count in self.reasons.most_common())])
-
-
-def _is_outer(parameter: str, dim: int) -> bool:
-    return (parameter.startswith("stems.") and dim == 1) or (parameter.startswith("heads.") and dim == 0)

@@ -472,6 +472,16 @@ class LiteralTensors(nn.Module):
         return self.head(pooled(torch.cat([x, torch.ones(x.shape[0], 16, *x.shape[2:])], 1)))
 
 
+@case(2, images())
+class LiteralTensorsOfADtype(LiteralTensors):
+    """The same, made by methods, which symbolic tracing can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layer(x))
+        x = x + x.new_zeros(x.shape[0], x.shape[1], 1, 1)
+        return self.head(pooled(torch.cat([x, x.new_ones(x.shape[0], 16, *x.shape[2:])], 1)))
+
+
 @case(2, lambda: [torch.randn(8, 8, 8, 8)])
 class AllSizesEqual(nn.Module):
     """Batch, channels, height and width are 8, and channels are swapped with positions on the way."""

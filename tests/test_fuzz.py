@@ -12,7 +12,7 @@ import fxwidth
 from fxwidth.groups import WidthGraph
 from fxwidth.verification import largest_difference
 from tests.fuzzing import Program, RandomNetwork, Tally, example_input, programs
-from tests.oracles import ROUNDING, analysed, assert_replays, assert_rewrites, randomise, traced
+from tests.oracles import ROUNDING, analysed, assert_replays, assert_rewrites, randomise
 
 
 def over_programs(count: int) -> Callable:

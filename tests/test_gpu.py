@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxwidth
-from tests.test_resize import growth_plan, train_a_step
+from tests.test_resize import growth_plan, train_a_step, widths
 from tests.zoo import SMALL, build, relative_difference
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +37,7 @@ def test_growth_and_shrinking_where_the_tensors_are(name: str) -> None:
     gm, x = fxwidth.trace(model.cuda(), x.cuda()), x.cuda()
     before = gm(x)
     plan = growth_plan(fxwidth.analyze(gm))
-    old = {group: fxwidth.analyze(gm)[group].width for group in plan}
+    old = widths(gm, plan)
     with CopiesToCPU() as copies:
         fxwidth.resize(gm, plan)
         assert relative_difference(gm(x), before) < 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -30,6 +31,11 @@ def traced(name: str, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModul
     return fxwidth.trace(model, x), x
 
 
+def widths(gm: fx.GraphModule, groups: Iterable[str]) -> dict[str, int]:
+    wg = fxwidth.analyze(gm)
+    return {group: wg[group].width for group in groups}
+
+
 def growth_plan(wg: fxwidth.WidthGraph) -> dict[str, int]:
     """Grow every group that can be, by one to five channels."""
     exact = [group for group in wg.free if group.inexact_growth is None]
@@ -43,13 +49,13 @@ def test_growth_keeps_the_function_and_shrinking_back_restores_it(name: str) -> 
     wg = fxwidth.analyze(gm)
     plan = growth_plan(wg)
     assert plan, "nothing can be grown"
-    old = {group: wg[group].width for group in plan}
+    old = widths(gm, plan)
     fxwidth.resize(gm, plan)
-    assert {group: fxwidth.analyze(gm)[group].width for group in plan} == plan
+    assert widths(gm, plan) == plan
     assert relative_difference(gm(x), before) < EXACT
     fxwidth.resize(gm, old)
     assert relative_difference(gm(x), before) < EXACT
-    assert {group: fxwidth.analyze(gm)[group].width for group in plan} == old
+    assert widths(gm, plan) == old
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit", "rms_transformer"])

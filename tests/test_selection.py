@@ -30,7 +30,8 @@ from fxwidth.folding import fold, variance_ratio
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
-from fxwidth.readers import channel_positions, wiring_of
+from fxwidth.occurrences import channel_positions, occupied_positions
+from fxwidth.readers import wiring_of
 from fxwidth.regression import regression
 from fxwidth.selection import Pairs, greedy_order, select, select_by_magnitude
 from fxwidth.verification import resized_outputs
@@ -86,6 +87,7 @@ class TestPositions:
                 kept = IndexMaps(space, {factor: kept_without(factor.size, channel)}).indices(drawn)
                 own = {position for positions in found for position in positions[channel]}
                 assert own == set(range(len(IndexMaps(space, {}).indices(drawn)))) - set(kept)
+            assert occupied_positions(drawn)[factor] == sum(positions.size for positions in found)
 
 
 class TestGreedy:
@@ -210,6 +212,38 @@ class TestFold:
         folded = fold(graph, maps_for(graph, {"0": kept_without(6, 1, 4)}), evidence(graph, x))
         assert torch.equal(folded["2.weight"], graph.analysis.parameters["2.weight"].tensor)
         assert torch.equal(folded["3.running_mean"], graph.analysis.parameters["3.running_mean"].tensor)
+        variance = graph.analysis.parameters["3.running_var"].tensor
+        torch.testing.assert_close(folded["3.running_var"], variance, rtol=1e-14, atol=0)
+
+    def test_the_batch_norm_that_follows_divides_by_the_variance_that_is_left(self) -> None:
+        model = trained_like(_batch_norm_bottleneck()[0])
+        model[2].weight.data = torch.randn_like(model[2].weight)
+        x = images()
+        graph = width_graph(model, x)
+        maps = maps_for(graph, {"2": kept_without(8, 0, 3, 4)})
+        folded = fold(graph, maps, evidence(graph, x))
+        with torch.no_grad():
+            before = model[4](model[:4](x))
+            kept = torch.from_numpy(kept_without(8, 0, 3, 4))
+            after = nn.functional.conv2d(model[:4](x)[:, kept], folded["4.weight"][:, kept])
+        left = after.var((0, 2, 3), correction=0) / before.var((0, 2, 3), correction=0)
+        assert float(left.max()) < 1
+        assert float(left.min()) > 0.05
+        torch.testing.assert_close(folded["5.running_var"] / model[5].running_var, left, rtol=1e-10, atol=0)
+
+    def test_an_output_of_which_nothing_is_left_is_not_blown_up(self) -> None:
+        model = trained_like(_batch_norm_bottleneck()[0])
+        model[2].weight.data = torch.randn_like(model[2].weight)
+        with torch.no_grad():
+            model[4].weight[1] = 0
+            model[4].weight[1, 3] = 1e-6
+            model[4].weight[2] = 0
+        graph = width_graph(model, images())
+        noise = moments_from_noise(graph)
+        folded = fold(graph, maps_for(graph, {"2": np.array([0])}), noise)
+        ratio = folded["5.running_var"] / model[5].running_var
+        assert float(ratio.min()) >= 0.05
+        assert float(ratio[2]) == 1.0
 
     def test_nothing_changes_where_nothing_is_dropped_or_known(self) -> None:
         graph, x = build("conv")
