@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,11 @@ from fxwidth.factors import Factor
 Widths = dict[Factor, int]
 
 _BISECTIONS = 40
+_EXACT_PRICE = 1.001
 _SWEEPS = 30
+_EXCHANGES = 20
+# A step that costs more than this share of the bound is a large one.
+_COARSE = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +39,39 @@ def allocate(choices: Sequence[Choice], cost: Polynomial, bound: int) -> Widths:
     """Return widths of little summed error whose cost is at most a bound that the smallest widths meet.
 
     The Lagrangian, error + price * cost, is minimised by coordinate descent and the price bisected; what is left of
-    the budget then goes, step by step, to the group that gains most by it.
+    the budget then goes, step by step, to the group that gains most by it. Where one step of a group is a large part of
+    the budget no price may lead to the best widths: there the neighbouring widths are tried, all others made anew.
 
     Source: H. Everett, Generalized Lagrange Multiplier Method for Solving Problems of Optimum Allocation of Resources
         (1963).
     """
+    best = _by_price(choices, cost, bound)
+    for _ in range(_EXCHANGES):
+        rivals = [_by_price(fixed, cost, bound) for fixed in _coarse_steps(choices, cost, bound, best)]
+        rival = min(rivals, key=lambda widths: _total(choices, widths), default=best)
+        if _total(choices, rival) > _total(choices, best) - 1e-9:
+            break
+        best = rival
+    return best
+
+
+def _coarse_steps(choices: Sequence[Choice], cost: Polynomial, bound: int, widths: Widths) -> Iterator[list[Choice]]:
+    """Yield the choices with one group held at the next or the last width, where that is a large step."""
+    smallest = {choice.factor: int(choice.widths[0]) for choice in choices}
+    for number, choice in enumerate(choices):
+        place = int(np.searchsorted(choice.widths, widths[choice.factor]))
+        for other in (place - 1, place + 1):
+            if not 0 <= other < len(choice.widths):
+                continue
+            width = int(choice.widths[other])
+            step = abs(cost({**widths, choice.factor: width}) - cost(widths))
+            if step > _COARSE * bound and cost({**smallest, choice.factor: width}) <= bound:
+                held = Choice(choice.factor, choice.widths[[other]], choice.errors[[other]])
+                yield [*choices[:number], held, *choices[number + 1 :]]
+
+
+def _by_price(choices: Sequence[Choice], cost: Polynomial, bound: int) -> Widths:
+    """Return the best widths that a price on the cost leads to, filled up to the bound."""
     best = {choice.factor: int(choice.widths[0]) for choice in choices}
     scale = 1.0 / max(1, cost({}))
     low, high = None, None
@@ -58,7 +90,7 @@ def allocate(choices: Sequence[Choice], cost: Polynomial, bound: int) -> Widths:
             price *= 10
         else:
             price = float(np.sqrt(low * high))
-            if high / low < 1 + 1e-6:
+            if high / low < _EXACT_PRICE:
                 break
     return _fill(choices, cost, bound, best)
 

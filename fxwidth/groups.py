@@ -11,7 +11,7 @@ import networkx as nx
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.factors import Factor
+from fxwidth.factors import Factor, term_size
 from fxwidth.growth import Growth, find_growth
 from fxwidth.roles import Role, Roles, find_roles
 from fxwidth.rules.registry import STRUCTURAL
@@ -118,11 +118,13 @@ class WidthGraph:
             FxwidthError: a name is not known.
         """
         first, second = self._origin(a), self._origin(b)
-        if set(self.analysis.space.leaves(first)).isdisjoint(self.analysis.space.leaves(second)):
+        common = set(self.analysis.space.leaves(first)) & set(self.analysis.space.leaves(second))
+        if not common:
             return f"{first.name} and {second.name} share no channels."
         path = nx.shortest_path(self.graph, first, second)
         hops = [f"  {one.name} - {two.name}: {self._context(one, two)}" for one, two in nx.utils.pairwise(path)]
-        shared = sum(leaf.size for leaf in dict.fromkeys(self.analysis.space.leaves(first)))
+        axis = self.analysis.space.normalise(((first,),))
+        shared = sum(term_size(term) for term in axis if common.intersection(self.analysis.space.factors((term,))))
         return "\n".join([f"{first.name} and {second.name} share {shared} channels:", *hops])
 
     def _context(self, one: Factor, two: Factor) -> str:
@@ -135,7 +137,8 @@ class WidthGraph:
             if int(dim) < len(origins) and (origin := origins[int(dim)]) is not None:
                 return origin
             raise FxwidthError(f"{parameter} has no dim {dim} of size above one.")
-        site = self[name].sites[0]
+        group = self[name]
+        site = next(iter(group.sites_as(Role.WRITER)), group.sites[0])
         origin = self.analysis.parameters[site.parameter].origins[site.dim]
         assert origin is not None
         return origin

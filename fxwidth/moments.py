@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,39 +15,13 @@ from fxwidth.analysis import Analysis
 from fxwidth.calibration import batches_from, noise_batches
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
-from fxwidth.probes import Key, Measure, Probe, find_probes
-from fxwidth.readers import BATCH_NORMS, Reader, accumulation_dtype
+from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
+from fxwidth.probes import Key, find_probes
+from fxwidth.readers import BATCH_NORMS, Reader
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import OpCall, TapeRecorder, bind, evaluating, functional_name, plain_kernels
+from fxwidth.tape import TapeRecorder, bind, evaluating, functional_name, plain_kernels
 
-ROWS_PER_BATCH = 65_536
-
-_OTHER_OPS = "it ran other ops than when it was analysed"
-_NOT_FINITE = "its inputs are not finite"
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The first two moments of one activation's channels.
-
-    Attributes:
-        mean: E h, [channels].
-        covariance: Cov h, [channels, channels].
-        rows: how many vectors h they were taken from; pixels and tokens are vectors of their own.
-        samples: how many inputs these came from.
-        precision: the rounding unit of the numbers they were computed from.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    rows: int
-    samples: int
-    precision: float
-
-    @property
-    def second(self) -> Tensor:
-        """E h h^T, [channels, channels]."""
-        return torch.addr(self.covariance, self.mean, self.mean)
+__all__ = ["Moment", "Moments", "collect_moments", "moments_from_data", "moments_from_noise"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +66,7 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
         return None
     moments = collect_moments(width_graph, batches_from(width_graph.analysis, data, limit), source="data")
     for node, reason in moments.missed.items():
-        if reason == _NOT_FINITE:
+        if reason == NOT_FINITE:
             raise FxwidthError(
                 f"the inputs of node {node!r} are not finite for these data; "
                 "check the model's parameters and the scale of the data."
@@ -136,9 +109,9 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
     """
     analysis = width_graph.analysis
     _check_parameters(analysis)
-    observer = _Observer(analysis, find_probes(width_graph))
+    observer = Observer(analysis, find_probes(width_graph))
     recorder = TapeRecorder(keeps, observer.see)
-    interpreter = _Walker(analysis.module, observer, recorder)
+    interpreter = Walker(analysis.module, observer, recorder)
     samples = 0
     with evaluating(analysis.module), plain_kernels():
         for number, values in enumerate(batches):
@@ -158,7 +131,8 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
             samples += size
     if samples == 0:
         raise FxwidthError("data gave no batches; pass at least one (a generator can be gone through only once).")
-    return observer.moments(source, samples)
+    seen = observer.seen()
+    return Moments(source, samples, seen.contracted, seen.squares, seen.deviations, seen.missed)
 
 
 def _has_values(analysis: Analysis) -> bool:
@@ -169,137 +143,6 @@ def _check_parameters(analysis: Analysis) -> None:
     for name, entry in analysis.parameters.items():
         if entry.tensor.is_floating_point() and not bool(entry.tensor.isfinite().all()):
             raise FxwidthError(f"{name} holds NaN or infinite values; load a checkpoint without them.")
-
-
-class _Sum:
-    """Mean and covariance of rows, accumulated batch by batch about the first batch's mean, for precision."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.samples = 0
-        self._origin: Tensor | None = None
-
-    def add(self, rows: Tensor, samples: int) -> None:
-        """Take in rows, [rows, channels], of so many samples."""
-        wide = accumulation_dtype(rows)
-        work = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        if self._origin is None:
-            self._precision = torch.finfo(work.dtype).eps
-            self._origin = work.to(wide).mean(0)
-            self._first = torch.zeros_like(self._origin)
-            self._second = self._first.new_zeros(len(self._origin), len(self._origin))
-        shifted = work - self._origin.to(work.dtype)
-        self._first += shifted.to(wide).sum(0)
-        self._second += (shifted.T @ shifted).to(wide)
-        self.rows += len(rows)
-        self.samples += samples
-
-    def moment(self) -> Moment:
-        """Return the moments of all rows so far."""
-        assert self._origin is not None
-        shift = self._first / self.rows
-        covariance = torch.addr(self._second / self.rows, shift, shift, alpha=-1)
-        return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
-
-
-class _Average:
-    """The mean of arrays, weighted by what they are themselves averages of."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.weight = 0
-
-    def add(self, values: Tensor, weight: int) -> None:
-        """Take in one array that is the sum of so many."""
-        self.total = values if self.total is None else self.total + values
-        self.weight += weight
-
-    def value(self) -> Tensor:
-        """Return the mean so far."""
-        assert self.total is not None
-        return self.total / self.weight
-
-
-class _Observer:
-    """Watches the ops of a run, finds each one's place on the analysis tape, and sums what the probes ask for."""
-
-    def __init__(self, analysis: Analysis, probes: Sequence[Probe]) -> None:
-        self.node = ""
-        self.samples = 0
-        self.missed: dict[str, str] = {}
-        self._analysis = analysis
-        self._probes: dict[int, list[Probe]] = {}
-        for probe in probes:
-            self._probes.setdefault(probe.call.index, []).append(probe)
-        self._sums: dict[Probe, _Sum | _Average] = {}
-        self._expected: deque[OpCall] = deque()
-
-    def begin(self, node: str) -> None:
-        """Expect the ops of a node."""
-        self.node = node
-        self._expected = deque(self._analysis.calls_of(node))
-
-    def end(self) -> None:
-        """Check that all the ops of the node have come."""
-        if self._expected:
-            self.missed[self.node] = _OTHER_OPS
-
-    def see(self, call: OpCall) -> None:
-        """Take in one op that has just run."""
-        expected = self._expected.popleft() if self._expected else None
-        if expected is None or expected.name != call.name:
-            self.missed[self.node] = _OTHER_OPS
-            self._expected.clear()
-            return
-        for probe in self._probes.get(expected.index, ()):
-            self._measure(probe, call.arguments[probe.argument])
-
-    def moments(self, source: str, samples: int) -> Moments:
-        """Return all that was seen."""
-        contracted: dict[Key, Moment] = {}
-        squares: dict[Key, Tensor] = {}
-        deviations: dict[int, Tensor] = {}
-        for probe, total in self._sums.items():
-            if probe.call.node in self.missed:
-                continue
-            value = total.moment() if isinstance(total, _Sum) else total.value()
-            if not bool((value.covariance if isinstance(value, Moment) else value).isfinite().all()):
-                self.missed[probe.call.node] = _NOT_FINITE
-            elif isinstance(value, Moment):
-                contracted.update(dict.fromkeys(probe.keys, value))
-            elif probe.measure == Measure.SQUARES:
-                squares[probe.keys[0]] = value
-            else:
-                deviations[probe.call.index] = value
-        return Moments(source, samples, contracted, squares, deviations, self.missed)
-
-    def _measure(self, probe: Probe, tensor: Tensor) -> None:
-        if probe.measure == Measure.MOMENT:
-            total = self._sums.setdefault(probe, _Sum())
-            assert isinstance(total, _Sum)
-            total.add(probe.rows(tensor, ROWS_PER_BATCH), self.samples)
-        else:
-            average = self._sums.setdefault(probe, _Average())
-            assert isinstance(average, _Average)
-            average.add(*probe.squares(tensor))
-
-
-class _Walker(fx.Interpreter):
-    """Runs a graph, telling an observer which node is at work; values are freed as soon as they are used up."""
-
-    def __init__(self, module: fx.GraphModule, observer: _Observer, recorder: TapeRecorder) -> None:
-        super().__init__(module)
-        self._observer = observer
-        self._recorder = recorder
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        self._observer.begin(n.name)
-        value = super().run_node(n)
-        self._observer.end()
-        # The tape would keep every activation alive.
-        self._recorder.calls.clear()
-        return value
 
 
 class _OwnStatistics(TorchDispatchMode):

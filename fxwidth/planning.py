@@ -27,7 +27,7 @@ def plan(
     width_graph: WidthGraph,
     *,
     params: int | float | None = None,
-    shrink_energy: float = 0.02,
+    shrink_energy: float = 0.05,
     grow_energy: float = 0.5,
     grow_step: int = 0,
     min_width: int = 1,

@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fxwidth.moments import Moment
+from fxwidth.observation import Moment
 
 _SMALLEST_RIDGE = 1e-13
 _ITERATIONS = 12

@@ -13,9 +13,9 @@ from fxwidth.factors import Factor, FactorSpace
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
 from fxwidth.moments import Moments
+from fxwidth.occurrences import channel_positions
 from fxwidth.probes import Key
 from fxwidth.reader_sets import reader_sets
-from fxwidth.occurrences import channel_positions
 from fxwidth.readers import Reader, wiring_of
 from fxwidth.spectrum import writer_norms
 from fxwidth.tape import OpCall

@@ -212,6 +212,8 @@ class _Replay:
     def _step(self, call: OpCall) -> None:
         try:
             results = self.execute(call)
+        except FxwidthError as error:
+            raise FxwidthError(f"{self._place(call)}: {error}") from error
         except Exception as error:
             shapes = [tuple(self.values[id(t)].shape) for t in call.inputs if id(t) in self.values]
             message = str(error).strip().split("\n")[0]
@@ -301,7 +303,7 @@ class _ResizedReplay(_Replay):
         for result, axes in zip(results, call.output_axes, strict=True):
             wanted = tuple(self.maps.size(axis) for axis in axes)
             if tuple(result.shape) != wanted:
-                raise FxwidthError(f"the result has shape {tuple(result.shape)} where {wanted} is prescribed")
+                raise FxwidthError(f"the result has shape {tuple(result.shape)} where {wanted} is prescribed.")
         return results
 
 

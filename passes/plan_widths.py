@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxwidth.planning import plan
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.groups import WidthGraph
+from fxwidth.planning import plan
 from fxwidth.tracing import analyze_module
 
 PLAN = "fxwidth_plan"

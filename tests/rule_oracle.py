@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.samples import Operand, Sample, Sizes
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -22,7 +21,8 @@ from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.rules.registry import prescribed
-from fxwidth.tape import Axes, plain_kernels, tensors_in, unbind
+from fxwidth.tape import Axes, OpCall, plain_kernels, tensors_in, unbind
+from tests.samples import Operand, Sample, Sizes
 
 
 @dataclass
@@ -42,6 +42,12 @@ class Probe:
     @property
     def result_axes(self) -> list[Axes]:
         return [self.analysis.axes_of(tensor) for tensor in tensors_in(self.analysis.node_values["call"])]
+
+    @property
+    def call(self) -> OpCall:
+        """The op on the tape, for samples that are recorded as one."""
+        (call,) = self.analysis.calls
+        return call
 
     def factors(self) -> list[Factor]:
         """Return the free factors of operands and results."""
@@ -139,18 +145,19 @@ def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
     maps = maps_of(probe, kept)
     operands = [take(*pair, maps) for pair in zip(probe.operands, probe.operand_axes, strict=True)]
     if probe.sample.by_value:
-        actual = _run_prescribed(probe, maps, operands)
+        actual = run_prescribed(probe, maps, operands)
     else:
         with probe.analysis.mode:
             fakes = [torch.empty(operand.shape, dtype=operand.dtype) for operand in operands]
-            _run_prescribed(probe, maps, fakes)
+            run_prescribed(probe, maps, fakes)
         return
     if not any(call.contractions or call.mixings for call in probe.analysis.calls):
         for tensor, result, axes in zip(actual, probe.results, probe.result_axes, strict=True):
             assert same([_old_part(tensor, axes, maps)], [_old_part(take(result, axes, maps), axes, maps)])
 
 
-def _run_prescribed(probe: Probe, maps: IndexMaps, operands: Sequence[Tensor]) -> list[Tensor]:
+def run_prescribed(probe: Probe, maps: IndexMaps, operands: Sequence[Tensor]) -> list[Tensor]:
+    """Run what the tape of a sample becomes, and check the shape of every result on the way."""
     entries = probe.analysis.parameters.values()
     values = {id(entry.fake): operand for operand, entry in zip(operands, entries, strict=True)}
     for call in probe.analysis.calls:

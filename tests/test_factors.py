@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.axes_strategy import SIZES, layout, plans
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxwidth.factors import ONE, Factor, FactorSpace, axis_size, constant, find
+from tests.axes_strategy import SIZES, layout, plans
 
 
 @given(SIZES.flatmap(plans))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from growth_oracle import check_all, check_refusals, recipes, sequence, width_graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxwidth.growth_states import TRANSFERS
+from tests.growth_oracle import check_all, check_refusals, recipes, sequence, width_graph
 
 
 class Images(nn.Module):

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from rule_oracle import Probe, make_probe
-from samples import ROWS, Sample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -35,6 +33,8 @@ from fxwidth.index_maps import NEW, IndexMaps
 from fxwidth.roles import Roles, find_roles
 from fxwidth.rules.registry import RULES, prescribed
 from fxwidth.tape import tensors_in, unbind
+from tests.rule_oracle import Probe, make_probe
+from tests.samples import ROWS, Sample
 
 # In the order in which they can be made of a random tensor without spoiling one another.
 KINDS = (CONSTANT, State.MEAN, State.ANY, State.ZERO, ALL_ZERO)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from growth_oracle import check_together, grown_maps, grown_parameters, sequence, width_graph
 from torch import Tensor, nn
 
 from fxwidth.groups import WidthGraph
 from fxwidth.growth_values import new_directions, new_entries
+from tests.growth_oracle import check_together, grown_maps, grown_parameters, sequence, width_graph
 from tests.zoo import build
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from tests.axes_strategy import SIZES, Plan, kept_indices, plans
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxwidth.factors import Axis, Factor, FactorSpace, axis_size
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.unification import split
+from tests.axes_strategy import SIZES, Plan, kept_indices, plans
 
 
 def _by_numpy(space: FactorSpace, axis: Axis, kept: dict[Factor, Indices]) -> Indices:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from fxwidth.analysis import TensorSpec, analyze_axes
+from fxwidth.errors import FxwidthError
+from fxwidth.groups import WidthGraph
+from fxwidth.index_maps import NEW, IndexMaps
+from fxwidth.tape import tensors_in
+from fxwidth.verification import largest_difference, reference_outputs, replay_difference
 from tests.networks import CASES
 from tests.oracles import (
     ROUNDING,
@@ -13,14 +21,6 @@ from tests.oracles import (
     random_maps,
     traced,
 )
-from torch import Tensor, nn
-
-from fxwidth.analysis import TensorSpec, analyze_axes
-from fxwidth.errors import FxwidthError
-from fxwidth.groups import WidthGraph
-from fxwidth.index_maps import NEW, IndexMaps
-from fxwidth.tape import tensors_in
-from fxwidth.verification import largest_difference, reference_outputs, replay_difference
 
 by_case = pytest.mark.parametrize("name", CASES)
 
@@ -137,6 +137,26 @@ def test_a_wrong_shape_names_the_op_and_the_node(monkeypatch):
     monkeypatch.setattr("fxwidth.verification.prescribed", lambda call, maps: (call.func, call.arguments))
     with pytest.raises(FxwidthError, match=r"aten\.view\.default at node _1 \(op 2 of the tape\) does not run"):
         replay_difference(analysis, random_maps(analysis, 0.5), inputs)
+
+
+class _Cut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.into(x)[:, 2:8])
+
+
+def test_a_wrong_literal_that_runs_is_seen_by_its_shape(monkeypatch):
+    inputs = [torch.randn(2, 4)]
+    analysis = analysed(_Cut(), inputs)
+    monkeypatch.setattr("fxwidth.verification.prescribed", lambda call, maps: (call.func, call.arguments))
+    with pytest.raises(FxwidthError) as caught:
+        replay_difference(analysis, random_maps(analysis, 0.5), inputs)
+    assert str(caught.value) == (
+        "aten.slice.Tensor at node getitem (op 2 of the tape): the result has shape (2, 4) where (2, 3) is prescribed."
+    )
 
 
 def test_differences_are_relative_and_see_nan():

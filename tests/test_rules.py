@@ -6,6 +6,10 @@ import functools
 
 import numpy as np
 import pytest
+
+import fxwidth.rules  # noqa: F401 - fills the table of rules
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rules.registry import POINTWISE, PRESCRIPTIONS, RULES, prescribed, rule_name
 from tests.rule_oracle import (
     check_permutations,
     check_prescription,
@@ -13,12 +17,11 @@ from tests.rule_oracle import (
     growth,
     make_probe,
     removal,
+    run_prescribed,
+    same,
+    take,
 )
 from tests.samples import ROWS, Sample
-
-import fxwidth.rules  # noqa: F401 - fills the table of rules
-from fxwidth.rules.registry import POINTWISE, PRESCRIPTIONS, RULES
-from fxwidth.tape import functional_name
 
 SIZES = (None, 8)
 probe_of = functools.cache(make_probe)
@@ -38,10 +41,18 @@ def test_every_rule_has_a_row():
     assert set(PRESCRIPTIONS) <= set(RULES)
 
 
+# Ops that the CPU takes apart, so that only a GPU shows them whole.
+WHOLE_ON_GPU = {"_fused_rms_norm"}
+
+
+def test_every_rule_is_reached():
+    """A composite op is taken apart before any rule sees it: a rule for it would be dead."""
+    seen = {rule_name(call.func) for row in ROWS for call in probe_of(row).analysis.calls}
+    assert (set(RULES) | POINTWISE) - seen == WHOLE_ON_GPU
+
+
 def _registered_name(row: Sample) -> str:
-    func = row.overload()
-    name = functional_name(func)
-    return name if func.namespace == "aten" else f"{func.namespace}::{name}"
+    return rule_name(row.overload())
 
 
 @by_size
@@ -74,3 +85,39 @@ def test_no_dim_is_coupled_without_need(sample):
     probe = probe_of(sample)
     if sample.by_value and not sample.cautious:
         assert coupled_without_need(probe) == []
+
+
+WHOLE = {
+    "native_group_norm": "the groups of a group norm do not see each other",
+    "convolution": "nor do those of a convolution",
+}
+
+
+@pytest.mark.parametrize("op", WHOLE)
+def test_whole_groups_can_go(op):
+    """The literal `groups` must follow: with the old one, other channels would make up a group."""
+    checked = 0
+    for sample in (row for row in ROWS if row.op == op):
+        probe = make_probe(sample)
+        for factor in probe.factors():
+            maps = IndexMaps(probe.analysis.space, {factor: np.array([factor.size - 1])})
+            old, new = probe.call.arguments, prescribed(probe.call, maps)[1]
+            key = "group" if op == "native_group_norm" else "groups"
+            if new[key] == old[key]:
+                continue
+            assert new[key] == old[key] // factor.size
+            operands = [take(*pair, maps) for pair in zip(probe.operands, probe.operand_axes, strict=True)]
+            assert same(run_prescribed(probe, maps, operands)[:1], [take(probe.results[0], probe.result_axes[0], maps)])
+            checked += 1
+    assert checked >= 2
+
+
+def test_a_dim_narrowed_to_one_is_not_squeezed_for_it():
+    (probe,) = [make_probe(row) for row in ROWS if row.op == "squeeze"]
+    factor = probe.factors()[0]
+    (result,) = run_prescribed(
+        probe,
+        maps := IndexMaps(probe.analysis.space, {factor: np.array([1])}),
+        [take(*pair, maps) for pair in zip(probe.operands, probe.operand_axes, strict=True)],
+    )
+    assert tuple(result.shape) == (1, probe.results[0].shape[1])

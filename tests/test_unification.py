@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.axes_strategy import SIZES, Plan, layout, numbered, pairs, plans, within
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxwidth.factors import AxisMismatchError, FactorSpace, axis_size, constant
 from fxwidth.unification import cut, split, unify
+from tests.axes_strategy import SIZES, Plan, layout, numbered, pairs, plans, within
 
 
 def _leaves(plan: Plan) -> list[Plan]:

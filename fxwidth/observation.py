@@ -1,0 +1,184 @@
+"""Watching the tensors of a run: each op is found on the analysis tape, and what the probes ask for is summed up."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxwidth.analysis import Analysis
+from fxwidth.probes import Key, Measure, Probe
+from fxwidth.readers import accumulation_dtype
+from fxwidth.tape import OpCall, TapeRecorder
+
+ROWS_PER_BATCH = 65_536
+
+OTHER_OPS = "it ran other ops than when it was analysed"
+NOT_FINITE = "its inputs are not finite"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The first two moments of one activation's channels.
+
+    Attributes:
+        mean: E h, [channels].
+        covariance: Cov h, [channels, channels].
+        rows: how many vectors h they were taken from; pixels and tokens are vectors of their own.
+        samples: how many inputs these came from.
+        precision: the rounding unit of the numbers they were computed from.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    rows: int
+    samples: int
+    precision: float
+
+    @property
+    def second(self) -> Tensor:
+        """E h h^T, [channels, channels]."""
+        return torch.addr(self.covariance, self.mean, self.mean)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that the probes measured in one run; see `Moments`."""
+
+    contracted: dict[Key, Moment] = field(default_factory=dict)
+    squares: dict[Key, Tensor] = field(default_factory=dict)
+    deviations: dict[int, Tensor] = field(default_factory=dict)
+    missed: dict[str, str] = field(default_factory=dict)
+
+
+class _Sum:
+    """Mean and covariance of rows, accumulated batch by batch about the first batch's mean, for precision."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.samples = 0
+        self._origin: Tensor | None = None
+
+    def add(self, rows: Tensor, samples: int) -> None:
+        """Take in rows, [rows, channels], of so many samples."""
+        wide = accumulation_dtype(rows)
+        work = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        if self._origin is None:
+            self._precision = torch.finfo(work.dtype).eps
+            self._origin = work.to(wide).mean(0)
+            self._first = torch.zeros_like(self._origin)
+            self._second = self._first.new_zeros(len(self._origin), len(self._origin))
+        shifted = work - self._origin.to(work.dtype)
+        self._first += shifted.to(wide).sum(0)
+        self._second += (shifted.T @ shifted).to(wide)
+        self.rows += len(rows)
+        self.samples += samples
+
+    def moment(self) -> Moment:
+        """Return the moments of all rows so far."""
+        assert self._origin is not None
+        shift = self._first / self.rows
+        covariance = torch.addr(self._second / self.rows, shift, shift, alpha=-1)
+        return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
+
+
+class _Average:
+    """The mean of arrays, weighted by what they are themselves averages of."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.weight = 0
+
+    def add(self, values: Tensor, weight: int) -> None:
+        """Take in one array that is the sum of so many."""
+        self.total = values if self.total is None else self.total + values
+        self.weight += weight
+
+    def value(self) -> Tensor:
+        """Return the mean so far."""
+        assert self.total is not None
+        return self.total / self.weight
+
+
+class Observer:
+    """Watches the ops of a run, finds each one's place on the analysis tape, and sums what the probes ask for."""
+
+    def __init__(self, analysis: Analysis, probes: Sequence[Probe]) -> None:
+        self.node = ""
+        self.samples = 0
+        self.missed: dict[str, str] = {}
+        self._analysis = analysis
+        self._probes: dict[int, list[Probe]] = {}
+        for probe in probes:
+            self._probes.setdefault(probe.call.index, []).append(probe)
+        self._sums: dict[Probe, _Sum | _Average] = {}
+        self._expected: deque[OpCall] = deque()
+
+    def begin(self, node: str) -> None:
+        """Expect the ops of a node."""
+        self.node = node
+        self._expected = deque(self._analysis.calls_of(node))
+
+    def end(self) -> None:
+        """Check that all the ops of the node have come."""
+        if self._expected:
+            self.missed[self.node] = OTHER_OPS
+
+    def see(self, call: OpCall) -> None:
+        """Take in one op that has just run."""
+        expected = self._expected.popleft() if self._expected else None
+        if expected is None or expected.name != call.name:
+            self.missed[self.node] = OTHER_OPS
+            self._expected.clear()
+            return
+        for probe in self._probes.get(expected.index, ()):
+            self._measure(probe, call.arguments[probe.argument])
+
+    def seen(self) -> Seen:
+        """Return all that was seen."""
+        result = Seen(missed=self.missed)
+        for probe, total in self._sums.items():
+            if probe.call.node in self.missed:
+                continue
+            value = total.moment() if isinstance(total, _Sum) else total.value()
+            if not bool((value.covariance if isinstance(value, Moment) else value).isfinite().all()):
+                self.missed[probe.call.node] = NOT_FINITE
+            elif isinstance(value, Moment):
+                result.contracted.update(dict.fromkeys(probe.keys, value))
+            elif probe.measure == Measure.SQUARES:
+                result.squares[probe.keys[0]] = value
+            else:
+                result.deviations[probe.call.index] = value
+        return result
+
+    def _measure(self, probe: Probe, tensor: Tensor) -> None:
+        if probe.measure == Measure.MOMENT:
+            total = self._sums.setdefault(probe, _Sum())
+            assert isinstance(total, _Sum)
+            total.add(probe.rows(tensor, ROWS_PER_BATCH), self.samples)
+        else:
+            average = self._sums.setdefault(probe, _Average())
+            assert isinstance(average, _Average)
+            average.add(*probe.squares(tensor))
+
+
+class Walker(fx.Interpreter):
+    """Runs a graph, telling an observer which node is at work; values are freed as soon as they are used up."""
+
+    def __init__(self, module: fx.GraphModule, observer: Observer, recorder: TapeRecorder) -> None:
+        super().__init__(module)
+        self._observer = observer
+        self._recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        self._observer.begin(n.name)
+        value = super().run_node(n)
+        self._observer.end()
+        # The tape would keep every activation alive.
+        self._recorder.calls.clear()
+        return value
