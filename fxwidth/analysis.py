@@ -142,6 +142,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     with evaluating(module), substituted(module, fakes), plain_kernels(), quiet(), mode, recorder:
         result = _run(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = tensors_in(result)
+    _pin_what_is_used(analysis)
     space.context = "model output"
     for output in analysis.outputs:
         for axis in analysis.axes_of(output):
@@ -192,11 +193,25 @@ def _bare_factor(axis: Axis) -> Factor | None:
     return axis[0][0] if axis[0] and isinstance(axis[0][0], Factor) else None
 
 
+def _pin_what_is_used(analysis: Analysis) -> None:
+    used = {id(tensor) for call in analysis.calls for tensor in call.inputs}
+    used |= {id(tensor) for tensor in analysis.outputs}
+    for call in analysis.calls:
+        for result, axis, reason in call.pins_if_used:
+            if id(result) in used:
+                analysis.space.context = _context(call)
+                analysis.space.pin(axis, reason)
+
+
+def _context(call: OpCall) -> str:
+    return f"{rule_name(call.func)} at node {call.node}" if call.node else rule_name(call.func)
+
+
 def _judge(analysis: Analysis, call: OpCall) -> None:
     """Apply an op's rule to a call that has just run, or pin what it touches."""
     outputs = call.outputs
     space = analysis.space
-    space.context = f"{rule_name(call.func)} at node {call.node}" if call.node else rule_name(call.func)
+    space.context = _context(call)
     call.axes = {id(tensor): analysis.axes_of(tensor) for tensor in call.inputs}
     if not outputs:
         return

@@ -16,7 +16,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.factors import Factor
 from fxwidth.growth_interpretation import CHANNEL_NORMS, Interpretation, Slot, tape_index
 from fxwidth.growth_states import AxisFacts, ProductRefusedError, State
-from fxwidth.growth_sums import is_grouped_by
+from fxwidth.growth_sums import convolution_parts
 from fxwidth.roles import ADDING, Roles
 from fxwidth.rules.registry import rule_name
 from fxwidth.tape import OpCall
@@ -201,7 +201,8 @@ def _use(call: OpCall, tensor: Tensor, dim: int, facts: AxisFacts) -> Use:
     for contraction in call.contractions:
         for operand, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
             if operand is tensor:
-                if "groups" in call.arguments and is_grouped_by(call, facts):
+                # A kernel of a group that grows as a whole neither makes nor reads channels of its own.
+                if "groups" in call.arguments and convolution_parts(call, facts) == (1, 0, 0):
                     return Use.GROUP_KERNEL
                 return Use.READS if dim in dims else Use.WRITES
     for name, use in _NORM_SLOTS.items():

@@ -23,7 +23,7 @@ CHANNEL_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "fxwidth::rms
 
 
 class TapeIndex:
-    """The calls and parameter dims of an analysis by the factors they mention."""
+    """The calls that matter for the outputs, and the parameter dims of an analysis, by the factors they mention."""
 
     def __init__(self, analysis: Analysis) -> None:
         self._factors: dict[Axis, frozenset[Factor]] = {}
@@ -32,7 +32,7 @@ class TapeIndex:
         self.users: dict[int, list[OpCall]] = {id(entry.fake): [] for entry in analysis.parameters.values()}
         self.names = {id(entry.fake): name for name, entry in analysis.parameters.items()}
         self.used = {id(tensor) for tensor in analysis.outputs}
-        for call in analysis.calls:
+        for call in _live_calls(analysis):
             self.used |= call.axes.keys()
             rows = [*call.axes.values(), *call.output_axes]
             for factor in self._mentioned(analysis.space, (axis for axes in rows for axis in axes)):
@@ -52,6 +52,18 @@ class TapeIndex:
                 known = self._factors[axis] = frozenset(space.factors(axis))
             result |= known
         return result
+
+
+def _live_calls(analysis: Analysis) -> list[OpCall]:
+    """Return the calls that the model's outputs depend on, in order."""
+    # By storage, so that what is written in place through a view counts for all that show the same memory.
+    wanted = {_storage(tensor) for tensor in analysis.outputs}
+    live = []
+    for call in reversed(analysis.calls):
+        if not wanted.isdisjoint(map(_storage, call.outputs)):
+            live.append(call)
+            wanted.update(map(_storage, call.inputs))
+    return live[::-1]
 
 
 # By the space and not by the analysis, which compares by value: an index does not keep its space alive.

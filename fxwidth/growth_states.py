@@ -105,9 +105,13 @@ class AxisFacts:
         normal = self._space.normalise(axis)
         return len(normal) == 1 and sum(element is self.factor for element in normal[0]) == 1
 
+    def multiplicity(self, axis: Axis) -> int:
+        """Return how often the factor is multiplied with itself in an axis; 0 where it is absent."""
+        return max((self._occurrences(term) for term in self._space.normalise(axis)), default=0)
+
     def repeats(self, axis: Axis) -> bool:
         """Tell whether the factor is multiplied with itself in an axis."""
-        return any(self._occurrences(term) > 1 for term in self._space.normalise(axis))
+        return self.multiplicity(axis) > 1
 
     def _occurrences(self, term: Term) -> int:
         count = 0

@@ -61,28 +61,29 @@ def _product_with_bias(c: CallView) -> Result:
 def _convolution(c: CallView) -> Result:
     """Tell the groups, which are not summed over, from the channels read and written per group."""
     reads, writes = (0, 1) if c["transposed"] else (1, 0)
-    signal, weight, out = c.axes("input"), c.axes("weight"), c.outputs[0][1]
-    if any(c.facts.repeats(axis) for axis in (signal[1], weight[0], out[1])):
-        c.refuse("its channels hold the growing ones twice")
-    if is_grouped_by(c.call, c.facts):
-        grouped = multiplied(c.states("input")[1], c.states("weight")[0])
-    else:
+    groups, read, written = convolution_parts(c.call, c.facts)
+    if read:
         c.contract("input", 1, "weight", reads)
-        grouped = c.states("weight")[writes]
-    channels = grouped & c.entry("bias")
+    signals, weights = c.states("input"), c.states("weight")
+    channels = multiplied(signals[1], weights[0]) if groups else ALL_ZERO
+    channels &= weights[writes] if written else ALL_ZERO
+    channels &= c.entry("bias")
     # Samples, and positions under a kernel of size one, are treated alike; a bias adds the same to all of them.
-    signals, kept = c.states("input"), CONSTANT if "bias" in c else ALL_ZERO
+    kept = CONSTANT if "bias" in c else ALL_ZERO
     return c.each_output(lambda dim: channels if dim == 1 else signals[dim] & kept)
 
 
-def is_grouped_by(call: OpCall, facts: AxisFacts) -> bool:
-    """Tell whether the factor is (in) the groups of a convolution."""
+def convolution_parts(call: OpCall, facts: AxisFacts) -> tuple[int, int, int]:
+    """Return how often the factor is in a convolution's groups, and in what it reads and writes per group.
+
+    What comes in is groups * read, what goes out groups * written; the weight's dim 1 holds one of the latter alone.
+    """
     arguments = call.arguments
-    if arguments["groups"] == 1:
-        return False
-    within = call.axes[id(arguments["weight"])][1]
-    across = call.output_axes[0][1] if arguments["transposed"] else call.axes[id(arguments["input"])][1]
-    return facts.carries(across) and not facts.carries(within)
+    into = facts.multiplicity(call.axes[id(arguments["input"])][1])
+    out = facts.multiplicity(call.output_axes[0][1])
+    own = facts.multiplicity(call.axes[id(arguments["weight"])][1])
+    groups = out - own if arguments["transposed"] else into - own
+    return groups, into - groups, out - groups
 
 
 @transfer("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")

@@ -53,6 +53,7 @@ class OpCall:
     output_axes: tuple[Axes, ...] = ()
     contractions: list[Contraction] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
+    pins_if_used: list[tuple[Tensor, Axis, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -81,7 +81,7 @@ def kept_indices(draw: Any, factors: list[Factor], grow: bool = False) -> dict[F
 
 
 def layout(space: FactorSpace, axis: Axis) -> tuple[tuple[tuple[Factor, int], ...], ...]:
-    """Return, for each position of an axis, which index of which factors it has: what an axis means, however written."""
+    """Return, for each position of an axis, which index of which factors it has: the meaning of an axis."""
 
     def walk(part: Axis) -> list[tuple[tuple[Factor, int], ...]]:
         positions: list[tuple[tuple[Factor, int], ...]] = []

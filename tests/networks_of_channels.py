@@ -278,6 +278,30 @@ class GatedAndFolded(nn.Module):
         return self.head(F.normalize(x, dim=-1))
 
 
+@case(2, images())
+class MaximumOverChannels(nn.Module):
+    """The values of a maximum, as spatial attention takes them: its positions are not looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.last, self.head = conv(3, 8), conv(2, 1), conv(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        summary = torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
+        return self.head(pooled(self.last(x * torch.sigmoid(self.gate(summary)))))
+
+
+@case(1, images())
+class PlacesOfTheMaximum(MaximumOverChannels):
+    """The same, but the positions of the maximum are looked at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        place = x.max(1, keepdim=True)[1].to(x.dtype)
+        return self.head(pooled(self.last(x * torch.sigmoid(self.gate(torch.cat([place, place], 1))))))
+
+
 @case(2, vectors(16))
 class Maxout(nn.Module):
     """The largest of four, which may become the largest of three."""

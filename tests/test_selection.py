@@ -506,6 +506,24 @@ class TestSelect:
         kept = select(graph, group, 2, evidence(graph, x))
         assert kept.tolist() == [0, 3]
 
+    @pytest.mark.parametrize("has_bias", [True, False])
+    def test_a_constant_channel_is_kept_only_where_nothing_takes_its_constant(self, has_bias: bool) -> None:
+        model = trained_like(
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=has_bias), nn.Flatten(2))
+        )
+        with torch.no_grad():
+            model[0].weight[1] = 0
+            model[0].bias[1] = 5
+        graph, x = width_graph(model, images()), images()
+        moments = evidence(graph, x)
+        kept = select(graph, graph["0"], 3, moments)
+        assert (1 in kept) is not has_bias
+        if has_bias:
+            maps = maps_for(graph, {"0": kept})
+            with torch.no_grad():
+                expected = model(x)
+            assert relative(outputs_after(graph, maps, fold(graph, maps, moments), x), expected) < 1e-12
+
     def test_magnitude_sees_batch_norm_scales(self) -> None:
         graph, _ = build("conv")
         with torch.no_grad():

@@ -46,11 +46,14 @@ for _kind, _names in _KINDS.items():
     rule(*_names)(_reduction(_kind))
 
 
+_POSITIONS = "positions along the dimension are returned"
+
+
 @rule("argmax", "argmin")
 def _arg(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dims = _reduced_dims(c, len(signal))
-    c.pin([signal[dim] for dim in dims], "positions along the dimension are returned")
+    c.pin([signal[dim] for dim in dims], _POSITIONS)
     return _without(c, signal, dims)
 
 
@@ -58,7 +61,11 @@ def _arg(c: RuleContext) -> Sequence[Sequence[Axis]]:
 def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if "other" in c:
         return [c.broadcast([c.axes("self"), c.axes("other")])]
-    return _arg(c) if len(c.outputs) > 1 else _reduction("maximum")(c)
+    if len(c.outputs) > 1:
+        signal = c.axes("self")
+        for dim in _reduced_dims(c, len(signal)):
+            c.pin_if_used(c.outputs[1], signal[dim], _POSITIONS)
+    return _reduction("maximum")(c)
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax")

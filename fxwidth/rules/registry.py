@@ -161,6 +161,10 @@ class RuleContext:
         for axis in axes:
             self.space.pin(axis, reason)
 
+    def pin_if_used(self, result: Tensor, axis: Axis, reason: str) -> None:
+        """Fix the size of an axis unless nothing ever reads a result."""
+        self.call.pins_if_used.append((result, axis, reason))
+
     def mix(self, operand: str | Tensor, dim: int, kind: str) -> None:
         """Record that the op reduces over a dim; all kinds but a plain sum mix channels."""
         tensor = self[operand] if isinstance(operand, str) else operand
