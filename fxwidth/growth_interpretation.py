@@ -60,7 +60,8 @@ def _live_calls(analysis: Analysis) -> list[OpCall]:
     wanted = {_storage(tensor) for tensor in analysis.outputs}
     live = []
     for call in reversed(analysis.calls):
-        if not wanted.isdisjoint(map(_storage, call.outputs)):
+        written = [*call.outputs, *(call.inputs if call.func._schema.is_mutable else ())]
+        if not wanted.isdisjoint(map(_storage, written)):
             live.append(call)
             wanted.update(map(_storage, call.inputs))
     return live[::-1]

@@ -265,6 +265,26 @@ class Stacked(nn.Module):
         return self.read(self.block(self.write(x)))
 
 
+class SelfAttention(nn.Module):
+    """Torch's attention, which also averages its weights over the heads; nobody takes that average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.attention(x, x, x)
+        return x + y
+
+
+def test_results_that_nobody_uses_do_not_matter() -> None:
+    x = sequence(2, 4, 5)
+    wg = width_graph(Stacked(SelfAttention()), x)
+    assert any(call.name == "mean" for call in wg.analysis.calls)
+    assert recipes(wg)["block.attention.in_proj_weight#0"] == "FREE"
+    check_all(wg, x)
+
+
 def test_grouped_query_attention() -> None:
     x = sequence(2, 4, 5)
     wg = width_graph(Stacked(GroupedQueries()), x)

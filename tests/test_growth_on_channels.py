@@ -103,6 +103,7 @@ BODIES = {
     "grouped": (nn.Conv2d(8, 12, 3, groups=2), 12, {"FREE"}),
     "transposed": (nn.ConvTranspose2d(8, 12, 3, groups=2), 12, {"FREE"}),
     "frozen_batch_norm": (FrozenBatchNorm(), 8, {"FREE"}),
+    "groups_of_groups": (nn.Sequential(nn.ChannelShuffle(4), nn.Conv2d(8, 8, 3, groups=4)), 8, {"FREE"}),
     "in_place": (InPlace(), 8, {"FREE"}),
     "padded": (Padded(), 13, {"FREE"}),
     "gated": (nn.GLU(dim=1), 4, {"FREE"}),
