@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxwidth.growth_states import TRANSFERS
+from fxwidth.factors import Axis
+from fxwidth.groups import WidthGraph
+from fxwidth.growth_states import TRANSFERS, AxisFacts
 from tests.growth_oracle import check_all, check_refusals, recipes, sequence, width_graph
+from tests.networks_of_channels import ShuffledGroups
 
 
 class Images(nn.Module):
@@ -103,7 +106,6 @@ BODIES = {
     "grouped": (nn.Conv2d(8, 12, 3, groups=2), 12, {"FREE"}),
     "transposed": (nn.ConvTranspose2d(8, 12, 3, groups=2), 12, {"FREE"}),
     "frozen_batch_norm": (FrozenBatchNorm(), 8, {"FREE"}),
-    "groups_of_groups": (nn.Sequential(nn.ChannelShuffle(4), nn.Conv2d(8, 8, 3, groups=4)), 8, {"FREE"}),
     "in_place": (InPlace(), 8, {"FREE"}),
     "padded": (Padded(), 13, {"FREE"}),
     "gated": (nn.GLU(dim=1), 4, {"FREE"}),
@@ -128,6 +130,18 @@ def test_groups_of_a_group_norm_grow_and_channels_within_do_not() -> None:
     x = sequence(2, 3, 6, 6)
     wg = width_graph(Images(nn.GroupNorm(4, 8)), x)
     assert {group.width: group.inexact_growth is None for group in wg.free} == {4: True, 2: False}
+
+
+def test_channels_that_are_groups_to_one_convolution_and_read_within_groups_by_another() -> None:
+    x = sequence(2, 3, 6, 6)
+    wg = width_graph(ShuffledGroups(), x)
+    assert any(AxisFacts(group.factor, wg.analysis.space).repeats(axis) for group in wg.free for axis in axes_of(wg))
+    assert set(recipes(wg).values()) == {"FREE"}
+    check_all(wg, x)
+
+
+def axes_of(wg: WidthGraph) -> list[Axis]:
+    return [axis for call in wg.analysis.calls for axes in call.output_axes for axis in axes]
 
 
 def test_an_unknown_op_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
