@@ -62,7 +62,7 @@ class ParameterAxes:
     axes: Axes
 
 
-@dataclass
+@dataclass(eq=False)
 class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what."""
 
@@ -75,6 +75,7 @@ class Analysis:
     calls: list[OpCall] = field(default_factory=list)
     node_calls: dict[str, range] = field(default_factory=dict)
     node_values: dict[str, Any] = field(default_factory=dict)
+    node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
@@ -112,6 +113,8 @@ class NodeInterpreter(fx.Interpreter):
         value = super().run_node(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
         self._analysis.node_values[n.name] = value
+        # As they are now: a later op may give the tensor other dims in place.
+        self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, tensors_in(value)))
         return value
 
 

@@ -44,13 +44,7 @@ def test_hard_cases(name):
         assert largest_difference(removed, expected) > 1e-3
 
 
-# What the rewriting cannot do yet; the replay can.
-OPEN = {"MetadataInPlace": "a node whose tensor gets other dims later is compared with its last shape"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail(reason=OPEN[name])] if name in OPEN else []) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_hard_cases_rewritten(name):
     case = CASES[name]
     assert_rewrites(case.build(), case.inputs())

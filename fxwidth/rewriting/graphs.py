@@ -137,7 +137,7 @@ class _Rewriter:
         except Exception as error:
             lines = str(error).strip().splitlines()
             return lines[0] if lines else type(error).__name__
-        problem = differ(observed_signatures(recorder.calls), wanted) or self._wrong_shape(node, value)
+        problem = differ(observed_signatures(recorder.calls), wanted) or self._wrong_shape(node.name, value)
         if problem is None:
             self._values[node] = value
         return problem
@@ -149,10 +149,9 @@ class _Rewriter:
         with plain_kernels(), self._analysis.mode, recorder:
             return getattr(self._interpreter, node.op)(node.target, args, kwargs), recorder
 
-    def _wrong_shape(self, node: fx.Node, value: Any) -> str | None:
-        old, new = tensors_in(self._old_values[node]), tensors_in(value)
-        wanted = [tuple(self._maps.size(axis) for axis in self._analysis.axes_of(tensor)) for tensor in old]
-        shapes = [tuple(tensor.shape) for tensor in new]
+    def _wrong_shape(self, name: str, value: Any) -> str | None:
+        wanted = [tuple(map(self._maps.size, axes)) for axes in self._analysis.node_axes[name]]
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(value)]
         return None if shapes == wanted else f"results of shapes {shapes} where {wanted} are needed"
 
     def _state(self, node: fx.Node) -> NodeState:
@@ -161,7 +160,7 @@ class _Rewriter:
             node,
             self._analysis.calls_of(node.name),
             old,
-            self._analysis.axes_of(old) if isinstance(old, Tensor) else None,
+            self._analysis.node_axes[node.name][0] if isinstance(old, Tensor) else None,
             self._analysis.node_values,
             self._values,
             self._maps,
@@ -184,7 +183,7 @@ class _Rewriter:
             self._values[new] = self._run_inserted(new, name, problem)
         node.replace_all_uses_with(result)
         self._old_values[result] = self._old_values[node]
-        if (wrong := self._wrong_shape(result, self._values[result])) is not None:
+        if (wrong := self._wrong_shape(name, self._values[result])) is not None:
             raise FxwidthError(f"node {name!r} cannot be rewritten: {wrong}. Keep its groups with keep=.")
         self._graph.erase_node(node)
         self._result.lowered[name] = problem
