@@ -97,7 +97,7 @@ FULL_SIZE: dict[str, Case] = {
         + ("mobilenet_v2", "shufflenet_v2_x1_0")
     },
     "vgg11_bn": (partial(_torchvision, "vgg11_bn"), lambda: _image(32)),
-    "vit_b_16": (partial(_torchvision, "vit_b_16"), lambda: _image(224)[:1]),
+    "vit_b_16": (partial(_torchvision, "vit_b_16"), lambda: _image(224)),
 }
 
 
