@@ -102,6 +102,20 @@ def test_growing_and_shrinking_again_leaves_the_loss_curve(kind: str) -> None:
     assert losses == pytest.approx(reference, rel=1e-9)
 
 
+def test_a_step_between_growing_and_shrinking_hardly_shows() -> None:
+    plain = fxwidth.trace(network(), batch(0)[0])
+    reference = train(plain, MAKERS["sgd"](list(plain.parameters())), range(8))
+    gm = fxwidth.trace(network(), batch(0)[0])
+    optimizer = MAKERS["sgd"](list(gm.parameters()))
+    losses = train(gm, optimizer, range(4))
+    fxwidth.resize(gm, {"0": 7, "3": 6}, optimizer=optimizer)
+    losses += train(gm, optimizer, range(4, 5))
+    assert losses == pytest.approx(reference[:5], rel=1e-9)
+    fxwidth.resize(gm, {"0": 6, "3": 5}, optimizer=optimizer, data=[batch(4)])
+    losses += train(gm, optimizer, range(5, 8))
+    assert losses == pytest.approx(reference, rel=0.1)
+
+
 def zero_gradients_of_new_channels(gm: nn.Module) -> None:
     """Evaluate in between, as a training loop would: the function is the same, and nothing must depend on it."""
     x, y = batch(99)

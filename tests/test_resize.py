@@ -109,7 +109,7 @@ def train_a_step(gm: fx.GraphModule, x: Tensor) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(old, gm.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "seed_resnet", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ALL)
 def test_removing_channels_that_nobody_reads_or_writes_keeps_the_function(name: str) -> None:
     gm, x = traced(name)
     wg = fxwidth.analyze(gm)
@@ -149,6 +149,18 @@ def test_attributes_follow_the_parameters() -> None:
     assert (depthwise.in_channels, depthwise.out_channels, depthwise.groups) == (6, 6, 6)
     assert (group_norm.num_groups, group_norm.num_channels) == (3, 6)
     assert linear.in_features == 96
+
+
+def test_instance_norms_follow() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(8), nn.Conv2d(8, 4, 3)
+    )
+    gm = fxwidth.trace(model.double().eval(), torch.randn(3, 3, 9, 9).double())
+    x = torch.randn(5, 3, 9, 9).double()
+    before = gm(x)
+    fxwidth.resize(gm, {"0": 11})
+    assert relative_difference(gm(x), before) < EXACT
+    assert [gm.get_submodule(name).num_features for name in "12"] == [11, 11]
 
 
 def test_tied_weights_stay_tied() -> None:

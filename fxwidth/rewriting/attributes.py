@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
 from fxwidth.rules.registry import prescribed
 from fxwidth.tape import OpCall
@@ -89,7 +90,7 @@ def sizes_by_calls(module: nn.Module, calls: Iterable[OpCall], maps: IndexMaps) 
         elif isinstance(module, nn.Unflatten) and call.output_axes:
             result |= _unflattened(module, call, maps)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and "batch_norm" in call.name:
-            result["num_features"] = maps.size(call.axes[id(_first_tensor(call))][1])
+            result["num_features"] = _channels(call.axes[id(call.inputs[0])][1], maps)
     return result
 
 
@@ -103,8 +104,10 @@ def _unflattened(module: nn.Unflatten, call: OpCall, maps: IndexMaps) -> Attribu
     return {"unflattened_size": tuple(maps.size(axis) for axis in axes[first : first + count])}
 
 
-def _first_tensor(call: OpCall) -> Tensor:
-    return call.inputs[0]
+def _channels(axis: Axis, maps: IndexMaps) -> int:
+    """Return the channels of a dim that instance norm has merged with the batch, or of a plain channel dim."""
+    size = maps.size(axis)
+    return maps.with_larger_batch().size(axis) - size or size
 
 
 class AttributeEdits:
