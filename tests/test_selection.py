@@ -524,6 +524,17 @@ class TestSelect:
                 expected = model(x)
             assert relative(outputs_after(graph, maps, fold(graph, maps, moments), x), expected) < 1e-12
 
+    def test_a_depthwise_convolution_is_no_reader(self) -> None:
+        """Channels go through it: what counts is what is read of them afterwards."""
+        layers = [nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 3, 1), nn.Flatten(2)]
+        model = trained_like(nn.Sequential(*layers))
+        with torch.no_grad():
+            model[1].weight[3] *= 100
+            model[2].weight[:, 3] *= 1e-6
+        graph = width_graph(model, images())
+        (group,) = graph.free
+        assert 3 not in select(graph, group, 7, evidence(graph, images()))
+
     def test_magnitude_sees_batch_norm_scales(self) -> None:
         graph, _ = build("conv")
         with torch.no_grad():
