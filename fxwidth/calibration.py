@@ -135,7 +135,7 @@ def _samples_wanted(probes: Sequence[Probe], recorded: int) -> int:
         tensor = probe.call.arguments[probe.argument]
         if probe.measure == Measure.MOMENT:
             channels = tensor.shape[probe.dims[0]] // probe.minor
-            rows = max(1, tensor.numel() // channels // recorded)
+            rows = max(1, probe.places * tensor.numel() // channels // recorded)
             wanted = max(wanted, -(-max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
     return wanted
 

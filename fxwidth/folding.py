@@ -86,8 +86,9 @@ def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | 
 
 def _common_moment(readers: ReaderSet, moments: Moments) -> Moment | None:
     """Return the moment of all that passes through one weight: of the mixture where it is used several times."""
-    known = [moment for reader in readers.readers if (moment := moments.of(reader)) is not None]
-    if len(known) < len(readers.readers) or not known:
+    every = [moments.of(reader) for reader in readers.readers]
+    known = list({id(moment): moment for moment in every if moment is not None}.values())
+    if any(moment is None for moment in every) or not known:
         return None
     if len(known) == 1:
         return known[0]

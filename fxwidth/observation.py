@@ -103,6 +103,11 @@ class _Average:
         return self.total / self.weight
 
 
+def _sum_of(probe: Probe) -> object:
+    """Return what tells one sum from another: probes with the same keys add to one."""
+    return probe.keys if probe.measure == Measure.MOMENT else probe
+
+
 class Observer:
     """Watches the ops of a run, finds each one's place on the analysis tape, and sums what the probes ask for."""
 
@@ -114,7 +119,10 @@ class Observer:
         self._probes: dict[int, list[Probe]] = {}
         for probe in probes:
             self._probes.setdefault(probe.call.index, []).append(probe)
-        self._sums: dict[Probe, _Sum | _Average] = {}
+        self._sums: dict[object, _Sum | _Average] = {}
+        self._parts: dict[object, list[Probe]] = {}
+        for probe in probes:
+            self._parts.setdefault(_sum_of(probe), []).append(probe)
         self._expected: deque[OpCall] = deque()
 
     def begin(self, node: str) -> None:
@@ -140,10 +148,11 @@ class Observer:
     def seen(self) -> Seen:
         """Return all that was seen."""
         result = Seen(missed=self.missed)
-        for probe, total in self._sums.items():
-            if probe.call.node in self.missed:
+        for key, total in self._sums.items():
+            probes = self._parts[key]
+            if any(probe.call.node in self.missed for probe in probes):
                 continue
-            value = total.moment() if isinstance(total, _Sum) else total.value()
+            probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
             if not bool((value.covariance if isinstance(value, Moment) else value).isfinite().all()):
                 self.missed[probe.call.node] = NOT_FINITE
             elif isinstance(value, Moment):
@@ -156,11 +165,13 @@ class Observer:
 
     def _measure(self, probe: Probe, tensor: Tensor) -> None:
         if probe.measure == Measure.MOMENT:
-            total = self._sums.setdefault(probe, _Sum())
+            total = self._sums.setdefault(_sum_of(probe), _Sum())
             assert isinstance(total, _Sum)
-            total.add(probe.rows(tensor, ROWS_PER_BATCH), self.samples)
+            # An input that is seen in several places is one input all the same.
+            samples = self.samples if self._parts[_sum_of(probe)][0] is probe else 0
+            total.add(probe.rows(tensor, ROWS_PER_BATCH // probe.places), samples)
         else:
-            average = self._sums.setdefault(probe, _Average())
+            average = self._sums.setdefault(_sum_of(probe), _Average())
             assert isinstance(average, _Average)
             average.add(*probe.squares(tensor))
 

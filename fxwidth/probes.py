@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis
 from fxwidth.groups import WidthGraph
-from fxwidth.readers import argument_name, storage_of, wiring_of
+from fxwidth.reader_sets import reader_sets
+from fxwidth.readers import Reader, argument_name, storage_of
 from fxwidth.tape import OpCall, accumulation_dtype
 
 NORMS = {"layer norm": True, "RMS norm": False}
@@ -40,7 +42,8 @@ class Probe:
         dims: the dims kept apart, counted from the front; all others are samples.
         minor: how many neighbouring positions of the dim belong to one channel and count as samples.
         centred: whether the mean over the dims is taken off first (layer norm).
-        keys: every (op index, argument) that sees the same values.
+        keys: every (op index, argument) that the numbers are for.
+        places: in how many places they are measured, to be taken together.
     """
 
     call: OpCall
@@ -50,6 +53,7 @@ class Probe:
     minor: int
     centred: bool
     keys: tuple[Key, ...]
+    places: int = 1
 
     def rows(self, tensor: Tensor, limit: int) -> Tensor:
         """Return the vectors of channels in a tensor, [rows, channels]; evenly spread ones where there are too many."""
@@ -94,38 +98,46 @@ def resizable(analysis: Analysis, axes: Sequence[Axis]) -> bool:
 
 
 def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
+    """Yield the places where readers see their channels; those of one weight, as in the steps of an LSTM, together."""
     analysis = width_graph.analysis
-    versions = _versions(analysis)
-    seen: dict[tuple[object, ...], list[tuple[Key, Probe]]] = {}
-    for reader in wiring_of(width_graph).readers:
-        if not resizable(analysis, [reader.axis]):
+    writes = _writes(analysis)
+    first: dict[object, Probe] = {}
+    keys_of: dict[tuple[object, ...], list[Key]] = {}
+    for readers in reader_sets(width_graph):
+        if not resizable(analysis, [readers.first.axis]):
             continue
-        call, tensor = reader.call, reader.call.arguments[reader.source]
-        probe = Probe(call, reader.source, Measure.MOMENT, (reader.source_dim,), reader.minor, False, (reader.key,))
-        # The same memory, not written to in between, is measured once: query, key and value read one activation.
-        place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), reader.source_dim)
-        version = versions[call.index].get(place[0], 0) if call.index in versions else 0
-        seen.setdefault((*place, version, reader.minor), []).append((reader.key, probe))
-    for same in seen.values():
-        first = same[0][1]
-        keys = tuple(dict.fromkeys(key for key, _ in same))
-        yield Probe(first.call, first.argument, first.measure, first.dims, first.minor, False, keys)
+        places: dict[object, None] = {}
+        for reader in readers.readers:
+            place = _place(reader, writes)
+            places[place] = None
+            dims = (reader.source_dim,)
+            first.setdefault(place, Probe(reader.call, reader.source, Measure.MOMENT, dims, reader.minor, False, ()))
+        keys_of.setdefault(tuple(places), []).extend(reader.key for reader in readers.readers)
+    for together, keys in keys_of.items():
+        for place in together:
+            yield replace(first[place], keys=tuple(dict.fromkeys(keys)), places=len(together))
 
 
-def _versions(analysis: Analysis) -> dict[int, dict[int, int]]:
-    """Return, by op index, how often each memory had been written to when the op ran; nothing before any write."""
-    result: dict[int, dict[int, int]] = {}
-    current: dict[int, int] = {}
+def _place(reader: Reader, writes: dict[int, list[int]]) -> object:
+    """Return what tells the values that a reader sees from others: query, key and value may read one activation."""
+    tensor = reader.call.arguments[reader.source]
+    storage = storage_of(tensor)
+    # The same memory, not written to in between.
+    version = bisect_left(writes.get(storage, []), reader.call.index)
+    layout = tensor.storage_offset(), tensor.shape, tensor.stride(), reader.source_dim, reader.minor
+    return storage, version, layout
+
+
+def _writes(analysis: Analysis) -> dict[int, list[int]]:
+    """Return, by memory, the indices of the ops that write to it in place."""
+    result: dict[int, list[int]] = {}
     for call in analysis.calls:
-        if current:
-            result[call.index] = current
         if not call.func._schema.is_mutable:
             continue
         for parameter in call.func._schema.arguments:
             value = call.arguments[parameter.name]
             if parameter.alias_info is not None and parameter.alias_info.is_write and isinstance(value, Tensor):
-                storage = storage_of(value)
-                current = {**current, storage: current.get(storage, 0) + 1}
+                result.setdefault(storage_of(value), []).append(call.index)
     return result
 
 

@@ -143,13 +143,14 @@ def _pairs(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Mo
     wanted: list[Tensor] = []
     precision = torch.finfo(torch.float64).eps
     space = width_graph.analysis.space
-    centred = {reader.key: s.absorber is not None for s in reader_sets(width_graph) for reader in s.readers}
-    for reader in wiring_of(width_graph).readers:
+    for readers in reader_sets(width_graph):
+        # Readers of one weight see what is measured in all their places together.
+        reader = readers.first
         moment = moments.of(reader)
         values = _weight_values(width_graph, reader)
         if moment is None or values is None:
             continue
-        S = moment.covariance if centred[reader.key] else moment.second
+        S = moment.covariance if readers.absorber is not None else moment.second
         for one, other in _reader_pairs(space, reader, group.factor, S, values.to(S.dtype), moment.precision):
             seen.append(one)
             wanted.append(other)
