@@ -47,6 +47,7 @@ def trace(
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
     )
+    _drop_postponed_annotations(module)
     for node in module.graph.nodes:
         value = analysis.node_values.get(node.name)
         if isinstance(value, Tensor):
@@ -104,6 +105,15 @@ def _untraceable(model: nn.Module, reasons: Mapping[str, Exception], call: Call 
     if call is None:
         remedy = "torch.export may, but needs example_inputs: pass a tensor or a tuple of inputs, batch first."
     return FxwidthError(f"{type(model).__name__} cannot be traced. {told}. {remedy}")
+
+
+def _drop_postponed_annotations(module: fx.GraphModule) -> None:
+    """Take annotations that are names in strings out of a graph: torch 2.11 cannot pickle one that has them."""
+    annotated = [node for node in module.graph.nodes if isinstance(node.type, str)]
+    for node in annotated:
+        node.type = None
+    if annotated:
+        module.recompile()
 
 
 def _analyze_any_batch(module: fx.GraphModule, specs: list[Any]) -> Analysis:

@@ -192,7 +192,7 @@ def test_a_lost_dropout_is_seen(monkeypatch):
 
 
 def test_any_batch_copies_and_pickles():
-    gm = assert_rewrites(encoder(), tokens()()).train()
+    gm = assert_rewrites(fxwidth.trace(encoder(), tuple(tokens()())), tokens()()).train()
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     stored = io.BytesIO()
     torch.save(gm, stored)

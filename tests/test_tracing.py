@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -122,3 +124,13 @@ def test_the_model_keeps_its_mode_and_parameters() -> None:
     assert model[0].training
     assert gm.get_parameter("0.weight") is model[0].weight
     assert not isinstance(model[0].weight.data, torch._subclasses.FakeTensor)
+
+
+def test_graphs_of_models_with_postponed_annotations_pickle() -> None:
+    class Annotated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:  # postponed in this file: names as strings
+            return x + 1
+
+    for model in (Annotated(), fx.symbolic_trace(Annotated())):
+        gm = fxwidth.trace(model, torch.randn(2, 4))
+        assert torch.equal(pickle.loads(pickle.dumps(gm))(torch.ones(3, 4)), torch.full((3, 4), 2.0))
