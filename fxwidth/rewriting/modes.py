@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
@@ -323,10 +324,20 @@ def _same_op(one: OpCall, other: OpCall, source: Callable[[Tensor], int]) -> boo
     if one.func != other.func or len(one.outputs) != len(other.outputs):
         return False
     leaves, others = pytree.tree_leaves(one.arguments), pytree.tree_leaves(other.arguments)
-    return len(leaves) == len(others) and all(
-        source(own) == id(twin) if isinstance(own, Tensor) and isinstance(twin, Tensor) else own == twin
-        for own, twin in zip(leaves, others, strict=True)
-    )
+
+    def same(own: Any, twin: Any) -> bool:
+        if not isinstance(own, Tensor) or not isinstance(twin, Tensor):
+            return bool(own == twin)
+        return source(own) == id(twin) or _same_constant(own, twin)
+
+    return len(leaves) == len(others) and all(same(*pair) for pair in zip(leaves, others, strict=True))
+
+
+def _same_constant(own: Tensor, twin: Tensor) -> bool:
+    """Tell whether two tensors are one number that the code writes down, which each run makes anew."""
+    if isinstance(own, FakeTensor) or isinstance(twin, FakeTensor) or own.shape != twin.shape:
+        return False
+    return own.dtype == twin.dtype and torch.equal(own, twin)
 
 
 def _name(step: OpCall | Kept | None) -> str:
