@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +17,7 @@ from fxwidth.groups import WidthGraph
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.readers import storage_of
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import Axes, OpCall, TapeRecorder, quiet, substituted
+from fxwidth.tape import Axes, OpCall, TapeRecorder, quiet, substituted, training
 
 
 def activation_polynomial(width_graph: WidthGraph) -> Polynomial:
@@ -86,7 +85,7 @@ def _kept(analysis: Analysis) -> Iterator[_Piece]:
     recorder = TapeRecorder(keeps, see)
     module = analysis.module
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with _training(module), substituted(module, fakes), torch.enable_grad(), quiet(), analysis.mode, hooks, recorder:
+    with training(module), substituted(module, fakes), torch.enable_grad(), quiet(), analysis.mode, hooks, recorder:
         try:
             result = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
         except Exception as error:
@@ -104,19 +103,6 @@ def _kept(analysis: Analysis) -> Iterator[_Piece]:
 
 def _leaf(fake: Tensor, parameter: Tensor) -> Tensor:
     return fake.detach().requires_grad_(isinstance(parameter, nn.Parameter) and parameter.requires_grad)
-
-
-@contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
-    """Put a module and its submodules in training mode for a while."""
-    before = [(submodule, submodule.training) for submodule in module.modules()]
-    for submodule, _ in before:
-        submodule.training = True
-    try:
-        yield
-    finally:
-        for submodule, mode in before:
-            submodule.training = mode
 
 
 class _TrainingAnalysis(Analysis):

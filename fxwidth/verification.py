@@ -6,6 +6,7 @@ removed, the second runs the prescribed ops on sliced parameters. Wrong coupling
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -137,7 +138,7 @@ class _Places:
             tensor.index_fill_(dim, self.of(axes[dim], tensor.device)[1], 0)
 
 
-class _Replay:
+class _Replay(ABC):
     """Runs the calls of a tape on real tensors."""
 
     def __init__(self, analysis: Analysis, maps: IndexMaps, dtype: torch.dtype | None) -> None:
@@ -147,13 +148,13 @@ class _Replay:
         self.values: dict[int, Tensor] = {}
         self._dtype = dtype
 
+    @abstractmethod
     def parameter(self, tensor: Tensor, axes: Axes) -> Tensor:
         """Return what stands for a parameter or buffer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def execute(self, call: OpCall) -> list[Tensor]:
         """Run one op and return its results."""
-        raise NotImplementedError
 
     def answer(self, output: Tensor) -> Tensor:
         """Return the value of an output at its new size: that of a state may change."""

@@ -27,7 +27,7 @@ from torch.nn.modules.module import (
 from torch.utils import _pytree as pytree
 
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import OpCall, TapeRecorder, plain_kernels
+from fxwidth.tape import OpCall, TapeRecorder, evaluating, plain_kernels, training
 from fxwidth.whole_ops import FUSED_ATTENTION, MULTI_HEAD_ATTENTION, WholeOps, attention
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -126,13 +126,13 @@ def training_steps(
     """
     names = {id(part): name for name, part in root.named_modules()}
     try:
-        evaluation = _record(callee, in_evaluation, names, mode, training=False)
+        evaluation = _record(callee, in_evaluation, names, mode, in_training=False)
     except Exception as error:
         raise UnexplainedError(f"it cannot be run again: {error}") from error
     if [call.func for call in evaluation.calls] != [call.func for call in twins]:
         raise UnexplainedError("it does other things when it is run again")
     try:
-        training = _record(callee, in_training, names, mode, training=True)
+        trained = _record(callee, in_training, names, mode, in_training=True)
     except UnexplainedError:
         raise
     except (torch._subclasses.fake_tensor.DynamicOutputShapeException, _DATA_DEPENDENT) as error:
@@ -140,7 +140,7 @@ def training_steps(
     except Exception:
         # It cannot be trained on these inputs, as a detector without targets: there is nothing to keep.
         return None
-    return list(_aligned(evaluation, training, twins, _kept_paths(evaluation))), training.value
+    return list(_aligned(evaluation, trained, twins, _kept_paths(evaluation))), trained.value
 
 
 _DATA_DEPENDENT = torch._subclasses.fake_tensor.DataDependentOutputException
@@ -149,11 +149,15 @@ _DATA_DEPENDENT = torch._subclasses.fake_tensor.DataDependentOutputException
 # -- recording -----------------------------------------------------------------------------------------------------
 
 
-def _record(callee: Callable[..., Any], arguments: Arguments, names: dict[int, str], mode: Any, training: bool) -> _Run:
+def _record(
+    callee: Callable[..., Any], arguments: Arguments, names: dict[int, str], mode: Any, in_training: bool
+) -> _Run:
     recorder = TapeRecorder(keeps)
     run = _Run(recorder.calls)
     args, kwargs = arguments
-    with _in_mode(callee, training), _spans(run, names) as open_spans, ExitStack() as stack:
+    with _spans(run, names) as open_spans, ExitStack() as stack:
+        if isinstance(callee, nn.Module):
+            stack.enter_context(training(callee) if in_training else evaluating(callee))
         # A check that a batch norm makes on the size of its batch in training; ours is only an example.
         stack.enter_context(patch.object(functional, "_verify_batch_size", lambda _: None))
         stack.enter_context(plain_kernels(_Dropouts(run, open_spans)))
@@ -161,18 +165,6 @@ def _record(callee: Callable[..., Any], arguments: Arguments, names: dict[int, s
         stack.enter_context(recorder)
         run.value = callee(*args, **kwargs)
     return run
-
-
-@contextmanager
-def _in_mode(callee: Callable[..., Any], training: bool) -> Iterator[None]:
-    before = [(part, part.training) for part in callee.modules()] if isinstance(callee, nn.Module) else []
-    for part, _ in before:
-        part.training = training
-    try:
-        yield
-    finally:
-        for part, was in before:
-            part.training = was
 
 
 @contextmanager
@@ -293,17 +285,17 @@ def _steps(run: _Run, kept: set[str]) -> Iterator[tuple[int, OpCall | Kept]]:
     yield from ((i, run.calls[i]) for i in range(position, len(run.calls)))
 
 
-def _aligned(evaluation: _Run, training: _Run, twins: Sequence[OpCall], kept: set[str]) -> Iterator[Step]:
+def _aligned(evaluation: _Run, trained: _Run, twins: Sequence[OpCall], kept: set[str]) -> Iterator[Step]:
     plain = iter(list(_steps(evaluation, kept)))
     same: dict[int, int] = {}
 
     def source(tensor: Tensor) -> int:
         return same.get(id(tensor), id(tensor))
 
-    for place, step in _steps(training, kept):
-        if place in training.alone and isinstance(step, OpCall):
+    for place, step in _steps(trained, kept):
+        if place in trained.alone and isinstance(step, OpCall):
             same[id(step.result)] = source(step.arguments["self"])
-            yield Step(step, None, training.dropouts[place])
+            yield Step(step, None, trained.dropouts[place])
             continue
         own, other = next(plain, (0, None))
         if isinstance(step, Kept) and isinstance(other, Kept) and step.path == other.path:
@@ -315,7 +307,7 @@ def _aligned(evaluation: _Run, training: _Run, twins: Sequence[OpCall], kept: se
         if not isinstance(step, OpCall) or not isinstance(other, OpCall) or not _same_op(step, other, source):
             raise UnexplainedError(f"in training it runs {_name(step)} where in evaluation it runs {_name(other)}")
         same.update({id(one): id(two) for one, two in zip(step.outputs, other.outputs, strict=True)})
-        yield Step(step, twins[own], training.dropouts.get(place))
+        yield Step(step, twins[own], trained.dropouts.get(place))
     if (left := next(plain, None)) is not None:
         raise UnexplainedError(f"in training it does not run {_name(left[1])}")
 

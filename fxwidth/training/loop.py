@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fxwidth import analyze
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver, parameter_count
+from fxwidth.tape import evaluating
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 
@@ -108,19 +109,15 @@ def fit(
 @torch.no_grad()
 def evaluate(gm: nn.Module, data: ImageData, stop: Callable[[], bool] = lambda: False) -> tuple[float, float] | None:
     """Return the mean loss and the accuracy on the test images, or None if `stop()` became true on the way."""
-    was_training = gm.training
-    gm.eval()
     loss = torch.zeros((), device=data.test.labels.device)
     hits = torch.zeros((), dtype=torch.long, device=data.test.labels.device)
-    try:
+    with evaluating(gm):
         for images, labels in data.test_batches(_EVALUATION_BATCH):
             if stop():
                 return None
             logits = gm(images)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
-    finally:
-        gm.train(was_training)
     return loss.item() / len(data.test), hits.item() / len(data.test)
 
 
