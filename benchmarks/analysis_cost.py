@@ -37,7 +37,8 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "densenet121", "densenet201", "vit_b_16", "swin_t", "convnext_tiny")
 CHAINS = (125, 250, 500, 1000)  # residual blocks of four ops each
 DENSE = (50, 100, 200, 400)  # layers; each reads all that came before
-REPEATS = 9
+ROUNDS = 3  # of turns
+REPEATS = 5  # in one turn
 PRUNING_SECONDS = 120
 PRUNING_GIB = 8
 GIB = 2**30
@@ -132,14 +133,15 @@ def _take_turns(
     contestants: dict[str, Callable[[], Any]], found: list[fxwidth.WidthGraph], repeats: int
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
+    for _ in range(ROUNDS):
         for name, run in contestants.items():
-            found.clear()
-            gc.collect()
-            started = time.process_time()
-            run()
-            if turn:  # the first turn warms caches up
-                times[name].append(time.process_time() - started)
+            for repeat in range(repeats + 1):
+                found.clear()
+                gc.collect()
+                started = time.process_time()
+                run()
+                if repeat:  # the first warms caches up
+                    times[name].append(time.process_time() - started)
     return times
 
 
@@ -257,7 +259,7 @@ def main() -> None:
     cases += [(kind, str(size)) for kind, sizes in (("chain", CHAINS), ("dense", DENSE)) for size in sizes]
     rows = []
     for kind, name in cases:
-        rows.append(run_case(kind, name, options.repeats if kind == "model" else 3))
+        rows.append(run_case(kind, name, options.repeats if kind == "model" else 1))
         print(rows[-1], flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     record = {"machine": _machine(), "cases": rows}

@@ -12,22 +12,24 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.errors import FxwidthError
-from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, constant
-from fxwidth.fake_ops import fake_like
+from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
+from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.rules.registry import RuleContext, keeps, rule_for, rule_name
 from fxwidth.structures import deep_tensors, map_leaves, states_in
 from fxwidth.tape import (
     Axes,
     OpCall,
+    Slots,
     TapeRecorder,
     evaluating,
-    fake_mode,
     plain_kernels,
     quiet,
     substituted,
     tensor_slots,
+    without_collections,
 )
 from fxwidth.unification import unify
+from fxwidth.whole_ops import calls_no_whole_op
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, analysis: Analysis, recorder: TapeRecorder) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self._modules: dict[Any, nn.Module] = dict(module.named_modules(remove_duplicate=False))
         self._analysis = analysis
         self._recorder = recorder
 
@@ -106,14 +109,30 @@ class NodeInterpreter(fx.Interpreter):
         """Run one node."""
         self._recorder.node = n.name
         first = len(self._recorder.calls)
-        value = super().run_node(n)
+        value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
         self._analysis.node_values[n.name] = value
         # As they are now: a later op may give the tensor other dims in place.
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
 
+    def _run_plainly(self, node: fx.Node) -> Any:
+        # As the base class does, without its book-keeping of stack traces.
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        run = getattr(self, node.op)
+        callee = self.fetch_attr(str(node.target)) if node.op == "call_module" else node.target
+        if not calls_no_whole_op(callee, node.op):
+            return run(node.target, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            return run(node.target, args, kwargs)
 
+    def fetch_attr(self, target: str) -> Any:
+        """Return a module, parameter or buffer by its path."""
+        module = self._modules.get(target)
+        return super().fetch_attr(target) if module is None else module
+
+
+@without_collections()
 def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     """Run a graph on fake tensors and return the axes of everything in it.
 
@@ -130,7 +149,8 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     inputs = tuple(map_leaves(partial(_fake_input, mode), value, TensorSpec, Tensor) for value in examples)
     tensors = deep_tensors(inputs)
     batch = _batch_factor(tensors)
-    analysis = Analysis(module, space, mode, _parameters(module, mode, space), inputs, batch)
+    slots = tensor_slots(module)
+    analysis = Analysis(module, space, mode, _parameters(slots, mode, space), inputs, batch)
     for entry in analysis.parameters.values():
         analysis.set_axes(entry.fake, entry.axes)
     for value in tensors:
@@ -141,7 +161,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     recorder = TapeRecorder(keeps, lambda call: judge(analysis, call))
     analysis.calls = recorder.calls
     fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
-    with evaluating(module), substituted(module, fakes), plain_kernels(), quiet(), mode, recorder:
+    with evaluating(module), substituted(module, fakes, slots), plain_kernels(), quiet(), mode, recorder:
         result = _run(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))
@@ -184,17 +204,13 @@ def _batch_factor(examples: Sequence[Tensor]) -> Factor | None:
     return batch
 
 
-def _parameters(module: nn.Module, mode: FakeTensorMode, space: FactorSpace) -> dict[str, ParameterAxes]:
+def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[str, ParameterAxes]:
     result = {}
-    for name, (tensor, _) in tensor_slots(module).items():
+    for name, (tensor, _) in slots.items():
         axes = tuple(space.fresh(size, f"{name}:{dim}") for dim, size in enumerate(tensor.shape))
-        origins = tuple(_bare_factor(axis) for axis in axes)
+        origins = tuple(map(bare_factor, axes))
         result[name] = ParameterAxes(name, tensor, fake_like(mode, tensor), origins, axes)
     return result
-
-
-def _bare_factor(axis: Axis) -> Factor | None:
-    return axis[0][0] if axis[0] and isinstance(axis[0][0], Factor) else None
 
 
 def _pin_what_is_used(analysis: Analysis) -> None:
@@ -254,7 +270,7 @@ def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -
     except Exception as error:
         # A rule that does not fit the call must not guess: pinning costs compression, never the model.
         return None, f"its rule does not cover this call: {error or type(error).__name__}"
-    shapes = [tuple(axis_size(axis) for axis in axes) for axes in result]
-    if shapes != [tuple(output.shape) for output in outputs]:
+    shapes = [tuple(map(axis_size, axes)) for axes in result]
+    if shapes != [output.shape for output in outputs]:
         return None, f"its rule expected results of shapes {shapes}"
     return result, ""

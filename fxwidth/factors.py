@@ -94,7 +94,22 @@ def term_size(term: Term) -> int:
 
 def axis_size(axis: Axis) -> int:
     """Return the length of the dimension an axis describes."""
+    if len(axis) == 1 and len(axis[0]) == 1:
+        return element_size(axis[0][0])
     return sum(map(term_size, axis))
+
+
+def bare_factor(axis: Axis) -> Factor | None:
+    """Return the factor of an axis that is one factor and nothing else."""
+    if len(axis) != 1 or len(axis[0]) != 1:
+        return None
+    element = axis[0][0]
+    return element if isinstance(element, Factor) else None
+
+
+def is_free(root: Factor) -> bool:
+    """Tell whether a root stands for itself: it is not refined, and its size may change."""
+    return root.refined_to is None and root.pinned is None and root.size != 1
 
 
 def is_integer_term(term: Term) -> bool:
@@ -174,6 +189,9 @@ class FactorSpace:
 
     def normalise(self, axis: Axis) -> Axis:
         """Return the canonical form: roots only, refinements substituted, pinned factors as integers."""
+        bare = bare_factor(axis)
+        if bare is not None and bare.parent is None and is_free(bare):
+            return axis
         known = self._normal_forms.get(axis)
         if known is None:
             known = self._normalise(axis)

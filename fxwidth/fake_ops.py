@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 # One result: shape, stride, storage offset, dtype, device.
@@ -40,6 +40,8 @@ class _Outcome:
 _LITERALS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 _UNSURE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _MOST_ENTRIES = 50_000
+# What is kept on a mode, and how a tensor made here is known.
+_ATTRIBUTES, _IS_PLAIN = "_fxwidth_attributes", "_fxwidth_is_plain"
 
 # None for calls whose outcome cannot be remembered.
 _known: dict[tuple[Any, ...], _Outcome | None] = {}
@@ -48,7 +50,7 @@ _known: dict[tuple[Any, ...], _Outcome | None] = {}
 def run_op(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an ATen op: on fake tensors, as their mode would, but quicker where the outcome is known already."""
     kind = _kind(func)
-    mode = _mode_of(args) if kind is not None else None
+    mode = _mode_of(args, kwargs) if kind is not None else None
     if mode is None or torch.is_grad_enabled():
         return func(*args, **kwargs)
     parts: list[Any] = [func, torch.get_default_dtype()]
@@ -73,17 +75,47 @@ def run_op(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """Return the fake that stands for a parameter or buffer from now on, as `mode.from_tensor` does."""
-    ordinary = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    if not ordinary or tensor.is_complex() or tensor.is_quantized or tensor._is_view() or tensor.device.type == "meta":
+    dtype, device, kind = tensor.dtype, tensor.device, type(tensor)
+    if kind not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor._is_view():
         return mode.from_tensor(tensor)
-    with torch.no_grad():
-        fake = _make(mode, (tensor.shape, tensor.stride(), 0, tensor.dtype, tensor.device), None)
-    fake.requires_grad_(tensor.requires_grad)
-    if isinstance(tensor, nn.Parameter):
+    if dtype.is_complex or tensor.is_quantized or device.type == "meta":
+        return mode.from_tensor(tensor)
+    is_counter = tensor.dim() == 0
+    if is_counter and (dtype != torch.int64 or device.type != "cpu"):
+        return mode.from_tensor(tensor)
+    fake = _make(mode, (tensor.shape, tensor.stride(), 0, dtype, device), None)
+    if tensor.requires_grad:
+        fake.requires_grad_()
+    if kind is nn.Parameter:
         fake._is_param = True
-    # Code that comes by the real tensor another way must meet the same fake.
-    mode.fake_tensor_converter.set_tensor_memo(tensor, fake)
+    if is_counter:
+        fake.item_memo = tensor.item()
+    converter = mode.fake_tensor_converter
+    if isinstance(converter, _Converter):
+        converter.stand_ins[id(tensor)] = tensor, fake
+    else:
+        converter.set_tensor_memo(tensor, fake)
     return fake
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode in which tensors have shapes but no values; plain tensors met on the way are taken in."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.fake_tensor_converter = _Converter()
+    return mode
+
+
+class _Converter(FakeTensorConverter):
+    """Hands out the fakes made by `fake_like` where code comes by a real parameter another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stand_ins: dict[int, tuple[Tensor, FakeTensor]] = {}
+
+    def from_real_tensor(self, fake_mode: FakeTensorMode, t: Tensor, *args: Any, **kwargs: Any) -> FakeTensor:
+        """Return the fake of a real tensor."""
+        known = self.stand_ins.get(id(t))
+        return super().from_real_tensor(fake_mode, t, *args, **kwargs) if known is None else known[1]
 
 
 @cache
@@ -102,12 +134,16 @@ def _kind(func: OpOverload) -> _Kind | None:
     return _Kind.FRESH if all(result.alias_info is None for result in schema.returns) else None
 
 
-def _mode_of(args: Sequence[Any]) -> FakeTensorMode | None:
+def _mode_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> FakeTensorMode | None:
+    """Return the mode of the first fake operand, or for a factory told its device, the mode it would be taken in by."""
     for arg in args:
         first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
         if isinstance(first, FakeTensor):
             return first.fake_mode
-    return None
+    if kwargs.get("device") is None:
+        return None
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode if isinstance(mode, FakeTensorMode) else None
 
 
 def _describe(values: Sequence[Any], mode: FakeTensorMode, parts: list[Any]) -> bool:
@@ -116,9 +152,7 @@ def _describe(values: Sequence[Any], mode: FakeTensorMode, parts: list[Any]) -> 
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.fake_mode is not mode or value.layout is not torch.strided:
-                return False
-            if value.dtype.is_complex:
+            if value.fake_mode is not mode or not (_IS_PLAIN in value.__dict__ or _is_plain(value)):
                 return False
             parts += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
         elif kind in _LITERALS:
@@ -129,15 +163,17 @@ def _describe(values: Sequence[Any], mode: FakeTensorMode, parts: list[Any]) -> 
     return True
 
 
+def _is_plain(fake: FakeTensor) -> bool:
+    return fake.constant is None and fake.layout is torch.strided and not fake.dtype.is_complex
+
+
 def _remembered(kind: _Kind, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Outcome | None:
     """Return what is to be remembered of an outcome: only what `_make` reproduces to the last detail."""
     if kind is _Kind.WRITTEN:
         return _Outcome(kind, (), None) if result is args[0] else None
     container = type(result) if type(result) in (list, tuple) else None
     results = [result] if container is None else list(result)
-    if not all(type(one) is FakeTensor and one.constant is None and one.layout is torch.strided for one in results):
-        return None
-    if any(one.requires_grad or one.dtype.is_complex for one in results):
+    if not all(type(one) is FakeTensor and _is_plain(one) and not one.requires_grad for one in results):
         return None
     operands = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     storages = {_storage(operand) for operand in operands}
@@ -164,4 +200,22 @@ def _make(mode: FakeTensorMode, made: _Made, source: FakeTensor | None) -> FakeT
         else:
             plain = torch.empty((), dtype=dtype, device="meta")
             plain.set_(source.untyped_storage(), offset, shape, stride)
-    return FakeTensor(mode, plain, device)
+    return _dressed(mode, plain, device)
+
+
+def _dressed(mode: FakeTensorMode, plain: Tensor, device: torch.device) -> FakeTensor:
+    """Return a fake made of a tensor on the meta device, as FakeTensor's constructor does at ten times the cost."""
+    known = vars(mode).get(_ATTRIBUTES)
+    if known is None:
+        known = mode.__dict__[_ATTRIBUTES] = {}
+    attributes = known.get(device)
+    if attributes is None:
+        # Fakes of one mode and device carry the same attributes when they are made: these are copied from the first.
+        fake = FakeTensor(mode, plain, device)
+        known[device] = {**{name: value for name, value in vars(fake).items() if name != "fake_mode"}, _IS_PLAIN: True}
+        return fake
+    fake = Tensor._make_subclass(FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=device)
+    torch._C._set_throw_on_mutable_data_ptr(fake)
+    fake.__dict__.update(attributes)
+    fake.fake_mode = mode
+    return fake

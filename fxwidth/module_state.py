@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxwidth.whole_ops import is_plain_layer
+
 _MISSING = object()
 # Substitution takes care of these.
 _MANAGED = frozenset({"_parameters", "_modules"})
@@ -17,7 +19,8 @@ _MANAGED = frozenset({"_parameters", "_modules"})
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    before = [(part, part.__dict__.copy(), _contents(part)) for part in module.modules()]
+    parts = [part for part in module.modules() if not is_plain_layer(part)]
+    before = [(part, part.__dict__.copy(), _contents(part)) for part in parts]
     try:
         yield
     finally:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,7 +45,10 @@ class Mixing:
 
 @dataclass(eq=False)
 class OpCall:
-    """One ATen op with its bound arguments, its results, and the axes its tensors had when it ran."""
+    """One ATen op with its bound arguments, its results, and the axes its tensors had when it ran.
+
+    `inputs` and `outputs` are the tensors among the arguments and the results.
+    """
 
     index: int
     func: OpOverload
@@ -57,21 +60,16 @@ class OpCall:
     contractions: list[Contraction] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
     pins_if_used: list[tuple[Tensor, Axis, str]] = field(default_factory=list)
+    inputs: list[Tensor] = field(init=False)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.inputs = tensors_in(self.arguments)
 
     @property
     def name(self) -> str:
         """The op's name without namespace, overload and in-place underscore, e.g. "add"."""
         return functional_name(self.func)
-
-    @cached_property
-    def inputs(self) -> list[Tensor]:
-        """The tensors among the arguments."""
-        return tensors_in(self.arguments)
-
-    @cached_property
-    def outputs(self) -> list[Tensor]:
-        """The tensors among the results."""
-        return tensors_in(self.result)
 
 
 @cache
@@ -167,6 +165,7 @@ class TapeRecorder(TorchDispatchMode):
         # Rules see the shapes and axes from before the op: an in-place op may change them.
         call = OpCall(self._start + len(self.calls), func, bind(func, args, kwargs), None, self.node)
         call.result = run_op(func, args, kwargs)
+        call.outputs = tensors_in(call.result)
         self.calls.append(call)
         if self._on_call is not None:
             self._on_call(call)
@@ -195,6 +194,18 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Keep Python from looking for garbage: an analysis keeps all it makes, and going through that is costly."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -240,10 +251,13 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, (tensor, *_) in tensor_slots(module).items()}
 
 
-def tensor_slots(module: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
+Slots = dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]
+
+
+def tensor_slots(module: nn.Module) -> Slots:
     """Return each distinct parameter or buffer: its first name, the tensor, and every (module, attribute) it is in."""
     first_name: dict[int, str] = {}
-    slots: dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+    slots: Slots = {}
     for path, submodule in module.named_modules():
         for attribute, tensor in [*submodule._parameters.items(), *submodule._buffers.items()]:
             if tensor is None:
@@ -279,19 +293,17 @@ def set_slot(module: nn.Module, attribute: str, tensor: Tensor) -> None:
 
 
 @contextmanager
-def substituted(module: nn.Module, replacements: Mapping[str, Tensor]) -> Iterator[None]:
+def substituted(module: nn.Module, replacements: Mapping[str, Tensor], slots: Slots | None = None) -> Iterator[None]:
     """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`."""
-    slots = tensor_slots(module)
-    with ExitStack() as undo:
-        undo.enter_context(undisturbed(module))
-        for name, replacement in replacements.items():
-            original, places = slots[name]
-            for holder, attribute in places:
-                undo.callback(set_slot, holder, attribute, original)
-                set_slot(holder, attribute, replacement)
-        yield
-
-
-def fake_mode() -> FakeTensorMode:
-    """Return a mode in which tensors have shapes but no values; plain tensors met on the way are taken in."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    slots = tensor_slots(module) if slots is None else slots
+    with undisturbed(module):
+        try:
+            for name, replacement in replacements.items():
+                for holder, attribute in slots[name][1]:
+                    set_slot(holder, attribute, replacement)
+            yield
+        finally:
+            for name in replacements:
+                original, places = slots[name]
+                for holder, attribute in places:
+                    set_slot(holder, attribute, original)

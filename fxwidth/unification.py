@@ -15,7 +15,10 @@ from fxwidth.factors import (
     FactorSpace,
     Term,
     axis_size,
+    bare_factor,
     element_size,
+    find,
+    is_free,
     is_integer_term,
     term_size,
 )
@@ -30,7 +33,7 @@ def unify(space: FactorSpace, first: Axis, second: Axis) -> None:
     Raises:
         AxisMismatchError: the axes have different sizes.
     """
-    if first == second:
+    if first == second or _merge_bare_factors(space, first, second):
         return
     while True:
         first, second = space.normalise(first), space.normalise(second)
@@ -48,6 +51,20 @@ def unify(space: FactorSpace, first: Axis, second: Axis) -> None:
         head_1, first = split(space, first, cut_at)
         head_2, second = split(space, second, cut_at)
         unify(space, head_1, head_2)
+
+
+def _merge_bare_factors(space: FactorSpace, first: Axis, second: Axis) -> bool:
+    # By far the most frequent case, which needs none of the rest.
+    one, two = bare_factor(first), bare_factor(second)
+    if one is None or two is None:
+        return False
+    one, two = find(one), find(two)
+    if one is two:
+        return True
+    if one.size != two.size or not is_free(one) or not is_free(two):
+        return False
+    space.merge(one, two)
+    return True
 
 
 def split(space: FactorSpace, axis: Axis, position: int) -> tuple[Axis, Axis]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -168,3 +170,27 @@ PLAIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.fxwidth.attention.default: FUSED_ATTENTION,
     torch.ops.fxwidth.weight_norm.default: _WEIGHT_NORM,
 }
+
+_PLAIN_LAYERS = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "batchnorm", "conv", "dropout", "flatten", "instancenorm", "linear", "normalization")
+    + ("padding", "pixelshuffle", "pooling", "sparse", "upsampling")
+)
+
+
+def calls_no_whole_op(target: Any, kind: str) -> bool:
+    """Tell whether a node is sure to call none of these functions, so that its calls need no watching.
+
+    Args:
+        target: a module, or the target of a node that calls something else.
+        kind: the node's op.
+    """
+    if kind == "call_module":
+        return is_plain_layer(target) and not isinstance(target, nn.MultiheadAttention | nn.RMSNorm)
+    # What is written in C++ calls nothing that is written in Python.
+    return kind == "call_function" and isinstance(target, BuiltinFunctionType | OpOverload) and target not in _WHOLE
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Tell whether only known code runs when a module is called: that of a layer of torch.nn, without hooks."""
+    return type(module).__module__ in _PLAIN_LAYERS and not (module._forward_hooks or module._forward_pre_hooks)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth import fake_ops, tape
 from fxwidth.analysis import Analysis
-from fxwidth.fake_ops import fake_like
+from fxwidth.fake_ops import fake_like, fake_mode
 from tests.networks import CASES
 from tests.oracles import analysed, as_one_node
 
@@ -101,10 +102,23 @@ def _tensors(values: Any) -> list[Any]:
     ids=["parameter", "frozen half", "channels last", "counter", "view", "complex", "meta"],
 )
 def test_fakes_of_parameters_are_those_of_the_fake_mode(tensor: Tensor) -> None:
-    own_mode, other_mode = tape.fake_mode(), tape.fake_mode()
+    own_mode, other_mode = fake_mode(), FakeTensorMode(allow_non_fake_inputs=True)
+    fake_like(own_mode, torch.zeros(1))  # later ones are copied from the first
     own, other = fake_like(own_mode, tensor), other_mode.from_tensor(tensor)
     for name in ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf"):
         assert getattr(own, name) == getattr(other, name)
     assert (own.stride(), own.storage_offset()) == (other.stride(), other.storage_offset())
     assert isinstance(own, nn.Parameter) == isinstance(tensor, nn.Parameter)
+    assert _attributes(own) == _attributes(other)
     assert own_mode.from_tensor(tensor) is own
+
+
+def _attributes(fake: Tensor) -> dict[str, Any]:
+    # Its mode, and of which classes the real tensor was, are its own; the rest must not be missing.
+    own = {"fake_mode", "pytype", "dispatch_keys", "_fxwidth_is_plain"}
+    return {name: value for name, value in vars(fake).items() if name not in own and "item_memo" not in name}
+
+
+def test_the_value_of_a_counter_is_known() -> None:
+    counter = torch.tensor(3)
+    assert fake_like(fake_mode(), counter).item() == 3

@@ -88,23 +88,22 @@ def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, weight = c.axes("input"), c.axes("weight")
     if len(signal) != len(weight):
         raise RuleDeclinedError("a convolution without a batch dimension")
-    groups = c["groups"]
-    out_shape = c.outputs[0].shape
     positions = _positions(c, signal)
     c.pin(weight[2:], KERNEL)
-    group = c.fresh(groups, "groups")
-    into = c.fresh(c.shape("input")[1] // groups, "in per group")
-    out = c.fresh(out_shape[1] // groups, "out per group")
-    c.unify(signal[1], ((group, into),))
-    if c["transposed"]:
-        c.unify(weight[0], ((group, into),))
-        c.unify(weight[1], out)
-        c.contract("input", (1,), "weight", (0,))
+    groups = c["groups"]
+    read, written = (0, 1) if c["transposed"] else (1, 0)
+    c.contract("input", (1,), "weight", (read,))
+    if groups == 1:
+        c.unify(signal[1], weight[read])
+        channels = weight[written]
     else:
-        c.unify(weight[1], into)
-        c.unify(weight[0], ((group, out),))
-        c.contract("input", (1,), "weight", (1,))
-    channels = c.space.product(group, out)
+        group = c.fresh(groups, "groups")
+        into = c.fresh(c.shape("input")[1] // groups, "in per group")
+        out = c.fresh(c.outputs[0].shape[1] // groups, "out per group")
+        c.unify(signal[1], ((group, into),))
+        c.unify(weight[read], ((group, into),) if c["transposed"] else into)
+        c.unify(weight[written], out if c["transposed"] else ((group, out),))
+        channels = c.space.product(group, out)
     if "bias" in c:
         c.unify(channels, c.axes("bias")[0])
     return [[signal[0], c.space.normalise(channels), *positions]]
@@ -113,8 +112,9 @@ def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
 def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
     """Return the axes of the result's positions: those of the signal where nothing reaches from one to another."""
     result = []
+    kernel = c.shape("weight")[2:]
     for i, axis in enumerate(signal[2:]):
-        if c.shape("weight")[2 + i] == c["stride"][i] == 1 and c["padding"][i] == c["output_padding"][i] == 0:
+        if kernel[i] == c["stride"][i] == 1 and c["padding"][i] == c["output_padding"][i] == 0:
             result.append(axis)
         else:
             c.pin([axis], POSITION)

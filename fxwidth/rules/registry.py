@@ -8,6 +8,7 @@ never depend on a size that can change have a rule only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ def prescribed(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call) if prescribe is None else prescribe(call, maps)
 
 
+@cache
 def rule_name(func: OpOverload) -> str:
     """Return the name under which an op's rule is registered; ops outside ATen carry their namespace."""
     name = functional_name(func)
