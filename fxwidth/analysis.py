@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
 from fxwidth.fake_ops import fake_like, fake_mode
+from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.rules.registry import RuleContext, keeps, rule_for, rule_name
 from fxwidth.structures import deep_tensors, map_leaves, states_in
 from fxwidth.tape import (
@@ -82,7 +83,7 @@ class Analysis:
         """Return the axes of a tensor; one that was never seen has fixed dims."""
         axes = self.axes.get(id(tensor))
         if axes is None:
-            axes = tuple(constant(size) for size in tensor.shape)
+            axes = tuple(constant(size, Pin(HELD)) for size in tensor.shape)
             self.set_axes(tensor, axes)
         return axes
 
@@ -153,11 +154,10 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     analysis = Analysis(module, space, mode, _parameters(slots, mode, space), inputs, batch)
     for entry in analysis.parameters.values():
         analysis.set_axes(entry.fake, entry.axes)
-    for value in tensors:
-        is_batch = [dim == 0 and batch is not None and size == batch.size for dim, size in enumerate(value.shape)]
-        of_batch: Axis = ((batch,),) if batch is not None else ()
-        axes = [of_batch if own else constant(n) for own, n in zip(is_batch, value.shape, strict=True)]
-        analysis.set_axes(value, axes)
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    for name, argument in zip(names, inputs, strict=False):
+        for value in deep_tensors(argument):
+            analysis.set_axes(value, _input_axes(value, batch, name))
     recorder = TapeRecorder(keeps, lambda call: judge(analysis, call))
     analysis.calls = recorder.calls
     fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
@@ -171,7 +171,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
         for axis in analysis.axes_of(output) if id(output) not in analysis.states else ():
             for factor in space.factors(axis):
                 if not factor.is_batch:
-                    space.pin(((factor,),), "the size of the model's output")
+                    space.pin(((factor,),), OUTPUT)
     return analysis
 
 
@@ -192,6 +192,13 @@ def _fake_input(mode: FakeTensorMode, value: TensorSpec | Tensor) -> Tensor:
         with mode:
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)
     return mode.from_tensor(value)
+
+
+def _input_axes(value: Tensor, batch: Factor | None, name: str) -> Axes:
+    axes = [constant(size, Pin(input_dimension(dim, name))) for dim, size in enumerate(value.shape)]
+    if batch is not None and value.dim() and value.shape[0] == batch.size:
+        axes[0] = ((batch,),)
+    return tuple(axes)
 
 
 def _batch_factor(examples: Sequence[Tensor]) -> Factor | None:
@@ -240,7 +247,8 @@ def judge(analysis: Analysis, call: OpCall) -> None:
         for operand in call.inputs:
             for axis in analysis.axes_of(operand):
                 space.pin(axis, reason)
-        axes = [tuple(constant(size) for size in output.shape) for output in outputs]
+        why = Pin(reason, space.context)
+        axes = [tuple(constant(size, why) for size in output.shape) for output in outputs]
     for output, result in zip(outputs, axes, strict=True):
         old = call.axes.get(id(output))
         if old is not None and len(old) == len(result) and all(map(_same_size, old, result)):
@@ -264,13 +272,13 @@ def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -
 def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:
     judge = rule_for(call.func)
     if judge is None:
-        return None, "no rule for this op"
+        return None, NO_RULE
     try:
         result = [tuple(axes) for axes in judge(RuleContext(call, analysis.space, analysis.axes_of))]
     except Exception as error:
         # A rule that does not fit the call must not guess: pinning costs compression, never the model.
-        return None, f"its rule does not cover this call: {error or type(error).__name__}"
+        return None, f"{NOT_COVERED}: {error or type(error).__name__}"
     shapes = [tuple(map(axis_size, axes)) for axes in result]
     if shapes != [output.shape for output in outputs]:
-        return None, f"its rule expected results of shapes {shapes}"
+        return None, f"{OTHER_SHAPES} {shapes}"
     return result, ""

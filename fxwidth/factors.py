@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from fxwidth.pins import BATCH_DIVIDED, SELF_CONTAINED, Fixed, Pin
+
 Element = "int | Factor | Axis"
 Term = tuple["int | Factor | Axis", ...]
 Axis = tuple[Term, ...]
@@ -40,7 +42,7 @@ class Factor:
         self.name = name
         self.parent: Factor | None = None
         self.refined_to: Axis | None = None
-        self.pinned: str | None = None
+        self.pinned: Pin | None = None
         self.mixed: str | None = None
         self.is_batch = False
 
@@ -70,9 +72,27 @@ def find(factor: Factor) -> Factor:
     return root
 
 
-def constant(size: int) -> Axis:
+def constant(size: int, why: Pin | None = None) -> Axis:
     """Return the axis of a dimension that never changes."""
-    return ONE if size == 1 else ((int(size),),)
+    return ONE if size == 1 else ((int(size) if why is None else Fixed(size, why),),)
+
+
+def why_fixed(axis: Axis) -> Pin | None:
+    """Return why the constants of a normalised axis are constant, as far as the first of them knows."""
+    for term in axis:
+        for element in term:
+            why = why_fixed(element) if isinstance(element, tuple) else None
+            if isinstance(element, Fixed):
+                why = element.why
+            if why is not None:
+                return why
+    return None
+
+
+def constant_from(size: int, *parts: int | Factor | Axis) -> int:
+    """Return a constant computed from others, with the reason of the first that has one."""
+    why = next((part.why for part in parts if isinstance(part, Fixed)), None)
+    return size if why is None else Fixed(size, why)
 
 
 def element_size(element: int | Factor | Axis) -> int:
@@ -157,11 +177,11 @@ class FactorSpace:
     def refine(self, factor: Factor, axis: Axis) -> None:
         """Say what a root consists of; a batch factor stays whole, and what it would consist of is pinned."""
         if factor.is_batch:
-            self.pin(axis, "the batch dimension is divided")
+            self.pin(axis, BATCH_DIVIDED)
             return
         parts = self.factors(axis)
         if any(part is factor for part in parts):
-            self.pin(axis, "a dimension would contain itself")
+            self.pin(axis, SELF_CONTAINED)
             return
         factor.refined_to = axis
         self._log.append((factor, parts, self.context))
@@ -170,14 +190,14 @@ class FactorSpace:
                 part.mixed = part.mixed or factor.mixed
         self.changed(factor)
 
-    def pin(self, axis: Axis, reason: str) -> None:
-        """Fix the size of everything an axis is made of, because of the op at work.
+    def pin(self, axis: Axis, reason: str, cause: Pin | None = None) -> None:
+        """Fix the size of everything an axis is made of, because of the op at work, or of a pinned size it must equal.
 
         The batch is never resized, but what is computed from it must stay computed: it does not become a number.
         """
         for factor in self.factors(axis):
             if not factor.is_batch:
-                factor.pinned = f"{reason} ({self.context})" if self.context else reason
+                factor.pinned = Pin(reason, self.context, cause)
                 self.changed(factor)
 
     def mix(self, axis: Axis, reason: str) -> None:
@@ -228,7 +248,8 @@ class FactorSpace:
         for term in axis:
             for part in self._normal_term(term):
                 if result and is_integer_term(part) and is_integer_term(result[-1]):
-                    result[-1] = (term_size(result[-1]) + term_size(part),)
+                    size = term_size(result[-1]) + term_size(part)
+                    result[-1] = (constant_from(size, *result[-1], *part),)
                 else:
                     result.append(part)
         return tuple(result)
@@ -249,13 +270,15 @@ class FactorSpace:
             if element == 1:
                 return
             if elements and isinstance(elements[-1], int):
-                elements[-1] *= element
+                elements[-1] = constant_from(elements[-1] * element, elements[-1], element)
             else:
                 elements.append(element)
         elif isinstance(element, Factor):
             root = find(element)
-            if root.pinned is not None or root.size == 1:
-                self._append(elements, root.size)
+            if root.size == 1:
+                return
+            if root.pinned is not None:
+                self._append(elements, Fixed(root.size, root.pinned))
             elif root.refined_to is not None:
                 self._append(elements, root.refined_to)
             else:

@@ -11,10 +11,11 @@ import networkx as nx
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
+from fxwidth.explanations import told_pin
 from fxwidth.factors import Factor, term_size
 from fxwidth.growth import Growth, find_growth
+from fxwidth.pins import BATCH, STRUCTURAL, UNUSED, Pin
 from fxwidth.roles import Role, Roles, find_roles
-from fxwidth.rules.registry import STRUCTURAL
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,32 @@ class WidthGraph:
         shared = sum(term_size(term) for term in axis if common.intersection(self.analysis.space.factors((term,))))
         return "\n".join([f"{first.name} and {second.name} share {shared} channels:", *hops])
 
+    def why_pinned(self, group: ChannelGroup | str) -> str:
+        """Tell why a group keeps its width: the op, the node, and what would free it.
+
+        Args:
+            group: a group, its name, or a parameter's name and dim as in "conv1.weight:0".
+
+        Raises:
+            FxwidthError: a name is not known.
+        """
+        name = group if isinstance(group, str) else group.name
+        leaves = [self[name].factor] if name in self else self.analysis.space.leaves(self._origin(name))
+        return "\n\n".join(self._told(name, leaf) for leaf in dict.fromkeys(leaves))
+
+    def _told(self, name: str, leaf: Factor) -> str:
+        pin = _pin_of(leaf)
+        if pin is None:
+            return f"{name!r} is free: its width of {leaf.size} can change."
+        origins = ((path, entry.origins) for path, entry in self.analysis.parameters.items())
+        places = [
+            f"{path} dim {dim}"
+            for path, own in origins
+            for dim, origin in enumerate(own)
+            if origin is not None and leaf in self.analysis.space.leaves(origin)
+        ]
+        return told_pin(name, leaf.size, places, pin, self.analysis.module)
+
     def _context(self, one: Factor, two: Factor) -> str:
         return next(iter(self.graph[one][two].values()))["context"] or "the same parameter"
 
@@ -166,7 +193,7 @@ def _pin_unused(analysis: Analysis) -> None:
         if id(entry.fake) not in used:
             analysis.space.context = ""
             for axis in entry.axes:
-                analysis.space.pin(axis, "the graph never uses this parameter")
+                analysis.space.pin(axis, UNUSED)
 
 
 def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
@@ -186,15 +213,20 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
                     names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)
     taken: set[str] = set()
     for leaf, places in sites.items():
-        if leaf.size == 1 or (leaf.pinned is not None and leaf.pinned.startswith(STRUCTURAL)):
+        if leaf.size == 1 or (leaf.pinned is not None and leaf.pinned.reason in STRUCTURAL):
             continue
         name = names.get(leaf) or _name(places[0].parameter, places[0].dim, None)
         while name in taken:
             name += "'"
         taken.add(name)
-        pinned = "it is the batch dimension" if leaf.is_batch else leaf.pinned
+        pin = _pin_of(leaf)
+        pinned = None if pin is None else str(pin)
         recipe = partial(Growth, inexact=f"pinned: {pinned}") if pinned else partial(find_growth, analysis, roles, leaf)
         yield ChannelGroup(name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe)
+
+
+def _pin_of(leaf: Factor) -> Pin | None:
+    return Pin(BATCH) if leaf.is_batch else leaf.pinned
 
 
 def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Factor]]:

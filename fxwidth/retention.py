@@ -14,6 +14,7 @@ from fxwidth.analysis import Analysis, judge
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.groups import WidthGraph
+from fxwidth.pins import Pin
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.readers import storage_of
 from fxwidth.rules.registry import keeps
@@ -150,11 +151,11 @@ class _SettledSpace(FactorSpace):
         if factor not in self._settled:
             super().refine(factor, axis)
 
-    def pin(self, axis: Axis, reason: str) -> None:
+    def pin(self, axis: Axis, reason: str, cause: Pin | None = None) -> None:
         """Fix the size of this space's own factors."""
         for factor in self.factors(axis):
             if factor not in self._settled:
-                factor.pinned = reason
+                factor.pinned = Pin(reason, cause=cause)
                 self.changed(factor)
 
     def mix(self, axis: Axis, reason: str) -> None:

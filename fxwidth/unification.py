@@ -16,15 +16,15 @@ from fxwidth.factors import (
     Term,
     axis_size,
     bare_factor,
+    constant_from,
     element_size,
     find,
     is_free,
     is_integer_term,
     term_size,
+    why_fixed,
 )
-
-UNALIGNED = "two factorings of one dimension cannot be aligned"
-CONSTANT = "it must equal a dimension of fixed size"
+from fxwidth.pins import CONSTANT, UNALIGNED
 
 
 def unify(space: FactorSpace, first: Axis, second: Axis) -> None:
@@ -96,7 +96,7 @@ def _alias_bare_factor(space: FactorSpace, bare: Axis, other: Axis) -> bool:
     if len(other) < 2 or len(bare) != 1 or len(bare[0]) != 1 or not isinstance(bare[0][0], Factor):
         return False
     if space.is_constant(other):
-        space.pin(bare, CONSTANT)
+        _pin_to_constant(space, bare, other)
     else:
         space.refine(bare[0][0], other)
     return True
@@ -124,7 +124,7 @@ def _split_term(space: FactorSpace, term: Term, position: int) -> tuple[Axis, Ax
 
 def _split_element(space: FactorSpace, element: int | Factor | Axis, position: int) -> tuple[Axis, Axis]:
     if isinstance(element, int):
-        return ((position,),), ((element - position,),)
+        return ((constant_from(position, element),),), ((constant_from(element - position, element),),)
     if isinstance(element, Factor):
         left = space.fresh(position, f"{element.name}[:{position}]")
         right = space.fresh(element.size - position, f"{element.name}[{position}:]")
@@ -142,7 +142,7 @@ def _unify_terms(space: FactorSpace, first: Term, second: Term) -> None:
         if first == second:
             return None
         if is_integer_term(first) or is_integer_term(second):
-            return _pin_both(space, first, second, CONSTANT)
+            return _pin_to_constants(space, first, second)
         first, block_1, second, block_2 = _minor_blocks(first, second)
         _unify_block(space, block_1, block_2)
         if not first:
@@ -173,14 +173,14 @@ def _unify_block(space: FactorSpace, first: Term, second: Term) -> None:
         first, second, element = second, first, second[0]
     if isinstance(element, Factor):
         if element.size > 1 and is_integer_term(second):
-            space.pin((first,), CONSTANT)
+            _pin_to_constant(space, (first,), (second,))
         elif len(second) == 1 and isinstance(second[0], Factor):
             if element is not second[0]:
                 space.merge(element, second[0])
         else:
             space.refine(element, (second,))
     elif isinstance(element, int):
-        _pin_both(space, first, second, CONSTANT)
+        _pin_to_constants(space, first, second)
     else:
         unify(space, element, (second,))
     return None
@@ -218,7 +218,7 @@ def _divide(space: FactorSpace, element: int | Factor, divisor: int) -> tuple[Te
         return (element,), 1
     # Integers are divided here and not by a factor: normalising would multiply them together again, for ever.
     if isinstance(element, int):
-        return (size // divisor,), divisor
+        return (constant_from(size // divisor, element),), constant_from(divisor, element)
     major, minor = Factor(size // divisor, f"{element.name}/{divisor}"), Factor(divisor, f"{element.name}%{divisor}")
     space.refine(element, ((major, minor),))
     return (major,), minor
@@ -227,3 +227,13 @@ def _divide(space: FactorSpace, element: int | Factor, divisor: int) -> tuple[Te
 def _pin_both(space: FactorSpace, first: Term, second: Term, reason: str) -> None:
     space.pin((first,), reason)
     space.pin((second,), reason)
+
+
+def _pin_to_constants(space: FactorSpace, first: Term, second: Term) -> None:
+    causes = why_fixed((first,)), why_fixed((second,))
+    space.pin((first,), CONSTANT, causes[1])
+    space.pin((second,), CONSTANT, causes[0])
+
+
+def _pin_to_constant(space: FactorSpace, axis: Axis, other: Axis) -> None:
+    space.pin(axis, CONSTANT, why_fixed(other))

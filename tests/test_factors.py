@@ -75,7 +75,7 @@ def test_the_first_reason_stays():
     space.context = "add at node add_1"
     space.pin(axis, "first")
     space.pin(axis, "second")
-    assert axis[0][0].pinned == "first (add at node add_1)"
+    assert str(axis[0][0].pinned) == "first (add at node add_1)"
 
 
 def test_what_mentions_a_factor_follows_its_changes():

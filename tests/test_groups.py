@@ -67,7 +67,9 @@ def test_sites_say_what_each_parameter_does(block):
 
 def test_pins_name_their_op_and_node(block):
     assert block["head"].pinned == "the size of the model's output (model output)"
-    assert block["stem:1"].pinned == "it must equal a dimension of fixed size (convolution at node stem)"
+    assert block["stem:1"].pinned == (
+        "it must equal a dimension of fixed size (convolution at node stem): it is dimension 1 of the model's input 'x'"
+    )
     assert block["stem"].pinned is None
     assert block["head"].inexact_growth == "pinned: the size of the model's output (model output)"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxwidth.factors import Axis, axis_size
+from fxwidth.pins import ORDER, SCALE
 from fxwidth.rules.registry import RuleContext, rule
 
 _KERNELS = (
@@ -43,7 +44,7 @@ def _match(
     c.contract("query", (len(query) - 1,), "key", (len(key) - 1,))
     c.mix("key", len(key) - 2, "softmax")
     if c["is_causal"]:
-        c.pin([query[-2], key[-2]], "the order along the dimension matters")
+        c.pin([query[-2], key[-2]], ORDER)
     if mask in c:
         c.broadcast([[*leading, query[-2], key[-2]], c.axes(mask)])
 
@@ -59,7 +60,7 @@ def _kernel(c: RuleContext) -> Sequence[Sequence[Axis]]:
     _match(c, query, key, value, query[:2], "attn_mask" if "attn_mask" in c.call.arguments else "attn_bias")
     # The kernels' default scale is computed from head_dim, which must therefore stay.
     if c.call.arguments.get("scale") is None:
-        c.pin([query[3]], "the attention scale is computed from it")
+        c.pin([query[3]], SCALE)
     result = [query[0], query[1], query[2], value[3]]
     return [result, *(_statistics(c, query, tuple(output.shape)) for output in c.outputs[1:])]
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
+from fxwidth.pins import KERNEL, POSITION, SORTED_ROWS
 from fxwidth.rules.registry import (
-    KERNEL,
-    POSITION,
     Prescribed,
     RuleContext,
     RuleDeclinedError,
@@ -60,7 +59,7 @@ def _grouped_mm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if len(rows) != 2 or len(weights) != 3 or c["offs"] is None or c.call.arguments.get("bias") is not None:
         raise RuleDeclinedError("a grouped product that is not of rows with one matrix per group")
     c.unify(rows[1], weights[1])
-    c.pin([rows[0], weights[0], *c.axes("offs")], "rows are sorted by the matrix they are multiplied by")
+    c.pin([rows[0], weights[0], *c.axes("offs")], SORTED_ROWS)
     left, right = ("self", "mat2") if "self" in c else ("input", "weight")
     c.contract(left, (1,), right, (1,))
     return [[rows[0], weights[2]]]
@@ -118,7 +117,7 @@ def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
             result.append(axis)
         else:
             c.pin([axis], POSITION)
-            result.append(c.fixed(c.outputs[0].shape[2 + i]))
+            result.append(c.fixed(c.outputs[0].shape[2 + i], POSITION))
     return result
 
 

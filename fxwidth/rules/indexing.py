@@ -8,10 +8,9 @@ import torch
 
 from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
+from fxwidth.pins import GATHERED, INDEXED
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
-
-_INDEXED = "the dimension is looked up by index"
 
 
 @rule("index", "_unsafe_index")
@@ -20,7 +19,7 @@ def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
         raise RuleDeclinedError("an index by mask: the number of results depends on values")
     dims = [dim for dim, index in enumerate(indices) if index is not None]
-    c.pin([signal[dim] for dim in dims], _INDEXED)
+    c.pin([signal[dim] for dim in dims], INDEXED)
     looked_up = c.broadcast([c.axes(indices[dim]) for dim in dims])
     rest = [axis for dim, axis in enumerate(signal) if dim not in dims]
     # Index dims that stand together are replaced in place, others go to the front.
@@ -32,7 +31,7 @@ def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
 def _index_select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, index = c.axes("self"), c.axes("index")
     dim = c.dim(c["dim"], len(signal))
-    c.pin([signal[dim]], _INDEXED)
+    c.pin([signal[dim]], INDEXED)
     signal[dim] = index[0] if index else c.fixed(1)
     return [signal]
 
@@ -40,7 +39,7 @@ def _index_select(c: RuleContext) -> Sequence[Sequence[Axis]]:
 @rule("embedding")
 def _embedding(c: RuleContext) -> Sequence[Sequence[Axis]]:
     table = c.axes("weight")
-    c.pin([table[0]], _INDEXED)
+    c.pin([table[0]], INDEXED)
     return [[*c.axes("indices"), table[1]]]
 
 
@@ -49,12 +48,12 @@ def _gather(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, index = c.axes("self"), c.axes("index")
     dim = c.dim(c["dim"], len(signal))
     shape, index_shape = c.shape("self"), c.shape("index")
-    c.pin([signal[dim]], _INDEXED)
+    c.pin([signal[dim]], INDEXED)
     for k in range(len(signal)):
         if k != dim and shape[k] == index_shape[k]:
             c.unify(signal[k], index[k])
         elif k != dim:
-            c.pin([signal[k], index[k]], "gather takes only the first positions of the dimension")
+            c.pin([signal[k], index[k]], GATHERED)
     return [index]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fxwidth.factors import ONE, Axis, axis_size
 from fxwidth.index_maps import IndexMaps
+from fxwidth.pins import ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
@@ -182,12 +183,12 @@ def _slice(c: RuleContext) -> Sequence[Sequence[Axis]]:
         if end - start != size:
             signal[dim] = c.cut(signal[dim], start, end)
     elif c.space.is_constant(signal[dim]):
-        signal[dim] = c.fixed(c.outputs[0].shape[dim])
+        signal[dim] = c.fixed_like(c.outputs[0].shape[dim], signal[dim])
     elif size % step == 0 and start < step and end == size:
         signal[dim], _ = _strided_parts(c, signal[dim], size // step, step)
     else:
-        c.pin([signal[dim]], "a strided slice that does not divide the dimension")
-        signal[dim] = c.fixed(c.outputs[0].shape[dim])
+        c.pin([signal[dim]], STRIDED)
+        signal[dim] = c.fixed(c.outputs[0].shape[dim], STRIDED)
     return [signal]
 
 
@@ -234,7 +235,7 @@ def _split_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
 @rule("unbind")
 def _unbind(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
-    c.pin([signal.pop(c.dim(c["dim"], len(signal)))], "the dimension is taken apart into a fixed number of tensors")
+    c.pin([signal.pop(c.dim(c["dim"], len(signal)))], TAKEN_APART)
     return [signal] * len(c.outputs)
 
 
@@ -276,7 +277,7 @@ def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
             continue
         axis = signal[dim]
         if c.space.is_constant(axis):
-            signal[dim] = c.fixed(shape[dim])
+            signal[dim] = c.fixed_like(shape[dim], axis)
             continue
         axis = c.cut(axis, max(0, -before), axis_size(axis) - max(0, -after))
         left = c.fresh(before, "padding before") if before > 0 else ()
@@ -333,14 +334,14 @@ def _as_alias(call: OpCall, maps: IndexMaps) -> Prescribed:
 def _reordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dims = c["dims"] or range(len(signal))
-    c.pin([signal[dim] for dim in dims], "the order along the dimension matters")
+    c.pin([signal[dim] for dim in dims], ORDER)
     return [signal]
 
 
 @rule("tril", "triu")
 def _triangle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
-    c.pin(signal[-2:], "the order along the dimension matters")
+    c.pin(signal[-2:], ORDER)
     return [signal]
 
 
@@ -358,6 +359,6 @@ def _glu(c: RuleContext) -> Sequence[Sequence[Axis]]:
 def _channel_shuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     groups, inner = c.factored(signal[1], c["groups"], c.shape("self")[1] // c["groups"])
-    c.pin([groups], "the number of shuffled groups is a literal")
+    c.pin([groups], SHUFFLED_GROUPS)
     signal[1] = c.space.product(inner, groups)
     return [signal]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fxwidth.factors import ONE, Axis
+from fxwidth.pins import LARGEST, ORDER, POSITIONS_RETURNED
 from fxwidth.rules.registry import Rule, RuleContext, rule
 
 _KINDS = {
@@ -46,14 +47,11 @@ for _kind, _names in _KINDS.items():
     rule(*_names)(_reduction(_kind))
 
 
-_POSITIONS = "positions along the dimension are returned"
-
-
 @rule("argmax", "argmin")
 def _arg(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dims = _reduced_dims(c, len(signal))
-    c.pin([signal[dim] for dim in dims], _POSITIONS)
+    c.pin([signal[dim] for dim in dims], POSITIONS_RETURNED)
     return _without(c, signal, dims)
 
 
@@ -64,7 +62,7 @@ def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if len(c.outputs) > 1:
         signal = c.axes("self")
         for dim in _reduced_dims(c, len(signal)):
-            c.pin_if_used(c.outputs[1], signal[dim], _POSITIONS)
+            c.pin_if_used(c.outputs[1], signal[dim], POSITIONS_RETURNED)
     return _reduction("maximum")(c)
 
 
@@ -78,7 +76,7 @@ def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
 @rule("cumsum", "cumprod", "sort", "cummax", "cummin")
 def _ordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
-    c.pin([signal[c.dim(c["dim"], len(signal))]], "the order along the dimension matters")
+    c.pin([signal[c.dim(c["dim"], len(signal))]], ORDER)
     return [signal] * len(c.outputs)
 
 
@@ -86,6 +84,6 @@ def _ordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
 def _topk(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dim"], len(signal))
-    c.pin([signal[dim]], "the largest along the dimension are chosen")
-    signal[dim] = c.fixed(c.outputs[0].shape[dim])
+    c.pin([signal[dim]], LARGEST)
+    signal[dim] = c.fixed(c.outputs[0].shape[dim], LARGEST)
     return [signal] * len(c.outputs)

@@ -15,19 +15,15 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxwidth.factors import ONE, Axis, FactorSpace, axis_size, constant
+from fxwidth.factors import ONE, Axis, FactorSpace, axis_size, constant, why_fixed
 from fxwidth.index_maps import IndexMaps
+from fxwidth.pins import MADE, Pin
 from fxwidth.tape import Axes, Contraction, Mixing, OpCall, functional_name, tensors_in
 from fxwidth.unification import cut, split, unify
 
 Rule = Callable[["RuleContext"], Sequence[Sequence[Axis]]]
 Prescribed = tuple[OpOverload, dict[str, Any]]
 Prescription = Callable[[OpCall, IndexMaps], Prescribed]
-
-# Reasons that say a dim holds no channels at all; such dims are not listed as groups.
-KERNEL = "a kernel size"
-POSITION = "a position, not a channel"
-STRUCTURAL = (KERNEL, POSITION)
 
 RULES: dict[str, Rule] = {}
 PRESCRIPTIONS: dict[str, Prescription] = {}
@@ -148,9 +144,13 @@ class RuleContext:
         """Return the axis of a dimension that arises here."""
         return self.space.fresh(size, f"{name or self.call.name}@{self.call.node or self.call.index}")
 
-    def fixed(self, size: int) -> Axis:
-        """Return the axis of a dimension that is never resized."""
-        return constant(size)
+    def fixed(self, size: int, reason: str = MADE) -> Axis:
+        """Return the axis of a dimension that is never resized, because of this op."""
+        return constant(size, Pin(reason, self.space.context))
+
+    def fixed_like(self, size: int, axis: Axis) -> Axis:
+        """Return the axis of a dimension that is never resized, because it is made from one that is not."""
+        return constant(size, why_fixed(self.space.normalise(axis)) or Pin(MADE, self.space.context))
 
     def factored(self, axis: Axis, *sizes: int) -> list[Axis]:
         """Divide an axis into the product of dimensions of the given sizes, major first."""

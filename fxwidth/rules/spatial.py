@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 from fxwidth.factors import Axis
-from fxwidth.rules.registry import POSITION, Rule, RuleContext, rule
+from fxwidth.pins import KERNEL, POSITION, WINDOWS
+from fxwidth.rules.registry import Rule, RuleContext, rule
 
 _BY_RANK = {
     1: ("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d")
@@ -25,7 +26,7 @@ def _over_positions(rank: int) -> Rule:
     def judge(c: RuleContext) -> Sequence[Sequence[Axis]]:
         (signal,) = [c.axes(tensor) for tensor in c.call.inputs]
         c.pin(signal[-rank:], POSITION)
-        return [[*signal[:-rank], *map(c.fixed, output.shape[-rank:])] for output in c.outputs]
+        return [[*signal[:-rank], *_positions(c, output.shape[-rank:])] for output in c.outputs]
 
     return judge
 
@@ -39,7 +40,7 @@ def _grid_sampler(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, grid = (c.axes(tensor) for tensor in c.call.inputs)
     c.pin([*signal[2:], *grid[1:]], POSITION)
     c.unify(signal[0], grid[0])
-    return [[*signal[:2], *map(c.fixed, c.outputs[0].shape[2:])]]
+    return [[*signal[:2], *_positions(c, c.outputs[0].shape[2:])]]
 
 
 @rule("pixel_shuffle")
@@ -48,7 +49,7 @@ def _pixel_shuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     c.pin(signal[-2:], POSITION)
     channels = c.fresh(c.outputs[0].shape[-3])
     c.unify(signal[-3], ((channels, factor, factor),))
-    return [[*signal[:-3], c.space.normalise(channels), *map(c.fixed, c.outputs[0].shape[-2:])]]
+    return [[*signal[:-3], c.space.normalise(channels), *_positions(c, c.outputs[0].shape[-2:])]]
 
 
 @rule("pixel_unshuffle")
@@ -56,15 +57,15 @@ def _pixel_unshuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, factor = c.axes("self"), c["downscale_factor"]
     c.pin(signal[-2:], POSITION)
     channels = c.space.product(signal[-3], c.fixed(factor), c.fixed(factor))
-    return [[*signal[:-3], channels, *map(c.fixed, c.outputs[0].shape[-2:])]]
+    return [[*signal[:-3], channels, *_positions(c, c.outputs[0].shape[-2:])]]
 
 
 @rule("im2col")
 def _im2col(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin(signal[-2:], POSITION)
-    patches = c.space.product(signal[-3], c.fixed(prod(c["kernel_size"])))
-    return [[*signal[:-3], patches, c.fixed(c.outputs[0].shape[-1])]]
+    patches = c.space.product(signal[-3], c.fixed(prod(c["kernel_size"]), KERNEL))
+    return [[*signal[:-3], patches, *_positions(c, c.outputs[0].shape[-1:])]]
 
 
 @rule("col2im")
@@ -73,13 +74,17 @@ def _col2im(c: RuleContext) -> Sequence[Sequence[Axis]]:
     c.pin(signal[-1:], POSITION)
     channels = c.fresh(c.outputs[0].shape[-3])
     c.unify(signal[-2], ((channels, prod(c["kernel_size"])),))
-    return [[*signal[:-2], c.space.normalise(channels), *map(c.fixed, c.outputs[0].shape[-2:])]]
+    return [[*signal[:-2], c.space.normalise(channels), *_positions(c, c.outputs[0].shape[-2:])]]
 
 
 @rule("unfold")
 def _unfold(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dimension"], len(signal))
-    c.pin([signal[dim]], "windows are cut along the dimension")
-    signal[dim] = c.fixed(c.outputs[0].shape[dim])
-    return [[*signal, c.fixed(c["size"])]]
+    c.pin([signal[dim]], WINDOWS)
+    signal[dim] = c.fixed(c.outputs[0].shape[dim], WINDOWS)
+    return [[*signal, c.fixed(c["size"], KERNEL)]]
+
+
+def _positions(c: RuleContext, sizes: Iterable[int]) -> list[Axis]:
+    return [c.fixed(size, POSITION) for size in sizes]

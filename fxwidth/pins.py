@@ -1,0 +1,141 @@
+"""Why sizes stay: the reasons, where each arose, and what would free the dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One reason why a size must stay.
+
+    Attributes:
+        reason: the reason as a phrase.
+        context: the op and node at which it arose; empty for a fact about the dimension itself.
+        cause: why the size is fixed that this one must equal, where it is for that.
+    """
+
+    reason: str
+    context: str = ""
+    cause: Pin | None = None
+
+    @property
+    def root(self) -> Pin:
+        """The pin that this one follows from in the end."""
+        root = self
+        while root.cause is not None:
+            root = root.cause
+        return root
+
+    def __str__(self) -> str:
+        """Return the reason in one line, with the one that it follows from."""
+        own = f"{self.reason} ({self.context})" if self.context else self.reason
+        return own if self.cause is None else f"{own}: {self.root}"
+
+
+class Fixed(int):
+    """A constant of an axis that knows why it is one; otherwise an integer like any other."""
+
+    why: Pin
+
+    def __new__(cls, size: int, why: Pin) -> Fixed:
+        """Make a constant."""
+        fixed = super().__new__(cls, size)
+        fixed.why = why
+        return fixed
+
+    def __hash__(self) -> int:
+        """Differ from equal constants of another reason: what is remembered of one must not tell of the other."""
+        return hash((int(self), id(self.why)))
+
+
+# Reasons that say a dim holds no channels at all; such dims are not listed as groups.
+KERNEL = "a kernel size"
+POSITION = "a position, not a channel"
+STRUCTURAL = (KERNEL, POSITION)
+
+CONSTANT = "it must equal a dimension of fixed size"
+UNALIGNED = "two factorings of one dimension cannot be aligned"
+HELD = "it is a dimension of a tensor that the model holds as a constant"
+OUTPUT = "the size of the model's output"
+UNUSED = "the graph never uses this parameter"
+BATCH = "it is the batch dimension"
+BATCH_DIVIDED = "the batch dimension is divided"
+SELF_CONTAINED = "a dimension would contain itself"
+MADE = "the op makes a dimension of this size, whatever its operands"
+ORDER = "the order along the dimension matters"
+INDEXED = "the dimension is looked up by index"
+GATHERED = "gather takes only the first positions of the dimension"
+POSITIONS_RETURNED = "positions along the dimension are returned"
+LARGEST = "the largest along the dimension are chosen"
+TAKEN_APART = "the dimension is taken apart into a fixed number of tensors"
+STRIDED = "a strided slice that does not divide the dimension"
+WINDOWS = "windows are cut along the dimension"
+SHUFFLED_GROUPS = "the number of shuffled groups is a literal"
+SORTED_ROWS = "rows are sorted by the matrix they are multiplied by"
+SCALE = "the attention scale is computed from it"
+NO_RULE = "no rule for this op"
+NOT_COVERED = "its rule does not cover this call"
+OTHER_SHAPES = "its rule expected results of shapes"
+
+
+def input_dimension(dim: int, name: str) -> str:
+    """Return the reason of a dim of one of the model's inputs."""
+    return f"{_INPUT} {dim} of the model's input {name!r}"
+
+
+_INPUT = "it is dimension"
+_CALLERS = "Nothing inside the model: its callers know this size."
+_REWRITE = "Write this step of the model with ops whose rules cover it, and report this text to fxwidth."
+_BY_PLACE = (
+    "Nothing, as long as the op works along this dimension: there an entry is known by its place, "
+    "and its place changes when others go."
+)
+_HEADS = "Give the two ops numbers of groups or heads of which one divides the other."
+
+# What would free a dimension, by how its reason begins.
+REMEDIES = {
+    KERNEL: _BY_PLACE,
+    POSITION: _BY_PLACE,
+    _INPUT: f"{_CALLERS} A layer between the input and the rest has a width of its own.",
+    OUTPUT: f"{_CALLERS} Trace the part of the model before its last layer to resize what that part returns.",
+    UNALIGNED: _HEADS,
+    SELF_CONTAINED: _REWRITE,
+    HELD: "Hold the tensor as a parameter or a buffer of a module: these are resized with the rest.",
+    UNUSED: "Use it in forward, or delete it; what runs in training alone is not in a graph traced in eval mode.",
+    BATCH: "Nothing: the batch belongs to the callers.",
+    BATCH_DIVIDED: "Keep the batch a dimension of its own: reshape the others and leave the first as it is.",
+    MADE: "Make the tensor with zeros, ones, full or expand where all its entries along the dimension are alike.",
+    ORDER: _BY_PLACE,
+    INDEXED: "Nothing, while entries are known by their numbers. Where indices are a regular part of the dimension, "
+    "take it with slices, split or chunk: these follow a resize.",
+    GATHERED: "Gather from a tensor that has the size of the index in every other dimension.",
+    POSITIONS_RETURNED: "Use the values instead of the positions, if the model can.",
+    LARGEST: "Nothing: which entries are chosen depends on all that are there.",
+    TAKEN_APART: "Use split or chunk: the sizes of their pieces follow a resize, the number of tensors does not.",
+    STRIDED: "Make the size of the dimension a multiple of the step.",
+    WINDOWS: _BY_PLACE,
+    SHUFFLED_GROUPS: "Write the shuffle as a view, a transpose and a view.",
+    SORTED_ROWS: "Nothing: rows and matrices belong together by their numbers.",
+    SCALE: "Pass scale= to the attention, so that it does not depend on a width.",
+    NOT_COVERED: _REWRITE,
+    OTHER_SHAPES: "Mend the op's rule: it must return one axis per dim of each result, of that dim's size.",
+}
+
+
+def remedy(pin: Pin) -> str:
+    """Return what would free a dimension, as a sentence or several lines."""
+    root = pin.root
+    if root.reason == CONSTANT:
+        return "Nothing is known of the other dimension but its size; please report this text to fxwidth."
+    if root.reason == NO_RULE:
+        op = root.context.partition(" at node ")[0]
+        return f'A rule, which says of what axes the op\'s results are made (README, "Custom ops"):\n{_rule_for(op)}'
+    found = next((text for reason, text in REMEDIES.items() if root.reason.startswith(reason)), None)
+    return found or "What the op's rule says: change the model at that node."
+
+
+def _rule_for(op: str) -> str:
+    lines = [f"@fxwidth.rules.registry.rule({op!r})", "def its_axes(c):"]
+    lines += ["    return [c.axes(...)]  # if the result has the axes of this operand"]
+    return "\n".join(f"    {line}" for line in lines)
