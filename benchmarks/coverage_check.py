@@ -28,6 +28,7 @@ import fxwidth
 from benchmarks.coverage_cases import Call, case
 from fxwidth import calls
 from fxwidth.calls import bound_to_placeholders
+from fxwidth.evidence import Evidence
 from fxwidth.index_maps import IndexMaps
 from fxwidth.structures import deep_tensors
 from fxwidth.verification import largest_difference, reference_outputs
@@ -174,7 +175,7 @@ def _as_the_oracle_keeps() -> Iterator[None]:
     """Keep the channels the oracle keeps, and leave gains alone, which it does not rescale either."""
     with (
         mock.patch("fxwidth.resizing.select", lambda _graph, group, width, _moments: _some(group.width, width)),
-        mock.patch("fxwidth.resizing._evidence", return_value=None),
+        mock.patch("fxwidth.resizing._evidence", lambda graph, *_: Evidence(graph, None)),
         mock.patch("fxwidth.rewriting.parameters.variance_ratio", return_value=1.0),
     ):
         yield

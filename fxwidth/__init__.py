@@ -12,6 +12,7 @@ from fxwidth.budgets import Budget
 from fxwidth.checkpoint import load, save
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver, evolve
+from fxwidth.group_spectra import GroupSpectrum, spectrum
 from fxwidth.groups import ChannelGroup, Site, WidthGraph
 from fxwidth.planning import Plan, plan
 from fxwidth.reporting import Report, report
@@ -25,6 +26,7 @@ __all__ = [
     "ChannelGroup",
     "Evolver",
     "FxwidthError",
+    "GroupSpectrum",
     "Plan",
     "Report",
     "Site",
@@ -36,6 +38,7 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "spectrum",
     "trace",
 ]
 

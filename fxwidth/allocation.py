@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ _COARSE = 0.03
 # How often the prices of several costs are weighed against each other, and how sharply.
 _WEIGHINGS, _SHARPNESS = 12, 4.0
 _ROUNDING = 1e-9
+# How many exchanges of a step of one group against steps of others are tried at most.
+_TRIES = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +45,10 @@ def allocate(choices: Sequence[Choice], bounds: Bounds) -> Widths:
     """Return widths of little summed error whose costs stay within bounds that the smallest widths meet.
 
     The Lagrangian, error + price * cost, is minimised by coordinate descent and the price bisected; what is left of
-    the budget then goes, step by step, to the group that gains most by it. Several costs are added up, each relative to
-    its bound, with weights that go to those that bind. Where one step of a group is a large part of a bound no price
-    may lead to the best widths: there the neighbouring widths are tried, all others made anew.
+    the budget then goes, step by step, to the group that gains most by it, and steps are exchanged between groups.
+    Several costs are added up, each relative to its bound, with weights that go to those that bind. Where one step of a
+    group is a large part of a bound no price may lead to the best widths: there the neighbouring widths are tried, all
+    others made anew.
 
     Args:
         choices: what each group may take.
@@ -62,7 +66,44 @@ def allocate(choices: Sequence[Choice], bounds: Bounds) -> Widths:
         if _total(choices, rival) > _total(choices, best) - _ROUNDING:
             break
         best = rival
+    return _exchanged(choices, problem, best)
+
+
+def _exchanged(choices: Sequence[Choice], problem: _Problem, best: Widths) -> Widths:
+    """Return widths that no step of one group, paid for or spent by the others, makes better; or a number of tries."""
+    tries, queue = _TRIES, deque((choice, step) for choice in choices for step in (-1, 1))
+    while queue and tries:
+        choice, step = queue.popleft()
+        place = int(np.searchsorted(choice.widths, best[choice.factor])) + step
+        if not 0 <= place < len(choice.widths):
+            continue
+        tries -= 1
+        held = {**best, choice.factor: int(choice.widths[place])}
+        others = [other for other in choices if other is not choice]
+        rival = _fill(others, problem, _trim(others, problem, held))
+        if problem.met(rival) and _total(choices, rival) < _total(choices, best) - _ROUNDING:
+            best = rival
+            queue = deque((other, side) for other in choices for side in (-1, 1))
     return best
+
+
+def _trim(choices: Sequence[Choice], problem: _Problem, widths: Widths) -> Widths:
+    """Narrow groups, least loss per cost first, until the bounds are met or nothing is left to narrow."""
+    widths = dict(widths)
+    while not problem.met(widths):
+        best: tuple[float, Factor, int] | None = None
+        for choice in choices:
+            place = int(np.searchsorted(choice.widths, widths[choice.factor]))
+            if place:
+                narrower = int(choice.widths[place - 1])
+                saved = problem.cost(widths) - problem.cost({**widths, choice.factor: narrower})
+                rate = float(choice.errors[place - 1] - choice.errors[place]) / max(saved, 1e-300)
+                if saved > 0 and (best is None or rate < best[0]):
+                    best = rate, choice.factor, narrower
+        if best is None:
+            break
+        widths[best[1]] = best[2]
+    return widths
 
 
 class _Problem:
@@ -184,9 +225,10 @@ def _fill(choices: Sequence[Choice], problem: _Problem, widths: Widths) -> Width
         for factor, choice in by_factor.items():
             if factor not in steps:
                 steps[factor] = _best_step(choice, problem, widths, left)
-        rate, width, factor = max(((*step, factor) for factor, step in steps.items()), key=lambda step: step[0])
-        if rate <= 0:
+        best = max(((*step, factor) for factor, step in steps.items()), key=lambda step: step[0], default=None)
+        if best is None or best[0] <= 0:
             return widths
+        rate, width, factor = best
         # What is left has changed since the step was found: it may not fit any more.
         fresh = _best_step(by_factor[factor], problem, widths, left)
         if fresh != (rate, width):

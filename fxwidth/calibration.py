@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from fxwidth.tape import OpCall
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
 _LARGEST_ACTIVATION = 2**25
+# From this size on the last two dims of an input with four or more are taken for those of an image.
+_SMALLEST_IMAGE = 4
 
 
 def placeholder_names(analysis: Analysis) -> list[str]:
@@ -81,6 +84,79 @@ def _fitted(analysis: Analysis, batch: Any, number: int) -> list[Any]:
     return values
 
 
+class Replayed:
+    """Batches that can be gone through more than once: what an iterator gives is kept, all else is asked again."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._kept: list[Any] = []
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield all batches from the first."""
+        if not isinstance(self._data, Iterator):
+            yield from self._data
+            return
+        place = 0
+        while True:
+            while place < len(self._kept):
+                yield self._kept[place]
+                place += 1
+            try:
+                self._kept.append(next(self._data))
+            except StopIteration:
+                return
+
+
+def replayed(data: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Return data such that a generator can be gone through several times; other objects as they are."""
+    return Replayed(data) if isinstance(data, Iterator) else data
+
+
+class Gathered:
+    """Batches of training, a few of them kept such that each had the same chance: those that are kept can be iterated.
+
+    Args:
+        samples: about how many inputs are kept.
+
+    Source: algorithm R of J. S. Vitter, Random Sampling with a Reservoir (1985).
+    """
+
+    def __init__(self, samples: int = 512) -> None:
+        self.batches: list[Any] = []
+        self._samples = samples
+        self._seen = 0
+        self._random = random.Random(0)
+
+    def add(self, batch: Any) -> None:
+        """Take in one batch."""
+        self._seen += 1
+        size = next((len(tensor) for tensor in deep_tensors(batch) if tensor.dim()), 1)
+        if len(self.batches) < max(4, -(-self._samples // max(1, size))):
+            self.batches.append(batch)
+            return
+        place = self._random.randrange(self._seen)
+        if place < len(self.batches):
+            self.batches[place] = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches that are kept."""
+        return iter(self.batches)
+
+
+def targets_of(analysis: Analysis, batch: Any) -> tuple[Any, ...]:
+    """Return what a batch holds beside the graph's inputs: what follows them, or a dict as a whole."""
+    if _is_argument(batch, analysis.inputs):
+        return ()
+    if isinstance(batch, Mapping):
+        return (batch,)
+    parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if parts and isinstance(parts[0], Mapping) and not _is_argument(parts[0], analysis.inputs):
+        return tuple(parts[1:])
+    wanted = sum(bool(deep_tensors(value)) for value in analysis.inputs)
+    places = [place for place, part in enumerate(parts) if deep_tensors(part)][:wanted]
+    return tuple(parts[places[-1] + 1 :]) if places else ()
+
+
 def _is_argument(value: Any, inputs: Sequence[Any]) -> bool:
     """Tell whether a list or dict is itself one of the inputs."""
     structure = flatten(value)[1]
@@ -112,18 +188,22 @@ def _checked(tensor: Tensor, example: Tensor, place: str) -> Tensor:
 
 
 def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[list[Any]]:
-    """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products."""
+    """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
+
+    Images are smooth as natural ones are; all other inputs are white.
+    """
     recorded = next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
     samples = _samples_wanted(probes, recorded)
     products = (sum(map(_products, analysis.calls)) + sum(map(_products_of_moment, probes))) / recorded
     samples = int(max(16, min(samples, work / max(1.0, products))))
     largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
-    size = min(samples, max(16, _LARGEST_ACTIVATION // max(1, largest))) if analysis.batch else recorded
+    is_free = analysis.batch and not any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    size = min(samples, max(16, _LARGEST_ACTIVATION // max(1, largest))) if is_free else recorded
     generators: dict[torch.device, torch.Generator] = {}
 
     def noise(example: Tensor) -> Tensor:
         generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
-        return _noise(analysis, example, size if analysis.batch else None, generator)
+        return _noise(analysis, example, size if is_free else None, generator)
 
     for _ in range(-(-samples // size)):
         yield [map_leaves(noise, value) for value in analysis.inputs]
@@ -164,12 +244,33 @@ def _noise(analysis: Analysis, example: Tensor, batch: int | None, generator: to
         shape[0] = batch
     device = example.device
     if example.is_floating_point() or example.is_complex():
-        return torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
+        noise = torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
+        return _smooth(noise) if _is_image(example) else noise
     high = _vocabulary(analysis, example)
     if high is None:
         # A mask or a type: whatever it selects, one is within its range.
         return torch.ones(shape, dtype=example.dtype, device=device)
     return torch.randint(high, shape, generator=generator, device=device, dtype=example.dtype)
+
+
+def _is_image(example: Tensor) -> bool:
+    return example.is_floating_point() and example.dim() >= 4 and min(example.shape[-2:]) >= _SMALLEST_IMAGE
+
+
+def _smooth(noise: Tensor) -> Tensor:
+    """Return noise with amplitudes in inverse proportion to the frequency in its last two dims, of variance one.
+
+    Source: D. J. Field, Relations between the Statistics of Natural Images and the Response Properties of Cortical
+        Cells (1987): so are those of images.
+    """
+    height, width = noise.shape[-2:]
+    wide = noise if noise.dtype == torch.float64 else noise.float()
+    rows = torch.fft.fftfreq(height, dtype=wide.dtype, device=wide.device)
+    columns = torch.fft.rfftfreq(width, dtype=wide.dtype, device=wide.device)
+    frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(1 / max(height, width))
+    smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(wide) / frequency, s=(height, width))
+    smooth /= smooth.std()
+    return smooth.to(noise.dtype)
 
 
 def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from fxwidth.budgets import Budget, cost_polynomial
+from fxwidth.calibration import Gathered, replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
-from fxwidth.planning import Plan, plan
+from fxwidth.planning import Plan, budget_of, plan_with_evidence
 from fxwidth.resizing import resize_analyzed
+from fxwidth.selection import check_selection
 from fxwidth.structures import deep_tensors, map_leaves
 from fxwidth.tracing import analyze_module, trace
 
@@ -24,6 +26,8 @@ def evolve(
     *,
     optimizer: Optimizer | None = None,
     data: Iterable[Any] | None = None,
+    selection: str = "greedy",
+    recalibrate: bool | None = None,
     fold: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
@@ -35,24 +39,51 @@ def evolve(
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model.
-        data: batches of inputs from which to see what readers see.
+        data: batches of inputs from which to see what readers see, as for `fxwidth.resize`.
+        selection: the method by which channels are chosen, as for `fxwidth.resize`.
+        recalibrate: whether batch norm's running statistics are corrected, as for `fxwidth.resize`.
         fold: whether readers take over what they read from dropped channels.
-        options: those of `fxwidth.plan`, e.g. `params=0.5`.
+        options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`.
 
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used; nothing has changed.
     """
     module = trace(model, example_inputs, example_kwargs)
     width_graph = WidthGraph(analyze_module(module))
-    return resize_analyzed(width_graph, plan(width_graph, **options), optimizer=optimizer, data=data, fold=fold)
+    return _planned_and_resized(width_graph, data, selection, options, optimizer, recalibrate, fold)[1]
+
+
+def _planned_and_resized(
+    width_graph: WidthGraph,
+    data: Iterable[Any] | None,
+    selection: str,
+    options: Mapping[str, Any],
+    optimizer: Optimizer | None,
+    recalibrate: bool | None,
+    fold: bool,
+) -> tuple[Plan, fx.GraphModule]:
+    """Plan and resize from the same evidence, so that it is gathered once."""
+    data = replayed(data)
+    chosen, evidence = plan_with_evidence(width_graph, data=data, selection=selection, **options)
+    # Without a budget a plan does not look at the data, and a resize still can.
+    return chosen, resize_analyzed(
+        width_graph,
+        chosen,
+        optimizer=optimizer,
+        data=data,
+        selection=selection,
+        evidence=evidence,
+        recalibrate=recalibrate,
+        fold=fold,
+    )
 
 
 class Evolver:
     """Evolves a network while it trains; called like a learning-rate scheduler.
 
     Every `every` steps the widths are planned anew and the network is resized in place; the references of the
-    training loop to the graph, the optimizer and its schedulers stay valid. With a target, `params=`, the parameter
-    count goes there in `rounds` geometric steps and stays; without one, the thresholds of `fxwidth.plan` decide, and
+    training loop to the graph, the optimizer and its schedulers stay valid. With a target, `params=` or `budget=`, the
+    costs go there in `rounds` geometric steps and stay; without one, the thresholds of `fxwidth.plan` decide, and
     layers may grow again.
 
     Args:
@@ -61,8 +92,13 @@ class Evolver:
         every: steps between two resizes.
         start: steps before the first.
         params: the parameter count to reach, absolute or as a ratio of the present one.
+        budget: the costs to reach, absolute or as ratios of the present ones.
         rounds: the number of resizes on the way there.
-        data: batches of inputs from which to see what readers see; by default the batches last given to `step`.
+        data: batches of inputs from which to see what readers see; by default some of those given to `step`, drawn
+            evenly from all.
+        selection: the method by which channels are chosen, as for `fxwidth.resize`.
+        recalibrate: whether batch norm's running statistics are corrected after a resize; None for doing so where data
+            are given. Training brings them up to date by itself.
         fold: whether readers take over what they read from dropped channels.
         options: those of `fxwidth.plan`.
 
@@ -78,15 +114,19 @@ class Evolver:
         every: int = 200,
         start: int = 0,
         params: int | float | None = None,
+        budget: Budget | None = None,
         rounds: int | None = None,
         data: Iterable[Any] | None = None,
+        selection: str = "greedy",
+        recalibrate: bool | None = None,
         fold: bool = True,
         **options: Any,
     ) -> None:
         if every < 1:
             raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
-        if rounds is not None and (params is None or rounds < 1):
-            raise FxwidthError(f"rounds={rounds} needs params= to go to, and must be at least 1.")
+        target = budget_of(budget, params)
+        if rounds is not None and (target is None or rounds < 1):
+            raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to, and must be at least 1.")
         self.gm = gm
         self.optimizer = optimizer
         self.every = every
@@ -95,18 +135,21 @@ class Evolver:
         self._steps = 0
         self._rounds = rounds or 8
         self._data = data
+        self._selection = check_selection(selection)
+        self._recalibrate = data is not None if recalibrate is None else recalibrate
         self._fold = fold
         self._options = options
-        self._first = parameter_count(gm)
-        self._target = _absolute(params, self._first)
-        # A few batches are evidence enough, and their memory is that of the batches themselves.
-        self._recent: deque[tuple[Any, ...]] = deque(maxlen=4)
-        analyze_module(gm)  # a graph without shapes, or one that does not run, is refused now and not in mid-training
+        # A graph without shapes, or one that does not run, is refused now and not in mid-training.
+        width_graph = WidthGraph(analyze_module(gm))
+        bounds = target.bounds if target is not None else {}
+        self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
+        self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
+        self._gathered = Gathered()
 
     @property
     def finished(self) -> bool:
         """Whether the target is reached; always false without one."""
-        return self._target is not None and self._round > self._rounds
+        return bool(self._target) and self._round > self._rounds
 
     @property
     def _round(self) -> int:
@@ -136,15 +179,17 @@ class Evolver:
         count = len(self.gm.graph.find_nodes(op="placeholder"))
         inputs = tuple(map_leaves(Tensor.detach, value) for value in batch if deep_tensors(value))[:count]
         if self._data is None and inputs:
-            self._recent.append(inputs)
+            self._gathered.add(inputs)
 
     def _resize(self) -> Plan:
         before = parameter_count(self.gm)
         width_graph = WidthGraph(analyze_module(self.gm))
-        chosen = plan(width_graph, **self._target_option(), **self._options)
-        data = self._data if self._data is not None else list(self._recent) or None
+        data = self._data if self._data is not None else self._gathered if self._gathered.batches else None
+        options = {**self._target_option(), **self._options}
+        chosen, _ = _planned_and_resized(
+            width_graph, data, self._selection, options, self.optimizer, self._recalibrate, self._fold
+        )
         old = {name: width_graph[name].width for name in chosen}
-        resize_analyzed(width_graph, chosen, optimizer=self.optimizer, data=data, fold=self._fold)
         self.history.append(
             {
                 "step": self._steps,
@@ -156,20 +201,14 @@ class Evolver:
         return chosen
 
     def _target_option(self) -> dict[str, Any]:
-        if self._target is None:
+        if not self._target:
             return {}
         share = min(1.0, self._round / self._rounds)
-        return {"params": max(self._target, round(self._first * (self._target / self._first) ** share))}
+        first = self._first
+        due = {n: max(goal, round(first[n] * (goal / first[n]) ** share)) for n, goal in self._target.items()}
+        return {"budget": Budget(**due)}
 
 
 def parameter_count(module: nn.Module) -> int:
     """Return the number of entries of a module's parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _absolute(params: int | float | None, present: int) -> int | None:
-    if params is None or isinstance(params, int):
-        return params
-    if not 0 < params <= 1:
-        raise FxwidthError(f"params={params} as a ratio must lie in (0, 1]; give an int for an absolute count.")
-    return round(params * present)

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.analysis import Analysis
-from fxwidth.calibration import batches_from, noise_batches
+from fxwidth.calibration import Gathered, batches_from, noise_batches
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
 from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
@@ -30,7 +30,8 @@ class Moments:
     """What one pass over data, or over noise, showed of a width graph's activations.
 
     Attributes:
-        source: where the evidence is from, for reports: "data" or "noise".
+        source: where the evidence is from, for reports: "data", "training" (batches that an Evolver has gathered),
+            "noise" sent through the network, or "weights".
         samples: how many inputs were seen.
         contracted: the moment of the contracted dim of an activation, by (op index, argument); shared where it is read
             several times.
@@ -65,7 +66,8 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
     """
     if not _has_values(width_graph.analysis):
         return None
-    moments = collect_moments(width_graph, batches_from(width_graph.analysis, data, limit), source="data")
+    source = "training" if isinstance(data, Gathered) else "data"
+    moments = collect_moments(width_graph, batches_from(width_graph.analysis, data, limit), source=source)
     for node, reason in moments.missed.items():
         if reason == NOT_FINITE:
             raise FxwidthError(

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from fxwidth.allocation import Choice, allocate
 from fxwidth.budgets import Bound, Budget, bounds_of, cost_polynomial, out_of_reach
+from fxwidth.curves import Errors
 from fxwidth.errors import FxwidthError
+from fxwidth.evidence import Evidence, gather_evidence, spectral_errors
 from fxwidth.factors import Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.limits import Class, Limits, SameWidth, chosen_groups, classes
+from fxwidth.loss_probes import Loss, calibrated
 from fxwidth.plans import Plan
 from fxwidth.polynomials import Polynomial
-from fxwidth.readers import wiring_of
-from fxwidth.spectrum import singular_values, tail_share, writer_matrices
+from fxwidth.thresholds import Thresholds, by_thresholds
 from fxwidth.tracing import refuse_nan
 
 __all__ = ["Plan", "plan"]
-
-Errors = npt.NDArray[np.float64]
 
 
 def plan(
@@ -31,6 +29,9 @@ def plan(
     *,
     budget: Budget | None = None,
     params: int | float | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    selection: str = "greedy",
     shrink_energy: float = 0.05,
     grow_energy: float = 0.5,
     grow_step: int = 0,
@@ -42,17 +43,22 @@ def plan(
     keep: str | Sequence[str] | None = None,
     exact: bool = True,
 ) -> Plan:
-    """Choose new widths from the singular spectra of the groups' writers.
+    """Choose new widths.
 
-    Without a budget, each group goes by itself: it shrinks while the tail of its singular values holds less than
-    `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times the width exceeds `grow_energy`
-    of the sum. Under a budget, groups shrink together until all its bounds are met, and as much of the spectra is kept
-    in what each layer reads as can be found.
+    Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they hear as
+    can be found. Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the
+    singular values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times
+    the width exceeds `grow_energy` of the sum.
 
     Args:
         width_graph: the groups, from `fxwidth.analyze`.
         budget: what the network may cost.
         params: short for `budget=Budget(params=...)`.
+        data: under a budget, batches that begin with the graph's inputs, from which to see what readers hear; without
+            them, that is estimated from the weights and batch norm statistics.
+        loss: called with the output and what follows the inputs in a batch; errors then are in its unit, each group's
+            brought there by a probe on the first batches.
+        selection: under a budget, the method by which channels are to be chosen, as for `fxwidth.resize`.
         shrink_energy: in [0, 1); 0 for no shrinking.
         grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.
         grow_step: channels to add; 0 for no growing.
@@ -66,8 +72,8 @@ def plan(
 
     Returns:
         A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,
-        `notes["cost"]` that and the flops and whatever the budget bounds, `notes["error"]` the predicted error and
-        `notes["errors"]` each group's part in it.
+        `notes["cost"]` that and the flops and whatever the budget bounds, `notes["error"]` the predicted error,
+        `notes["errors"]` each group's part in it, and `notes["evidence"]` what it was predicted from.
 
     Raises:
         FxwidthError: an option is out of range, a pattern matches no group, options contradict each other, the
@@ -75,25 +81,73 @@ def plan(
 
     Source: the thresholds are those of J. Dejaegher, SVD evolutive CNN (2021).
     """
+    return plan_with_evidence(
+        width_graph,
+        budget=budget,
+        params=params,
+        data=data,
+        loss=loss,
+        selection=selection,
+        shrink_energy=shrink_energy,
+        grow_energy=grow_energy,
+        grow_step=grow_step,
+        min_width=min_width,
+        max_width=max_width,
+        align=align,
+        same_width=same_width,
+        only=only,
+        keep=keep,
+        exact=exact,
+    )[0]
+
+
+def plan_with_evidence(
+    width_graph: WidthGraph,
+    *,
+    budget: Budget | None = None,
+    params: int | float | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    selection: str = "greedy",
+    shrink_energy: float = 0.05,
+    grow_energy: float = 0.5,
+    grow_step: int = 0,
+    min_width: int = 1,
+    max_width: int | None = None,
+    align: int = 1,
+    same_width: SameWidth | None = None,
+    only: str | Sequence[str] | None = None,
+    keep: str | Sequence[str] | None = None,
+    exact: bool = True,
+) -> tuple[Plan, Evidence | None]:
+    """Return a plan, as `plan` does, and the evidence it was made from, for a resize to use again."""
     refuse_nan(width_graph.analysis.module)
     limits = Limits(min_width, max_width, align)
     thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
-    bounds = bounds_of(width_graph, _budget(budget, params)) if budget is not None or params is not None else []
+    bound = budget_of(budget, params)
     units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
-    if bounds:
-        widths = _under_bounds(width_graph, units, limits, bounds)
-    else:
-        widths = {
-            group: width
-            for unit in units
-            for group, width in _by_thresholds(width_graph, unit, limits, thresholds, exact).items()
-        }
-    return _with_notes(width_graph, widths, bounds)
+    if bound is not None:
+        problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
+        return problem.solved(data, loss, selection)
+    if loss is not None:
+        raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
+    widths = {
+        group: width
+        for unit in units
+        for group, width in by_thresholds(width_graph, unit, limits, thresholds, exact).items()
+    }
+    errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
+    return _noted(width_graph, widths, [], errors, None), None
 
 
-def _budget(budget: Budget | None, params: int | float | None) -> Budget:
+def budget_of(budget: Budget | None, params: int | float | None) -> Budget | None:
+    """Return the budget that is given as such or by its short form, if one is.
+
+    Raises:
+        FxwidthError: both are given, or one is out of range.
+    """
     if budget is None:
-        return Budget(params=params)
+        return None if params is None else Budget(params=params)
     if not isinstance(budget, Budget):
         raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
     if params is not None:
@@ -101,103 +155,71 @@ def _budget(budget: Budget | None, params: int | float | None) -> Budget:
     return budget
 
 
-def _with_notes(width_graph: WidthGraph, widths: Mapping[ChannelGroup, int], bounds: Iterable[Bound]) -> Plan:
+class _Problem:
+    """Widths to be found for groups, some of them together, within bounds on costs."""
+
+    def __init__(
+        self, width_graph: WidthGraph, units: Sequence[Class], limits: Limits, bounds: Sequence[Bound]
+    ) -> None:
+        self._width_graph = width_graph
+        self._bounds = bounds
+        self._allowed = {unit: unit.widths(limits) for unit in units}
+        self._groups = [group for unit in units for group in unit.groups]
+        # Groups that go together are one to the solver: the first stands for all.
+        self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
+
+    def solved(self, data: Iterable[Any] | None, loss: Loss | None, selection: str) -> tuple[Plan, Evidence | None]:
+        """Return the widths of least summed error, and the evidence that errors were predicted from.
+
+        Raises:
+            FxwidthError: a bound is out of reach, or the data or the loss cannot be used.
+        """
+        largest = {group: widths[-1] for unit, widths in self._allowed.items() for group in unit.groups}
+        if all(bound.met(_by_factor(largest)) for bound in self._bounds):
+            errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
+            return _noted(self._width_graph, largest, self._bounds, errors, None), None
+        smallest = {group: widths[0] for unit, widths in self._allowed.items() for group in unit.groups}
+        for bound in self._bounds:
+            if not bound.met(_by_factor(smallest)):
+                raise FxwidthError(out_of_reach(self._width_graph, self._groups, _by_factor(smallest), bound))
+        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection)
+        widths = self._allocated(errors)
+        return _noted(self._width_graph, widths, self._bounds, errors, evidence), evidence
+
+    def _allocated(self, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
+        choices = []
+        for unit, widths in self._allowed.items():
+            summed = sum((errors[group][widths] for group in unit.groups), np.zeros(len(widths)))
+            choices.append(Choice(unit.groups[0].factor, np.array(widths), summed))
+        result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self._bounds])
+        return {group: result[self._heads[group.factor]] for group in self._groups}
+
+    def _joined(self, bound: Bound) -> Polynomial:
+        return bound.cost.replaced({factor: head for factor, head in self._heads.items() if factor is not head})
+
+
+def _by_factor(widths: Mapping[ChannelGroup, int]) -> dict[Factor, int]:
+    return {group.factor: width for group, width in widths.items()}
+
+
+def _noted(
+    width_graph: WidthGraph,
+    widths: Mapping[ChannelGroup, int],
+    bounds: Iterable[Bound],
+    errors: Mapping[ChannelGroup, Errors],
+    evidence: Evidence | None,
+) -> Plan:
     """Return the plan with what it costs and what it is predicted to lose."""
-    after = {group.factor: width for group, width in widths.items()}
     costs = {name: cost_polynomial(width_graph, name) for name in ("params", "flops")}
     costs |= {bound.name: bound.cost for bound in bounds}
     changed = {group: width for group, width in widths.items() if width != group.width}
-    errors = {g.name: float(width_errors(width_graph, g)[width]) for g, width in changed.items() if width < g.width}
-    cost = {name: [polynomial({}), polynomial(after)] for name, polynomial in costs.items()}
-    notes = {"parameters": cost["params"], "cost": cost, "error": sum(errors.values()), "errors": errors}
-    return Plan({group.name: width for group, width in changed.items()}, notes)
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """When a group shrinks or grows by its own spectrum."""
-
-    shrink_energy: float
-    grow_energy: float
-    grow_step: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.shrink_energy < 1:
-            raise FxwidthError(f"shrink_energy={self.shrink_energy!r} must lie in [0, 1): a share of the spectrum.")
-        if not 0 <= self.grow_energy <= 1:
-            raise FxwidthError(f"grow_energy={self.grow_energy!r} must lie in [0, 1]: a share of the spectrum.")
-        if isinstance(self.grow_step, bool) or not isinstance(self.grow_step, int) or self.grow_step < 0:
-            raise FxwidthError(f"grow_step={self.grow_step!r} must be an integer of at least 0: channels to add.")
-
-
-def _by_thresholds(
-    width_graph: WidthGraph, unit: Class, limits: Limits, thresholds: Thresholds, exact: bool
-) -> dict[ChannelGroup, int]:
-    """Return the widths that the groups' own spectra ask for; of groups that go together, the widest."""
-    wanted = {group: _by_threshold(width_graph, group, limits, thresholds, exact) for group in unit.groups}
-    if len(unit.groups) == 1 and unit.fixed is None:
-        return wanted
-    widest = max(wanted.values())
-    if unit.fixed is None and all(width > group.width for group, width in wanted.items()):
-        return dict.fromkeys(unit.groups, widest)
-    # One that may not grow holds the others back: they shrink to a width that all can take.
-    allowed = unit.widths(limits)
-    return dict.fromkeys(unit.groups, next((width for width in allowed if width >= widest), allowed[-1]))
-
-
-def _by_threshold(
-    width_graph: WidthGraph, group: ChannelGroup, limits: Limits, thresholds: Thresholds, exact: bool
-) -> int:
-    """Return the width that a group's own spectrum asks for."""
-    width = group.width
-    if next(writer_matrices(width_graph, group), None) is not None:
-        values = singular_values(width_graph, group)
-        tails = tail_share(values)
-        # The tails fall: the first below the threshold is the smallest width that keeps enough.
-        width = int(torch.count_nonzero(tails >= thresholds.shrink_energy)) if thresholds.shrink_energy else width
-        width = max(1, min(width, group.width))
-        total = float(values.sum())
-        is_full = width == group.width and float(values[-1]) * width > thresholds.grow_energy * total
-        if is_full and thresholds.grow_step and not (exact and group.inexact_growth):
-            width = group.width + thresholds.grow_step
-    if width == group.width and (limits.most is None or width <= limits.most):
-        return width
-    return limits.nearest(group, width)
-
-
-def _under_bounds(
-    width_graph: WidthGraph, units: Sequence[Class], limits: Limits, bounds: Sequence[Bound]
-) -> dict[ChannelGroup, int]:
-    """Return the widths of least summed error that keep within the bounds."""
-    allowed = {unit: unit.widths(limits) for unit in units}
-    largest = {group.factor: widths[-1] for unit, widths in allowed.items() for group in unit.groups}
-    if all(bound.met(largest) for bound in bounds):
-        return {group: widths[-1] for unit, widths in allowed.items() for group in unit.groups}
-    smallest = {group.factor: widths[0] for unit, widths in allowed.items() for group in unit.groups}
-    for bound in bounds:
-        if not bound.met(smallest):
-            groups = [group for unit in units for group in unit.groups]
-            raise FxwidthError(out_of_reach(width_graph, groups, smallest, bound))
-    # Groups that go together are one to the solver: the first stands for all.
-    heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
-    choices = []
-    for unit, widths in allowed.items():
-        errors = sum((width_errors(width_graph, group)[widths] for group in unit.groups), np.zeros(len(widths)))
-        choices.append(Choice(heads[unit.groups[0].factor], np.array(widths), errors))
-    result = allocate(choices, [(_joined(bound, heads), bound.limit) for bound in bounds])
-    return {group: result[heads[group.factor]] for unit in units for group in unit.groups}
-
-
-def _joined(bound: Bound, heads: Mapping[Factor, Factor]) -> Polynomial:
-    return bound.cost.replaced({factor: head for factor, head in heads.items() if factor is not head})
+    parts = {group.name: float(errors[group][width]) for group, width in changed.items() if width < group.width}
+    cost = {name: [polynomial({}), polynomial(_by_factor(widths))] for name, polynomial in costs.items()}
+    source = evidence.moments.source if evidence is not None and evidence.moments is not None else None
+    notes = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
+    return Plan({group.name: width for group, width in changed.items()}, {**notes, "evidence": source})
 
 
 def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
-    """Return the predicted error of every width of a group from none to all, [width + 1].
-
-    It is -log of the share of the sum of singular values that is kept, since shares multiply from layer to layer,
-    times the number of readers, each counted by how much of what it reads is of this group.
-    """
-    tails = tail_share(singular_values(width_graph, group)).cpu().numpy()
-    audience = max(1.0, wiring_of(width_graph).audience.get(group.factor, 0.0))
-    return np.asarray(-np.log(np.clip(1.0 - tails, 1e-12, 1.0)) * audience, dtype=np.float64)
+    """Return the predicted error of every width of a group from none to all, without data, [width + 1]."""
+    return gather_evidence(width_graph, None).errors(group)

@@ -15,8 +15,10 @@ class Report:
     """The resizes of a graph, oldest first; `print` it for a readable form.
 
     Attributes:
-        resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what the fold was
-            computed from: "data", "noise" or None), lowered (nodes replaced by ATen ops, with the reason).
+        resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels
+            were chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the
+            method), recalibrated (whether batch norm statistics were corrected), lowered (nodes replaced by ATen ops,
+            with the reason).
     """
 
     resizes: tuple[dict[str, Any], ...]
@@ -36,6 +38,7 @@ def report(gm: fx.GraphModule) -> Report:
 def _paragraph(number: int, record: dict[str, Any]) -> str:
     before, after = record["parameters"]
     evidence = f", readers refitted from {record['evidence']}" if record["evidence"] else ""
+    evidence += ", batch norm recalibrated" if record.get("recalibrated") else ""
     lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){evidence}"]
     lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]

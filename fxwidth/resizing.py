@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from fxwidth.calibration import replayed
 from fxwidth.errors import FxwidthError
+from fxwidth.evidence import Evidence, gather_evidence, select
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
-from fxwidth.moments import Moments, moments_from_data, moments_from_noise
 from fxwidth.planning import Plan
+from fxwidth.recalibration import Recalibration
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
-from fxwidth.selection import select
+from fxwidth.selection import check_selection
 from fxwidth.tape import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
 
@@ -33,6 +36,8 @@ def resize(
     *,
     optimizer: Optimizer | None = None,
     data: Iterable[Any] | None = None,
+    selection: str = "greedy",
+    recalibrate: bool | None = None,
     fold: bool = True,
     exact: bool = True,
 ) -> fx.GraphModule:
@@ -45,15 +50,32 @@ def resize(
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
         plan: group name -> new width; groups that are not named stay.
         optimizer: the optimizer that trains `gm`.
-        data: batches of inputs from which to see what the readers see; without them, that is estimated from the
-            weights and batch norm statistics.
+        data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
+            with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
+            norm statistics.
+        selection: the method by which channels are chosen: "greedy" (forward, by what readers can be told), "cholesky"
+            (pivoted), "leverage" (ridge leverage scores), "backward" (Optimal Brain Surgeon), "spectral_pruning"
+            (Suzuki et al.), "magnitude" (largest weights), or "projection" (by the writers' singular vectors, from
+            which alone readers are refitted then).
+        recalibrate: whether to correct batch norm's running statistics by what the data show before and after; None
+            for doing so where data are given.
         fold: whether readers take over what they read from dropped channels.
         exact: whether to refuse the growth of groups whose new channels would change the function.
 
     Raises:
         FxwidthError: the plan or the data cannot be used; nothing has changed.
     """
-    return resize_analyzed(WidthGraph(analyze_module(gm)), plan, optimizer=optimizer, data=data, fold=fold, exact=exact)
+    width_graph = WidthGraph(analyze_module(gm))
+    return resize_analyzed(
+        width_graph,
+        plan,
+        optimizer=optimizer,
+        data=data,
+        selection=selection,
+        recalibrate=recalibrate,
+        fold=fold,
+        exact=exact,
+    )
 
 
 def resize_analyzed(
@@ -62,28 +84,44 @@ def resize_analyzed(
     *,
     optimizer: Optimizer | None = None,
     data: Iterable[Any] | None = None,
+    selection: str = "greedy",
+    evidence: Evidence | None = None,
+    recalibrate: bool | None = None,
     fold: bool = True,
     exact: bool = True,
     blind: bool = False,
 ) -> fx.GraphModule:
     """Carry out a plan on a graph that has just been analysed; see `resize`.
 
-    With `blind`, the first channels of each group are kept without a look at values, which are about to be loaded.
+    With `evidence`, the moments and the selection are its own, and data serve recalibration alone. With `blind`, the
+    first channels of each group are kept without a look at values, which are about to be loaded.
     """
     module = width_graph.analysis.module
+    check_selection(selection)
+    if recalibrate and data is None:
+        raise FxwidthError("recalibrate=True needs data= to run the network on.")
     groups = _checked(width_graph, plan, exact)
     if not groups:
         return module
     if not blind:
         refuse_nan(module)
+    data = replayed(data)
     edits = AttributeEdits()
-    try:
-        moments = None if blind else _evidence(width_graph, groups, data)
-        change = _prepare(width_graph, groups, optimizer, moments, fold, edits)
-    except BaseException:
-        edits.undo()
-        raise
-    change.commit(module)
+    with ExitStack() as undo:
+        undo.callback(edits.undo)
+        if evidence is None:
+            known = Evidence(width_graph, None, selection) if blind else None
+            evidence = known or _evidence(width_graph, groups, data, selection)
+        wanted = recalibrate is not False and evidence.moments is not None
+        # Modules take on new sizes with what follows: the network is run as it was before that.
+        recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
+        change = _prepare(evidence, groups, optimizer, fold, edits)
+        change.put_in_place(module, undo)
+        if recalibration is not None:
+            change.recalibrate(module, recalibration)
+        undo.pop_all()
+    if change.update is not None:
+        change.update.commit()
     module.meta.setdefault(HISTORY, []).append(change.record)
     return module
 
@@ -98,24 +136,40 @@ class _Change:
     update: OptimizerUpdate | None
     record: dict[str, Any]
 
-    def commit(self, module: fx.GraphModule) -> None:
+    def put_in_place(self, module: fx.GraphModule, undo: ExitStack) -> None:
+        """Give the module its new graph and tensors, in a way that can be undone."""
         slots = tensor_slots(module)
         for name, constant in self.graph.constants.items():
             module.register_buffer(name, constant)
+            undo.callback(delattr, module, name)
         for path, part in self.graph.modules.items():
             owner = module.get_submodule(path.rpartition(".")[0])
             module.add_submodule(path, part.train(owner.training))
+            undo.callback(module.delete_submodule, path)
+        undo.callback(setattr, module, "graph", module.graph)
         module.graph = self.graph.graph
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                old, places = slots[name]
-                if name not in self.replacements:
-                    old.copy_(tensor)
-                    continue
-                for holder, attribute in places:
-                    set_slot(holder, attribute, self.replacements[name].new)
-        if self.update is not None:
-            self.update.commit()
+        for name, tensor in self.tensors.items():
+            old, places = slots[name]
+            if name not in self.replacements:
+                undo.callback(_overwrite, old, old.detach().clone())
+                _overwrite(old, tensor)
+                continue
+            for holder, attribute in places:
+                undo.callback(set_slot, holder, attribute, old)
+                set_slot(holder, attribute, self.replacements[name].new)
+
+    def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration) -> None:
+        """Correct the running statistics of the module, which has been resized."""
+        kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
+        slots = tensor_slots(module)
+        for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
+            _overwrite(slots[name][0], tensor)
+        self.record["recalibrated"] = True
+
+
+def _overwrite(tensor: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(values)
 
 
 def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: bool) -> dict[ChannelGroup, int]:
@@ -144,17 +198,25 @@ def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: boo
     return result
 
 
+def _evidence(
+    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], data: Iterable[Any] | None, selection: str
+) -> Evidence:
+    """Return what is known of the channels; nothing where none are to be dropped."""
+    if all(width > group.width for group, width in groups.items()):
+        return Evidence(width_graph, None, selection)
+    return gather_evidence(width_graph, data, selection)
+
+
 def _prepare(
-    width_graph: WidthGraph,
+    evidence: Evidence,
     groups: Mapping[ChannelGroup, int],
     optimizer: Optimizer | None,
-    moments: Moments | None,
     folds: bool,
     edits: AttributeEdits,
 ) -> _Change:
+    width_graph, moments = evidence.width_graph, evidence.moments
     analysis = width_graph.analysis
-    kept = {group.factor: _kept(width_graph, group, width, moments) for group, width in groups.items()}
-    maps = IndexMaps(analysis.space, kept)
+    maps = IndexMaps(analysis.space, {group.factor: _kept(evidence, group, width) for group, width in groups.items()})
     tensors, maps = resized_tensors(width_graph, maps, moments, folds)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: analysis.mode.from_tensor(replacement.new) for name, replacement in replacements.items()}
@@ -164,28 +226,18 @@ def _prepare(
         "widths": {group.name: [group.width, width] for group, width in groups.items()},
         "parameters": _count_after(width_graph, replacements),
         "evidence": moments.source if moments is not None else None,
+        "selection": evidence.selection,
+        "recalibrated": False,
         "lowered": dict(graph.lowered),
     }
     return _Change(graph, tensors, replacements, update, record)
 
 
-def _evidence(
-    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], data: Iterable[Any] | None
-) -> Moments | None:
-    if all(width > group.width for group, width in groups.items()):
-        return None
-    if data is not None:
-        return moments_from_data(width_graph, data)
-    if any(entry.tensor.device.type == "meta" for entry in width_graph.analysis.parameters.values()):
-        return None
-    return moments_from_noise(width_graph)
-
-
-def _kept(width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None) -> Indices:
+def _kept(evidence: Evidence, group: ChannelGroup, width: int) -> Indices:
     if width > group.width:
         kept: Indices = np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
         return kept
-    return select(width_graph, group, width, moments)
+    return select(evidence.width_graph, group, width, evidence)
 
 
 def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Replacement]:

@@ -12,10 +12,14 @@ from fxwidth.planning import plan
 from fxwidth.tracing import analyze_module
 
 PLAN = "fxwidth_plan"
+PLAN_NOTES = "fxwidth_plan_notes"
 
 
 class PlanWidths(PassBase):
-    """Writes a plan, group name to new width, to `gm.meta["fxwidth_plan"]`; takes the options of `fxwidth.plan`."""
+    """Writes a plan, group name to new width, to `gm.meta["fxwidth_plan"]`; takes the options of `fxwidth.plan`.
+
+    What the plan costs and is predicted to lose goes to `gm.meta["fxwidth_plan_notes"]`.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -23,5 +27,7 @@ class PlanWidths(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Plan widths for a graph."""
-        graph_module.meta[PLAN] = dict(plan(WidthGraph(analyze_module(graph_module)), **self._options))
+        chosen = plan(WidthGraph(analyze_module(graph_module)), **self._options)
+        graph_module.meta[PLAN] = dict(chosen)
+        graph_module.meta[PLAN_NOTES] = chosen.notes
         return PassResult(graph_module, False)

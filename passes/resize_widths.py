@@ -10,8 +10,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.optim import Optimizer
 
 from fxwidth.errors import FxwidthError
-from fxwidth.passes.plan_widths import PLAN
+from fxwidth.passes.plan_widths import PLAN, PLAN_NOTES
 from fxwidth.resizing import resize
+from fxwidth.selection import check_selection
 
 
 class ResizeWidths(PassBase):
@@ -23,12 +24,18 @@ class ResizeWidths(PassBase):
         *,
         optimizer: Optimizer | None = None,
         data: Iterable[Any] | None = None,
+        selection: str = "greedy",
+        recalibrate: bool | None = None,
+        fold: bool = True,
         exact: bool = True,
     ) -> None:
         super().__init__()
         self._plan = plan
         self._optimizer = optimizer
         self._data = data
+        self._selection = check_selection(selection)
+        self._recalibrate = recalibrate
+        self._fold = fold
         self._exact = exact
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -36,7 +43,17 @@ class ResizeWidths(PassBase):
         widths = self._plan if self._plan is not None else graph_module.meta.get(PLAN)
         if widths is None:
             raise FxwidthError("ResizeWidths has no plan; give it one, or run PlanWidths before it.")
-        resize(graph_module, widths, optimizer=self._optimizer, data=self._data, exact=self._exact)
+        resize(
+            graph_module,
+            widths,
+            optimizer=self._optimizer,
+            data=self._data,
+            selection=self._selection,
+            recalibrate=self._recalibrate,
+            fold=self._fold,
+            exact=self._exact,
+        )
         # The plan was made for the old widths and does not hold any more.
         graph_module.meta.pop(PLAN, None)
+        graph_module.meta.pop(PLAN_NOTES, None)
         return PassResult(graph_module, bool(widths))

@@ -12,6 +12,7 @@ import fxwidth.rules  # noqa: F401
 from fxwidth.analysis import analyze_axes
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps, Indices
+from fxwidth.verification import resized_outputs
 
 
 class Tile(nn.Module):
@@ -212,3 +213,18 @@ def rows_of(layer: nn.Module, x: Tensor, channels: int) -> Tensor:
 def maps_for(graph: WidthGraph, kept: dict[str, Indices]) -> IndexMaps:
     """Return the index maps that keep some channels of some groups."""
     return IndexMaps(graph.analysis.space, {graph[name].factor: indices for name, indices in kept.items()})
+
+
+def outputs_after(graph: WidthGraph, maps: IndexMaps, folded: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return what the resized network makes of inputs, from the prescribed ops on folded and sliced parameters."""
+    parameters = graph.analysis.parameters
+    old = {name: parameters[name].tensor.detach().clone() for name in folded}
+    try:
+        with torch.no_grad():
+            for name, tensor in folded.items():
+                parameters[name].tensor.copy_(tensor)
+            return torch.cat([resized_outputs(graph.analysis, maps, [part])[0] for part in x.split(4)])
+    finally:
+        with torch.no_grad():
+            for name, tensor in old.items():
+                parameters[name].tensor.copy_(tensor)

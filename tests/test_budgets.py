@@ -124,8 +124,8 @@ class TestPlans:
         )
         graph = width_graph(trained_like(model), images())  # fmt: skip
         few_flops, few_params = plan(graph, budget=Budget(flops=0.5)), plan(graph, budget=Budget(params=0.5))
-        assert "6" not in few_flops
-        assert few_params["6"] < 64
+        assert few_params["6"] < few_flops.get("6", 64)
+        assert few_flops["2"] < few_params.get("2", 16)
 
     def test_the_plan_carries_cost_and_error(self) -> None:
         graph = GRAPHS["conv"]

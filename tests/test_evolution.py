@@ -60,7 +60,7 @@ def test_evolver_goes_to_its_target_while_the_loop_trains() -> None:
     assert evolver.finished
     assert [record["step"] for record in evolver.history] == [20, 30, 40]
     assert sum(p.numel() for p in gm.parameters()) <= 800
-    assert [record["evidence"] for record in fxwidth.report(gm).resizes] == ["data"] * 3
+    assert [record["evidence"] for record in fxwidth.report(gm).resizes] == ["training"] * 3
     x, y = data(61)[-1]
     assert float((gm.eval()(x).argmax(1) == y).float().mean()) > 0.9
 
@@ -81,7 +81,7 @@ def test_bad_evolvers() -> None:
     gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
     with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, at least 1"):
         fxwidth.Evolver(gm, every=0)
-    with pytest.raises(FxwidthError, match=r"rounds=3 needs params= to go to"):
+    with pytest.raises(FxwidthError, match=r"rounds=3 needs params= or budget= to go to"):
         fxwidth.Evolver(gm, rounds=3)
     with pytest.raises(FxwidthError, match=r"params=1\.5 as a ratio must lie in \(0, 1\]"):
         fxwidth.Evolver(gm, params=1.5)

@@ -23,7 +23,7 @@ from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps
 from fxwidth.planning import Plan, plan, width_errors
 from fxwidth.polynomials import Polynomial
-from fxwidth.spectrum import singular_values, tail_share
+from fxwidth.spectra import singular_values, tail_share
 
 GRAPHS = {name: build(name)[0] for name in NETS}
 NAMES = st.sampled_from(list(NETS))

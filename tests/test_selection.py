@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nets import (
     NETS,
@@ -18,6 +18,7 @@ from nets import (
     images,
     inputs_of,
     maps_for,
+    outputs_after,
     rows_of,
     tokens,
     trained_like,
@@ -31,10 +32,11 @@ from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
 from fxwidth.occurrences import channel_positions, occupied_positions
+from fxwidth.pairs import Pairs, pairs_of
+from fxwidth.rankings import greedy_order
 from fxwidth.readers import wiring_of
 from fxwidth.regression import regression
-from fxwidth.selection import Pairs, _pairs, greedy_order, select, select_by_magnitude
-from fxwidth.verification import resized_outputs
+from fxwidth.selection import select
 
 Folded = dict[str, Tensor]
 
@@ -43,21 +45,6 @@ def evidence(graph: WidthGraph, x: Tensor) -> Moments:
     moments = moments_from_data(graph, [x], limit=None)
     assert moments is not None
     return moments
-
-
-def outputs_after(graph: WidthGraph, maps: IndexMaps, folded: Folded, x: Tensor) -> Tensor:
-    """Return what the resized network makes of inputs, from the prescribed ops on folded and sliced parameters."""
-    parameters = graph.analysis.parameters
-    old = {name: parameters[name].tensor.detach().clone() for name in folded}
-    try:
-        with torch.no_grad():
-            for name, tensor in folded.items():
-                parameters[name].tensor.copy_(tensor)
-            return torch.cat([resized_outputs(graph.analysis, maps, [part])[0] for part in x.split(4)])
-    finally:
-        with torch.no_grad():
-            for name, tensor in old.items():
-                parameters[name].tensor.copy_(tensor)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -80,6 +67,8 @@ class TestPositions:
         term = st.lists(element, min_size=1, max_size=2).map(tuple)
         axis = st.lists(term, min_size=1, max_size=2).map(tuple)
         drawn = space.normalise(data.draw(axis))
+        # Nested products can grow beyond any memory, and show nothing that small ones do not.
+        assume(axis_size(drawn) <= 2000)
         for factor in factors:
             found = channel_positions(space, drawn, factor)
             assert len(found) == space.factors(drawn).count(factor)
@@ -124,12 +113,12 @@ class TestGreedy:
         for seed in range(10):
             pairs = self._pairs(seed=seed)
             best = min(self._missed(pairs, list(kept)) for kept in combinations(range(6), 3))
-            ratios.append(self._missed(pairs, greedy_order(pairs, 3).tolist()) / best)
+            ratios.append(self._missed(pairs, greedy_order(pairs, 3)[:3].tolist()) / best)
         assert np.mean(ratios) < 1.5
 
     def test_orders_are_nested(self) -> None:
         pairs = self._pairs(width=9)
-        assert torch.equal(greedy_order(pairs, 4), greedy_order(pairs, 9)[:4])
+        assert torch.equal(greedy_order(pairs, 4), greedy_order(pairs, 9))
 
     @pytest.mark.parametrize("kind", ["duplicate", "combination", "unread", "silent"])
     def test_what_holds_nothing_new_comes_last(self, kind: str) -> None:
@@ -535,7 +524,7 @@ class TestSelect:
         (group,) = graph.free
         moments = evidence(graph, images())
         assert 3 not in select(graph, group, 7, moments)
-        pairs = _pairs(graph, group, 7, moments)
+        pairs = pairs_of(graph, group, moments)
         assert pairs is not None
         assert len(pairs.seen) == 1
 
@@ -545,7 +534,7 @@ class TestSelect:
             graph.analysis.parameters["2.weight"].tensor[:] = 1.0
             graph.analysis.parameters["3.weight"].tensor[:] = torch.tensor([1, 8, 1, 9, 1, -7, 1, 1]).double()
             graph.analysis.parameters["3.running_var"].tensor[:] = torch.tensor([1, 1, 1, 1e6, 1, 1, 1e-3, 1]).double()
-        assert select_by_magnitude(graph, graph["2"], 3).tolist() == [1, 5, 6]
+        assert select(graph, graph["2"], 3, None, "magnitude").tolist() == [1, 5, 6]
 
     def test_without_values_the_first_are_kept(self) -> None:
         with torch.device("meta"):
@@ -558,7 +547,7 @@ class TestSelect:
         graph, x = build("tile")
         group = max(graph.free, key=lambda group: len(group.sites))
         moments = evidence(graph, x)
-        monkeypatch.setattr("fxwidth.selection._ENTRIES", 1)
+        monkeypatch.setattr("fxwidth.pairs._ENTRIES", 1)
         with torch.no_grad():
             silence_channel(graph, group.name, 1, "reader")
         assert 1 not in select(graph, group, group.width - 1, evidence(graph, x)).tolist()

@@ -36,13 +36,26 @@ def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
     if group.width * columns <= _STACKED_ENTRIES:
         values = torch.linalg.svdvals(torch.cat([writer.to(accumulation_dtype(writer)) for writer in writers], 1))
         return torch.cat([values, values.new_zeros(group.width - len(values))])
-    gram: Tensor | None = None
-    for writer in writers:
-        wide = writer.to(accumulation_dtype(writer))
-        gram = wide @ wide.T if gram is None else torch.addmm(gram, wide, wide.T)
+    gram = writer_gram(width_graph, group)
     assert gram is not None
     squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)
     return squares.clamp_min(0).sqrt()
+
+
+def writer_columns(width_graph: WidthGraph, group: ChannelGroup) -> int:
+    """Return how many columns the stacked writers of a group have; 0 where nothing but per-channel tensors writes."""
+    return sum(writer.shape[1] for writer in writer_matrices(width_graph, group))
+
+
+def writer_gram(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
+    """Return the stacked writers times their transpose, [width, width]; None where there are no values."""
+    gram: Tensor | None = None
+    for writer in writer_matrices(width_graph, group):
+        if writer.device.type == "meta":
+            return None
+        wide = writer.to(accumulation_dtype(writer))
+        gram = wide @ wide.T if gram is None else torch.addmm(gram, wide, wide.T)
+    return gram
 
 
 def tail_share(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from nets import NETS, build, conv, grouped, images, trained_like, width_graph
 from torch import Tensor, nn
 
 from fxwidth.groups import ChannelGroup, WidthGraph
-from fxwidth.spectrum import singular_values, tail_share, writer_norms
+from fxwidth.spectra import singular_values, tail_share, writer_norms
 
 
 def value(graph: WidthGraph, name: str) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_the_gram_matrix_gives_the_same(name: str, monkeypatch: pytest.MonkeyPat
     for group in graph.free:
         direct = singular_values(graph, group)
         with monkeypatch.context() as patch:
-            patch.setattr("fxwidth.spectrum._STACKED_ENTRIES", 0)
+            patch.setattr("fxwidth.spectra._STACKED_ENTRIES", 0)
             by_gram = singular_values(graph, group)
         torch.testing.assert_close(by_gram, direct, rtol=1e-6, atol=1e-7 * float(direct[0]))
 

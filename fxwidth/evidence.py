@@ -1,0 +1,168 @@
+"""What is known of a graph's channels, and the orders and width curves that follow from it, each found once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.curves import Errors, logarithmic, lost_share
+from fxwidth.factors import axis_size
+from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.index_maps import Indices
+from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
+from fxwidth.occurrences import channel_positions
+from fxwidth.pairs import Pairs, pairs_of
+from fxwidth.probes import Key
+from fxwidth.readers import wiring_of
+from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
+from fxwidth.shrinkage import shrunk
+from fxwidth.spectra import singular_values, tail_share, writer_gram
+from fxwidth.tape import accumulation_dtype
+
+# As many rows as evidence has that does not come from samples.
+_PLENTY = 10**12
+
+
+class Evidence:
+    """The moments of a graph's activations, and what a method of selection makes of them.
+
+    Args:
+        width_graph: the graph.
+        moments: what readers see; None where that is not known, as on the meta device.
+        selection: the method, one of `fxwidth.selection.SELECTIONS`.
+    """
+
+    def __init__(self, width_graph: WidthGraph, moments: Moments | None, selection: str = "greedy") -> None:
+        self.width_graph = width_graph
+        self.moments = moments
+        self.selection = check_selection(selection)
+        self._orders: dict[tuple[ChannelGroup, int], Tensor] = {}
+        self._errors: dict[ChannelGroup, Errors] = {}
+        self._read: set[ChannelGroup] = set()
+
+    def kept(self, group: ChannelGroup, width: int) -> Indices:
+        """Return the channels of a group to keep, sorted."""
+        if width >= group.width:
+            return np.arange(group.width, dtype=np.int64)
+        return np.sort(self.order(group, width)[:width].cpu().numpy().astype(np.int64))
+
+    def order(self, group: ChannelGroup, count: int) -> Tensor:
+        """Return all channels of a group, those first that are to be kept when so many are."""
+        key = group, 0 if self.selection in NESTED else count
+        if key not in self._orders:
+            self._orders[key] = self._found_order(group, count, self._pairs(group))
+        return self._orders[key]
+
+    def errors(self, group: ChannelGroup) -> Errors:
+        """Return the predicted error of every width of a group from none to all, [width + 1], zero at the end."""
+        if group not in self._errors:
+            pairs = self._pairs(group, always=True)
+            if pairs is None:
+                self._errors[group] = spectral_errors(self.width_graph, group)
+            else:
+                self._read.add(group)
+                key = group, 0 if self.selection in NESTED else group.width // 2
+                if key not in self._orders:
+                    self._orders[key] = self._found_order(group, group.width // 2, pairs)
+                self._errors[group] = logarithmic(lost_share(pairs, self._orders[key]))
+        return self._errors[group]
+
+    def source(self, group: ChannelGroup) -> str | None:
+        """Return what the errors of a group come from: that of the moments, or None for the writers' spectrum."""
+        return self.moments.source if self.moments is not None and self._is_read(group) else None
+
+    def _is_read(self, group: ChannelGroup) -> bool:
+        if group not in self._errors:
+            self.errors(group)
+        return group in self._read
+
+    def _pairs(self, group: ChannelGroup, *, always: bool = False) -> Pairs | None:
+        if self.moments is None or (self.selection == MAGNITUDE and not always):
+            return None
+        return pairs_of(self.width_graph, group, self.moments)
+
+    def _found_order(self, group: ChannelGroup, count: int, pairs: Pairs | None) -> Tensor:
+        pairs = None if self.selection == MAGNITUDE else pairs
+        return channel_order(self.width_graph, group, count, pairs, self.selection)
+
+
+def select(width_graph: WidthGraph, group: ChannelGroup, width: int, evidence: Evidence) -> Indices:
+    """Return the channels of a group to keep, sorted."""
+    assert evidence.width_graph is width_graph
+    return evidence.kept(group, width)
+
+
+def spectral_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
+    """Return the predicted error of every width by the writers alone: the share of their singular values that is lost.
+
+    It counts once for every reader, by the share of what it reads that is of this group.
+    """
+    tails = tail_share(singular_values(width_graph, group)).cpu().numpy()
+    audience = max(1.0, wiring_of(width_graph).audience.get(group.factor, 0.0))
+    return logarithmic(np.asarray(tails * audience, dtype=np.float64))
+
+
+def gather_evidence(width_graph: WidthGraph, data: Iterable[Any] | None, selection: str = "greedy") -> Evidence:
+    """Return what data, or without them noise sent through the network, tell of a graph's channels.
+
+    Raises:
+        FxwidthError: the data cannot be used, or there is no such method of selection.
+    """
+    if check_selection(selection) == PROJECTION:
+        return Evidence(width_graph, moments_from_writers(width_graph), selection)
+    if data is not None:
+        measured = moments_from_data(width_graph, data)
+        moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph))
+        return Evidence(width_graph, moments, selection)
+    return Evidence(width_graph, _noise(width_graph), selection)
+
+
+def _noise(width_graph: WidthGraph) -> Moments | None:
+    # The same graph gives the same evidence as long as nobody has written to its parameters.
+    versions = tuple(entry.tensor._version for entry in width_graph.analysis.parameters.values())
+    known = _KNOWN.get(width_graph)
+    if known is None or known[0] != versions:
+        known = _KNOWN[width_graph] = versions, moments_from_noise(width_graph)
+    return known[1]
+
+
+_KNOWN: WeakKeyDictionary[WidthGraph, tuple[tuple[int, ...], Moments | None]] = WeakKeyDictionary()
+
+
+def has_values(width_graph: WidthGraph) -> bool:
+    """Tell whether the parameters have numbers in them, which they do not on the meta device."""
+    return all(entry.tensor.device.type != "meta" for entry in width_graph.analysis.parameters.values())
+
+
+def moments_from_writers(width_graph: WidthGraph) -> Moments | None:
+    """Return the moments that channels would have if their writers' inputs were white and nothing came in between.
+
+    Channels of different groups are taken to have nothing to do with each other. None without values.
+
+    Source: J. Dejaegher, SVD evolutive CNN (2021), where layers are projected by their weights alone.
+    """
+    if not has_values(width_graph):
+        return None
+    space = width_graph.analysis.space
+    grams = {group.factor: writer_gram(width_graph, group) for group in width_graph.free}
+    contracted: dict[Key, Moment] = {}
+    for reader in wiring_of(width_graph).readers:
+        values = wiring_of(width_graph).values(reader.call.arguments[reader.weight])
+        if values is None:
+            continue
+        size = axis_size(reader.axis)
+        covariance = torch.eye(size, dtype=accumulation_dtype(values), device=values.device)
+        for factor in dict.fromkeys(space.factors(reader.axis)):
+            gram = grams.get(factor)
+            for positions in channel_positions(space, reader.axis, factor) if gram is not None else []:
+                assert gram is not None
+                for place in torch.from_numpy(positions).to(gram.device).T:
+                    covariance[place[:, None], place[None]] = gram
+        mean = covariance.new_zeros(size)
+        contracted[reader.key] = Moment(mean, covariance, _PLENTY, _PLENTY, torch.finfo(covariance.dtype).eps)
+    return Moments("weights", 0, contracted, {}, {})

@@ -1,0 +1,154 @@
+"""What readers see of a group's channels, and what they make of it: the evidence by which channels are chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxwidth.factors import Factor, FactorSpace
+from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.moments import Moments
+from fxwidth.occurrences import channel_positions
+from fxwidth.probes import Key
+from fxwidth.reader_sets import reader_sets
+from fxwidth.readers import Reader, wiring_of
+from fxwidth.regression import effective_rows
+from fxwidth.tape import OpCall
+
+# More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
+_ENTRIES, _PRODUCTS = 2**27, 1e11
+# From this width on time matters more than the last digits.
+WIDE = 128
+# A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
+ROUNDING = 100.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What readers see of a group's channels, and what they make of it.
+
+    Attributes:
+        seen: S, [pairs, width, width]: the channels' covariance, or E h h^T where no constant can be added.
+        wanted: D = a W^T W, [pairs, width, width], with a one over the energy of what the whole reader makes.
+        precision: the rounding unit of the numbers S comes from.
+        rows: how many independent rows each S is worth, [pairs]; none are infinitely many.
+    """
+
+    seen: Tensor
+    wanted: Tensor
+    precision: float
+    rows: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """The number of channels."""
+        return self.seen.shape[2]
+
+    def read_channels(self) -> Tensor:
+        """Return the channels of which some reader makes anything."""
+        return torch.nonzero((self.wanted.diagonal(dim1=1, dim2=2) > 0).any(0))[:, 0]
+
+    def among(self, channels: Tensor) -> Pairs:
+        """Return the evidence on some channels alone."""
+        if len(channels) == self.width:
+            return self
+        seen, wanted = (matrix[:, channels][:, :, channels] for matrix in (self.seen, self.wanted))
+        return Pairs(seen, wanted, self.precision, self.rows)
+
+    def merged(self) -> Pairs:
+        """Return fewer pairs where all of them would take too much memory or time: neighbours are added together."""
+        count, width = len(self.seen), self.width
+        runs = min(count, max(1, min(_ENTRIES // width**2, int(_PRODUCTS / (8 * width**3)))))
+        if runs == count:
+            return self
+        # Brought to one scale first, so that a loud reader does not drown the others.
+        scale = self.seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(self.seen.dtype).tiny)[:, None, None]
+        places = torch.arange(count, device=self.seen.device) * runs // count
+        S, D = (self.seen.new_zeros(runs, width, width) for _ in range(2))
+        S.index_add_(0, places, self.seen / scale)
+        D.index_add_(0, places, self.wanted * scale)
+        return Pairs(S, D, self.precision)
+
+
+def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pairs | None:
+    """Return the evidence on a group from all that reads it; None where nothing does."""
+    seen: list[Tensor] = []
+    wanted: list[Tensor] = []
+    rows: list[float] = []
+    precision = torch.finfo(torch.float64).eps
+    space = width_graph.analysis.space
+    for readers in reader_sets(width_graph):
+        # Readers of one weight see what is measured in all their places together.
+        reader = readers.first
+        moment = moments.of(reader)
+        values = _weight_values(width_graph, reader)
+        if moment is None or values is None or group.factor not in space.factors(reader.axis):
+            continue
+        S = moment.covariance if readers.absorber is not None else moment.second
+        # Values from single precision are worked on in single precision where that is much faster.
+        narrow = group.width >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2
+        S = S.float() if narrow else S
+        for one, other in _reader_pairs(space, reader, group.factor, S, values.to(S.dtype), moment.precision):
+            seen.append(one)
+            wanted.append(other)
+            rows += [effective_rows(moment)] * len(one)
+            precision = max(precision, moment.precision)
+    for squares in _product_squares(width_graph, group.factor, moments):
+        total = squares.sum()
+        if float(total) > 0:
+            seen.append(torch.diag(squares)[None])
+            wanted.append(torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total)
+            rows.append(math.inf)
+    if not seen:
+        return None
+    dtype, device = seen[0].dtype, seen[0].device
+    S, D = (torch.cat([part.to(dtype) for part in parts]) for parts in (seen, wanted))
+    return Pairs(S, D, precision, torch.tensor(rows, dtype=dtype, device=device))
+
+
+def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
+    return wiring_of(width_graph).values(reader.call.arguments[reader.weight])
+
+
+def _reader_pairs(
+    space: FactorSpace, reader: Reader, factor: Factor, S: Tensor, weight: Tensor, precision: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (S, D) [positions each, width, width] for each occurrence of a factor in what a reader contracts."""
+    occurrences = channel_positions(space, reader.axis, factor)
+    if not occurrences:
+        return
+    blocks = reader.blocks(weight)
+    size = blocks.shape[2]
+    D = torch.bmm(blocks.transpose(1, 2), blocks)
+    inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)
+    energy = float((D.permute(1, 2, 0) * inside).sum())
+    # A reader that hears rounding errors alone has no say.
+    most = float(D.diagonal(dim1=1, dim2=2).sum() * S.diagonal().amax())
+    if energy <= most * (ROUNDING * precision) ** 2:
+        return
+    for positions in occurrences:
+        owners = positions // size
+        # A factor that tells the groups of a convolution apart goes through it and is not read by it.
+        if (owners != owners[:1]).any():
+            continue
+        place = torch.from_numpy(positions % size).to(S.device).T
+        owner = torch.from_numpy(owners[0]).to(S.device)
+        rows, columns = place[:, :, None], place[:, None, :]
+        yield inside[rows, columns, owner[:, None, None]], D[owner[:, None, None], rows, columns] / energy
+
+
+def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) -> Iterator[Tensor]:
+    """Yield E q_j^2 E k_j^2 per channel for each product of two activations over a factor, [width]."""
+    by_call: dict[OpCall, list[Key]] = {}
+    for key in moments.squares:
+        by_call.setdefault(width_graph.analysis.calls[key[0]], []).append(key)
+    for call, keys in by_call.items():
+        contraction = call.contractions[0]
+        axis = call.axes[id(contraction.left)][contraction.left_dims[0]]
+        product = moments.squares[keys[0]] * moments.squares[keys[-1]]
+        for positions in channel_positions(width_graph.analysis.space, axis, factor):
+            yield product[torch.from_numpy(positions).to(product.device)].sum(1)

@@ -1,0 +1,81 @@
+"""Moments from few inputs, shrunk toward those that noise gives: data and weights together know more than either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fxwidth.moments import Moment, Moments
+
+# Noise counts as much as this many rows per channel, and is left out where it would count for less than one part in:
+_WEIGHT, _NEGLIGIBLE = 1.0, 32
+# What is put together stands for the truth: no ridge for want of samples is added to it.
+_PLENTY = 10**9
+# Directions of less variance than this, in rounding units of the loudest, do not exist.
+_ROUNDING = 1e3
+
+
+def shrunk(measured: Moments, noise: Callable[[], Moments | None]) -> Moments:
+    """Return moments in which what readers see of few inputs is drawn toward what they would see of noise.
+
+    S = (m S_data + m0 S_noise) / (m + m0) for m rows (pixels and tokens are rows of their own) and m0 channels, S_noise
+    brought to the energy of S_data. Dependencies between channels that the data show, with rows enough to tell, are
+    kept.
+
+    Args:
+        measured: the moments of the data.
+        noise: gives those of noise; called only if they count.
+
+    Source: the form is that of O. Ledoit and M. Wolf, A Well-Conditioned Estimator for Large-Dimensional Covariance
+        Matrices (2004), with the covariance of noise in the place of the identity, and weights found by measurement.
+    """
+    if all(_weight(moment) > 1 - 1 / _NEGLIGIBLE for moment in measured.contracted.values()):
+        return measured
+    free = noise()
+    if free is None:
+        return measured
+    done: dict[int, Moment] = {}
+    for key, moment in measured.contracted.items():
+        other = free.contracted.get(key)
+        if id(moment) not in done:
+            done[id(moment)] = moment if other is None else _together(moment, other, _weight(moment))
+    contracted = {key: done[id(moment)] for key, moment in measured.contracted.items()}
+    return replace(measured, source=f"{measured.source} and noise", contracted=contracted)
+
+
+def _weight(moment: Moment) -> float:
+    return moment.rows / (moment.rows + _WEIGHT * len(moment.mean))
+
+
+def _together(moment: Moment, other: Moment, weight: float) -> Moment:
+    energy = float(other.covariance.diagonal().sum())
+    if energy <= 0:
+        return moment
+    free = other.covariance.to(moment.covariance) * (float(moment.covariance.diagonal().sum()) / energy)
+    if moment.rows > 2 * len(moment.mean):
+        free = _within(free, moment)
+    covariance = torch.lerp(free, moment.covariance, weight)
+    return Moment(moment.mean, covariance, _PLENTY, _PLENTY, max(moment.precision, other.precision))
+
+
+def _within(free: Tensor, moment: Moment) -> Tensor:
+    """Return a covariance without the directions in which the data never vary, but for channels that never do."""
+    S = moment.covariance
+    variance = S.diagonal()
+    live = torch.nonzero(variance > (16 * moment.precision) ** 2 * moment.second.diagonal().amax())[:, 0]
+    if not len(live):
+        return free
+    root = variance[live].sqrt()
+    correlation = S[live][:, live] / root[:, None] / root
+    least = _ROUNDING * max(moment.precision, torch.finfo(S.dtype).eps)
+    identity = torch.eye(len(live), dtype=S.dtype, device=S.device)
+    if not bool(torch.linalg.cholesky_ex(correlation - least * identity)[1]):
+        return free
+    values, vectors = torch.linalg.eigh(correlation)
+    basis = vectors[:, values > least]
+    projection = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    projection[live[:, None], live] = (basis @ basis.T) * root[:, None] / root
+    return projection @ free @ projection.T
