@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import networkx as nx
 
 from fxwidth.analysis import Analysis
+from fxwidth.drawing import draw
 from fxwidth.errors import FxwidthError
 from fxwidth.explanations import told_pin
 from fxwidth.factors import Factor, term_size
@@ -140,6 +142,14 @@ class WidthGraph:
         name = group if isinstance(group, str) else group.name
         leaves = [self[name].factor] if name in self else self.analysis.space.leaves(self._origin(name))
         return "\n\n".join(self._told(name, leaf) for leaf in dict.fromkeys(leaves))
+
+    def draw(self, path: str | Path) -> None:
+        """Draw the groups over the graph, as SVG or PNG by the suffix of `path`; this needs matplotlib.
+
+        Raises:
+            FxwidthError: the suffix is another, the folder does not exist, or matplotlib is not installed.
+        """
+        draw(self, path)
 
     def _told(self, name: str, leaf: Factor) -> str:
         pin = _pin_of(leaf)
