@@ -91,11 +91,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "seed-resnet": seed_resnet,
     "small-vit": SmallViT,
 }
+_BATCH = 128
 # Epochs over the training images, and the learning rate at the peak of its one cycle.
 _SCHEDULES = {"residual-cnn": (3, 3e-3), "batch-norm-mlp": (6, 3e-3), "seed-resnet": (1, 1e-3), "small-vit": (6, 2e-3)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images:
     """Normalised images and their labels."""
 
@@ -123,20 +124,25 @@ def trained(name: str, train: Images, folder: Path, seed: int = 0) -> nn.Module:
         model.load_state_dict(torch.load(file))
         return model.eval()
     epochs, rate = _SCHEDULES[name]
+    train_epochs(model, train, epochs, rate)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), file)
+    return model.eval()
+
+
+def train_epochs(model: nn.Module, train: Images, epochs: int, rate: float) -> None:
+    """Train a model in place, over one cycle of the learning rate with its peak at `rate`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    batches = len(train.images) // 128
+    batches = len(train.images) // _BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
     model.train()
     for _ in range(epochs):
-        for index in torch.randperm(len(train.images))[: batches * 128].view(batches, 128):
+        for index in torch.randperm(len(train.images))[: batches * _BATCH].view(batches, _BATCH):
             loss = F.cross_entropy(model(train.images[index]), train.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), file)
-    return model.eval()
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def _split(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tu
 def _chunk(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     count = choose.between(2, 3)
     sizes = [len(part) for part in torch.arange(width).chunk(count)]
-    return ((len(sizes),), tuple(sizes)) if min(sizes) > 0 else None
+    return ((len(sizes),), tuple(sizes)) if len(sizes) > 1 else None
 
 
 def _slice(choose: Choices, width: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
