@@ -19,6 +19,9 @@ from fxwidth.regression import regression
 from fxwidth.tape import OpCall
 
 _SMALLEST_SHARE = 0.05
+# Without a batch norm, outputs that have lost a share of their variance are made louder by the root of its inverse to
+# this power: in part, for what is made louder is the error too; and no louder than for a quarter that is left.
+_MATCHING, _LEAST_MATCHED = 0.6, 0.25
 
 
 def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> dict[str, Tensor]:
@@ -27,7 +30,8 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
     A reader's weight W [rows, channels], with K kept and d dropped, becomes W_K + W_d R on its kept columns, with
     R = S[d, K] (S[K, K] + rho)^-1; a constant W_d (mu_d - R mu_K) goes to its bias, or off the running mean of the
     batch norm that follows it. S is the covariance where something takes the constant, and E h h^T elsewhere. What is
-    predicted varies less than what was there: the running variance of that batch norm is scaled by the share left.
+    predicted varies less than what was there: the running variance of that batch norm is scaled by the share left, and
+    without one the weight's rows are scaled in part.
 
     Args:
         width_graph: the graph; its parameters are read, not changed.
@@ -118,7 +122,8 @@ def _fold_set(
         if len(own) and len(lost):
             K, d = (torch.from_numpy(np.sort(indices)).to(blocks.device) for indices in (own, lost))
             part = _part(moment, slice(group * size, (group + 1) * size))
-            constant, share = _fold_block(blocks[group], part, K, d, reader.outputs, centred=absorber is not None)
+            centred, matched = absorber is not None, readers.variance is None
+            constant, share = _fold_block(blocks[group], part, K, d, reader.outputs, centred=centred, matched=matched)
             constants[group], shares[group] = constant / reader.strides, share
     weight.copy_(reader.operand(blocks, weight))
     if absorber is not None:
@@ -130,22 +135,28 @@ def _fold_set(
 
 
 def _fold_block(
-    block: Tensor, moment: Moment, K: Tensor, d: Tensor, outputs: int, *, centred: bool
+    block: Tensor, moment: Moment, K: Tensor, d: Tensor, outputs: int, *, centred: bool, matched: bool
 ) -> tuple[Tensor, Tensor]:
-    """Fold columns d of a weight, [rows, channels], into its columns K, in place.
+    """Fold columns d of a weight, [rows, channels], into its columns K, in place, and match variances where asked to.
 
     Returns:
         The constant to add to each output, and the share of each output's variance that is left, [outputs] each.
     """
     lost = block.index_select(1, d)
-    before = ((block @ moment.covariance) * block).sum(1).view(outputs, -1).sum(1)
+    S = moment.covariance if centred else moment.second
+    before = ((block @ S) * block).sum(1).view(outputs, -1).sum(1)
     R = regression(moment, K, d, lost, centred=centred)
     constant = lost @ (moment.mean[d] - R @ moment.mean[K]) if centred else lost.new_zeros(len(lost))
     block.index_add_(1, K, lost @ R)
     own = block.index_select(1, K)
-    after = ((own @ moment.covariance[K][:, K]) * own).sum(1).view(outputs, -1).sum(1)
+    after = ((own @ S[K][:, K]) * own).sum(1).view(outputs, -1).sum(1)
     # An output of which nothing is left must not be blown up to its old size.
     share = torch.where(before > 0, after / before, 1.0).clamp_min(_SMALLEST_SHARE)
+    if matched:
+        louder = share.clamp_min(_LEAST_MATCHED).pow(-_MATCHING / 2).repeat_interleave(len(block) // outputs)
+        block.index_copy_(1, K, own * louder[:, None])
+        if centred:
+            constant = constant + (1 - louder) * (own @ moment.mean[K])
     return constant.view(outputs, -1).sum(1), share
 
 

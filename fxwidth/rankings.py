@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxwidth.pairs import ROUNDING, WIDE, Pairs
+from fxwidth.pairs import ROUNDING, Pairs
 
 # A channel whose variance is explained up to this share of it, times the precision of the numbers, holds nothing new.
 _EXPLAINED = 1e3
+# From this width on channels are chosen by blocks, which is faster and does a little worse.
+_BLOCKWISE = 384
 # How many channels are chosen, from how many times as many candidates, before wide matrices are brought up to date.
 _BLOCK, _CANDIDATES = 32, 2
 _BISECTIONS = 60
@@ -28,7 +30,7 @@ def greedy_order(pairs: Pairs, count: int) -> Tensor:
     Source: forward selection by orthogonal least squares, Chen, Billings and Luo (1989), weighted by the readers.
     """
     del count
-    return _by_blocks(pairs) if pairs.width >= WIDE else _one_by_one(pairs)
+    return _by_blocks(pairs) if pairs.width >= _BLOCKWISE else _one_by_one(pairs)
 
 
 def _one_by_one(pairs: Pairs) -> Tensor:

@@ -130,7 +130,7 @@ def test_projection_keeps_rows_that_tell_the_leading_directions_apart() -> None:
 def test_blocks_choose_about_as_well_as_one_by_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = pairs(64, count=3, rows=rows)
     single = lost_share(given, greedy_order(given, 64))
-    monkeypatch.setattr(rankings, "WIDE", 1)
+    monkeypatch.setattr(rankings, "_BLOCKWISE", 1)
     monkeypatch.setattr(rankings, "_BLOCK", 8)
     blocks = greedy_order(given, 64)
     assert sorted(blocks.tolist()) == list(range(64))
@@ -143,7 +143,7 @@ def test_blocks_see_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     given = pairs(12, count=1)
     S = given.seen[0]
     twice = torch.cat([torch.cat([S, S], 1), torch.cat([S, S], 1)])[None]
-    monkeypatch.setattr(rankings, "WIDE", 1)
+    monkeypatch.setattr(rankings, "_BLOCKWISE", 1)
     monkeypatch.setattr(rankings, "_BLOCK", 5)
     order = greedy_order(Pairs(twice, pairs(24, count=1, seed=3).wanted, 1e-16), 24)
     assert sorted(int(j) % 12 for j in order[:12]) == list(range(12))

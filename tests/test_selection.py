@@ -168,6 +168,7 @@ class TestFold:
     @pytest.mark.parametrize("name", ["conv", "grouped", "tile", "in place", "attention"])
     def test_against_least_squares_on_the_samples(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fxwidth.regression.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.folding._MATCHING", 0.0)
         graph, x = build(name)
         original = trained_like(NETS[name][0]())
         seen = inputs_of(original, x)
@@ -220,6 +221,32 @@ class TestFold:
         assert float(left.min()) > 0.05
         torch.testing.assert_close(folded["5.running_var"] / model[5].running_var, left, rtol=1e-10, atol=0)
 
+    def test_without_a_batch_norm_outputs_are_made_louder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        graph, x = build("shared")
+        group = next(group for group in graph.free if group.width == 6)
+        maps = maps_for(graph, {group.name: kept_without(6, 0, 3)})
+        moments = evidence(graph, x)
+        louder = fold(graph, maps, moments)
+        monkeypatch.setattr("fxwidth.folding._MATCHING", 0.0)
+        plain = fold(graph, maps, moments)
+        views = ((reader, reader.view) for reader in wiring_of(graph).readers)
+        moment = moments.of(next(r for r, view in views if view is not None and view.parameter == "shared.weight"))
+        assert moment is not None
+        kept = kept_without(6, 0, 3)
+
+        def outputs(folded: Folded) -> tuple[Tensor, Tensor]:
+            w = folded["shared.weight"][:, kept]
+            variance = ((w @ moment.covariance[kept][:, kept]) * w).sum(1)
+            return w @ moment.mean[kept] + folded["shared.bias"], variance
+
+        weight = graph.analysis.parameters["shared.weight"].tensor.detach()
+        full = ((weight @ moment.covariance) * weight).sum(1)
+        (mean, variance), (other_mean, other) = outputs(louder), outputs(plain)
+        torch.testing.assert_close(mean, other_mean, rtol=1e-9, atol=1e-12)
+        assert (variance > other).all()
+        assert (variance < full).all()
+        torch.testing.assert_close(variance, other * (full / other).pow(0.6), rtol=1e-9, atol=0)
+
     def test_an_output_of_which_nothing_is_left_is_not_blown_up(self) -> None:
         model = trained_like(_batch_norm_bottleneck()[0])
         model[2].weight.data = torch.randn_like(model[2].weight)
@@ -255,6 +282,7 @@ class TestFold:
 
     def test_a_shared_layer_is_folded_for_all_that_passes_through_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fxwidth.regression.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.folding._MATCHING", 0.0)
         graph, x = build("shared")
         original = trained_like(NETS["shared"][0]())
         rows = torch.cat(inputs_of(original, x)["shared"])
@@ -266,6 +294,7 @@ class TestFold:
 
     def test_parts_of_a_packed_weight_are_folded_by_what_each_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fxwidth.regression.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.folding._MATCHING", 0.0)
         graph, x = build("packed attention")
         original = trained_like(NETS["packed attention"][0]())
         with torch.no_grad():
