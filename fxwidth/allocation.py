@@ -88,21 +88,25 @@ def _exchanged(choices: Sequence[Choice], problem: _Problem, best: Widths) -> Wi
 
 
 def _trim(choices: Sequence[Choice], problem: _Problem, widths: Widths) -> Widths:
-    """Narrow groups, least loss per cost first, until the bounds are met or nothing is left to narrow."""
+    """Narrow groups, least loss per cost first, until the bounds are met or nothing is left to narrow.
+
+    The last step is the one of least loss among those that are enough.
+    """
     widths = dict(widths)
     while not problem.met(widths):
-        best: tuple[float, Factor, int] | None = None
+        steps: list[tuple[bool, float, Widths]] = []
         for choice in choices:
             place = int(np.searchsorted(choice.widths, widths[choice.factor]))
-            if place:
-                narrower = int(choice.widths[place - 1])
-                saved = problem.cost(widths) - problem.cost({**widths, choice.factor: narrower})
-                rate = float(choice.errors[place - 1] - choice.errors[place]) / max(saved, 1e-300)
-                if saved > 0 and (best is None or rate < best[0]):
-                    best = rate, choice.factor, narrower
-        if best is None:
+            if not place:
+                continue
+            narrower = {**widths, choice.factor: int(choice.widths[place - 1])}
+            saved = problem.cost(widths) - problem.cost(narrower)
+            if saved > 0:
+                loss, is_enough = float(choice.errors[place - 1] - choice.errors[place]), problem.met(narrower)
+                steps.append((not is_enough, loss if is_enough else loss / saved, narrower))
+        if not steps:
             break
-        widths[best[1]] = best[2]
+        widths = min(steps, key=lambda step: step[:2])[2]
     return widths
 
 

@@ -19,6 +19,7 @@ from fxwidth.occurrences import channel_positions
 from fxwidth.pairs import Pairs, pairs_of
 from fxwidth.probes import Key
 from fxwidth.readers import wiring_of
+from fxwidth.rotations import Rotation, linear_group, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
 from fxwidth.spectra import singular_values, tail_share, writer_gram
@@ -35,20 +36,41 @@ class Evidence:
         width_graph: the graph.
         moments: what readers see; None where that is not known, as on the meta device.
         selection: the method, one of `fxwidth.selection.SELECTIONS`.
+        rotates: whether linear groups are brought to the basis of their spectrum, of which the first channels are kept.
     """
 
-    def __init__(self, width_graph: WidthGraph, moments: Moments | None, selection: str = "greedy") -> None:
+    def __init__(
+        self, width_graph: WidthGraph, moments: Moments | None, selection: str = "greedy", rotates: bool = False
+    ) -> None:
         self.width_graph = width_graph
         self.moments = moments
         self.selection = check_selection(selection)
         self._orders: dict[tuple[ChannelGroup, int], Tensor] = {}
         self._errors: dict[ChannelGroup, Errors] = {}
         self._read: set[ChannelGroup] = set()
+        self._rotates = rotates and moments is not None and selection not in (MAGNITUDE, PROJECTION)
+        self._rotations: dict[ChannelGroup, Rotation | None] = {}
+
+    def unrotated(self) -> Evidence:
+        """Return the same evidence for a network whose groups keep their bases."""
+        return Evidence(self.width_graph, self.moments, self.selection) if self._rotates else self
+
+    def rotation(self, group: ChannelGroup) -> Rotation | None:
+        """Return the basis that a group is to be brought to before channels are dropped; None for the one it has."""
+        if not self._rotates:
+            return None
+        if group not in self._rotations:
+            where = linear_group(self.width_graph, group)
+            pairs = self._pairs(group) if where is not None else None
+            self._rotations[group] = None if where is None or pairs is None else rotation(where, pairs)
+        return self._rotations[group]
 
     def kept(self, group: ChannelGroup, width: int) -> Indices:
         """Return the channels of a group to keep, sorted."""
         if width >= group.width:
             return np.arange(group.width, dtype=np.int64)
+        if self.rotation(group) is not None:
+            return np.arange(width, dtype=np.int64)
         return np.sort(self.order(group, width)[:width].cpu().numpy().astype(np.int64))
 
     def order(self, group: ChannelGroup, count: int) -> Tensor:
@@ -61,8 +83,12 @@ class Evidence:
     def errors(self, group: ChannelGroup) -> Errors:
         """Return the predicted error of every width of a group from none to all, [width + 1], zero at the end."""
         if group not in self._errors:
-            pairs = self._pairs(group, always=True)
-            if pairs is None:
+            turned = self.rotation(group)
+            pairs = self._pairs(group, always=True) if turned is None else None
+            if turned is not None:
+                self._read.add(group)
+                self._errors[group] = logarithmic(turned.lost.cpu().numpy())
+            elif pairs is None:
                 self._errors[group] = spectral_errors(self.width_graph, group)
             else:
                 self._read.add(group)
@@ -107,7 +133,9 @@ def spectral_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
     return logarithmic(np.asarray(tails * audience, dtype=np.float64))
 
 
-def gather_evidence(width_graph: WidthGraph, data: Iterable[Any] | None, selection: str = "greedy") -> Evidence:
+def gather_evidence(
+    width_graph: WidthGraph, data: Iterable[Any] | None, selection: str = "greedy", rotates: bool = False
+) -> Evidence:
     """Return what data, or without them noise sent through the network, tell of a graph's channels.
 
     Raises:
@@ -118,8 +146,8 @@ def gather_evidence(width_graph: WidthGraph, data: Iterable[Any] | None, selecti
     if data is not None:
         measured = moments_from_data(width_graph, data)
         moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph))
-        return Evidence(width_graph, moments, selection)
-    return Evidence(width_graph, _noise(width_graph), selection)
+        return Evidence(width_graph, moments, selection, rotates)
+    return Evidence(width_graph, _noise(width_graph), selection, rotates)
 
 
 def _noise(width_graph: WidthGraph) -> Moments | None:

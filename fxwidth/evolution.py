@@ -64,7 +64,9 @@ def _planned_and_resized(
 ) -> tuple[Plan, fx.GraphModule]:
     """Plan and resize from the same evidence, so that it is gathered once."""
     data = replayed(data)
-    chosen, evidence = plan_with_evidence(width_graph, data=data, selection=selection, **options)
+    chosen, evidence = plan_with_evidence(
+        width_graph, data=data, selection=selection, rotates=fold and optimizer is None, **options
+    )
     # Without a budget a plan does not look at the data, and a resize still can.
     return chosen, resize_analyzed(
         width_graph,

@@ -60,6 +60,7 @@ def calibrated(
     data: Iterable[Any] | None,
     loss: Loss | None,
     selection: str,
+    rotates: bool = False,
 ) -> tuple[Evidence, dict[ChannelGroup, Errors]]:
     """Return the evidence on a graph and the width curves of some groups, in units of the loss where that is given.
 
@@ -67,7 +68,7 @@ def calibrated(
         FxwidthError: the data or the loss cannot be used, or there is no such method of selection.
     """
     if loss is None:
-        evidence = gather_evidence(width_graph, data, selection)
+        evidence = gather_evidence(width_graph, data, selection, rotates)
         return evidence, {group: evidence.errors(group) for group in groups}
     if data is None:
         raise FxwidthError("loss= needs data= to be taken on: batches of the inputs and what the loss compares with.")
@@ -75,10 +76,10 @@ def calibrated(
         data = list(batches_from(width_graph.analysis, data, None))
     seen = Remembered(data)
     # Weights alone are evidence enough for some methods: the batches are gone through for the loss all the same.
-    evidence = gather_evidence(width_graph, seen, selection)
+    evidence = gather_evidence(width_graph, seen, selection, rotates)
     if not seen.batches:
         collections.deque(itertools.islice(seen, 1), 0)
-    rates = loss_rates(evidence, groups, seen.batches, loss)
+    rates = loss_rates(evidence.unrotated(), groups, seen.batches, loss)
     return evidence, {group: rates[group] * evidence.errors(group) for group in groups}
 
 

@@ -119,6 +119,7 @@ def plan_with_evidence(
     only: str | Sequence[str] | None = None,
     keep: str | Sequence[str] | None = None,
     exact: bool = True,
+    rotates: bool = False,
 ) -> tuple[Plan, Evidence | None]:
     """Return a plan, as `plan` does, and the evidence it was made from, for a resize to use again."""
     refuse_nan(width_graph.analysis.module)
@@ -128,7 +129,7 @@ def plan_with_evidence(
     units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
     if bound is not None:
         problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
-        return problem.solved(data, loss, selection)
+        return problem.solved(data, loss, selection, rotates)
     if loss is not None:
         raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
     widths = {
@@ -168,7 +169,9 @@ class _Problem:
         # Groups that go together are one to the solver: the first stands for all.
         self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
 
-    def solved(self, data: Iterable[Any] | None, loss: Loss | None, selection: str) -> tuple[Plan, Evidence | None]:
+    def solved(
+        self, data: Iterable[Any] | None, loss: Loss | None, selection: str, rotates: bool
+    ) -> tuple[Plan, Evidence | None]:
         """Return the widths of least summed error, and the evidence that errors were predicted from.
 
         Raises:
@@ -182,7 +185,7 @@ class _Problem:
         for bound in self._bounds:
             if not bound.met(_by_factor(smallest)):
                 raise FxwidthError(out_of_reach(self._width_graph, self._groups, _by_factor(smallest), bound))
-        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection)
+        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
         widths = self._allocated(errors)
         return _noted(self._width_graph, widths, self._bounds, errors, evidence), evidence
 

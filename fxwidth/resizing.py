@@ -17,12 +17,14 @@ from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence, select
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.moments import Moments
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
+from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
 from fxwidth.tape import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
@@ -38,6 +40,7 @@ def resize(
     data: Iterable[Any] | None = None,
     selection: str = "greedy",
     recalibrate: bool | None = None,
+    rotate: bool = True,
     fold: bool = True,
     exact: bool = True,
 ) -> fx.GraphModule:
@@ -59,6 +62,9 @@ def resize(
             which alone readers are refitted then).
         recalibrate: whether to correct batch norm's running statistics by what the data show before and after; None
             for doing so where data are given.
+        rotate: whether groups with nothing nonlinear between writers and reader, such as values and outputs of
+            attention, are brought to the basis of their spectrum first; not done with an optimizer, whose state knows
+            the old basis, nor without folding.
         fold: whether readers take over what they read from dropped channels.
         exact: whether to refuse the growth of groups whose new channels would change the function.
 
@@ -73,6 +79,7 @@ def resize(
         data=data,
         selection=selection,
         recalibrate=recalibrate,
+        rotate=rotate,
         fold=fold,
         exact=exact,
     )
@@ -87,6 +94,7 @@ def resize_analyzed(
     selection: str = "greedy",
     evidence: Evidence | None = None,
     recalibrate: bool | None = None,
+    rotate: bool = True,
     fold: bool = True,
     exact: bool = True,
     blind: bool = False,
@@ -111,11 +119,17 @@ def resize_analyzed(
         undo.callback(edits.undo)
         if evidence is None:
             known = Evidence(width_graph, None, selection) if blind else None
-            evidence = known or _evidence(width_graph, groups, data, selection)
+            rotates = rotate and fold and optimizer is None
+            evidence = known or _evidence(width_graph, groups, data, selection, rotates)
         wanted = recalibrate is not False and evidence.moments is not None
         # Modules take on new sizes with what follows: the network is run as it was before that.
         recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
-        change = _prepare(evidence, groups, optimizer, fold, edits)
+        moments = evidence.moments
+        for group, width in groups.items():
+            turned = evidence.rotation(group) if width < group.width else None
+            if turned is not None and moments is not None:
+                moments = rotated(width_graph, turned, moments, undo)
+        change = _prepare(evidence, moments, groups, optimizer, fold, edits)
         change.put_in_place(module, undo)
         if recalibration is not None:
             change.recalibrate(module, recalibration)
@@ -199,22 +213,27 @@ def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: boo
 
 
 def _evidence(
-    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], data: Iterable[Any] | None, selection: str
+    width_graph: WidthGraph,
+    groups: Mapping[ChannelGroup, int],
+    data: Iterable[Any] | None,
+    selection: str,
+    rotates: bool,
 ) -> Evidence:
     """Return what is known of the channels; nothing where none are to be dropped."""
     if all(width > group.width for group, width in groups.items()):
         return Evidence(width_graph, None, selection)
-    return gather_evidence(width_graph, data, selection)
+    return gather_evidence(width_graph, data, selection, rotates)
 
 
 def _prepare(
     evidence: Evidence,
+    moments: Moments | None,
     groups: Mapping[ChannelGroup, int],
     optimizer: Optimizer | None,
     folds: bool,
     edits: AttributeEdits,
 ) -> _Change:
-    width_graph, moments = evidence.width_graph, evidence.moments
+    width_graph = evidence.width_graph
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: _kept(evidence, group, width) for group, width in groups.items()})
     tensors, maps = resized_tensors(width_graph, maps, moments, folds)

@@ -57,7 +57,7 @@ def _together(moment: Moment, other: Moment, weight: float) -> Moment:
     free = other.covariance.to(moment.covariance) * (float(moment.covariance.diagonal().sum()) / energy)
     if moment.rows > 2 * len(moment.mean):
         free = _within(free, moment)
-    covariance = torch.lerp(free, moment.covariance, weight)
+    covariance = free.lerp_(moment.covariance, weight)
     return Moment(moment.mean, covariance, _PLENTY, _PLENTY, max(moment.precision, other.precision))
 
 
@@ -69,11 +69,15 @@ def _within(free: Tensor, moment: Moment) -> Tensor:
     if not len(live):
         return free
     root = variance[live].sqrt()
-    correlation = S[live][:, live] / root[:, None] / root
+    # In place where it can be: these matrices may be as large as the model.
+    correlation = S[live[:, None], live]
+    correlation /= root[:, None]
+    correlation /= root
     least = _ROUNDING * max(moment.precision, torch.finfo(S.dtype).eps)
-    identity = torch.eye(len(live), dtype=S.dtype, device=S.device)
-    if not bool(torch.linalg.cholesky_ex(correlation - least * identity)[1]):
+    correlation.diagonal().sub_(least)
+    if not bool(torch.linalg.cholesky_ex(correlation)[1]):
         return free
+    correlation.diagonal().add_(least)
     values, vectors = torch.linalg.eigh(correlation)
     basis = vectors[:, values > least]
     projection = torch.eye(len(S), dtype=S.dtype, device=S.device)

@@ -166,7 +166,7 @@ def test_data_may_be_dicts_lists_and_batches_with_targets(exported: bool) -> Non
     gm = fxwidth.trace(LogitsOf(exported).double().eval(), (batch,))
     for data in ([batch], [(batch, torch.zeros(4))]):
         fxwidth.resize(gm, {"net.up": fxwidth.analyze(gm)["net.up"].width - 1}, data=data)
-        assert gm.meta["fxwidth_history"][-1]["evidence"] == "data"
+        assert gm.meta["fxwidth_history"][-1]["evidence"] == "data and noise"
     evolver = fxwidth.Evolver(gm, every=1)
     evolver.step(batch, torch.zeros(4))
     assert evolver.history

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import combinations
 
@@ -26,6 +27,7 @@ from nets import (
 )
 from torch import Tensor, nn
 
+import fxwidth
 from fxwidth.factors import Factor, FactorSpace, axis_size
 from fxwidth.folding import fold, variance_ratio
 from fxwidth.groups import WidthGraph
@@ -625,3 +627,23 @@ class TestVarianceRatio:
         graph, x = build("attention")
         call, _ = self._norm(graph)
         assert variance_ratio(graph, maps_for(graph, {"v#1": kept_without(4, 0)}), evidence(graph, x), call) == 1.0
+
+
+class TestHalfPrecision:
+    """Models in half precision are solved in single precision at least."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("with_data", [True, False])
+    def test_they_lose_what_the_same_model_loses_in_single_precision(self, dtype: torch.dtype, with_data: bool) -> None:
+        body = [nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU()]
+        x = images(channels=1, size=12).float()
+        torch.manual_seed(0)
+        model = nn.Sequential(*body, nn.Conv2d(8, 3, 1)).eval()
+        lost = {}
+        for kind in (torch.float32, dtype):
+            gm = fxwidth.trace(copy.deepcopy(model).to(kind), x[:2].to(kind))
+            fxwidth.evolve(gm, params=0.5, data=[x.to(kind)] if with_data else None)
+            assert {parameter.dtype for parameter in gm.parameters()} == {kind}
+            with torch.no_grad():
+                lost[kind] = float((gm(x.to(kind)).float() - model(x)).norm() / model(x).norm())
+        assert lost[dtype] == pytest.approx(lost[torch.float32], abs=0.05)
