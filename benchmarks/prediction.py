@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def run(network: str, data: Path, plans: int, images: int, smallest: float, fold
     seen = train.first(images)
     gm = fxwidth.trace(copy.deepcopy(model), train.images[:2])
     drawn = random_plans(fxwidth.analyze(gm), plans, smallest)
-    result: dict[str, Any] = {"network": network, "images": images, "plans": drawn, "rank correlation": {}}
+    versions = {"fxwidth": fxwidth.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    result: dict[str, Any] = {"versions": versions, "network": network, "images": images, "rank correlation": {}}
     predicted = {evidence: predictions(gm, seen, drawn, evidence) for evidence in EVIDENCE}
     for how in ("nothing", "images"):
         measured = []
@@ -65,7 +67,7 @@ def run(network: str, data: Path, plans: int, images: int, smallest: float, fold
             if (evidence == "nothing") == (how == "nothing"):
                 correlation = rank_correlation(errors, measured)
                 result["rank correlation"][f"predicted with {evidence}"] = round(correlation, 3)
-    return {**result, "predicted": predicted}
+    return {**result, "predicted": predicted, "plans": drawn}
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=30)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--smallest", type=float, default=0.2)
-    parser.add_argument("--trained", type=Path, default=Path("trained"))
+    parser.add_argument("--trained", type=Path, default=Path("runs/trained"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
