@@ -212,12 +212,12 @@ def without_collections() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence torch's log of failures under fake tensors: here a failure is an answer, or is told in our words."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    # Not by its level: a new level makes logging forget what it knows of all loggers.
+    disabled, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 @contextmanager
