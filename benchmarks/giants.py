@@ -24,6 +24,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fxwidth
@@ -95,11 +96,8 @@ def _peak_gib() -> float:
 
 def exponent(rows: list[dict[str, Any]], stage: str) -> float:
     """Return the slope of log time over log layers, by least squares."""
-    points = [(log(row["layers"]), log(row[stage])) for row in rows]
-    x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
-    products = sum((x - x_mean) * (y - y_mean) for x, y in points)
-    slope: float = products / sum((x - x_mean) ** 2 for x, _ in points)
-    return slope
+    slope, _ = np.polyfit([log(row["layers"]) for row in rows], [log(row[stage]) for row in rows], 1)
+    return float(slope)
 
 
 def render(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
