@@ -75,7 +75,8 @@ def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.Gra
         try:
             return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed)
         except Exception:
-            if not failed:
+            # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
+            if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
                 return _one_call(model)
         leaves.append(failed[0])
 
