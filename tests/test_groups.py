@@ -76,7 +76,7 @@ def test_pins_name_their_op_and_node(block):
 
 def test_mixing_is_told():
     mixed = {group.name: group.mixed for group in width_graph("Encoder").free}
-    assert mixed["into"] == "layer norm (native_layer_norm at node encoder)"
+    assert mixed["into"] == "layer norm (native_layer_norm at node encoder, in layers.0.norm1)"
     assert mixed["encoder.layers.0.linear1"] is None
 
 

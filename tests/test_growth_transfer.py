@@ -252,5 +252,8 @@ def test_a_planted_pointwise_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_rule_has_a_transfer() -> None:
     made_once = "arange eye linspace randperm scalar_tensor empty_strided tril_indices triu_indices"
-    assert set(RULES) - set(TRANSFERS) == set(made_once.split())
+    # All that these take is pinned, or, for the last, growth is refused where they stand.
+    looks = "nonzero _unique2 unique_consecutive unique_dim masked_select torchvision::nms"
+    refused = "index_put _unsafe_index_put torchvision::roi_align torchvision::roi_pool"
+    assert set(RULES) - set(TRANSFERS) == {*made_once.split(), *looks.split(), *refused.split()}
     assert set(TRANSFERS) <= set(RULES)
