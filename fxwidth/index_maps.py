@@ -34,6 +34,11 @@ class IndexMaps:
         self._variance_ratios = dict(variance_ratios or {})
         self._batch_growth = batch_growth
 
+    @property
+    def space(self) -> FactorSpace:
+        """The space of the factors."""
+        return self._space
+
     def with_variance_ratios(self, ratios: Mapping[int, float]) -> IndexMaps:
         """Return the same maps with what becomes of the variance that each norm sees, by the index of its call."""
         return IndexMaps(self._space, self._kept, variance_ratios=ratios, batch_growth=self._batch_growth)

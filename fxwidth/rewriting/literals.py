@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from fxwidth.factors import axis_size
 from fxwidth.index_maps import IndexMaps
+from fxwidth.rewriting.numbers import frozen
 from fxwidth.rules.registry import prescribed
 from fxwidth.tape import Axes, OpCall
 
@@ -264,7 +265,7 @@ def _freeze_scalars(state: NodeState) -> None:
         if not isinstance(argument, fx.Node) or not isinstance(state.before(argument), (int, float)):
             continue
         if state.before(argument) != state.now(argument):
-            node.update_arg(position, state.before(argument))
+            node.update_arg(position, frozen(argument, node, state, state.maps.space, state.axes_of))
 
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "pow", "iadd", "imul", "isub", "itruediv", "floordiv"})

@@ -1,0 +1,71 @@
+"""Numbers computed from sizes: what tensors are multiplied with keeps its trained value at every batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxwidth
+from fxwidth import FxwidthError
+
+WIDTH, LEFT = 8, 3
+
+
+class Scaled(nn.Module):
+    """Divides by a number computed from the sizes of its activation."""
+
+    def __init__(self, number: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.number = number
+        self.up, self.down = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h / self.number(h))
+
+
+def traced(number: Callable[[Tensor], float]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return fxwidth.trace(fx.symbolic_trace(Scaled(number).double().eval()), torch.randn(4, 6, dtype=torch.float64))
+
+
+NUMBERS = {
+    "a width": (lambda h: h.shape[1], lambda batch: WIDTH),
+    "a width from the end": (lambda h: h.size(-1), lambda batch: WIDTH),
+    "a width in a sum": (lambda h: h.shape[1] + 3, lambda batch: WIDTH + 3),
+    "all elements": (lambda h: h.numel(), lambda batch: batch * WIDTH),
+    "a product": (lambda h: h.size(0) * h.size(1) * 2, lambda batch: batch * WIDTH * 2),
+    "a root of a product": (lambda h: (h.shape[1] * h.shape[0]) ** 0.5, lambda batch: math.sqrt(batch * WIDTH)),
+    "the batch": (lambda h: h.size(0), lambda batch: batch),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("batch", [4, 7, 1])
+def test_numbers_keep_their_trained_values(name: str, batch: int) -> None:
+    number, trained = NUMBERS[name]
+    gm = traced(number)
+    fxwidth.resize(gm, {"up": LEFT}, fold=False)
+    x = torch.randn(batch, 6, dtype=torch.float64)
+    expected = gm.down(gm.up(x) / trained(batch))
+    assert gm.up.out_features == LEFT
+    torch.testing.assert_close(gm(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_resize_keeps_them_too() -> None:
+    gm = traced(NUMBERS["all elements"][0])
+    for width in (LEFT, 5):
+        fxwidth.resize(gm, {"up": width}, fold=False)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    torch.testing.assert_close(gm(x), gm.down(gm.up(x) / (7 * WIDTH)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_sum_of_batch_and_width_is_refused() -> None:
+    gm = traced(lambda h: h.size(0) + h.size(1))
+    with pytest.raises(FxwidthError, match=r"node 'truediv' computes with a number that holds both the batch and a"):
+        fxwidth.resize(gm, {"up": LEFT})
+    assert gm.up.out_features == WIDTH
