@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxwidth
@@ -30,6 +30,7 @@ from fxwidth import calls
 from fxwidth.calls import bound_to_placeholders
 from fxwidth.evidence import Evidence
 from fxwidth.index_maps import IndexMaps
+from fxwidth.stepwise_verification import prescribed_difference, stepwise_difference
 from fxwidth.structures import deep_tensors
 from fxwidth.verification import largest_difference, reference_outputs
 
@@ -96,8 +97,10 @@ def check_fxwidth(model: nn.Module, call: Call) -> dict[str, Any]:
         plan = {group.name: max(1, group.width // 2) for group in free}
         kept = {graph[name].factor: _some(graph[name].width, width) for name, width in plan.items()}
         values = bound_to_placeholders(gm, calls.Call(call.args, call.kwargs))
+        maps = IndexMaps(graph.analysis.space, kept)
+        if graph.analysis.record is not None:
+            return result | _check_by_steps(gm, graph, plan, maps, values, call)
         with _timed(seconds, "oracle"):
-            maps = IndexMaps(graph.analysis.space, kept)
             reference = reference_outputs(graph.analysis, maps, values, dtype)
         with _timed(seconds, "resize"), _as_the_oracle_keeps():
             fxwidth.resize(gm, plan, fold=False)
@@ -122,6 +125,39 @@ def check_fxwidth(model: nn.Module, call: Call) -> dict[str, Any]:
     }
     right = result["shapes_kept"] and difference < max(TOLERANCE[dtype], rounding) and rounding < BLIND
     return result | {"status": ("right" if free else "pinned") if right else "wrong"}
+
+
+def _check_by_steps(
+    gm: fx.GraphModule, graph: fxwidth.WidthGraph, plan: dict[str, int], maps: IndexMaps, values: list[Any], call: Call
+) -> dict[str, Any]:
+    """Compare every op with the replay oracle, for models that answer with whatever they have found."""
+    seconds: dict[str, float] = {}
+    dtype = next(gm.parameters()).dtype
+    with torch.no_grad():
+        before = _leaves(gm(*call.args, **call.kwargs))
+    with _timed(seconds, "oracle"):
+        difference, place = stepwise_difference(graph.analysis, maps, values, dtype)
+    with _timed(seconds, "resize"), _as_the_oracle_keeps():
+        fxwidth.resize(gm, plan, fold=False)
+    own, compared = prescribed_difference(gm, graph.analysis, maps, values, dtype)
+    with torch.no_grad():
+        after = _leaves(gm(*call.args, **call.kwargs))
+        # Another number of things found, in images of other sizes.
+        others = pytree.tree_map_only(Tensor, lambda image: torch.rand_like(image[..., 3:, :-5]), call.args)
+        gm(*others, **call.kwargs)
+    kept = [t.shape[1:] for t in after] == [t.shape[1:] for t in before]
+    worst = max(difference, own)
+    right = kept and worst < TOLERANCE[dtype] and compared > 0
+    return {
+        "parameters_after": count_parameters(gm),
+        "shapes_kept": kept,
+        "difference": worst,
+        "place": place,
+        "compared": compared,
+        "lowered": len(gm.meta["fxwidth_history"][-1]["lowered"]) if plan else 0,
+        "status": ("right" if plan else "pinned") if right else "wrong",
+        "seconds_by_steps": seconds,
+    }
 
 
 def check_torch_pruning(model: nn.Module, call: Call) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxwidth.batches import batch_factor
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
 from fxwidth.fake_ops import fake_like, fake_mode
+from fxwidth.module_parts import watching_parts
+from fxwidth.module_state import unchanged
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
-from fxwidth.rules.registry import RuleContext, keeps, rule_for, rule_name
+from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.structures import deep_tensors, map_leaves, states_in
 from fxwidth.tape import (
     Axes,
@@ -30,6 +33,8 @@ from fxwidth.tape import (
     without_collections,
 )
 from fxwidth.unification import unify
+from fxwidth.value_pins import pin_other_ways
+from fxwidth.value_record import ValueReader, ValueRecord
 from fxwidth.whole_ops import calls_no_whole_op
 
 
@@ -70,8 +75,10 @@ class Analysis:
     parameters: dict[str, ParameterAxes]
     inputs: tuple[Any, ...]
     batch: Factor | None
+    record: ValueRecord | None = None
     calls: list[OpCall] = field(default_factory=list)
     node_calls: dict[str, range] = field(default_factory=dict)
+    part_calls: dict[int, list[range]] = field(default_factory=dict)
     node_values: dict[str, Any] = field(default_factory=dict)
     node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
@@ -92,6 +99,14 @@ class Analysis:
         self.axes[id(tensor)] = tuple(axes)
         self.kept_alive.append(tensor)
 
+    def known_values(self, finds: int | None = None) -> ValueReader | None:
+        """Return a new reader of what is on record for ops that depend on values, or None where there are none."""
+        return None if self.record is None else ValueReader(self.record, self.mode, finds)
+
+    def calls_of_part(self, part: nn.Module) -> list[OpCall]:
+        """Return the ops that a module inside of a node's module ran."""
+        return [self.calls[i] for run in self.part_calls.get(id(part), ()) for i in run]
+
     def calls_of(self, node: str) -> list[OpCall]:
         """Return the ops that an fx node ran."""
         return [self.calls[i] for i in self.node_calls.get(node, range(0))]
@@ -108,9 +123,11 @@ class NodeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
-        self._recorder.node = n.name
+        self._recorder.begin(n.name)
         first = len(self._recorder.calls)
-        value = self._run_plainly(n)
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        with watching_parts(module, self._recorder, self._analysis.part_calls):
+            value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
         self._analysis.node_values[n.name] = value
         # As they are now: a later op may give the tensor other dims in place.
@@ -134,13 +151,14 @@ class NodeInterpreter(fx.Interpreter):
 
 
 @without_collections()
-def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
+def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None = None) -> Analysis:
     """Run a graph on fake tensors and return the axes of everything in it.
 
     Args:
         module: the graph; it is run in eval mode and left as it was.
         examples: one value per placeholder: a `TensorSpec`, a tensor (used for its shape and dtype alone), a constant,
             or a nested value of these.
+        record: results of ops that depend on values, from `record_values`.
 
     Raises:
         FxwidthError: the graph does not run on these inputs.
@@ -148,24 +166,26 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     mode = fake_mode()
     space = FactorSpace()
     inputs = tuple(map_leaves(partial(_fake_input, mode), value, TensorSpec, Tensor) for value in examples)
-    tensors = deep_tensors(inputs)
-    batch = _batch_factor(tensors)
     slots = tensor_slots(module)
-    analysis = Analysis(module, space, mode, _parameters(slots, mode, space), inputs, batch)
+    parameters = _parameters(slots, mode, space)
+    fakes = {name: entry.fake for name, entry in parameters.items()}
+    batch = batch_factor(module, inputs, fakes, mode, record is not None)
+    analysis = Analysis(module, space, mode, parameters, inputs, batch, record)
     for entry in analysis.parameters.values():
         analysis.set_axes(entry.fake, entry.axes)
     names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     for name, argument in zip(names, inputs, strict=False):
         for value in deep_tensors(argument):
             analysis.set_axes(value, _input_axes(value, batch, name))
-    recorder = TapeRecorder(keeps, lambda call: judge(analysis, call))
+    recorder = TapeRecorder(keeps, lambda call: judge(analysis, call), values=analysis.known_values())
     analysis.calls = recorder.calls
-    fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
-    with evaluating(module), substituted(module, fakes, slots), plain_kernels(), quiet(), mode, recorder:
-        result = _run(NodeInterpreter(module, analysis, recorder), recorder, inputs)
+    replaced = substituted(module, fakes, slots)
+    with evaluating(module), unchanged(module), replaced, plain_kernels(), quiet(), mode, recorder:
+        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))
     _pin_what_is_used(analysis)
+    pin_other_ways(analysis)
     space.context = "model output"
     for output in analysis.outputs:
         for axis in analysis.axes_of(output) if id(output) not in analysis.states else ():
@@ -175,7 +195,12 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any]) -> Analysis:
     return analysis
 
 
-def _run(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any]) -> Any:
+def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any]) -> Any:
+    """Run a graph on one value per placeholder.
+
+    Raises:
+        FxwidthError: it does not run on these inputs.
+    """
     try:
         return interpreter.run(*inputs, enable_io_processing=False)
     except Exception as error:
@@ -201,16 +226,6 @@ def _input_axes(value: Tensor, batch: Factor | None, name: str) -> Axes:
     return tuple(axes)
 
 
-def _batch_factor(examples: Sequence[Tensor]) -> Factor | None:
-    # The first input tells the batch; others may have none (positions, a mask for all samples).
-    size = next((value.shape[0] for value in examples if value.dim() > 0), 1)
-    if size < 2:
-        return None
-    batch = Factor(size, "batch")
-    batch.is_batch = True
-    return batch
-
-
 def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[str, ParameterAxes]:
     result = {}
     for name, (tensor, _) in slots.items():
@@ -226,19 +241,15 @@ def _pin_what_is_used(analysis: Analysis) -> None:
     for call in analysis.calls:
         for result, axis, reason in call.pins_if_used:
             if id(result) in used:
-                analysis.space.context = _context(call)
+                analysis.space.context = call.place
                 analysis.space.pin(axis, reason)
-
-
-def _context(call: OpCall) -> str:
-    return f"{rule_name(call.func)} at node {call.node}" if call.node else rule_name(call.func)
 
 
 def judge(analysis: Analysis, call: OpCall) -> None:
     """Apply an op's rule to a call that has just run, or pin what it touches."""
     outputs = call.outputs
     space = analysis.space
-    space.context = _context(call)
+    space.context = call.place
     call.axes = {id(tensor): analysis.axes_of(tensor) for tensor in call.inputs}
     if not outputs:
         return

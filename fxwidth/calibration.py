@@ -80,7 +80,7 @@ def _fitted(analysis: Analysis, batch: Any, number: int) -> list[Any]:
             )
     values = list(analysis.inputs)
     for i, value in zip(wanted, given, strict=True):
-        values[i] = _all_checked(value, analysis.inputs[i], f"input {names[i]!r} in batch {number} of data")
+        values[i] = _all_checked(analysis, value, analysis.inputs[i], f"input {names[i]!r} in batch {number} of data")
     return values
 
 
@@ -163,8 +163,11 @@ def _is_argument(value: Any, inputs: Sequence[Any]) -> bool:
     return any(deep_tensors(example) and difference(flatten(example)[1], structure) is None for example in inputs)
 
 
-def _all_checked(value: Any, example: Any, place: str) -> Any:
+def _all_checked(analysis: Analysis, value: Any, example: Any, place: str) -> Any:
     given, expected = deep_tensors(value), deep_tensors(example)
+    if analysis.record is not None and isinstance(value, list) and isinstance(example, list):
+        # A list of samples, each of its own size, for a model that looks at values anyway.
+        return [_of_kind(tensor, expected[0], place) for tensor in given]
     if len(given) != len(expected):
         raise FxwidthError(
             f"{place} holds {len(given)} tensors, the graph was analysed with {len(expected)}; pass inputs like those."
@@ -180,6 +183,10 @@ def _checked(tensor: Tensor, example: Tensor, place: str) -> Tensor:
             f"{place} has shape {shape}, the graph was analysed with {expected}; "
             "pass batches of that shape (only the first dim, the batch, may differ)."
         )
+    return _of_kind(tensor, example, place)
+
+
+def _of_kind(tensor: Tensor, example: Tensor, place: str) -> Tensor:
     if tensor.dtype != example.dtype and tensor.is_floating_point() != example.is_floating_point():
         raise FxwidthError(f"{place} is {tensor.dtype}, the graph was analysed with {example.dtype}; convert it.")
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

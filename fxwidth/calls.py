@@ -18,7 +18,7 @@ from fxwidth.structures import Constant, Container, Leaf, Structure, difference,
 
 UNKNOWN = inspect.Parameter.empty
 INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
-_PLAIN = (type(None), bool, int, float, str)
+PLAIN = (type(None), bool, int, float, str)
 _FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
 
 
@@ -99,7 +99,7 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
             ) from error
     result: list[Argument] = []
     for parameter in signature.parameters.values():
-        name, plain = parameter.name, isinstance(parameter.default, _PLAIN)
+        name, plain = parameter.name, isinstance(parameter.default, PLAIN)
         # A graph takes all arguments by position too, so one behind a default needs one as well.
         default = (parameter.default,) if plain else (None,) if any(other.default for other in result) else ()
         if parameter.kind == inspect.Parameter.VAR_POSITIONAL:
@@ -203,7 +203,7 @@ def native(structure: Structure, leaves: Sequence[Any]) -> tuple[bool, Any]:
     if isinstance(structure, Leaf):
         return True, leaves[structure.position]
     if isinstance(structure, Constant):
-        return isinstance(structure.value, _PLAIN), structure.value
+        return isinstance(structure.value, PLAIN), structure.value
     if not isinstance(structure, Container) or structure.spec.type not in (tuple, list, dict):
         return False, None
     parts = [native(part, leaves) for part in structure.parts]

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
-from fxwidth.input_shapes import INPUTS
+from fxwidth.input_shapes import INPUTS, VALUES
 from fxwidth.resizing import HISTORY, resize_analyzed
 from fxwidth.tape import tensor_slots
 from fxwidth.tracing import analyze_module, trace
@@ -32,7 +32,9 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         # Pickling a GraphModule keeps its code but not its notes: shapes and history travel beside it.
-        torch.save({"module": gm, "meta": {key: gm.meta[key] for key in (INPUTS, HISTORY) if key in gm.meta}}, path)
+        torch.save(
+            {"module": gm, "meta": {key: gm.meta[key] for key in (INPUTS, VALUES, HISTORY) if key in gm.meta}}, path
+        )
         return
     tensors = {name: tensor.detach().contiguous() for name, (tensor, _) in tensor_slots(gm).items()}
     widths = [{name: new for name, (_, new) in record["widths"].items()} for record in gm.meta.get(HISTORY, [])]

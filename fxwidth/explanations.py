@@ -34,8 +34,10 @@ def _where(pin: Pin, module: fx.GraphModule) -> str:
     op, _, name = pin.context.partition(" at node ")
     if not name:
         return f" ({op})" if op else ""
+    # A part of the node's module may be named besides.
+    name, _, part = name.partition(", in ")
     node = next((node for node in module.graph.nodes if node.name == name), None)
-    return f", in {op} at node {name}{_described(node, module)}"
+    return f", in {op} at node {name}{_described(node, module)}" + (f", in its part {part!r}" if part else "")
 
 
 def _described(node: fx.Node | None, module: fx.GraphModule) -> str:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
-from fxwidth.structures import Leaf, Structure, flatten, flatten_each, rebuild_each
+from fxwidth.module_state import stores, unchanged, undisturbed
+from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
+from fxwidth.tape import quiet
 
 aten = torch.ops.aten
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
@@ -63,7 +68,29 @@ def _program(
     # The hooks are the model's, which is called inside.
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
-    return torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+    # It prints the graph it has got so far when it fails, which here means only that another front end is asked.
+    with unchanged(model), undisturbed(model), _no_hooks_left(), quiet(), redirect_stderr(StringIO()):
+        program = torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+        for place, part in stores(model, FakeTensor):
+            # What has no batch in its shape is a table that is made once.
+            if not _is_static(getattr(part, place.rpartition(".")[2])):
+                raise NotImplementedError(f"the model keeps what it computes in {place!r}, which a graph does not")
+        return program
+
+
+def _is_static(value: Any) -> bool:
+    return all(isinstance(size, int) for tensor in deep_tensors(value) for size in tensor.shape)
+
+
+@contextmanager
+def _no_hooks_left() -> Iterator[None]:
+    """Take out what torch 2.11 leaves behind when an export fails: a hook on every buffer that any module sets."""
+    before = set(_global_buffer_registration_hooks)
+    try:
+        yield
+    finally:
+        for key in set(_global_buffer_registration_hooks) - before:
+            del _global_buffer_registration_hooks[key]
 
 
 class Region(nn.Module):

@@ -12,10 +12,10 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.analysis import TensorSpec, analyze_axes
 from fxwidth.calls import Call, bound_to_placeholders
 from fxwidth.errors import FxwidthError
-from fxwidth.structures import flatten, map_leaves
+from fxwidth.structures import deep_tensors, flatten, map_leaves, rebuild
 from fxwidth.tape import tensor_slots
 
-INPUTS = "fxwidth_inputs"
+INPUTS, VALUES = "fxwidth_inputs", "fxwidth_values"
 
 
 def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
@@ -62,6 +62,29 @@ def with_batch_of_two(specs: Sequence[Any]) -> list[Any] | None:
     if not all(spec.shape[0] == 1 for spec in tensors):
         return None
     return [map_leaves(lambda spec: spec.with_batch(2) if spec.shape else spec, value, TensorSpec) for value in specs]
+
+
+def real_inputs(module: fx.GraphModule, specs: Sequence[Any], call: Call | None) -> list[Any]:
+    """Return a real value for each placeholder of a graph: those of a call where there are some, else random ones."""
+    given: list[Any] = [None] * len(specs) if call is None else bound_to_placeholders(module, call)
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for value, spec in zip(given, specs, strict=True):
+        wanted, structure = flatten(spec, (TensorSpec,))
+        known = deep_tensors(value) if call is not None else [None] * len(wanted)
+        tensors = [_real(*pair, generator) for pair in zip(wanted, known, strict=True)]
+        result.append(rebuild(structure, tensors))
+    return result
+
+
+def _real(spec: TensorSpec, known: Tensor | None, generator: torch.Generator) -> Tensor:
+    if known is None and spec.dtype.is_floating_point:
+        known = torch.rand(spec.shape, generator=generator)
+    elif known is None:
+        known = torch.zeros(spec.shape)
+    if tuple(known.shape) != spec.shape:
+        known = known.repeat(2, *[1] * (known.dim() - 1))
+    return known.detach().to(spec.device, spec.dtype)
 
 
 def _hint(size: Any) -> int:

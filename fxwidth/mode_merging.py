@@ -85,6 +85,8 @@ class _Merger:
         """Change the eval graph and return True, or return False when the graphs differ by more."""
         if not self._align():
             return False
+        if not self._arguments and not self._counters:
+            return True
         chooser = _Chooser(self._evaluated)
         for node, arguments in self._arguments.items():
             chooser.set_arguments(node, arguments)

@@ -28,6 +28,19 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             _restore(part, attributes, contents)
 
 
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
+    before = [(part, part.__dict__.copy(), _contents(part)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, contents in before:
+            for name, value in list(part.__dict__.items()):
+                if name not in _MANAGED and not _holds_fakes(value):
+                    _put_back(part, name, attributes.get(name, _MISSING), contents)
+
+
 def _contents(part: nn.Module) -> dict[str, Any]:
     """Return copies of the containers that a module's code may write to."""
     return {
@@ -39,21 +52,36 @@ def _contents(part: nn.Module) -> dict[str, Any]:
 
 def _restore(part: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
     for name, value in list(part.__dict__.items()):
-        if name in _MANAGED or not _holds_fakes(value):
-            continue
-        old = attributes.get(name, _MISSING)
-        if old is _MISSING:
-            del part.__dict__[name]
-        elif value is not old:
-            part.__dict__[name] = old
-        if name in contents and isinstance(old, list):
-            old[:] = contents[name]
-        elif name in contents and isinstance(old, dict):
-            old.clear()
-            old.update(contents[name])
+        if name not in _MANAGED and _holds_fakes(value):
+            _put_back(part, name, attributes.get(name, _MISSING), contents)
+
+
+def _put_back(part: nn.Module, name: str, old: Any, contents: dict[str, Any]) -> None:
+    if old is _MISSING:
+        del part.__dict__[name]
+    elif part.__dict__[name] is not old:
+        part.__dict__[name] = old
+    if name in contents and isinstance(old, list):
+        old[:] = contents[name]
+    elif name in contents and isinstance(old, dict):
+        old.clear()
+        old.update(contents[name])
+
+
+def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path of each attribute or buffer that holds a value of a kind, and the submodule that keeps it."""
+    for path, part in module.named_modules():
+        for name, value in (*part._buffers.items(), *part.__dict__.items()):
+            if name not in _MANAGED and name != "_buffers" and holds(value, kind):
+                yield (f"{path}.{name}" if path else name), part
 
 
 def _holds_fakes(value: Any) -> bool:
+    return holds(value, FakeTensor)
+
+
+def holds(value: Any, kind: type) -> bool:
+    """Tell whether a value is of a kind, or a list, tuple or dict with such a value in it."""
     if isinstance(value, (dict, list, tuple)):
-        return any(map(_holds_fakes, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, FakeTensor)
+        return any(holds(part, kind) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kind)

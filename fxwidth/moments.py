@@ -18,9 +18,10 @@ from fxwidth.groups import WidthGraph
 from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
 from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
+from fxwidth.real_runs import looking_on
 from fxwidth.rules.registry import keeps
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import TapeRecorder, bind, evaluating, functional_name, is_sound, plain_kernels
+from fxwidth.tape import TapeRecorder, bind, functional_name, is_sound
 
 __all__ = ["Moment", "Moments", "collect_moments", "moments_from_data", "moments_from_noise"]
 
@@ -116,7 +117,7 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
     recorder = TapeRecorder(keeps, observer.see)
     interpreter = Walker(analysis.module, observer, recorder)
     samples = 0
-    with evaluating(analysis.module), plain_kernels():
+    with looking_on(analysis.module):
         for number, values in enumerate(batches):
             size = next((len(tensor) for tensor in deep_tensors(values) if tensor.dim()), 1)
             observer.samples = size

@@ -124,6 +124,7 @@ class Observer:
         for probe in probes:
             self._parts.setdefault(_sum_of(probe), []).append(probe)
         self._expected: deque[OpCall] = deque()
+        self._ends: dict[str, int] = {}
 
     def begin(self, node: str) -> None:
         """Expect the ops of a node."""
@@ -133,24 +134,32 @@ class Observer:
     def end(self) -> None:
         """Check that all the ops of the node have come."""
         if self._expected:
-            self.missed[self.node] = OTHER_OPS
+            self._stray(self._expected[0])
 
     def see(self, call: OpCall) -> None:
         """Take in one op that has just run."""
         expected = self._expected.popleft() if self._expected else None
         if expected is None or expected.name != call.name:
-            self.missed[self.node] = OTHER_OPS
+            self._stray(expected)
             self._expected.clear()
             return
         for probe in self._probes.get(expected.index, ()):
             self._measure(probe, call.arguments[probe.argument])
+
+    def _stray(self, expected: OpCall | None) -> None:
+        """Note that the run has left the tape at an op; what depends on values may, and is known up to there."""
+        calls = self._analysis.calls_of(self.node)
+        if expected is not None and any(call.recorded is not None for call in calls[: expected.index - calls[0].index]):
+            self._ends[self.node] = min(expected.index, self._ends.get(self.node, expected.index))
+        elif expected is not None or not any(call.recorded is not None for call in calls):
+            self.missed[self.node] = OTHER_OPS
 
     def seen(self) -> Seen:
         """Return all that was seen."""
         result = Seen(missed=self.missed)
         for key, total in self._sums.items():
             probes = self._parts[key]
-            if any(probe.call.node in self.missed for probe in probes):
+            if any(self._is_unseen(probe.call) for probe in probes):
                 continue
             probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
             if not bool((value.covariance if isinstance(value, Moment) else value).isfinite().all()):
@@ -162,6 +171,9 @@ class Observer:
             else:
                 result.deviations[probe.call.index] = value
         return result
+
+    def _is_unseen(self, call: OpCall) -> bool:
+        return call.node in self.missed or call.index >= self._ends.get(call.node, call.index + 1)
 
     def _measure(self, probe: Probe, tensor: Tensor) -> None:
         if probe.measure == Measure.MOMENT:

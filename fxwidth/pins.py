@@ -72,6 +72,14 @@ TAKEN_APART = "the dimension is taken apart into a fixed number of tensors"
 STRIDED = "a strided slice that does not divide the dimension"
 WINDOWS = "windows are cut along the dimension"
 SHUFFLED_GROUPS = "the number of shuffled groups is a literal"
+MASKED = "the dimension is under a mask"
+FOUND = "how many results there are depends on values"
+BOXES = "boxes are chosen by their values"
+BOX_SAMPLES = "boxes tell the sample they are in"
+BRANCHED = "it is used after the code has branched on a value, or may have"
+ON_EMPTY = "it is used on an empty tensor"
+OTHER_WAY = "a part was followed along one way"
+WRITTEN_IN = "a size is written into code that cannot be taken apart"
 SORTED_ROWS = "rows are sorted by the matrix they are multiplied by"
 SCALE = "the attention scale is computed from it"
 NO_RULE = "no rule for this op"
@@ -116,6 +124,14 @@ REMEDIES = {
     STRIDED: "Make the size of the dimension a multiple of the step.",
     WINDOWS: _BY_PLACE,
     SHUFFLED_GROUPS: "Write the shuffle as a view, a transpose and a view.",
+    MASKED: _BY_PLACE,
+    FOUND: _BY_PLACE,
+    BOXES: _BY_PLACE,
+    BOX_SAMPLES: _BY_PLACE,
+    BRANCHED: "Read the number where no parameters are used behind it, or in a module of its own.",
+    ON_EMPTY: "Pass example_inputs in which more is found.",
+    OTHER_WAY: "Pass example_inputs with which all parameters of the part are used.",
+    WRITTEN_IN: "Take the size from a tensor or a parameter: x.shape[1] in the place of a number.",
     SORTED_ROWS: "Nothing: rows and matrices belong together by their numbers.",
     SCALE: "Pass scale= to the attention, so that it does not depend on a width.",
     NOT_COVERED: _REWRITE,

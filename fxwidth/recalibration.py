@@ -16,7 +16,8 @@ from fxwidth.analysis import Analysis
 from fxwidth.calibration import batches_from
 from fxwidth.index_maps import NEW, Indices
 from fxwidth.readers import BATCH_NORMS
-from fxwidth.tape import bind, evaluating, functional_name, plain_kernels, tensor_slots
+from fxwidth.real_runs import looking_on
+from fxwidth.tape import bind, functional_name, tensor_slots
 
 # Differences between two runs on the same inputs take few of these to be seen well.
 SAMPLES = 512
@@ -114,10 +115,12 @@ class Recalibration:
         running: Mapping[tuple[str, str], _Running],
     ) -> dict[tuple[str, str], list[_Statistics]]:
         """Run the module and return what its batch norms are given, by the names of their running statistics."""
-        names = {tensor.data_ptr(): name for name, (tensor, _) in _buffers(self._module).items() if tensor.numel()}
-        watch = _Watch(names, before, running)
-        with evaluating(self._module), plain_kernels(), torch.no_grad(), watch:
-            fx.Interpreter(self._module).run(*values, enable_io_processing=False)
+        with looking_on(self._module):
+            # By their addresses while the module runs on copies of them.
+            names = {tensor.data_ptr(): name for name, (tensor, _) in _buffers(self._module).items() if tensor.numel()}
+            watch = _Watch(names, before, running)
+            with watch:
+                fx.Interpreter(self._module).run(*values, enable_io_processing=False)
         return watch.seen
 
 

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, UNKNOWN, Argument, Inputs, Outputs, Passing, invoke, native
+from fxwidth.calls import (
+    INPUTS_MODULE,
+    OUTPUTS_MODULE,
+    PLAIN,
+    UNKNOWN,
+    Argument,
+    Inputs,
+    Outputs,
+    Passing,
+    invoke,
+    native,
+)
+from fxwidth.module_state import stores, unchanged
 from fxwidth.structures import flatten, flatten_each, rebuild_each
 
 
 def symbolic_graph(
-    model: nn.Module, arguments: Sequence[Argument], *, live_numbers: bool = True, leaves: Collection[nn.Module] = ()
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    *,
+    live_numbers: bool = True,
+    leaves: Collection[nn.Module] = (),
+    failed: list[nn.Module] | None = None,
 ) -> fx.GraphModule:
     """Return the graph of a model, traced by running it on proxies.
 
@@ -24,19 +42,74 @@ def symbolic_graph(
         arguments: those of its forward, with examples or defaults.
         live_numbers: whether numbers stay inputs too; a model that branches on them cannot be traced so.
         leaves: submodules that are called as they are.
+        failed: takes the innermost submodule in which tracing ends, if it does.
     """
-    tracer = _Tracer(arguments, live_numbers, leaves)
-    graph = tracer.trace(model)
+    failed = [] if failed is None else failed
+    tracer = _Tracer(arguments, live_numbers, leaves, failed)
+    with unchanged(model):
+        graph = tracer.trace(model)
+        _refuse_stores(model, failed)
+        root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
     graph._tracer_cls = fx.Tracer
-    root = copy.copy(model)
     root._modules = {**model._modules, **tracer.helpers}
     return fx.GraphModule(root, graph, type(model).__name__)
 
 
+def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
+    """Check that no module has kept what it was traced with: the graph would not keep what it is run with."""
+    for place, part in stores(model, fx.Proxy):
+        failed.append(part)
+        raise NotImplementedError(f"the model keeps what it computes in {place!r}, which a graph does not")
+
+
+def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.GraphModule:
+    """Return the graph of a model, in which parts that cannot be traced are called as they are.
+
+    A part is the innermost module at which tracing ends. Where that is the model itself, the graph is one call of it,
+    as `model`.
+    """
+    leaves: list[nn.Module] = []
+    while True:
+        failed: list[nn.Module] = []
+        try:
+            return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed)
+        except Exception:
+            if not failed:
+                return _one_call(model)
+        leaves.append(failed[0])
+
+
+def _one_call(model: nn.Module) -> fx.GraphModule:
+    """Return a graph that calls a model with the arguments it is given."""
+    graph = fx.Graph()
+    positional: list[fx.Node] = []
+    named: dict[str, Any] = {}
+    for parameter in inspect.signature(model.forward).parameters.values():
+        required = parameter.default is UNKNOWN
+        variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if variable or not (required or isinstance(parameter.default, PLAIN)):
+            continue
+        default = () if required else (parameter.default,)
+        node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
+        if required and parameter.kind != inspect.Parameter.KEYWORD_ONLY:
+            positional.append(node)
+        else:
+            named[parameter.name] = node
+    graph.output(graph.call_module("model", tuple(positional), named))
+    return fx.GraphModule({"model": model}, graph, type(model).__name__)
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, arguments: Sequence[Argument], live_numbers: bool, leaves: Collection[nn.Module]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[Argument],
+        live_numbers: bool,
+        leaves: Collection[nn.Module],
+        failed: list[nn.Module],
+    ) -> None:
         super().__init__()
+        self._failed = failed
         self.helpers: dict[str, nn.Module] = {}
         self._arguments = arguments
         self._live_numbers = live_numbers
@@ -45,6 +118,17 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called as it is."""
         return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a submodule, or call it as it is."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if not self._failed and id(m) not in self._leaves:
+                self._failed.append(m)
+            raise
 
     def create_args_for_root(
         self,

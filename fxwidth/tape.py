@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxwidth.factors import Axis
 from fxwidth.fake_ops import run_op
 from fxwidth.module_state import undisturbed
+from fxwidth.value_record import Values
 from fxwidth.whole_ops import WholeOps
 
 Axes = tuple[Axis, ...]
@@ -47,7 +48,8 @@ class Mixing:
 class OpCall:
     """One ATen op with its bound arguments, its results, and the axes its tensors had when it ran.
 
-    `inputs` and `outputs` are the tensors among the arguments and the results.
+    `inputs` and `outputs` are the tensors among the arguments and the results; `recorded` is what a run on real tensors
+    has found, for ops that depend on values; `part` is the path of the module inside of the node's that ran the op.
     """
 
     index: int
@@ -60,6 +62,8 @@ class OpCall:
     contractions: list[Contraction] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
     pins_if_used: list[tuple[Tensor, Axis, str]] = field(default_factory=list)
+    recorded: Any = None
+    part: str = ""
     inputs: list[Tensor] = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -70,6 +74,13 @@ class OpCall:
     def name(self) -> str:
         """The op's name without namespace, overload and in-place underscore, e.g. "add"."""
         return functional_name(self.func)
+
+    @property
+    def place(self) -> str:
+        """The op, its node, and the part of that node that ran it."""
+        name = self.name if self.func.namespace == "aten" else f"{self.func.namespace}::{self.name}"
+        place = f" at node {self.node}" if self.node else ""
+        return f"{name}{place}, in {self.part}" if self.part else f"{name}{place}"
 
 
 @cache
@@ -140,14 +151,26 @@ class TapeRecorder(TorchDispatchMode):
         return False
 
     def __init__(
-        self, keeps: Callable[[OpOverload], bool], on_call: Callable[[OpCall], None] | None = None, start: int = 0
+        self,
+        keeps: Callable[[OpOverload], bool],
+        on_call: Callable[[OpCall], None] | None = None,
+        start: int = 0,
+        values: Values | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[OpCall] = []
         self.node = ""
         self._keeps = keeps
         self._on_call = on_call
+        self.part = ""
         self._start = start
+        self._values = values
+
+    def begin(self, node: str) -> None:
+        """Say which node is at work from now on."""
+        self.node, self.part = node, ""
+        if self._values is not None:
+            self._values.begin(node)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -163,8 +186,12 @@ class TapeRecorder(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         # Rules see the shapes and axes from before the op: an in-place op may change them.
-        call = OpCall(self._start + len(self.calls), func, bind(func, args, kwargs), None, self.node)
-        call.result = run_op(func, args, kwargs)
+        call = OpCall(self._start + len(self.calls), func, bind(func, args, kwargs), None, self.node, part=self.part)
+        if self._values is None:
+            call.result = run_op(func, args, kwargs)
+        else:
+            run = partial(run_op, func, args, kwargs)
+            call.result, call.recorded = self._values.run(func, call.arguments, run)
         call.outputs = tensors_in(call.result)
         self.calls.append(call)
         if self._on_call is not None:
@@ -196,6 +223,14 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch.export",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
 @contextmanager
 def without_collections() -> Iterator[None]:
     """Keep Python from looking for garbage: an analysis keeps all it makes, and going through that is costly."""
@@ -211,13 +246,15 @@ def without_collections() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence torch's log of failures under fake tensors: here a failure is an answer, or is told in our words."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = list(map(logging.getLogger, _LOGGERS))
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

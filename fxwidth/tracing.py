@@ -12,10 +12,13 @@ from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
-from fxwidth.input_shapes import INPUTS, device_of, input_specs, with_batch_of_two
+from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, with_batch_of_two
 from fxwidth.mode_merging import in_both_modes
-from fxwidth.symbolic import symbolic_graph
+from fxwidth.rewriting.trials import pin_what_is_written_in
+from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tape import is_sound, tensor_slots
+from fxwidth.value_record import VALUE_ERRORS
+from fxwidth.value_runs import record_values
 
 
 def trace(
@@ -67,10 +70,42 @@ def analyze_module(
         raise FxwidthError(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
-    specs = input_specs(module, call_of(example_inputs, example_kwargs))
-    analysis = _analyze_any_batch(module, specs)
+    call = call_of(example_inputs, example_kwargs)
+    specs = input_specs(module, call)
+    doubled = with_batch_of_two(specs)
+    try:
+        analysis = _analyze(module, specs if doubled is None else doubled, call)
+    except FxwidthError:
+        if doubled is None:
+            raise
+        analysis = _analyze(module, specs, call)
     module.meta[INPUTS] = specs
     return analysis
+
+
+def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
+    """Analyse a graph; where what it does depends on values, with those of one run on real inputs."""
+    known_for, record = module.meta.get(VALUES, (None, None))
+    if record is not None and call is None and known_for == specs:
+        analysis = analyze_axes(module, specs, record)
+        pin_what_is_written_in(analysis)
+        return analysis
+    try:
+        return analyze_axes(module, specs)
+    except FxwidthError as error:
+        if not _is_about_values(error) or any(tensor.is_meta for tensor, _ in tensor_slots(module).values()):
+            raise
+    record = record_values(module, real_inputs(module, specs, call))
+    analysis = analyze_axes(module, specs, record)
+    pin_what_is_written_in(analysis)
+    module.meta[VALUES] = (specs, record)
+    return analysis
+
+
+def _is_about_values(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, VALUE_ERRORS):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analysis]:
@@ -79,11 +114,12 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
     reasons: dict[str, Exception] = {}
     unusable: FxwidthError | None = None
     front_ends: list[tuple[str, Callable[[], fx.GraphModule]]] = [
-        ("torch.fx.symbolic_trace", lambda: symbolic_graph(model, arguments)),
-        ("torch.fx.symbolic_trace", lambda: symbolic_graph(model, arguments, live_numbers=False)),
+        (_SYMBOLIC, lambda: symbolic_graph(model, arguments)),
+        (_SYMBOLIC, lambda: symbolic_graph(model, arguments, live_numbers=False)),
     ]
     if call is not None:
-        front_ends.append(("torch.export", lambda: exported_graph(model, arguments, device_of(model))))
+        front_ends.append((_EXPORT, lambda: exported_graph(model, arguments, device_of(model))))
+        front_ends.append((_LEAVES, lambda: graph_with_leaves(model, arguments)))
     for name, front_end in front_ends:
         try:
             module = in_both_modes(model, front_end)
@@ -93,10 +129,15 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
         try:
             return module, analyze_module(module, call)
         except FxwidthError as error:
-            unusable = unusable or error
+            reasons[name] = error
+            if name != _LEAVES:
+                unusable = unusable or error
     if unusable is not None:
         raise unusable
     raise _untraceable(model, reasons, call) from list(reasons.values())[-1]
+
+
+_SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.fx.symbolic_trace with leaves"
 
 
 def _untraceable(model: nn.Module, reasons: Mapping[str, Exception], call: Call | None) -> FxwidthError:
@@ -114,16 +155,6 @@ def _drop_postponed_annotations(module: fx.GraphModule) -> None:
         node.type = None
     if annotated:
         module.recompile()
-
-
-def _analyze_any_batch(module: fx.GraphModule, specs: list[Any]) -> Analysis:
-    doubled = with_batch_of_two(specs)
-    if doubled is not None:
-        try:
-            return analyze_axes(module, doubled)
-        except FxwidthError:
-            return analyze_axes(module, specs)
-    return analyze_axes(module, specs)
 
 
 def refuse_nan(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fxwidth.factors import Axis, axis_size
 from fxwidth.index_maps import NEW, IndexMaps
 from fxwidth.rules.registry import prescribed
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import Axes, OpCall, tensors_in, unbind
+from fxwidth.tape import Axes, OpCall, functional_name, tensors_in, unbind
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ def reference_outputs(
     Raises:
         FxwidthError: an op does not run; the message names op and node.
     """
-    return _ZeroedReplay(analysis, maps, dtype).run(inputs)
+    return ZeroedReplay(analysis, maps, dtype).run(inputs)
 
 
 def resized_outputs(
@@ -89,6 +90,11 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     gap = torch.where(actual == expected, 0.0, (actual - expected).abs()).nan_to_num(nan=float("inf")).max().item()
     finite = expected[expected.isfinite()].abs()
     return gap / max(finite.max().item() if finite.numel() else 0.0, 1e-12)
+
+
+def is_replayed(call: OpCall) -> bool:
+    """Tell whether an op takes part in a replay."""
+    return call.name not in _SKIPPED and bool(call.outputs)
 
 
 class _Places:
@@ -150,7 +156,7 @@ class _Replay(ABC):
 
     @abstractmethod
     def parameter(self, tensor: Tensor, axes: Axes) -> Tensor:
-        """Return what stands for a parameter or buffer."""
+        """Return what stands for a parameter, a buffer, or a result on record."""
 
     @abstractmethod
     def execute(self, call: OpCall) -> list[Tensor]:
@@ -162,15 +168,22 @@ class _Replay(ABC):
 
     def run(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Run the tape and return the model's outputs."""
+        for _ in self.steps(inputs):
+            pass
+        return list(map(self.answer, self.analysis.outputs))
+
+    def steps(self, inputs: Sequence[Any]) -> Iterator[OpCall]:
+        """Run the tape, and yield each call when it has been run and the values it works with are still there."""
         with torch.no_grad():
             self._start(inputs)
-            doomed = _last_uses(self.analysis)
-            for call in self.analysis.calls:
-                if call.name not in _SKIPPED and call.outputs:
+        doomed = _last_uses(self.analysis)
+        for call in self.analysis.calls:
+            if is_replayed(call):
+                with torch.no_grad():
                     self._step(call)
-                for key in doomed.get(call.index, ()):
-                    self.values.pop(key, None)
-            return list(map(self.answer, self.analysis.outputs))
+                yield call
+            for key in doomed.get(call.index, ()):
+                self.values.pop(key, None)
 
     def value(self, tensor: Tensor) -> Tensor:
         """Return the real tensor that stands for one of the tape; a constant met on the tape stands for itself."""
@@ -188,7 +201,9 @@ class _Replay(ABC):
         }
         args, kwargs = unbind(func, concrete)
         result = aten.reshape.default(*args) if func in _RESHAPES else func(*args, **kwargs)
-        return [self._widened(tensor) for tensor in tensors_in(result)]
+        results = [self._widened(tensor) for tensor in tensors_in(result)]
+        # What an empty tensor holds is chance, and must be the same in two runs.
+        return [tensor.zero_() for tensor in results] if "empty" in functional_name(func) else results
 
     def rewrite(self, call: OpCall, results: Iterable[Tensor]) -> list[Tensor]:
         """Return results computed on copies, those of an in-place op written to its target."""
@@ -217,7 +232,7 @@ class _Replay(ABC):
 
     def _step(self, call: OpCall) -> None:
         try:
-            results = self.execute(call)
+            results = self.execute(call) if call.recorded is None else self._recalled(call)
         except FxwidthError as error:
             raise FxwidthError(f"{self._place(call)}: {error}") from error
         except Exception as error:
@@ -226,6 +241,14 @@ class _Replay(ABC):
             raise FxwidthError(f"{self._place(call)} does not run on operands of shapes {shapes}: {message}") from error
         for output, result in zip(call.outputs, results, strict=True):
             self.values[id(output)] = result
+
+    def _recalled(self, call: OpCall) -> list[Tensor]:
+        """Return what an op that depends on values has found on record, so that both runs go the same way."""
+        if call.func is aten.index.Tensor:
+            found = {**call.arguments, "indices": call.recorded}
+            return self.execute(replace(call, arguments=found))
+        results = map(self._real, tensors_in(call.recorded))
+        return [self.parameter(*pair) for pair in zip(results, call.output_axes, strict=True)]
 
     def _place(self, call: OpCall) -> str:
         return f"{call.func} at node {call.node or '?'} (op {call.index} of the tape)"
@@ -246,14 +269,16 @@ class _Replay(ABC):
         return self._dtype if value.is_floating_point else value
 
 
-class _ZeroedReplay(_Replay):
+class ZeroedReplay(_Replay):
     """The old sizes and literals, with zeros wherever channels are removed."""
 
     def parameter(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """Return a parameter with zeros for its removed entries."""
         self.places.erase(tensor, axes)
         return tensor
 
     def execute(self, call: OpCall) -> list[Tensor]:
+        """Run one op at its old sizes, and write zeros to what is removed of its results."""
         if self._mixes_resized_dims(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
             func, arguments = prescribed(call, self.maps)
@@ -268,6 +293,7 @@ class _ZeroedReplay(_Replay):
         return [self._erased(call, *pair) for pair in zip(results, call.output_axes, strict=True)]
 
     def answer(self, output: Tensor) -> Tensor:
+        """Return the value of an output without its removed entries."""
         return self.places.gather(self.value(output), self.analysis.axes_of(output))
 
     def _mixes_resized_dims(self, call: OpCall) -> bool:

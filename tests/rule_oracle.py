@@ -22,6 +22,7 @@ from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.rules.registry import prescribed
 from fxwidth.tape import Axes, OpCall, plain_kernels, tensors_in, unbind
+from fxwidth.value_runs import record_values
 from tests.samples import Operand, Sample, Sizes
 
 
@@ -84,7 +85,8 @@ def make_probe(sample: Sample, equal: int | None = None) -> Probe:
     # The graph returns nothing, so that no size is pinned for being the model's output.
     graph.output(())
     assert call.name == "call"
-    analysis = analyze_axes(fx.GraphModule(root, graph), [])
+    module = fx.GraphModule(root, graph)
+    analysis = analyze_axes(module, [], record_values(module, []) if sample.by_value else None)
     results = run(sample, arguments, operands) if sample.by_value else []
     return Probe(sample, arguments, operands, analysis, results)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
 SIZES = {"n": 2, "a": 3, "b": 4, "c": 5, "d": 6, "e": 7, "h": 9, "w": 10}
@@ -363,6 +364,19 @@ for _name in ("index.Tensor", "_unsafe_index.Tensor"):
     row(_name, 3, 1, lambda s: [t(s.a, s.b, s.c), [None, index(s.b, s.d)]])
     row(_name, 3, 2, lambda s: [t(s.a, s.b, s.c), [None, index(s.b, s.d, 1), index(s.c, s.e)]])
     row(_name, 2, 2, lambda s: [t(s.a, s.b, s.c), [index(s.a, s.d), None, index(s.c, s.d)]])
+row("index.Tensor", 2, 2, lambda s: [t(s.a, s.b, s.c), [None, mask(s.b)]])
+row("index.Tensor", 1, 4, lambda s: [t(s.a, s.b, s.c), [mask(s.a, s.b)]])
+row("index_put", 2, 3, lambda s: [t(s.a, s.b, s.c), [None, index(s.b, s.d)], t(s.a, s.d, s.c)])
+row("index_put", 1, 5, lambda s: [t(s.a, s.b, s.c), [index(s.a, s.d), None, index(s.c, s.d)], t(s.d, s.b), True])
+row("_unsafe_index_put", 1, 3, lambda s: [t(s.a, s.b), [index(s.a, s.d)], t(s.d, 1), True])
+row("nonzero", 0, 2, lambda s: [mask(s.a, s.b)])
+row("masked_select", 0, 4, lambda s: [t(s.a, s.b), mask(s.a, s.b)])
+row("_unique2", 0, 1, lambda s: [index(3, s.e)], cautious=True)
+row("unique_dim", 0, 2, lambda s: [index(2, s.a, s.b), 1], cautious=True)
+row("unique_consecutive", 0, 1, lambda s: [index(2, s.e)], cautious=True)
+row("torchvision::nms", 0, 3, lambda s: [t(s.a, 4), t(s.a), 0.5], cautious=True)
+row("torchvision::roi_align", 2, 4, lambda s: [t(s.n, s.a, s.h, s.w), t(s.b, 5), 8.0, 2, 2, 2, True], cautious=True)
+row("torchvision::roi_pool", 2, 4, lambda s: [t(s.n, s.a, s.h, s.w), t(s.b, 5), 8.0, 2, 2], cautious=True)
 row("index_select", 2, 1, lambda s: [t(s.a, s.b), 1, index(s.b, s.c)])
 row("embedding", 3, 1, lambda s: [t(s.a, s.b), index(s.a, s.c, s.d)])
 row("gather", 2, 1, lambda s: [t(s.a, s.b), 1, index(s.b, s.a, s.c)])

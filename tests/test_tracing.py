@@ -24,17 +24,6 @@ class Branching(nn.Module):
         return self.down(self.up(x)) if x.shape[-1] == 4 else self.up(x)
 
 
-class OnValues(nn.Module):
-    """Control flow on values: nobody can trace it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(4, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x) if x.sum() > 0 else x
-
-
 def convnet() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
@@ -43,11 +32,6 @@ def test_export_takes_over_and_stays_open_in_the_batch() -> None:
     gm = fxwidth.trace(Branching(), torch.randn(3, 4))
     fxwidth.resize(gm, {"up": 5})
     assert gm(torch.randn(7, 4)).shape == (7, 2)
-
-
-def test_both_reasons_are_given() -> None:
-    with pytest.raises(FxwidthError, match=r"OnValues cannot be traced.*symbolic_trace says.*torch\.export says"):
-        fxwidth.trace(OnValues(), torch.randn(2, 4))
 
 
 def test_export_asks_for_inputs() -> None:

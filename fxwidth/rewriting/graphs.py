@@ -13,6 +13,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.index_maps import IndexMaps
 from fxwidth.mode_merging import TrainingFlag
+from fxwidth.module_state import unchanged
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
@@ -21,6 +22,7 @@ from fxwidth.rewriting.signatures import SILENT, Signature, differ, observed_sig
 from fxwidth.rules.registry import keeps
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import OpCall, TapeRecorder, evaluating, plain_kernels, quiet, substituted, tensor_slots
+from fxwidth.value_pins import nodes_behind_values
 
 
 @dataclass
@@ -63,6 +65,8 @@ class _Rewriter:
         self._graph = self._result.graph
         self._values: dict[fx.Node, Any] = {}
         self._old_values: dict[fx.Node, Any] = {}
+        # What one run has found must not become a number in the graph.
+        self._behind_values = frozenset(nodes_behind_values(analysis))
         self._lowering = Lowering(analysis, maps, self._graph, self._add_constant, self._add_dropout)
 
     def run(self) -> RewrittenGraph:
@@ -101,6 +105,10 @@ class _Rewriter:
             module = self._module.get_submodule(str(node.target))
             self._edits.apply(module, sizes_by_calls(module, calls, self._maps))
             self._edits.apply(module, sizes_by_shape(module))  # in_channels follows from groups
+            for part in module.modules():
+                if own := self._analysis.calls_of_part(part):
+                    self._edits.apply(part, sizes_by_calls(part, own, self._maps))
+                    self._edits.apply(part, sizes_by_shape(part))
         wanted = prescribed_signatures(calls, self._maps)
         problem = self._try(node, wanted)
         if problem is None:
@@ -161,7 +169,10 @@ class _Rewriter:
             if call.name not in SILENT:
                 observed.append(observed_signature(call))
 
-        with plain_kernels(), self._analysis.mode, TapeRecorder(keeps, see):
+        recorder = TapeRecorder(keeps, see, values=self._analysis.known_values())
+        recorder.begin(node.name)
+        called = self._module.get_submodule(str(node.target)) if node.op == "call_module" else nn.Module()
+        with unchanged(called), plain_kernels(), self._analysis.mode, recorder:
             return getattr(self._interpreter, node.op)(node.target, args, kwargs), observed
 
     def _wrong_shape(self, name: str, value: Any) -> str | None:
@@ -180,6 +191,7 @@ class _Rewriter:
             self._values,
             self._maps,
             self._analysis.axes_of,
+            node.name in self._behind_values,
         )
 
     def _lower(self, node: fx.Node, problem: str) -> None:
@@ -188,6 +200,11 @@ class _Rewriter:
             # A number computed from a size: whoever uses it is patched.
             self._values[node] = self._run(node)[0]
             return
+        if name in self._behind_values:
+            raise FxwidthError(
+                f"node {name!r} has a size written into its code ({problem}), and what it does depends on values, so "
+                "that it cannot be taken apart into ATen ops. Keep its groups with keep=."
+            )
         result, inserted = self._lowering.lower(node, name, self._old_values, self._in_training(node, problem))
         for new in inserted:
             self._values[new] = self._run_inserted(new, name, problem)

@@ -22,7 +22,10 @@ from fxwidth.tape import Axes, OpCall
 
 @dataclass(frozen=True)
 class NodeState:
-    """One node, what it did and returned on the tape, and the values its arguments have now."""
+    """One node, what it did and returned on the tape, and the values its arguments have now.
+
+    Where a node is behind values, an argument that is computed holds what was found, and must stay computed.
+    """
 
     node: fx.Node
     calls: Sequence[OpCall]
@@ -32,6 +35,7 @@ class NodeState:
     new_values: dict[fx.Node, Any]
     maps: IndexMaps
     axes_of: Callable[[Tensor], Axes]
+    behind_values: bool = False
 
     def now(self, argument: Any) -> Any:
         """Return the present value of an argument."""
@@ -50,14 +54,23 @@ class NodeState:
 def patch(state: NodeState) -> bool:
     """Give a node's literal arguments their prescribed values; return whether anything was changed."""
     node = state.node
-    before = (node.args, node.kwargs, node.target)
+    before = (node.args, node.kwargs, node.target, node.op)
     name = _function_name(node)
     if _is_one_op(state):
         _patch_aten(state)
     elif name in _PATCHES:
         _PATCHES[name](state)
     _freeze_scalars(state)
-    return (node.args, node.kwargs, node.target) != before
+    if state.behind_values and not _computed(before[:2]) <= _computed((node.args, node.kwargs)):
+        node.args, node.kwargs, node.target, node.op = before
+    return (node.args, node.kwargs, node.target, node.op) != before
+
+
+def _computed(arguments: Any) -> set[fx.Node]:
+    """Return the nodes among a node's arguments."""
+    found: set[fx.Node] = set()
+    fx.node.map_arg(arguments, found.add)
+    return found
 
 
 def _function_name(node: fx.Node) -> str:

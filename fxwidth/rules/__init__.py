@@ -2,6 +2,7 @@
 
 from fxwidth.rules import (  # noqa: F401
     attention,
+    boxes,
     contraction,
     indexing,
     movement,

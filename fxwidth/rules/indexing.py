@@ -8,7 +8,7 @@ import torch
 
 from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.pins import GATHERED, INDEXED
+from fxwidth.pins import FOUND, GATHERED, INDEXED, MASKED
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
@@ -17,14 +17,48 @@ from fxwidth.tape import OpCall
 def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, indices = c.axes("self"), list(c["indices"])
     if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        raise RuleDeclinedError("an index by mask: the number of results depends on values")
+        return [_masked(c, signal, indices)]
+    return [_looked_up(c, signal, indices)]
+
+
+def _looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
     dims = [dim for dim, index in enumerate(indices) if index is not None]
     c.pin([signal[dim] for dim in dims], INDEXED)
-    looked_up = c.broadcast([c.axes(indices[dim]) for dim in dims])
+    found = c.broadcast([c.axes(index) for index in indices if index is not None])
     rest = [axis for dim, axis in enumerate(signal) if dim not in dims]
     # Index dims that stand together are replaced in place, others go to the front.
     place = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
-    return [[*rest[:place], *looked_up, *rest[place:]]]
+    return [*rest[:place], *found, *rest[place:]]
+
+
+@rule("index_put", "_unsafe_index_put")
+def _index_put(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Write values, broadcast to what a look-up by the same indices would give."""
+    signal, indices = c.axes("self"), list(c["indices"])
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        raise RuleDeclinedError("writing under a mask")
+    # Of two writes to one place the later wins, or both are summed up.
+    c.pin([axis for index in indices if index is not None for axis in c.axes(index)], INDEXED)
+    c.broadcast([_looked_up(c, signal, indices), c.axes("values")])
+    return [[c.space.normalise(axis) for axis in signal]]
+
+
+def _masked(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
+    """Replace the dims under a mask by one, the places where it is true."""
+    (first, *others) = [dim for dim, index in enumerate(indices) if index is not None]
+    mask = indices[first]
+    if others or mask is None:
+        raise RuleDeclinedError("an index by a mask and by something else")
+    last = first + mask.dim()
+    c.pin([*signal[first:last], *c.axes(mask)], MASKED)
+    return [*signal[:first], c.fixed(c.outputs[0].shape[first], FOUND), *signal[last:]]
+
+
+@rule("nonzero", "_unique2", "unique_consecutive", "unique_dim", "masked_select")
+def _found(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    for operand in c.call.inputs:
+        c.pin(c.axes(operand), FOUND)
+    return [[c.fixed(size, FOUND) for size in output.shape] for output in c.outputs]
 
 
 @rule("index_select")

@@ -1,0 +1,20 @@
+"""Running a model on real numbers to learn from it, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fxwidth.module_state import unchanged
+from fxwidth.tape import evaluating, plain_kernels, substituted, tensor_slots
+
+
+@contextmanager
+def looking_on(module: nn.Module) -> Iterator[None]:
+    """Have a module run in eval mode on plain ops; its buffers and what it keeps in attributes stay as they are."""
+    tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
+    buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
+    with evaluating(module), unchanged(module), substituted(module, buffers), plain_kernels():
+        yield
