@@ -69,3 +69,56 @@ def test_a_sum_of_batch_and_width_is_refused() -> None:
     with pytest.raises(FxwidthError, match=r"node 'truediv' computes with a number that holds both the batch and a"):
         fxwidth.resize(gm, {"up": LEFT})
     assert gm.up.out_features == WIDTH
+
+
+class Closed(nn.Module):
+    """A module that has a width written into its code, so that it must be lowered, and divides by a number."""
+
+    def __init__(self, number: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, 2, WIDTH // 2).flatten(1) / self.number(x)
+
+
+class Opaque(nn.Module):
+    """Has a closed module between two layers."""
+
+    def __init__(self, number: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.up, self.closed, self.down = nn.Linear(6, WIDTH), Closed(number), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.closed(self.up(x)))
+
+
+class ClosedTracer(fx.Tracer):
+    """Leaves closed modules as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Closed) or super().is_leaf_module(m, module_qualified_name)
+
+
+def traced_with_closed(number: Callable[[Tensor], float]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    model = Opaque(number).double().eval()
+    return fxwidth.trace(fx.GraphModule(model, ClosedTracer().trace(model)), torch.randn(4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch", [4, 7, 1])
+def test_a_lowered_module_keeps_a_number_of_its_width(batch: int) -> None:
+    gm = traced_with_closed(lambda h: h.shape[1])
+    group = next(group.name for group in fxwidth.analyze(gm).groups if not group.pinned)
+    fxwidth.resize(gm, {group: 1}, fold=False)
+    x = torch.randn(batch, 6, dtype=torch.float64)
+    torch.testing.assert_close(gm(x), gm.down(gm.up(x) / WIDTH), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [lambda h: h.numel(), lambda h: 1 / h.shape[0], lambda h: h.shape[0] + h.shape[1]])
+def test_a_lowered_module_that_counts_the_batch_is_refused(number: Callable[[Tensor], float]) -> None:
+    gm = traced_with_closed(number)
+    group = next(group.name for group in fxwidth.analyze(gm).groups if not group.pinned)
+    with pytest.raises(FxwidthError, match=r"node 'closed' has to be taken apart .* for a batch larger by one it does"):
+        fxwidth.resize(gm, {group: 1})
+    assert gm.up.out_features == WIDTH

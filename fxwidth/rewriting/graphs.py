@@ -15,6 +15,7 @@ from fxwidth.index_maps import IndexMaps
 from fxwidth.mode_merging import TrainingFlag
 from fxwidth.module_state import unchanged
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
+from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.modes import Dropout, Step, UnexplainedError, training_steps
@@ -205,6 +206,7 @@ class _Rewriter:
                 f"node {name!r} has a size written into its code ({problem}), and what it does depends on values, so "
                 "that it cannot be taken apart into ATen ops. Keep its groups with keep=."
             )
+        self._check_batch(name, problem)
         result, inserted = self._lowering.lower(node, name, self._old_values, self._in_training(node, problem))
         for new in inserted:
             self._values[new] = self._run_inserted(new, name, problem)
@@ -214,6 +216,18 @@ class _Rewriter:
             raise FxwidthError(f"node {name!r} cannot be rewritten: {wrong}. Keep its groups with keep=.")
         self._graph.erase_node(node)
         self._result.lowered[name] = problem
+
+    def _check_batch(self, name: str, problem: str) -> None:
+        """Refuse what would write a number that depends on the batch into the graph."""
+        old = {name: entry.fake for name, entry in self._analysis.parameters.items()}
+        with self._edits.suspended(), substituted(self._module, old), quiet():
+            other = differs_in_batch(self._analysis, name)
+        if other is not None:
+            raise FxwidthError(
+                f"node {name!r} has to be taken apart into ATen ops ({problem}), which would not follow the batch "
+                f"size as it does: for a batch larger by one it does {other}. Keep its groups with keep=, or trace "
+                "the model so that this module is taken apart."
+            )
 
     def _in_training(self, node: fx.Node, problem: str) -> tuple[list[Step], Any] | None:
         """Return what a node does in training at the old sizes, where that can differ and can be told."""

@@ -1,0 +1,88 @@
+"""Whether what the tape prescribes for a node holds at another batch size, before the node is replaced by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxwidth.analysis import Analysis
+from fxwidth.index_maps import IndexMaps
+from fxwidth.rewriting.signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
+from fxwidth.rules.registry import keeps
+from fxwidth.structures import deep_tensors, map_leaves
+from fxwidth.tape import OpCall, TapeRecorder, plain_kernels
+
+
+def differs_in_batch(analysis: Analysis, name: str) -> str | None:
+    """Return None where a node does at a larger batch what the tape prescribes for that, else what it does instead.
+
+    The module must hold its old parameters, as fake tensors.
+
+    Args:
+        analysis: the tape; its module's own graph is looked at.
+        name: the node.
+    """
+    if analysis.batch is None:
+        return None
+    larger = IndexMaps(analysis.space, {}, batch_growth=1)
+    observed: list[Signature] = []
+
+    def see(call: OpCall) -> None:
+        if call.name not in SILENT:
+            observed.append(observed_signature(call))
+
+    node = next(node for node in analysis.module.graph.nodes if node.name == name)
+    recorder = TapeRecorder(keeps, see, values=analysis.known_values())
+    recorder.begin(name)
+    runner = _LargerBatch(analysis, larger)
+    try:
+        with plain_kernels(), analysis.mode:
+            arguments = runner.arguments(node)
+            with recorder:
+                runner.run_with(node, arguments)
+    except Exception:
+        # The trained network has no result there that could be changed.
+        return None
+    return differ(observed, prescribed_signatures(analysis.calls_of(name), larger))
+
+
+class _LargerBatch:
+    """Values of a graph's nodes at a larger batch: tensors by their axes, numbers computed anew."""
+
+    def __init__(self, analysis: Analysis, maps: IndexMaps) -> None:
+        self._analysis = analysis
+        self._maps = maps
+        self._interpreter = fx.Interpreter(analysis.module)
+        # A module may ask whether two arguments are one.
+        self._values: dict[fx.Node, Any] = {}
+
+    def arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        """Return the arguments of a node, by position and by name."""
+        return fx.node.map_arg(node.args, self._value), fx.node.map_arg(node.kwargs, self._value)
+
+    def run_with(self, node: fx.Node, arguments: tuple[Any, Any]) -> Any:
+        """Run a node."""
+        return getattr(self._interpreter, node.op)(node.target, *arguments)
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            self._values[node] = self._computed(node)
+        return self._values[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        value = self._analysis.node_values[node.name]
+        if deep_tensors(value):
+            axes = iter(self._analysis.node_axes[node.name])
+            return map_leaves(lambda tensor: self._enlarged(tensor, next(axes)), value)
+        if node.op == "placeholder":
+            return value
+        return self.run_with(node, self.arguments(node))
+
+    def _enlarged(self, tensor: Tensor, axes: Any) -> Tensor:
+        shape = [self._maps.size(axis) for axis in axes]
+        if list(tensor.shape) == shape:
+            return tensor
+        # Which ops a linear layer runs depends on the order of the dims in memory.
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        return tensor.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])
