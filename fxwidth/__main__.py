@@ -1,0 +1,5 @@
+"""Makes `python -m fxwidth` the command."""
+
+from fxwidth.cli import main
+
+main()
