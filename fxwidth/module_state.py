@@ -19,8 +19,7 @@ _MANAGED = frozenset({"_parameters", "_modules"})
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    parts = [part for part in module.modules() if not is_plain_layer(part)]
-    before = [(part, part.__dict__.copy(), _contents(part)) for part in parts]
+    before = _state(module)
     try:
         yield
     finally:
@@ -31,7 +30,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
-    before = [(part, part.__dict__.copy(), _contents(part)) for part in module.modules()]
+    before = _state(module)
     try:
         yield
     finally:
@@ -39,6 +38,12 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for name, value in list(part.__dict__.items()):
                 if name not in _MANAGED and not _holds_fakes(value):
                     _put_back(part, name, attributes.get(name, _MISSING), contents)
+
+
+def _state(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
+    """Return modules whose code may write to them, each with its attributes and copies of its containers."""
+    parts = (part for part in module.modules() if not is_plain_layer(part))
+    return [(part, part.__dict__.copy(), _contents(part)) for part in parts]
 
 
 def _contents(part: nn.Module) -> dict[str, Any]:
