@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import collections
 import itertools
-import statistics
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxwidth.calibration import batches_from, targets_of
 from fxwidth.curves import Errors, share_of
@@ -21,15 +23,16 @@ from fxwidth.folding import fold
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import IndexMaps
 from fxwidth.roles import Role
+from fxwidth.sensitivities import Rise, rates_of
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import evaluating, substituted
 
 Loss = Callable[..., Tensor]
 
-# The share of what readers hear that is taken away by the probe: well above noise, and still of the order of plans.
-_PROBED_SHARE = 0.2
-# No group is taken to matter less than this share of what the median group does.
-_LEAST_SENSITIVITY = 0.05
+# The shares of what readers hear that are taken away by probes: less, and a rise of the loss drowns in noise.
+_PROBED_SHARES = (0.2, 0.4)
+# Into how many parts a batch is divided to see how much the rise differs between samples.
+_PARTS = 16
 
 
 class Remembered:
@@ -88,7 +91,8 @@ def loss_rates(
 ) -> dict[ChannelGroup, float]:
     """Return by how much the loss rises per unit of each group's predicted error.
 
-    Each group is shrunk by itself until readers miss a fifth of what they hear, and the loss is taken again.
+    Each group is shrunk by itself until readers miss a fifth, and two fifths, of what they hear, and the loss is taken
+    again on the same samples.
 
     Args:
         evidence: what the width curves come from.
@@ -104,27 +108,36 @@ def loss_rates(
     pairs = [
         (values, targets_of(analysis, batch)) for batch in batches for values in batches_from(analysis, [batch], None)
     ]
-    base = _mean_loss(evidence, pairs, loss, {})
-    rates: dict[ChannelGroup, float] = {}
+    base, sizes = _losses(evidence, pairs, loss, {})
+    rises: dict[ChannelGroup, list[Rise]] = {}
     for group in groups:
         errors = evidence.errors(group)
-        width = _probed_width(errors)
-        if width is None or errors[width] <= 0:
-            continue
-        rise = _mean_loss(evidence, pairs, loss, shrunk_in_place(evidence, {group: width})) - base
-        rates[group] = rise / float(errors[width])
-    typical = statistics.median([max(0.0, rate) for rate in rates.values()] or [1.0])
-    floor = _LEAST_SENSITIVITY * typical or 1.0
-    return {group: max(floor, rates.get(group, typical)) for group in groups}
+        rises[group] = []
+        for width in dict.fromkeys(_probed_width(errors, share) for share in _PROBED_SHARES):
+            if width is None or errors[width] <= 0:
+                continue
+            losses, _ = _losses(evidence, pairs, loss, shrunk_in_place(evidence, {group: width}))
+            rises[group].append(_rise(float(errors[width]), losses - base, sizes))
+    return rates_of(rises)
 
 
-def _probed_width(errors: Errors) -> int | None:
-    """Return the largest width, but all channels, at which readers miss the probed share; one at least."""
-    lacking = np.flatnonzero(share_of(errors) >= _PROBED_SHARE)
+def _probed_width(errors: Errors, share: float) -> int | None:
+    """Return the largest width, but all channels, at which readers miss a share; one at least."""
+    lacking = np.flatnonzero(share_of(errors) >= share)
     lacking = lacking[(lacking > 0) & (lacking < len(errors) - 1)]
     if len(lacking):
         return int(lacking[-1])
     return 1 if len(errors) > 2 else None
+
+
+def _rise(error: float, rises: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]) -> Rise:
+    """Return the mean of what parts of the data show, and how sure it is; of one part that is not known."""
+    weights = sizes / sizes.sum()
+    mean = float((weights * rises).sum())
+    if len(rises) < 2:
+        return Rise(error, mean, abs(mean))
+    squares = float(np.square(weights * (rises - mean)).sum())
+    return Rise(error, mean, math.sqrt(squares * len(rises) / (len(rises) - 1)))
 
 
 def shrunk_in_place(evidence: Evidence, widths: Mapping[ChannelGroup, int]) -> dict[str, Tensor]:
@@ -165,21 +178,35 @@ def _multiplied(evidence: Evidence) -> set[object]:
     }
 
 
-def _mean_loss(
+def _losses(
     evidence: Evidence, pairs: Sequence[tuple[list[Any], tuple[Any, ...]]], loss: Loss, tensors: Mapping[str, Tensor]
-) -> float:
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the losses of parts of the data, and their sizes in samples."""
     module = evidence.width_graph.analysis.module
-    total, samples = 0.0, 0
+    losses: list[float] = []
+    sizes: list[float] = []
     with evaluating(module), torch.no_grad(), substituted(module, tensors):
         for values, targets in pairs:
             size = next((len(tensor) for tensor in deep_tensors(values) if tensor.dim()), 1)
             output = fx.Interpreter(module).run(*values, enable_io_processing=False)
-            result = loss(module.graph.process_outputs(output), *targets)
-            if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.isfinite()):
-                raise FxwidthError(
-                    f"loss= returned {result!r}; it must return one finite number, the mean over a batch, when called "
-                    "with the model's output and what follows the inputs in a batch of data."
-                )
-            total += float(result) * size
-            samples += size
-    return total / max(1, samples)
+            for count, part in _divided((module.graph.process_outputs(output), targets), size):
+                result = loss(part[0], *part[1])
+                if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.isfinite()):
+                    raise FxwidthError(
+                        f"loss= returned {result!r}; it must return one finite number, the mean over a batch, when "
+                        "called with the model's output and what follows the inputs in a batch of data."
+                    )
+                losses.append(float(result))
+                sizes.append(count)
+    return np.array(losses), np.array(sizes, dtype=np.float64)
+
+
+def _divided(whole: Any, size: int) -> Iterator[tuple[int, Any]]:
+    """Yield parts of a batch's outputs and targets and their sizes in samples; all of it where these are no rows."""
+    if size < 2 or any(not isinstance(leaf, Tensor) or leaf.shape[:1] != (size,) for leaf in pytree.tree_leaves(whole)):
+        yield max(1, size), whole
+        return
+    step = -(-size // _PARTS)
+    for first in range(0, size, step):
+        last = min(size, first + step)
+        yield last - first, pytree.tree_map(lambda leaf, rows=slice(first, last): leaf[rows], whole)

@@ -57,7 +57,7 @@ def plan(
         data: under a budget, batches that begin with the graph's inputs, from which to see what readers hear; without
             them, that is estimated from the weights and batch norm statistics.
         loss: called with the output and what follows the inputs in a batch; errors then are in its unit, each group's
-            brought there by a probe on the first batches.
+            brought there by probes on the first batches.
         selection: under a budget, the method by which channels are to be chosen, as for `fxwidth.resize`.
         shrink_energy: in [0, 1); 0 for no shrinking.
         grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.

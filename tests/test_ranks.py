@@ -16,7 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence
 from fxwidth.folding import fold
 from fxwidth.index_maps import IndexMaps
-from fxwidth.loss_probes import _probed_width, loss_rates, shrunk_in_place
+from fxwidth.loss_probes import _divided, _probed_width, loss_rates, shrunk_in_place
 from fxwidth.moments import moments_from_data
 from fxwidth.ranks import (
     effective_rank,
@@ -133,22 +133,36 @@ class TestLoss:
 
     def test_rates_are_rises_of_the_loss(self) -> None:
         graph, x = build("conv")
-        # What the network says is right: whatever is dropped, it can only become worse.
-        with torch.no_grad():
-            data = [(x, graph.analysis.module(x).argmax(1))]
-        evidence = gather_evidence(graph, data)
-        rates = loss_rates(evidence, graph.free, data, F.cross_entropy)
-        (group,) = [group for group in graph.free if group.name == "2"]
-        # By hand, where the probe is strong enough to be seen.
         module = graph.analysis.module
-        labels = torch.cat([label for _, label in data])
         with torch.no_grad():
-            before = F.cross_entropy(module(x), labels)
-            with substituted(module, shrunk_in_place(evidence, {group: _probed_width(evidence.errors(group))})):
-                rise = float(F.cross_entropy(module(x), labels) - before)
-        by_hand = rise / float(evidence.errors(group)[_probed_width(evidence.errors(group))])
-        assert rates[group] == pytest.approx(by_hand, rel=1e-6)
-        assert all(rate > 0 for rate in rates.values())
+            data = [(x, module(x))]
+        evidence = gather_evidence(graph, data)
+        (group,) = [group for group in graph.free if group.name == "2"]
+        # Squares rise in proportion to errors that are squares; of one group the rate is the rise over the error.
+        errors = evidence.errors(group)
+        width = _probed_width(errors, 0.4)
+        assert width is not None
+        with torch.no_grad(), substituted(module, shrunk_in_place(evidence, {group: width})):
+            rise = float(F.mse_loss(module(x), data[0][1]))
+        rates = loss_rates(evidence, [group], data, F.mse_loss)
+        assert rates[group] == pytest.approx(rise / float(errors[width]), rel=1e-6)
+
+    def test_groups_that_the_loss_does_not_hear_count_little(self) -> None:
+        graph, x = build("grouped")
+        evidence = gather_evidence(graph, [x])
+        heard = loss_rates(evidence, graph.free, [(x,)], lambda output: output.square().mean())
+        assert all(rate > 0 for rate in heard.values())
+        unheard = loss_rates(evidence, graph.free, [(x,)], lambda output: 0 * output.sum())
+        assert set(unheard.values()) == {1.0}
+
+    def test_outputs_and_targets_are_divided_together(self) -> None:
+        whole = ({"logits": torch.arange(40).view(20, 2)}, (torch.arange(20),))
+        parts = list(_divided(whole, 20))
+        assert sum(count for count, _ in parts) == 20
+        assert all(len(out["logits"]) == len(target) == count for count, (out, (target,)) in parts)
+        assert torch.equal(torch.cat([target for _, (_, (target,)) in parts]), whole[1][0])
+        for other in (torch.tensor(3.0), torch.zeros(19), ["a"] * 20):
+            assert len(list(_divided((whole[0], (other,)), 20))) == 1
 
     def test_a_plan_in_units_of_the_loss(self) -> None:
         graph, x = build("attention")
