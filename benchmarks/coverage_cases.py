@@ -57,6 +57,10 @@ def _torchvision_names() -> list[str]:
     return [name for name in torchvision.models.list_models() if not name.startswith("quantized_")]
 
 
+# Detectors scale their images to this: nothing is learned of widths from larger ones, but their time.
+_DETECTION_SIZE = 256
+
+
 def _torchvision_case(name: str) -> Case:
     import torchvision
 
@@ -65,6 +69,8 @@ def _torchvision_case(name: str) -> Case:
     package = builder.__module__.split(".")[2]
     if package in ("detection", "segmentation"):
         extra["weights_backbone"] = None
+    if package == "detection" and not name.startswith("ssd"):
+        extra["min_size"] = _DETECTION_SIZE
     if name in ("googlenet", "inception_v3"):
         extra["init_weights"] = False
     return Case(partial(builder, weights=None, **extra), lambda _: _torchvision_call(package, name))
