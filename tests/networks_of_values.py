@@ -52,13 +52,17 @@ class OnValue(nn.Module):
         return self.down(self.up(h)) if h.norm() > 0 else h[:, :OUT]
 
 
-class WrittenIn(nn.Module):
-    """A width is a literal of code that cannot be taken apart; another is not."""
+class Three(nn.Module):
+    """Three layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.mid = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, HIDDEN + 2)
         self.down = nn.Linear(HIDDEN + 2, OUT)
+
+
+class WrittenIn(Three):
+    """A width is a literal of code that cannot be taken apart; another is not."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.up(x).relu()).reshape(-1, HIDDEN + 2)
@@ -66,16 +70,11 @@ class WrittenIn(nn.Module):
         return self.down(h) if len(rows) == 0 else self.down(h)[rows]
 
 
-class Seldom(nn.Module):
+class Seldom(Three):
     """Finds nothing in ordinary inputs, and has layers for what it finds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.mid, self.down = (
-            nn.Linear(WIDTH, HIDDEN),
-            nn.Linear(HIDDEN, HIDDEN + 2),
-            nn.Linear(HIDDEN + 2, OUT),
-        )
         self.norm, self.other = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, HIDDEN)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,16 +110,8 @@ class Attended(nn.Module):
         return self.down(h.reshape(h.shape[0], -1, 2).flatten(1))
 
 
-class EmptyHanded(nn.Module):
+class EmptyHanded(Three):
     """Has a width written in where nothing is found."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.mid, self.down = (
-            nn.Linear(WIDTH, HIDDEN),
-            nn.Linear(HIDDEN, HIDDEN + 2),
-            nn.Linear(HIDDEN + 2, OUT),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x).relu()

@@ -18,38 +18,30 @@ from fxwidth.rules.registry import (
 from fxwidth.tape import OpCall
 
 
-@rule("mm")
+@rule("mm", "bmm")
 def _mm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    left, right = c.axes("self"), c.axes("mat2")
-    c.unify(left[1], right[0])
-    c.contract("self", (1,), "mat2", (0,))
-    return [[left[0], right[1]]]
+    return [_product(c, "self", "mat2")]
 
 
 @rule("addmm")
 def _addmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    left, right = c.axes("mat1"), c.axes("mat2")
-    c.unify(left[1], right[0])
-    c.contract("mat1", (1,), "mat2", (0,))
-    return [c.broadcast([c.axes("self"), [left[0], right[1]]])]
-
-
-@rule("bmm")
-def _bmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    left, right = c.axes("self"), c.axes("mat2")
-    c.unify(left[0], right[0])
-    c.unify(left[2], right[1])
-    c.contract("self", (2,), "mat2", (1,))
-    return [[left[0], left[1], right[2]]]
+    return [c.broadcast([c.axes("self"), _product(c, "mat1", "mat2")])]
 
 
 @rule("baddbmm")
 def _baddbmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    left, right = c.axes("batch1"), c.axes("batch2")
-    c.unify(left[0], right[0])
-    c.unify(left[2], right[1])
-    c.contract("batch1", (2,), "batch2", (1,))
-    return [c.broadcast([c.axes("self"), [left[0], left[1], right[2]]])]
+    return [c.broadcast([c.axes("self"), _product(c, "batch1", "batch2")])]
+
+
+def _product(c: RuleContext, left: str, right: str) -> list[Axis]:
+    """Couple [..., N, K] with [..., K, M]; return the axes of the matrix product."""
+    *batch, rows, inner = c.axes(left)
+    *other_batch, other_inner, columns = c.axes(right)
+    for own, other in zip(batch, other_batch, strict=True):
+        c.unify(own, other)
+    c.unify(inner, other_inner)
+    c.contract(left, (len(batch) + 1,), right, (len(batch),))
+    return [*batch, rows, columns]
 
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
