@@ -54,8 +54,12 @@ def _largest(
     reference: ZeroedReplay | ResizedReplay, inputs: Sequence[Any], resized: ResizedReplay, others: Sequence[Any]
 ) -> tuple[float, str]:
     worst, place = 0.0, ""
+    made: dict[int, float] = {}
     for call, _ in zip(reference.steps(inputs), resized.steps(others), strict=True):
-        scale = max((_magnitude(resized.value(tensor)) for tensor in [*call.inputs, *call.outputs]), default=0.0)
+        own = {id(tensor): _magnitude(resized.value(tensor)) for tensor in [*call.inputs, *call.outputs]}
+        # What an op has written over was as large as it was made.
+        scale = max((max(size, made.get(key, 0.0)) for key, size in own.items()), default=0.0)
+        made |= own
         for output in call.outputs:
             if output.is_floating_point():
                 expected = reference.answer(output)
