@@ -158,7 +158,7 @@ def _markdown(suite: str, rows: dict[str, Row], machine: str, versions: dict[str
         "",
         f"{machine}; {', '.join(f'{package} {version}' for package, version in versions.items())}.",
         "Every free group halved, random weights. *right*: runs, keeps the shapes of its outputs and agrees with the",
-        "replay oracle; detectors scale their images to 256 pixels. Torch-Pruning: the first example of its README; *runs*",
+        "replay oracle; detectors scale images to 256 pixels. Torch-Pruning: the first example of its README; *runs*",
         "says nothing of values.",
         "",
         *(f"- {line}" for line in _summary(rows).splitlines()),
