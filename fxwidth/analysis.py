@@ -15,6 +15,7 @@ from fxwidth.batches import batch_factor
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
 from fxwidth.fake_ops import fake_like, fake_mode
+from fxwidth.forgotten import watching_gradients
 from fxwidth.module_parts import watching_parts
 from fxwidth.module_state import unchanged
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
@@ -67,6 +68,7 @@ class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
+    `own_gradients` are the nodes in which functions with a gradient of their own were applied.
     """
 
     module: fx.GraphModule
@@ -83,6 +85,7 @@ class Analysis:
     node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     states: set[int] = field(default_factory=set)
+    own_gradients: set[str] = field(default_factory=set)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
 
@@ -180,7 +183,8 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
     recorder = TapeRecorder(keeps, lambda call: judge(analysis, call), values=analysis.known_values())
     analysis.calls = recorder.calls
     replaced = substituted(module, fakes, slots)
-    with evaluating(module), unchanged(module), replaced, plain_kernels(), quiet(), mode, recorder:
+    gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
+    with gradients, evaluating(module), unchanged(module), replaced, plain_kernels(), quiet(), mode, recorder:
         result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))

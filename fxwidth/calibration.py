@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
+from fxwidth.input_shapes import VALUES
 from fxwidth.probes import Measure, Probe
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild
 from fxwidth.tape import OpCall
@@ -19,6 +20,8 @@ from fxwidth.tape import OpCall
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
 _LARGEST_ACTIVATION = 2**25
+# How often an example whose integers must stay is run.
+_MOST_EXAMPLES = 64
 # From this size on the last two dims of an input with four or more are taken for those of an image.
 _SMALLEST_IMAGE = 4
 
@@ -197,23 +200,37 @@ def _of_kind(tensor: Tensor, example: Tensor, place: str) -> Tensor:
 def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[list[Any]]:
     """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
 
-    Images are smooth as natural ones are; all other inputs are white.
+    Images are smooth as natural ones are; all other inputs are white. A graph that looks at values is given the
+    integers of the example that it was traced with, such as the lengths of sequences.
     """
+    leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
+    known = _counts(analysis) or [None] * len(leaves)
+    has_counts = any(count is not None for count in known)
     recorded = next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
     samples = _samples_wanted(probes, recorded)
     products = (sum(map(_products, analysis.calls)) + sum(map(_products_of_moment, probes))) / recorded
     samples = int(max(16, min(samples, work / max(1.0, products))))
     largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
-    is_free = analysis.batch and not any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    is_free = analysis.batch and not guarded and not has_counts
     size = min(samples, max(16, _LARGEST_ACTIVATION // max(1, largest))) if is_free else recorded
     generators: dict[torch.device, torch.Generator] = {}
 
-    def noise(example: Tensor) -> Tensor:
+    def noise(example: Tensor, count: Tensor | None) -> Tensor:
+        if count is not None:
+            return count.to(example.device)
         generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
         return _noise(analysis, example, size if is_free else None, generator)
 
-    for _ in range(-(-samples // size)):
-        yield [map_leaves(noise, value) for value in analysis.inputs]
+    runs = -(-samples // size)
+    for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
+        yield list(rebuild(structure, list(map(noise, leaves, known))))
+
+
+def _counts(analysis: Analysis) -> list[Tensor | None]:
+    """Return the integers among the inputs that a graph which looks at values was traced with, None for the others."""
+    known: list[Tensor | None] = analysis.module.meta.get(VALUES, (None, None, []))[2]
+    return known if analysis.record is not None else []
 
 
 def _samples_wanted(probes: Sequence[Probe], recorded: int) -> int:

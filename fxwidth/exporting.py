@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
+from fxwidth.forgotten import refuse_gradient, refuse_iterators, watching_gradients
 from fxwidth.module_state import stores, unchanged, undisturbed
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.tape import quiet
@@ -23,6 +24,8 @@ from fxwidth.tape import quiet
 aten = torch.ops.aten
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
 _DROPPED = (aten._assert_tensor_metadata.default,)
+
+_TRANSFORMS = "torch._functorch.predispatch"
 
 
 def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torch.device) -> fx.GraphModule:
@@ -42,7 +45,9 @@ def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torc
     def forward(*leaves: Any) -> list[Any]:
         # The model may write to what it is given, such as an empty cache.
         values = rebuild_each(copy.deepcopy(structures), leaves)
-        result, answer = flatten(invoke(model, arguments, values))
+        returned = invoke(model, arguments, values)
+        refuse_iterators(returned)
+        result, answer = flatten(returned)
         answers.append(answer)
         return result
 
@@ -69,13 +74,22 @@ def _program(
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     # It prints the graph it has got so far when it fails, which here means only that another front end is asked.
-    with unchanged(model), undisturbed(model), _no_hooks_left(), quiet(), redirect_stderr(StringIO()):
+    state = unchanged(model), undisturbed(model), watching_gradients(refuse_gradient)
+    with state[0], state[1], state[2], _no_hooks_left(), quiet(), redirect_stderr(StringIO()):
         program = torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+        _refuse_transforms(program.graph)
         for place, part in stores(model, FakeTensor):
             # What has no batch in its shape is a table that is made once.
             if not _is_static(getattr(part, place.rpartition(".")[2])):
                 raise NotImplementedError(f"the model keeps what it computes in {place!r}, which a graph does not")
         return program
+
+
+def _refuse_transforms(graph: fx.Graph) -> None:
+    """Check that a graph does not open and close levels of vmap, grad or jvp: ops in between see batched tensors."""
+    for node in graph.nodes:
+        if getattr(node.target, "__module__", None) == _TRANSFORMS:
+            raise NotImplementedError(f"the exported graph has a part under a transform of torch.func ({node.name})")
 
 
 def _is_static(value: Any) -> bool:

@@ -77,6 +77,15 @@ def real_inputs(module: fx.GraphModule, specs: Sequence[Any], call: Call | None)
     return result
 
 
+def whole_numbers(values: Sequence[Any]) -> list[Tensor | None]:
+    """Return the tensors of integers among the values of placeholders, with None for each other tensor.
+
+    Lengths and counts must fit each other, which noise in their place would not.
+    """
+    tensors = deep_tensors(tuple(values))
+    return [None if tensor.is_floating_point() or tensor.is_complex() else tensor for tensor in tensors]
+
+
 def _real(spec: TensorSpec, known: Tensor | None, generator: torch.Generator) -> Tensor:
     if known is None and spec.dtype.is_floating_point:
         known = torch.rand(spec.shape, generator=generator)

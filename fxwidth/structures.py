@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -159,6 +160,8 @@ def _noun(structure: Structure) -> str:
     if isinstance(structure, Constant):
         return repr(structure.value)
     kind = structure.spec.type if isinstance(structure, Container) else getattr(structure, "kind", object)
+    if isinstance(structure, Container) and kind is namedtuple:
+        kind = structure.spec.context
     return f"a {getattr(kind, '__name__', kind)}"
 
 
@@ -227,10 +230,10 @@ class _Rebuilder:
             # What the receiver may change must not be shared between calls.
             return copy.deepcopy(structure.value) if isinstance(structure.value, _MUTABLE) else structure.value
         if isinstance(structure, Container):
-            return pytree.tree_unflatten(map(self.make, structure.parts), structure.spec)
+            return _put_together(structure.spec, map(self.make, structure.parts))
         if isinstance(structure, Again):
             return self._made[structure.number]
-        # Not by its constructor: what that takes is not known, and what it would do has been done.
+        # Not by its constructor, as below.
         kind: Any = structure.kind
         made = self._made[structure.number] = kind.__new__(kind)
         if structure.items is not None:
@@ -239,6 +242,13 @@ class _Rebuilder:
         for name, part in structure.attributes.items():
             object.__setattr__(made, name, self.make(part))
         return made
+
+
+def _put_together(spec: pytree.TreeSpec, parts: Iterable[Any]) -> Any:
+    if spec.type is namedtuple:
+        # Not by its constructor, which may be one of its own: what that takes is not known, and it has done its work.
+        return tuple.__new__(spec.context, parts)
+    return pytree.tree_unflatten(parts, spec)
 
 
 def _is_container(value: Any) -> bool:

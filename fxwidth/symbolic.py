@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxwidth.calls import (
     INPUTS_MODULE,
@@ -21,8 +22,17 @@ from fxwidth.calls import (
     invoke,
     native,
 )
+from fxwidth.forgotten import (
+    Belongings,
+    noticing,
+    refuse_computed,
+    refuse_context,
+    refuse_iterators,
+)
 from fxwidth.module_state import stores, unchanged
 from fxwidth.structures import flatten, flatten_each, rebuild_each
+
+_PACKED = "fxwidth_packed"
 
 
 def symbolic_graph(
@@ -45,8 +55,8 @@ def symbolic_graph(
         failed: takes the innermost submodule in which tracing ends, if it does.
     """
     failed = [] if failed is None else failed
-    tracer = _Tracer(arguments, live_numbers, leaves, failed)
-    with unchanged(model):
+    tracer = _Tracer(arguments, live_numbers, leaves, failed, Belongings(model))
+    with unchanged(model), noticing(tracer.autocasts):
         graph = tracer.trace(model)
         _refuse_stores(model, failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
@@ -108,6 +118,7 @@ class _Tracer(fx.Tracer):
         live_numbers: bool,
         leaves: Collection[nn.Module],
         failed: list[nn.Module],
+        belongings: Belongings,
     ) -> None:
         super().__init__()
         self._failed = failed
@@ -115,6 +126,23 @@ class _Tracer(fx.Tracer):
         self._arguments = arguments
         self._live_numbers = live_numbers
         self._leaves = {id(leaf) for leaf in leaves}
+        self._belongings = belongings
+        self.autocasts: list[Any] = []
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a node to the graph."""
+        refuse_context(self.autocasts)
+        return super().create_node(kind, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for a value among the arguments of a node."""
+        refuse_computed(a)
+        if isinstance(a, tuple) and isinstance(a, PackedSequence):
+            # Its constructor looks at what it is given, which proxies cannot tell.
+            leaves, structure = flatten(a)
+            packs = sum(name.startswith(_PACKED) for name in self.helpers)
+            return self._helper(f"{_PACKED}_{packs}", Outputs(structure), leaves).node
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called as it is."""
@@ -125,6 +153,8 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         """Trace a submodule, or call it as it is."""
         try:
+            if self.is_leaf_module(m, ""):
+                self._belongings.refuse_others(m)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if not self._failed and id(m) not in self._leaves:
@@ -133,8 +163,8 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(
         self,
-        root_fn: Callable[..., Any],
-        is_module: bool,  # noqa: ARG002 - fx's arguments
+        root_fn: Callable[..., Any],  # noqa: ARG002 - fx's arguments
+        is_module: bool,  # noqa: ARG002
         concrete_args: Any = None,  # noqa: ARG002
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Return the function to trace and what to call it with: the model on proxies for its arguments."""
@@ -153,7 +183,8 @@ class _Tracer(fx.Tracer):
                 values[i] = value
 
         def run(root: nn.Module) -> Any:
-            return self._answer(invoke(root_fn.__get__(root), self._arguments, values))
+            # As a call of the model does: it may have hooks, and a forward of its own put over that of its class.
+            return self._answer(invoke(root._call_impl, self._arguments, values))
 
         return run, [self.root]
 
@@ -164,6 +195,7 @@ class _Tracer(fx.Tracer):
         return value is UNKNOWN or isinstance(value, Tensor) or (number and is_given and self._live_numbers)
 
     def _answer(self, result: Any) -> Any:
+        refuse_iterators(result)
         leaves, structure = flatten(result)
         plain, value = native(structure, leaves)
         return value if plain else self._helper(OUTPUTS_MODULE, Outputs(structure), leaves)

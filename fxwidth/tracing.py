@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn.parameter import is_lazy
 
 from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
-from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, with_batch_of_two
+from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
 from fxwidth.mode_merging import in_both_modes
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
@@ -46,6 +47,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise FxwidthError(f"trace takes an nn.Module or a GraphModule, but received {type(model).__name__}.")
     call = call_of(example_inputs, example_kwargs)
+    _refuse_unmade(model)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
@@ -85,20 +87,24 @@ def analyze_module(
 
 def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
     """Analyse a graph; where what it does depends on values, with those of one run on real inputs."""
-    known_for, record = module.meta.get(VALUES, (None, None))
+    known_for, record, _ = module.meta.get(VALUES, (None, None, None))
     if record is not None and call is None and known_for == specs:
         analysis = analyze_axes(module, specs, record)
         pin_what_is_written_in(analysis)
         return analysis
     try:
-        return analyze_axes(module, specs)
+        analysis = analyze_axes(module, specs)
     except FxwidthError as error:
         if not _is_about_values(error) or any(tensor.is_meta for tensor, _ in tensor_slots(module).values()):
             raise
-    record = record_values(module, real_inputs(module, specs, call))
+    else:
+        pin_what_is_written_in(analysis)
+        return analysis
+    values = real_inputs(module, specs, call)
+    record = record_values(module, values)
     analysis = analyze_axes(module, specs, record)
     pin_what_is_written_in(analysis)
-    module.meta[VALUES] = (specs, record)
+    module.meta[VALUES] = (specs, record, whole_numbers(values))
     return analysis
 
 
@@ -155,6 +161,14 @@ def _drop_postponed_annotations(module: fx.GraphModule) -> None:
         node.type = None
     if annotated:
         module.recompile()
+
+
+def _refuse_unmade(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise FxwidthError(
+                f"{name} has no shape before its lazy layer has been called; run the model on a batch, then trace it."
+            )
 
 
 def refuse_nan(module: nn.Module) -> None:

@@ -50,7 +50,8 @@ class _Pins:
         """Pin the parameters that a node uses after it has read a number from a tensor."""
         has_read = False
         for call in self._analysis.calls_of(node):
-            has_read = has_read or (call.recorded is not None and not call.outputs)
+            reads = call.recorded is not None and not call.outputs
+            has_read = has_read or (reads and not self._is_recurrent(node, call.part))
             if has_read:
                 self._pin_operands(call, call, BRANCHED)
 
@@ -82,6 +83,14 @@ class _Pins:
     def _module(self, node: str) -> nn.Module | None:
         found = next(one for one in self._analysis.module.graph.nodes if one.name == node)
         return self._analysis.module.get_submodule(str(found.target)) if found.op == "call_module" else None
+
+    def _is_recurrent(self, node: str, part: str) -> bool:
+        """Tell whether the code at work is that of a recurrent layer: it reads lengths of sequences, and counts."""
+        module = self._module(node)
+        layer = None if module is None else module.get_submodule(part)
+        if type(layer).__module__ != nn.RNNBase.__module__ or layer is None:
+            return False
+        return not (layer._forward_hooks or layer._forward_pre_hooks)
 
     def _pin_operands(self, call: OpCall, cause: OpCall, reason: str) -> None:
         for tensor in filter(self._is_parameter, call.inputs):

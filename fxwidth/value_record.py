@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils import _pytree as pytree
+
+from fxwidth import whole_ops  # noqa: F401 - it defines ops
 
 aten = torch.ops.aten
 
@@ -68,6 +71,9 @@ class ValueWriter:
         if func is aten.index.Tensor:
             known: Any = _positions(arguments["indices"], self._never_empty)
             result = func(arguments["self"], known)
+        elif func in _PACKING:
+            result = op()
+            known = list(result[0].shape[: _PACKING[func].made]), result[1].clone()
         else:
             result = op()
             nothing = func is aten.nonzero.default and result.numel() == 0 and arguments["self"].numel() > 0
@@ -111,6 +117,9 @@ class ValueReader:
         if self._finds is not None:
             known = _as_many(func, known, self._finds)
         with self._mode:
+            if func in _PACKING:
+                # Computed anew in a replay: the lengths tell, whatever else there is in a sequence.
+                return _packing(func, arguments, *known), None
             return (func(arguments["self"], known) if func is aten.index.Tensor else _fakes(known)), known
 
 
@@ -137,10 +146,33 @@ def _as_many(func: OpOverload, known: Any, count: int) -> Any:
     return known
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """How an op makes rows of sequences or sequences of rows: the operand, how many of its dims go, how many come."""
+
+    operand: str
+    gone: int
+    made: int
+
+
+_PACKING = {
+    aten._pack_padded_sequence.default: _Packing("input", 2, 1),
+    torch.ops.fxwidth.pad_packed_sequence.default: _Packing("data", 1, 2),
+}
+
+
+def _packing(func: OpOverload, arguments: Mapping[str, Any], sizes: Sequence[int], counts: Tensor) -> list[Tensor]:
+    """Return fakes of what an op makes that packs or pads: the rows of an operand in another order, and counts."""
+    rows = arguments[_PACKING[func].operand]
+    return [rows.new_empty(*sizes, *rows.shape[_PACKING[func].gone :]), _fakes(counts)]
+
+
 def depends_on_values(func: OpOverload, arguments: Mapping[str, Any]) -> bool:
     """Tell whether the shape of an op's result, or the number it returns, depends on the values of its operands."""
     if func.namespace not in ("aten", "prims", "fxwidth"):
         return _fails_on_fakes(func, arguments)
+    if func in _PACKING:
+        return True
     if not any(tag in func.tags for tag in _TAGS):
         return False
     if "indices" in arguments and isinstance(arguments["indices"], (list, tuple)):

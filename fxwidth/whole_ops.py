@@ -15,8 +15,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @torch.library.custom_op("fxwidth::rms_norm", mutates_args=())
@@ -123,12 +125,48 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return result
 
 
+@torch.library.custom_op("fxwidth::pad_packed_sequence", mutates_args=())
+def _pad_packed_op(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    padded, lengths = _PAD_PACKED(data, batch_sizes, batch_first, padding_value, total_length)
+    return padded, lengths
+
+
+@_pad_packed_op.register_fake
+def _(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    raise DynamicOutputShapeException(torch.ops.fxwidth.pad_packed_sequence.default)
+
+
+_PAD_PACKED: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pad_packed_sequence  # type: ignore[attr-defined]
+
+
+def _pad_packed(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    padded, lengths = torch.ops.fxwidth.pad_packed_sequence.default(
+        data, batch_sizes, batch_first, padding_value, total_length
+    )
+    return padded, lengths
+
+
+def _real_counts(batch_sizes: Tensor) -> Tensor:
+    """Return how many of packed sequences go on at each step: the ops' code reads them from memory."""
+    counts = [size.item() for size in batch_sizes.unbind()]
+    with _disable_current_modes():
+        return torch.tensor(counts)
+
+
 def _gate_by_gate(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a recurrent layer that is not run as one op by oneDNN or cuDNN: its gates are matrix products."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # The public switches warn, or set more than this.
         before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        if isinstance(args[1], Tensor) and not args[1].is_floating_point():
+            args = (args[0], _real_counts(args[1]), *args[2:])
         torch._C._set_mkldnn_enabled(False)
         torch._C._set_cudnn_enabled(False)
         try:
@@ -156,6 +194,7 @@ _WHOLE: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: attention,
     MULTI_HEAD_ATTENTION: _attention_inside,
     _WEIGHT_NORM: _weight_norm,
+    _PAD_PACKED: _pad_packed,
     **{layer: _gate_by_gate(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **{
         layer: _gate_by_gate(layer)
@@ -169,6 +208,7 @@ PLAIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.fxwidth.rms_norm.default: torch.rms_norm,
     torch.ops.fxwidth.attention.default: FUSED_ATTENTION,
     torch.ops.fxwidth.weight_norm.default: _WEIGHT_NORM,
+    torch.ops.fxwidth.pad_packed_sequence.default: _PAD_PACKED,
 }
 
 _PLAIN_LAYERS = frozenset(

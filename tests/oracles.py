@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+import fxwidth
 from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.factors import Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
@@ -103,10 +105,7 @@ def assert_rewrites(model: nn.Module, inputs: Sequence[Any], ratio: float = 0.5,
     analysis = width_graph.analysis
     expected = reference_outputs(analysis, IndexMaps(analysis.space, kept), at_batch_of(analysis, inputs))
     plan = {group.name: len(kept[group.factor]) for group in width_graph.free}
-    # What is left of the function once its improvements are off: no selection, no folding, no variance matching.
-    selects = patch("fxwidth.resizing.select", lambda graph, group, width, moments: kept[group.factor])
-    norms = patch("fxwidth.normed_weights.normed_weights", lambda _: {})
-    with selects, norms, patch("fxwidth.rewriting.parameters._variance_ratios", lambda *_: {}):
+    with _without_improvements(lambda group: kept[group.factor]):
         resize_analyzed(width_graph, plan, fold=False, blind=True)
     with torch.no_grad():
         actual = tensors_in(module(*at_batch_of(analysis, inputs)))
@@ -121,3 +120,18 @@ def at_batch_of(analysis: Analysis, inputs: Sequence[Any]) -> list[Any]:
         x if not isinstance(x, Tensor) or x.shape == spec.shape else x.repeat(2, *[1] * (x.dim() - 1))
         for x, spec in zip(inputs, analysis.inputs, strict=True)
     ]
+
+
+def halved_exactly(gm: fx.GraphModule, kept: Mapping[str, Indices]) -> None:
+    """Resize a graph to given channels of its groups, by name, just as if the others were zero."""
+    with _without_improvements(lambda group: kept[group.name]):
+        fxwidth.resize(gm, {group: len(channels) for group, channels in kept.items()}, fold=False)
+
+
+@contextmanager
+def _without_improvements(kept: Callable[[ChannelGroup], Indices]) -> Iterator[None]:
+    """Have channels kept as given, with no selection, no folding and no variance matching."""
+    selects = patch("fxwidth.resizing.select", lambda graph, group, width, moments: kept(group))
+    norms = patch("fxwidth.normed_weights.normed_weights", lambda _: {})
+    with selects, norms, patch("fxwidth.rewriting.parameters._variance_ratios", lambda *_: {}):
+        yield

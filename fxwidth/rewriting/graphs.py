@@ -201,10 +201,12 @@ class _Rewriter:
             # A number computed from a size: whoever uses it is patched.
             self._values[node] = self._run(node)[0]
             return
-        if name in self._behind_values:
+        whole = "what it does depends on values" if name in self._behind_values else None
+        whole = "it has a gradient of its own" if name in self._analysis.own_gradients else whole
+        if whole is not None:
             raise FxwidthError(
-                f"node {name!r} has a size written into its code ({problem}), and what it does depends on values, so "
-                "that it cannot be taken apart into ATen ops. Keep its groups with keep=."
+                f"node {name!r} has a size written into its code ({problem}), and {whole}, so that it cannot be taken "
+                "apart into ATen ops. Keep its groups with keep=."
             )
         self._check_batch(name, problem)
         result, inserted = self._lowering.lower(node, name, self._old_values, self._in_training(node, problem))

@@ -31,7 +31,9 @@ _FINDS = (0, 2)
 
 
 def pin_what_is_written_in(analysis: Analysis) -> None:
-    """Pin the factors with which a node that depends on values does not do what is prescribed."""
+    """Pin the factors with which a node that cannot be taken apart does not do what is prescribed."""
+    if analysis.record is None and not analysis.own_gradients:
+        return
     trials = _Trials(analysis)
     factors = trials.resizable()
     while factors and (problem := trials.problem(factors)) is not None:
@@ -48,13 +50,14 @@ class _Trials:
 
     def __post_init__(self) -> None:
         unchanged_graph = RewrittenGraph(self.analysis.module.graph, {})
-        self._finds = [count for count in _FINDS if self._fails_with(count, unchanged_graph, {}) is None]
+        finds = _FINDS if self.analysis.record is not None else ()
+        self._finds = [count for count in finds if self._fails_with(count, unchanged_graph, {}) is None]
 
     def resizable(self) -> list[Factor]:
-        """Return the free factors of all that nodes that depend on values work with."""
+        """Return the free factors of all that nodes which cannot be taken apart work with."""
         space = self.analysis.space
         found: dict[Factor, None] = {}
-        for node in nodes_behind_values(self.analysis):
+        for node in {**dict.fromkeys(nodes_behind_values(self.analysis)), **dict.fromkeys(self.analysis.own_gradients)}:
             for call in self.analysis.calls_of(node):
                 for axes in (*call.axes.values(), *call.output_axes):
                     for axis in axes:

@@ -1,10 +1,11 @@
-"""The cells of recurrent layers as one op each; elsewhere analysis sees their gates as matrix products."""
+"""Recurrent layers: cells that are one op each, where gates are not matrix products, and sequences that are packed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fxwidth.factors import Axis
+from fxwidth.pins import FOUND
 from fxwidth.rules.registry import RuleContext, rule
 
 
@@ -33,3 +34,23 @@ def _gru_cell(c: RuleContext) -> Sequence[Sequence[Axis]]:
     _couple_gates(c, state, 3)
     # For the backward pass it keeps five numbers per unit.
     return [state, [state[0], c.space.concatenation([state[1]] * 5)]]
+
+
+@rule("_pack_padded_sequence")
+def _pack(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Put the steps of sequences that are not padding one below the other."""
+    steps = c.axes("input")
+    c.pin([*steps[:2], *c.axes("lengths")], FOUND)
+    rows, counts = c.outputs
+    return [[c.fixed(rows.shape[0], FOUND), *steps[2:]], [c.fixed(counts.shape[0], FOUND)]]
+
+
+@rule("fxwidth::pad_packed_sequence")
+def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    rows = c.axes("data")
+    c.pin([rows[0], *c.axes("batch_sizes")], FOUND)
+    padded, lengths = c.outputs
+    return [
+        [*(c.fixed(size, FOUND) for size in padded.shape[:2]), *rows[1:]],
+        [c.fixed(lengths.shape[0], FOUND)],
+    ]

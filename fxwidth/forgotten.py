@@ -1,0 +1,126 @@
+"""What a tracer would forget without a word; noticed here, so that another front end is asked.
+
+A graph says which ops are run. It does not say that some of them run without gradients or in another precision, that a
+function has a gradient of its own, or that a layer was given other weights for the time of a call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+
+
+@contextmanager
+def counting_autocasts(active: list[Any]) -> Iterator[None]:
+    """Keep a list of the autocasts that are entered and not yet left."""
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(self: torch.autocast) -> Any:
+        active.append(self)
+        return enter(self)
+
+    def left(self: torch.autocast, *args: Any) -> Any:
+        active.remove(self)
+        return leave(self, *args)
+
+    with patch.object(torch.autocast, "__enter__", entered), patch.object(torch.autocast, "__exit__", left):
+        yield
+
+
+@contextmanager
+def noticing(autocasts: list[Any]) -> Iterator[None]:
+    """Trace a model so that nothing in it is overlooked that a graph of ops would forget.
+
+    Gradients are on, so that code which turns them off is noticed; the list takes the autocasts that are entered and
+    not yet left; a function with a gradient of its own ends the trace.
+    """
+    with torch.enable_grad(), counting_autocasts(autocasts), watching_gradients(refuse_gradient):
+        yield
+
+
+def refuse_context(autocasts: list[Any]) -> None:
+    """Check that what is traced runs with gradients, which are on where tracing starts, and under no autocast.
+
+    Raises:
+        NotImplementedError: it does not.
+    """
+    if autocasts or not torch.is_grad_enabled():
+        context = "under an autocast of its own" if autocasts else "without gradients"
+        raise NotImplementedError(f"a part of the model runs {context}, which symbolic tracing forgets")
+
+
+@contextmanager
+def watching_gradients(see: Callable[[str], None]) -> Iterator[None]:
+    """Tell of each function with a gradient of its own that is applied, but those by which torch itself works."""
+    apply = inspect.getattr_static(Function, "apply")
+
+    def seen(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch._"):
+            see(cls.__name__)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    with patch.object(Function, "apply", classmethod(seen)):
+        yield
+
+
+def refuse_gradient(name: str) -> None:
+    """Say that a function cannot be traced: only its forward pass would be in the graph.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(f"function {name} has a gradient of its own, which a graph forgets")
+
+
+class Belongings:
+    """The tensors that each module of a model holds before it is traced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = {id(part): _held(part) for part in model.modules()}
+
+    def refuse_others(self, part: nn.Module) -> None:
+        """Check that a module, which is about to be called as it is, still holds these tensors and no others.
+
+        Raises:
+            NotImplementedError: it was given others for this call, which are not in the graph.
+        """
+        for inner in part.modules():
+            known, held = self._held.get(id(inner)), _held(inner)
+            if known is None or known.keys() != held.keys() or any(known[name] is not held[name] for name in held):
+                raise NotImplementedError(
+                    f"a {type(inner).__name__} is called with tensors in the place of its own, which a graph forgets"
+                )
+
+
+def refuse_computed(value: Any) -> None:
+    """Check that a tensor met in tracing was not computed from parameters: the graph would hold it as a constant.
+
+    Raises:
+        NotImplementedError: it was.
+    """
+    if isinstance(value, Tensor) and not isinstance(value, fx.Proxy) and value.grad_fn is not None:
+        raise NotImplementedError("a tensor is computed from parameters in a way that symbolic tracing does not see")
+
+
+def refuse_iterators(answer: Any) -> None:
+    """Check that a model does not answer with an iterator, which computes when it is gone through, and only once.
+
+    Raises:
+        NotImplementedError: it does.
+    """
+    for leaf in pytree.tree_leaves(answer):
+        if isinstance(leaf, Iterator):
+            raise NotImplementedError(f"the model returns a {type(leaf).__name__}, which runs when the model has ended")
+
+
+def _held(part: nn.Module) -> dict[str, Tensor]:
+    places = (part._parameters, part._buffers, part.__dict__)
+    return {name: value for place in places for name, value in place.items() if isinstance(value, Tensor)}
