@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -73,9 +74,15 @@ def _program(
     # The hooks are the model's, which is called inside.
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
-    # It prints the graph it has got so far when it fails, which here means only that another front end is asked.
-    state = unchanged(model), undisturbed(model), watching_gradients(refuse_gradient)
-    with state[0], state[1], state[2], _no_hooks_left(), quiet(), redirect_stderr(StringIO()):
+    with ExitStack() as stack:
+        for context in (unchanged(model), undisturbed(model), watching_gradients(refuse_gradient), _no_hooks_left()):
+            stack.enter_context(context)
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(quiet())
+        # It prints the graph it has got so far when it fails, which here means only that another front end is asked.
+        stack.enter_context(redirect_stderr(StringIO()))
+        # What a model keeps is looked at here, and what recurrent layers keep are their own weights.
+        warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
         program = torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
         _refuse_transforms(program.graph)
         for place, part in stores(model, FakeTensor):

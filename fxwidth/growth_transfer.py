@@ -72,6 +72,18 @@ def _pad(c: CallView) -> Result:
     return c.each_output(padded)
 
 
+@transfer("_pack_padded_sequence")
+def _pack(c: CallView) -> Result:
+    return follow(c, c["input"])
+
+
+@transfer("fxwidth::pad_packed_sequence")
+def _pad_packed(c: CallView) -> Result:
+    states, filled = c.states("data"), of_number(c["padding_value"])
+    # The dim of rows becomes two.
+    return c.each_output(lambda dim: states[dim - 1] & filled)
+
+
 @transfer("slice_scatter")
 def _slice_scatter(c: CallView) -> Result:
     return [[meet(pair) for pair in zip(c.states("self"), c.states("src"), strict=True)]]

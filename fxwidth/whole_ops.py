@@ -140,7 +140,7 @@ def _(
     raise DynamicOutputShapeException(torch.ops.fxwidth.pad_packed_sequence.default)
 
 
-_PAD_PACKED: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pad_packed_sequence  # type: ignore[attr-defined]
+_PAD_PACKED: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pad_packed_sequence
 
 
 def _pad_packed(

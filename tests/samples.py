@@ -31,15 +31,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor among the arguments: its shape, and the range of its values where they are integers."""
+    """A tensor among the arguments: its shape, and the range of its values where they are integers, or these."""
 
     shape: tuple[int, ...]
     below: int | None = None
     dtype: torch.dtype = torch.float64
+    values: tuple[int, ...] = ()
 
     def make(self) -> torch.Tensor:
         if self.dtype == torch.bool:
             return torch.rand(self.shape) < 0.5
+        if self.values:
+            return torch.tensor(self.values)
         if self.below is not None:
             return torch.randint(self.below, self.shape, dtype=self.dtype)
         # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
@@ -52,6 +55,10 @@ def t(*shape: int) -> Operand:
 
 def index(below: int, *shape: int) -> Operand:
     return Operand(shape, below, torch.int64)
+
+
+def counts(*values: int) -> Operand:
+    return Operand((len(values),), None, torch.int64, values)
 
 
 def mask(*shape: int) -> Operand:
@@ -306,6 +313,16 @@ if not TOLD_BY_LATER_TORCH:
         lambda s: [t(s.n, 3 * s.a), t(s.n, 3 * s.a), t(s.n, s.a), t(3 * s.a), t(3 * s.a)],
         by_value=False,
     )
+
+# -- sequences of several lengths, as the columns of a rectangle and packed row by row --
+row("_pack_padded_sequence", 1, 3, lambda s: [t(s.a, s.b, s.c), counts(s.a, *[2] * (s.b - 1)), False])
+row("_pack_padded_sequence", 2, 3, lambda s: [t(s.b, s.a, s.c, s.d), counts(s.a, *[2] * (s.b - 1)), True])
+row(
+    "fxwidth::pad_packed_sequence",
+    1,
+    2,
+    lambda s: [t(s.a + s.b - 1, s.c), counts(s.b, *[1] * (s.a - 1)), True, 0.5, s.a],
+)
 
 # -- views and movements --
 for _name in ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy"):

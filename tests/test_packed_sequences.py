@@ -79,6 +79,14 @@ def test_layers_are_resized_by_their_attributes() -> None:
     assert not gm.meta["fxwidth_history"][-1]["lowered"]
 
 
+@pytest.mark.parametrize("name", ["packs for an lstm", "in a part", "takes packed for a gru"])
+def test_growth_is_exact(name: str) -> None:
+    model, gm = traced(name)
+    for group in [group.name for group in fxwidth.analyze(gm).free]:
+        fxwidth.resize(gm, {group: fxwidth.analyze(gm)[group].width + 3})
+        assert largest_difference([gm(*PACKED[name][1](5))], [model(*PACKED[name][1](5))]) < ROUNDING
+
+
 def test_channels_that_say_the_same_are_folded() -> None:
     """Half of the input channels repeat the others; without data it is noise of the given lengths that shows it."""
     for data in (None, [sequences(4), sequences(7), sequences(3)]):

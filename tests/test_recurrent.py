@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.groups import WidthGraph
@@ -121,6 +121,40 @@ def test_growth_is_exact(name):
     wg = width_graph(build(name), sequences())
     assert set(recipes(wg).values()) == {"FREE"}
     check_all(wg, sequences())
+
+
+class Branching(Recurrent):
+    """What symbolic tracing cannot follow: `torch.export` makes one op of the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 10:
+            raise ValueError("the wrong width")
+        return super().forward(x)
+
+
+def layer_ops(gm: fx.GraphModule) -> list[str]:
+    names = [node.target.name() for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return [name for name in names if name.split("::")[1].startswith(("lstm", "gru", "rnn"))]
+
+
+@by_layer
+def test_exported_layers(name):
+    kind, options, free = LAYERS[name]
+    gm = fxwidth.trace(randomise(Branching(kind, **options).eval()).double(), sequences())
+    (op,) = layer_ops(gm)
+    wg = fxwidth.analyze(gm)
+    assert len(wg.free) == free
+    assert replay_difference(wg.analysis, random_maps(wg.analysis, 0.3), [sequences()]) < ROUNDING
+    assert_rewrites(gm, [sequences()])
+    # It is still one op, with smaller weights.
+    assert layer_ops(gm) == [op]
+    assert not gm.meta[HISTORY][-1]["lowered"]
+    gm.train()(sequences()).square().mean().backward()
+    assert all(weight.grad is not None for weight in gm.parameters())
+    dropout = options.get("dropout", 0) if options.get("num_layers", 1) > 1 else 0
+    assert torch.equal(gm(sequences()), gm(sequences())) is (dropout == 0)
+    if options.get("batch_first"):
+        assert gm.eval()(sequences(7, LENGTH, 10)).shape == (7, LENGTH, 3)
 
 
 def test_an_analysis_leaves_the_list_of_weights_alone():
