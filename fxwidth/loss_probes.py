@@ -22,10 +22,11 @@ from fxwidth.factors import axis_size
 from fxwidth.folding import fold
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import IndexMaps
+from fxwidth.real_runs import left_as_it_is
 from fxwidth.roles import Role
 from fxwidth.sensitivities import Rise, rates_of
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import evaluating, substituted
+from fxwidth.tape import substituted
 
 Loss = Callable[..., Tensor]
 
@@ -185,7 +186,8 @@ def _losses(
     module = evidence.width_graph.analysis.module
     losses: list[float] = []
     sizes: list[float] = []
-    with evaluating(module), torch.no_grad(), substituted(module, tensors):
+    # Every group is judged by the same state: what a model keeps of one run must not be there in the next.
+    with left_as_it_is(module), torch.no_grad(), substituted(module, tensors):
         for values, targets in pairs:
             size = next((len(tensor) for tensor in deep_tensors(values) if tensor.dim()), 1)
             output = fx.Interpreter(module).run(*values, enable_io_processing=False)

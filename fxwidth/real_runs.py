@@ -14,7 +14,14 @@ from fxwidth.tape import evaluating, plain_kernels, substituted, tensor_slots
 @contextmanager
 def looking_on(module: nn.Module) -> Iterator[None]:
     """Have a module run in eval mode on plain ops; its buffers and what it keeps in attributes stay as they are."""
+    with left_as_it_is(module), plain_kernels():
+        yield
+
+
+@contextmanager
+def left_as_it_is(module: nn.Module) -> Iterator[None]:
+    """Have a module run in eval mode as it runs anywhere; its buffers and what it keeps stay as they are."""
     tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
-    with evaluating(module), unchanged(module), substituted(module, buffers), plain_kernels():
+    with evaluating(module), unchanged(module), substituted(module, buffers):
         yield

@@ -177,6 +177,37 @@ def test_tracing_leaves_the_state_of_a_model_alone() -> None:
     assert not torch.isin(model.total, before).any()
 
 
+def test_a_loss_is_probed_without_a_trace() -> None:
+    model = Counting()
+    gm = traced(model, rows())
+    wg = fxwidth.analyze(gm)
+    before = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
+    data = [(rows(9), torch.zeros(9, OUT)), (rows(5), torch.ones(5, OUT))]
+    fxwidth.plan(wg, params=0.7, data=data, loss=torch.nn.functional.mse_loss)
+    assert (model.seen, model.last, model.sizes) == (0, None, [])
+    assert all(torch.equal(before[name], tensor) for name, tensor in gm.state_dict().items())
+
+
+class Drifting(Counting):
+    """Answers otherwise each time it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = super().forward(x)
+        return answer + self.seen * 100
+
+
+def test_rises_of_the_loss_are_not_those_of_what_a_model_keeps() -> None:
+    gm = traced(Drifting(), rows())
+    wg = fxwidth.analyze(gm)
+    spectra = [fxwidth.spectrum(wg, data=[(rows(9), torch.zeros(9, OUT))], loss=_mean) for _ in range(2)]
+    own = [spectrum[wg.free[0].name].errors for spectrum in spectra]
+    assert own[0] == own[1]
+
+
+def _mean(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
 def test_every_front_end_tells_why_it_fails() -> None:
     told = r"OutsideOfTorch cannot be traced. torch.fx.symbolic_trace says: .* torch.export says: .* with leaves says: "
     with pytest.raises(FxwidthError, match=told):

@@ -96,7 +96,8 @@ def test_autocast_inside_holds_under_an_autocast_outside() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(x().float())
         assert torch.equal(gm(x().float()), expected)
-        fxwidth.resize(gm, {"up": 5})
+    fxwidth.resize(gm, {"up": 5})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gm(x().float()).dtype == expected.dtype
 
 
