@@ -12,7 +12,7 @@ from fxwidth.budgets import Budget, cost_polynomial
 from fxwidth.calibration import Gathered, replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
-from fxwidth.planning import Plan, budget_of, plan_with_evidence
+from fxwidth.planning import Plan, budget_of, check_options, plan_with_evidence
 from fxwidth.resizing import resize_analyzed
 from fxwidth.selection import check_selection
 from fxwidth.structures import deep_tensors, map_leaves
@@ -48,6 +48,7 @@ def evolve(
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used; nothing has changed.
     """
+    check_options(options)
     module = trace(model, example_inputs, example_kwargs)
     width_graph = WidthGraph(analyze_module(module))
     return _planned_and_resized(width_graph, data, selection, options, optimizer, recalibrate, fold)[1]
@@ -64,9 +65,10 @@ def _planned_and_resized(
 ) -> tuple[Plan, fx.GraphModule]:
     """Plan and resize from the same evidence, so that it is gathered once."""
     data = replayed(data)
-    chosen, evidence = plan_with_evidence(
-        width_graph, data=data, selection=selection, rotates=fold and optimizer is None, **options
-    )
+    # An optimizer's state knows the basis that there is, and a basis is of use only to what is folded.
+    rotate = bool(options.get("rotate", True)) and fold and optimizer is None
+    options = {**options, "data": data, "selection": selection, "rotate": rotate}
+    chosen, evidence = plan_with_evidence(width_graph, **options)
     # Without a budget a plan does not look at the data, and a resize still can.
     return chosen, resize_analyzed(
         width_graph,
@@ -126,6 +128,7 @@ class Evolver:
     ) -> None:
         if every < 1:
             raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
+        check_options(options)
         target = budget_of(budget, params)
         if rounds is not None and (target is None or rounds < 1):
             raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to, and must be at least 1.")
@@ -136,7 +139,8 @@ class Evolver:
         self.history: list[dict[str, Any]] = []
         self._steps = 0
         self._rounds = rounds or 8
-        self._data = data
+        # Of a generator's batches those that are looked at are kept for the next round.
+        self._data = replayed(data)
         self._selection = check_selection(selection)
         self._recalibrate = data is not None if recalibrate is None else recalibrate
         self._fold = fold

@@ -74,6 +74,8 @@ def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str
     """
     names = [group.name for group in width_graph.groups]
     found: set[str] = set()
+    if not isinstance(patterns, Iterable):
+        raise FxwidthError(f"{option}= takes names or patterns of groups, but received {patterns!r}.")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
             raise FxwidthError(f"{option}= takes names or patterns of groups, but received {pattern!r}.")
@@ -128,6 +130,8 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
     free = list(free)
     result: list[Class] = []
     taken: dict[ChannelGroup, str | Sequence[str]] = {}
+    if same_width is not None and not isinstance(same_width, Iterable):
+        raise FxwidthError(f"same_width= takes patterns of groups, but received {same_width!r}.")
     for pattern in [same_width] if isinstance(same_width, str) else same_width or []:
         members = matching(width_graph, pattern, "same_width")
         for group in members:

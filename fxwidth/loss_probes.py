@@ -92,8 +92,8 @@ def loss_rates(
 ) -> dict[ChannelGroup, float]:
     """Return by how much the loss rises per unit of each group's predicted error.
 
-    Each group is shrunk by itself until readers miss a fifth, and two fifths, of what they hear, and the loss is taken
-    again on the same samples.
+    Each group is shrunk by itself until readers miss a fifth, and two fifths, of what they hear, and all groups
+    together by the first; each time the loss is taken again on the same samples.
 
     Args:
         evidence: what the width curves come from.
@@ -110,16 +110,20 @@ def loss_rates(
         (values, targets_of(analysis, batch)) for batch in batches for values in batches_from(analysis, [batch], None)
     ]
     base, sizes = _losses(evidence, pairs, loss, {})
-    rises: dict[ChannelGroup, list[Rise]] = {}
-    for group in groups:
-        errors = evidence.errors(group)
-        rises[group] = []
-        for width in dict.fromkeys(_probed_width(errors, share) for share in _PROBED_SHARES):
-            if width is None or errors[width] <= 0:
-                continue
-            losses, _ = _losses(evidence, pairs, loss, shrunk_in_place(evidence, {group: width}))
-            rises[group].append(_rise(float(errors[width]), losses - base, sizes))
-    return rates_of(rises)
+
+    def rise(widths: Mapping[ChannelGroup, int]) -> Rise:
+        losses, _ = _losses(evidence, pairs, loss, shrunk_in_place(evidence, widths))
+        return _rise(sum(float(evidence.errors(group)[width]) for group, width in widths.items()), losses - base, sizes)
+
+    probed = {group: _probed_widths(evidence.errors(group)) for group in groups}
+    rises = {group: [rise({group: width}) for width in widths] for group, widths in probed.items()}
+    smallest = {group: widths[0] for group, widths in probed.items() if widths}
+    return rates_of(rises, rise(smallest).mean if len(smallest) > 1 else None)
+
+
+def _probed_widths(errors: Errors) -> list[int]:
+    widths = dict.fromkeys(_probed_width(errors, share) for share in _PROBED_SHARES)
+    return [width for width in widths if width is not None and errors[width] > 0]
 
 
 def _probed_width(errors: Errors, share: float) -> int | None:
@@ -192,7 +196,7 @@ def _losses(
             size = next((len(tensor) for tensor in deep_tensors(values) if tensor.dim()), 1)
             output = fx.Interpreter(module).run(*values, enable_io_processing=False)
             for count, part in _divided((module.graph.process_outputs(output), targets), size):
-                result = loss(part[0], *part[1])
+                result = _called(loss, *part)
                 if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.isfinite()):
                     raise FxwidthError(
                         f"loss= returned {result!r}; it must return one finite number, the mean over a batch, when "
@@ -201,6 +205,16 @@ def _losses(
                 losses.append(float(result))
                 sizes.append(count)
     return np.array(losses), np.array(sizes, dtype=np.float64)
+
+
+def _called(loss: Loss, output: Any, targets: Sequence[Any]) -> Any:
+    try:
+        return loss(output, *targets)
+    except Exception as error:
+        raise FxwidthError(
+            f"loss={getattr(loss, '__name__', loss)!r} fails: {type(error).__name__}: {error}. It is called with the "
+            f"model's output and what follows the inputs in a batch of data, here {len(targets)} values."
+        ) from error
 
 
 def _divided(whole: Any, size: int) -> Iterator[tuple[int, Any]]:

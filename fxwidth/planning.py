@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec
 
 import numpy as np
 
@@ -23,8 +26,10 @@ from fxwidth.tracing import refuse_nan
 
 __all__ = ["Plan", "plan"]
 
+_Options = ParamSpec("_Options")
 
-def plan(
+
+def plan_with_evidence(
     width_graph: WidthGraph,
     *,
     budget: Budget | None = None,
@@ -42,7 +47,8 @@ def plan(
     only: str | Sequence[str] | None = None,
     keep: str | Sequence[str] | None = None,
     exact: bool = True,
-) -> Plan:
+    rotate: bool = True,
+) -> tuple[Plan, Evidence | None]:
     """Choose new widths.
 
     Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they hear as
@@ -69,6 +75,8 @@ def plan(
         only: names or patterns of the groups that may change.
         keep: names or patterns of groups that must not.
         exact: whether to leave alone groups that cannot grow without changing the function.
+        rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
+            `fxwidth.resize` does by default; their errors are smaller then.
 
     Returns:
         A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,
@@ -81,47 +89,6 @@ def plan(
 
     Source: the thresholds are those of J. Dejaegher, SVD evolutive CNN (2021).
     """
-    return plan_with_evidence(
-        width_graph,
-        budget=budget,
-        params=params,
-        data=data,
-        loss=loss,
-        selection=selection,
-        shrink_energy=shrink_energy,
-        grow_energy=grow_energy,
-        grow_step=grow_step,
-        min_width=min_width,
-        max_width=max_width,
-        align=align,
-        same_width=same_width,
-        only=only,
-        keep=keep,
-        exact=exact,
-    )[0]
-
-
-def plan_with_evidence(
-    width_graph: WidthGraph,
-    *,
-    budget: Budget | None = None,
-    params: int | float | None = None,
-    data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
-    selection: str = "greedy",
-    shrink_energy: float = 0.05,
-    grow_energy: float = 0.5,
-    grow_step: int = 0,
-    min_width: int = 1,
-    max_width: int | None = None,
-    align: int = 1,
-    same_width: SameWidth | None = None,
-    only: str | Sequence[str] | None = None,
-    keep: str | Sequence[str] | None = None,
-    exact: bool = True,
-    rotates: bool = False,
-) -> tuple[Plan, Evidence | None]:
-    """Return a plan, as `plan` does, and the evidence it was made from, for a resize to use again."""
     refuse_nan(width_graph.analysis.module)
     limits = Limits(min_width, max_width, align)
     thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
@@ -129,7 +96,7 @@ def plan_with_evidence(
     units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
     if bound is not None:
         problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
-        return problem.solved(data, loss, selection, rotates)
+        return problem.solved(data, loss, selection, rotate)
     if loss is not None:
         raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
     widths = {
@@ -139,6 +106,36 @@ def plan_with_evidence(
     }
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None), None
+
+
+def _alone(function: Callable[_Options, tuple[Plan, Evidence | None]]) -> Callable[_Options, Plan]:
+    """Return a function that gives the plan alone, with the same options and description."""
+
+    @wraps(function)
+    def plan(*args: _Options.args, **kwargs: _Options.kwargs) -> Plan:
+        return function(*args, **kwargs)[0]
+
+    plan.__name__ = plan.__qualname__ = "plan"
+    plan.__annotations__ = {**function.__annotations__, "return": "Plan"}
+    plan.__signature__ = signature(function).replace(return_annotation="Plan")  # type: ignore[attr-defined]
+    return plan
+
+
+plan = _alone(plan_with_evidence)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check that all names are options of `plan`.
+
+    Raises:
+        FxwidthError: one is not.
+    """
+    known = list(signature(plan_with_evidence).parameters)[1:]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}=? " if near else ""
+            raise FxwidthError(f"{name}= is no option of fxwidth.plan; {hint}They are {', '.join(known)}.")
 
 
 def budget_of(budget: Budget | None, params: int | float | None) -> Budget | None:
@@ -225,4 +222,4 @@ def _noted(
 
 def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
     """Return the predicted error of every width of a group from none to all, without data, [width + 1]."""
-    return gather_evidence(width_graph, None).errors(group)
+    return gather_evidence(width_graph, None, rotates=True).errors(group)

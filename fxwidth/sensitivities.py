@@ -37,7 +37,7 @@ class Rise:
         return max(self.mean, self.deviation)
 
 
-def rates_of(rises: Mapping[Group, Sequence[Rise]]) -> dict[Group, float]:
+def rates_of(rises: Mapping[Group, Sequence[Rise]], together: float | None = None) -> dict[Group, float]:
     """Return by how much the loss rises per unit of each group's predicted error.
 
     A network that is sure of its answers stands a little error without a rise of its loss: that of groups which shrink
@@ -49,6 +49,7 @@ def rates_of(rises: Mapping[Group, Sequence[Rise]]) -> dict[Group, float]:
 
     Args:
         rises: the probes of each group, those of smaller errors first; groups without probes get the median rate.
+        together: by how much the loss was higher with all groups shrunk as for their first probes.
 
     Source: for how far, B. Efron and C. Morris, Stein's Estimation Rule and Its Competitors (1973), with the variance
         between groups by moments.
@@ -56,7 +57,8 @@ def rates_of(rises: Mapping[Group, Sequence[Rise]]) -> dict[Group, float]:
     last = {group: probes[-1] for group, probes in rises.items() if probes and probes[-1].credible > 0}
     if not last:
         return dict.fromkeys(rises, 1.0)
-    power = _power(rises)
+    # Noise makes small rises look larger than they are, and the power of one group's smaller.
+    power = max(_power(rises), _power_together([(rises[group][0], probe) for group, probe in last.items()], together))
     logs = np.log([probe.credible for probe in last.values()])
     errors = np.log([probe.error for probe in last.values()])
     noise = np.array([probe.deviation / probe.credible for probe in last.values()]) / power
@@ -80,6 +82,17 @@ def _power(rises: Mapping[Group, Sequence[Rise]]) -> float:
         product += weight * step * float(np.log(probes[-1].mean / probes[0].mean))
         square += weight * step**2
     return float(np.clip(product / square, 1.0, _LARGEST_POWER)) if square else 1.0
+
+
+def _power_together(probes: Sequence[tuple[Rise, Rise]], together: float | None) -> float:
+    """Return the power with which the rises of single groups, seen at larger errors, make up that of all together."""
+    if together is None or together <= 0:
+        return 1.0
+    logs = np.log([large.credible for _, large in probes])
+    shares = np.array([small.error / large.error for small, large in probes])
+    powers = np.linspace(1.0, _LARGEST_POWER, 61)
+    sums = powers * np.log((np.exp(logs / powers[:, None]) * shares).sum(1))
+    return float(powers[np.abs(sums - np.log(together)).argmin()])
 
 
 def _toward_mean(values: npt.NDArray[np.float64], noise: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

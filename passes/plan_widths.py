@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.groups import WidthGraph
-from fxwidth.planning import plan
+from fxwidth.planning import check_options, plan
 from fxwidth.tracing import analyze_module
 
 PLAN = "fxwidth_plan"
@@ -23,6 +23,7 @@ class PlanWidths(PassBase):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        check_options(options)
         self._options = options
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

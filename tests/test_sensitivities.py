@@ -28,6 +28,16 @@ def test_rates_follow_from_exact_rises_whatever_their_power(power: float) -> Non
     assert ratios == pytest.approx(list(RATES.values()), rel=1e-9)
 
 
+def test_how_groups_add_up_tells_the_power_that_one_group_hides() -> None:
+    # Small rises drown in noise; large ones and that of all together are sure.
+    rises = probed(3.0)
+    hidden = {name: [Rise(small.error, small.mean + 1e-3, 1e-3), large] for name, (small, large) in rises.items()}
+    together = sum(RATES[name] * ERRORS[0] for name in RATES) ** 3
+    ratios = [rates_of(hidden, together)[name] / rates_of(hidden, together)["b"] for name in RATES]
+    assert ratios == pytest.approx(list(RATES.values()), rel=1e-6)
+    assert rates_of(hidden)["d"] / rates_of(hidden)["b"] > 1.05 * RATES["d"]
+
+
 def test_in_proportion_they_are_in_units_of_the_loss() -> None:
     assert rates_of(probed(1.0)) == pytest.approx(RATES)
     (rate,) = rates_of({"a": [Rise(0.5, 0.3, 0.1)]}).values()
