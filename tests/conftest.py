@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -31,3 +33,11 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test may use the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _collected(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Free a full-size network before the next one: modules and their graphs refer to each other."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        gc.collect()
