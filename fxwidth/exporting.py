@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
-from fxwidth.forgotten import refuse_gradient, refuse_iterators, watching_gradients
+from fxwidth.forgotten import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
 from fxwidth.module_state import stores, unchanged, undisturbed
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.tape import quiet
@@ -88,7 +88,7 @@ def _program(
         for place, part in stores(model, FakeTensor):
             # What has no batch in its shape is a table that is made once.
             if not _is_static(getattr(part, place.rpartition(".")[2])):
-                raise NotImplementedError(f"the model keeps what it computes in {place!r}, which a graph does not")
+                raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
         return program
 
 
@@ -96,7 +96,7 @@ def _refuse_transforms(graph: fx.Graph) -> None:
     """Check that a graph does not open and close levels of vmap, grad or jvp: ops in between see batched tensors."""
     for node in graph.nodes:
         if getattr(node.target, "__module__", None) == _TRANSFORMS:
-            raise NotImplementedError(f"the exported graph has a part under a transform of torch.func ({node.name})")
+            raise UntraceableError(f"the exported graph has a part under a transform of torch.func ({node.name})")
 
 
 def _is_static(value: Any) -> bool:
@@ -208,7 +208,7 @@ class _Reassembly:
         name = node.target.__name__ if callable(node.target) else str(node.target)
         graphs = [part for part in node.args if isinstance(part, fx.Node) and _is_graph(source, part)]
         if name not in _CONTEXTS or len(graphs) != 1:
-            raise NotImplementedError(f"the exported graph has a part of the kind {name}")
+            raise UntraceableError(f"the exported graph has a part of the kind {name}")
         place = node.args.index(graphs[0])
         settings = node.args[:place]
         operands: list[Any] = [fx.node.map_arg(part, known.__getitem__) for part in node.args[place + 1 :]]

@@ -18,6 +18,10 @@ from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
 
+class UntraceableError(Exception):
+    """A front end cannot say in a graph what a model does; another is asked, or the user is told."""
+
+
 @contextmanager
 def counting_autocasts(active: list[Any]) -> Iterator[None]:
     """Keep a list of the autocasts that are entered and not yet left."""
@@ -50,11 +54,11 @@ def refuse_context(autocasts: list[Any]) -> None:
     """Check that what is traced runs with gradients, which are on where tracing starts, and under no autocast.
 
     Raises:
-        NotImplementedError: it does not.
+        UntraceableError: it does not.
     """
     if autocasts or not torch.is_grad_enabled():
         context = "under an autocast of its own" if autocasts else "without gradients"
-        raise NotImplementedError(f"a part of the model runs {context}, which symbolic tracing forgets")
+        raise UntraceableError(f"a part of the model runs {context}, which symbolic tracing forgets")
 
 
 @contextmanager
@@ -75,9 +79,9 @@ def refuse_gradient(name: str) -> None:
     """Say that a function cannot be traced: only its forward pass would be in the graph.
 
     Raises:
-        NotImplementedError: always.
+        UntraceableError: always.
     """
-    raise NotImplementedError(f"function {name} has a gradient of its own, which a graph forgets")
+    raise UntraceableError(f"function {name} has a gradient of its own, which a graph forgets")
 
 
 class Belongings:
@@ -90,12 +94,12 @@ class Belongings:
         """Check that a module, which is about to be called as it is, still holds these tensors and no others.
 
         Raises:
-            NotImplementedError: it was given others for this call, which are not in the graph.
+            UntraceableError: it was given others for this call, which are not in the graph.
         """
         for inner in part.modules():
             known, held = self._held.get(id(inner)), _held(inner)
             if known is None or known.keys() != held.keys() or any(known[name] is not held[name] for name in held):
-                raise NotImplementedError(
+                raise UntraceableError(
                     f"a {type(inner).__name__} is called with tensors in the place of its own, which a graph forgets"
                 )
 
@@ -104,21 +108,21 @@ def refuse_computed(value: Any) -> None:
     """Check that a tensor met in tracing was not computed from parameters: the graph would hold it as a constant.
 
     Raises:
-        NotImplementedError: it was.
+        UntraceableError: it was.
     """
     if isinstance(value, Tensor) and value.grad_fn is not None:
-        raise NotImplementedError("a tensor is computed from parameters in a way that symbolic tracing does not see")
+        raise UntraceableError("a tensor is computed from parameters in a way that symbolic tracing does not see")
 
 
 def refuse_iterators(answer: Any) -> None:
     """Check that a model does not answer with an iterator, which computes when it is gone through, and only once.
 
     Raises:
-        NotImplementedError: it does.
+        UntraceableError: it does.
     """
     for leaf in pytree.tree_leaves(answer):
         if isinstance(leaf, Iterator):
-            raise NotImplementedError(f"the model returns a {type(leaf).__name__}, which runs when the model has ended")
+            raise UntraceableError(f"the model returns a {type(leaf).__name__}, which runs when the model has ended")
 
 
 def _held(part: nn.Module) -> dict[str, Tensor]:

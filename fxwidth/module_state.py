@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,27 +16,25 @@ _MISSING = object()
 _MANAGED = frozenset({"_parameters", "_modules"})
 
 
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module) -> AbstractContextManager[None]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    before = _state(module)
-    try:
-        yield
-    finally:
-        for part, attributes, contents in before:
-            _restore(part, attributes, contents)
+    return _restoring(module, of_fakes=True)
+
+
+def unchanged(module: nn.Module) -> AbstractContextManager[None]:
+    """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
+    return _restoring(module, of_fakes=False)
 
 
 @contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
+def _restoring(module: nn.Module, *, of_fakes: bool) -> Iterator[None]:
     before = _state(module)
     try:
         yield
     finally:
         for part, attributes, contents in before:
             for name, value in list(part.__dict__.items()):
-                if name not in _MANAGED and not _holds_fakes(value):
+                if name not in _MANAGED and holds(value, FakeTensor) == of_fakes:
                     _put_back(part, name, attributes.get(name, _MISSING), contents)
 
 
@@ -53,12 +51,6 @@ def _contents(part: nn.Module) -> dict[str, Any]:
         for name, value in part.__dict__.items()
         if isinstance(value, (dict, list)) and name not in _MANAGED
     }
-
-
-def _restore(part: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
-    for name, value in list(part.__dict__.items()):
-        if name not in _MANAGED and _holds_fakes(value):
-            _put_back(part, name, attributes.get(name, _MISSING), contents)
 
 
 def _put_back(part: nn.Module, name: str, old: Any, contents: dict[str, Any]) -> None:
@@ -79,10 +71,6 @@ def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
             if name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
-
-
-def _holds_fakes(value: Any) -> bool:
-    return holds(value, FakeTensor)
 
 
 def holds(value: Any, kind: type) -> bool:

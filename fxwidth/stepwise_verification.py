@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxwidth.analysis import Analysis
 from fxwidth.index_maps import IndexMaps
@@ -28,41 +27,13 @@ def stepwise_difference(
     Differences are relative to the largest number that the op works with. Arguments and errors are those of
     `verification.replay_difference`.
     """
-    return _largest(ZeroedReplay(analysis, maps, dtype), inputs, ResizedReplay(analysis, maps, dtype), inputs)
-
-
-def stepwise_rounding(
-    analysis: Analysis, maps: IndexMaps, inputs: Sequence[Any], dtype: torch.dtype | None = torch.float64
-) -> float:
-    """Return the largest difference, as `stepwise_difference` does, that rounding the inputs another way makes.
-
-    Networks with norms of little variance make much of it: a difference of this order is no fault.
-    """
-
-    def rounded(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        # Signs that follow no pattern of the data.
-        signs = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).sign().to(leaf)
-        return leaf * (1 + 2 * torch.finfo(leaf.dtype).eps * signs)
-
-    others = pytree.tree_map(rounded, list(inputs))
-    return _largest(ResizedReplay(analysis, maps, dtype), others, ResizedReplay(analysis, maps, dtype), inputs)[0]
-
-
-def _largest(
-    reference: ZeroedReplay | ResizedReplay, inputs: Sequence[Any], resized: ResizedReplay, others: Sequence[Any]
-) -> tuple[float, str]:
+    zeroed, resized = ZeroedReplay(analysis, maps, dtype), ResizedReplay(analysis, maps, dtype)
     worst, place = 0.0, ""
-    made: dict[int, float] = {}
-    for call, _ in zip(reference.steps(inputs), resized.steps(others), strict=True):
-        own = {id(tensor): _magnitude(resized.value(tensor)) for tensor in [*call.inputs, *call.outputs]}
-        # What an op has written over was as large as it was made.
-        scale = max((max(size, made.get(key, 0.0)) for key, size in own.items()), default=0.0)
-        made |= own
+    for call, _ in zip(zeroed.steps(inputs), resized.steps(inputs), strict=True):
+        scale = max((_magnitude(resized.value(tensor)) for tensor in [*call.inputs, *call.outputs]), default=0.0)
         for output in call.outputs:
             if output.is_floating_point():
-                expected = reference.answer(output)
+                expected = zeroed.answer(output)
                 found = largest_difference([resized.value(output)], [expected])
                 if found < float("inf"):
                     found *= _magnitude(expected) / max(scale, 1e-12)

@@ -24,6 +24,7 @@ from fxwidth.calls import (
 )
 from fxwidth.forgotten import (
     Belongings,
+    UntraceableError,
     noticing,
     refuse_computed,
     refuse_context,
@@ -70,7 +71,7 @@ def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
     """Check that no module has kept what it was traced with: the graph would not keep what it is run with."""
     for place, part in stores(model, fx.Proxy):
         failed.append(part)
-        raise NotImplementedError(f"the model keeps what it computes in {place!r}, which a graph does not")
+        raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
 def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.GraphModule:

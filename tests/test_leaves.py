@@ -14,7 +14,7 @@ from fxwidth import FxwidthError
 from fxwidth.calls import arguments_of, call_of
 from fxwidth.exporting import exported_graph
 from fxwidth.index_maps import IndexMaps
-from fxwidth.stepwise_verification import prescribed_difference, stepwise_difference, stepwise_rounding
+from fxwidth.stepwise_verification import prescribed_difference, stepwise_difference
 from fxwidth.structures import deep_tensors
 from fxwidth.verification import ResizedReplay, _Places, largest_difference
 from tests.networks_of_values import (
@@ -261,7 +261,6 @@ def test_the_stepwise_oracle_is_not_blind(monkeypatch: pytest.MonkeyPatch) -> No
     gm = fxwidth.trace(detector("retina_net"), (images(),))
     wg = fxwidth.analyze(gm)
     maps = IndexMaps(wg.analysis.space, removals(wg.free, 0.5))
-    assert 0 < stepwise_rounding(wg.analysis, maps, [images(), None]) < ROUNDING
     gather = _Places.gather
 
     def reversed_biases(self: _Places, tensor: Tensor, axes: Any) -> Tensor:

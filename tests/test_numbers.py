@@ -122,3 +122,15 @@ def test_a_lowered_module_that_counts_the_batch_is_refused(number: Callable[[Ten
     with pytest.raises(FxwidthError, match=r"node 'closed' has to be taken apart .* for a batch larger by one it does"):
         fxwidth.resize(gm, {group: 1})
     assert gm.up.out_features == WIDTH
+
+
+def test_without_the_larger_batch_the_number_would_be_written_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: nothing else sees that a lowered module counts the batch."""
+    monkeypatch.setattr("fxwidth.rewriting.graphs.differs_in_batch", lambda analysis, name: None)
+    gm = traced_with_closed(lambda h: h.numel())
+    group = next(group.name for group in fxwidth.analyze(gm).groups if not group.pinned)
+    fxwidth.resize(gm, {group: 1}, fold=False)
+    for batch, is_right in [(4, True), (7, False)]:
+        x = torch.randn(batch, 6, dtype=torch.float64)
+        difference = (gm(x) - gm.down(gm.up(x) / (batch * WIDTH))).abs().max()
+        assert (difference < 1e-12) == is_right

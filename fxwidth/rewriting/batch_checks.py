@@ -8,10 +8,9 @@ from torch import Tensor, fx
 
 from fxwidth.analysis import Analysis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rewriting.signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
-from fxwidth.rules.registry import keeps
+from fxwidth.rewriting.signatures import differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors, map_leaves
-from fxwidth.tape import OpCall, TapeRecorder, plain_kernels
+from fxwidth.tape import plain_kernels
 
 
 def differs_in_batch(analysis: Analysis, name: str) -> str | None:
@@ -26,24 +25,17 @@ def differs_in_batch(analysis: Analysis, name: str) -> str | None:
     if analysis.batch is None:
         return None
     larger = IndexMaps(analysis.space, {}, batch_growth=1)
-    observed: list[Signature] = []
-
-    def see(call: OpCall) -> None:
-        if call.name not in SILENT:
-            observed.append(observed_signature(call))
-
     node = next(node for node in analysis.module.graph.nodes if node.name == name)
-    recorder = TapeRecorder(keeps, see, values=analysis.known_values())
-    recorder.begin(name)
+    recorder, observed = observing(analysis, name)
     runner = _LargerBatch(analysis, larger)
     try:
         with plain_kernels(), analysis.mode:
             arguments = runner.arguments(node)
             with recorder:
                 runner.run_with(node, arguments)
-    except Exception:
-        # The trained network has no result there that could be changed.
-        return None
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"not run: {lines[0]}"
     return differ(observed, prescribed_signatures(analysis.calls_of(name), larger))
 
 

@@ -19,10 +19,9 @@ from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.modes import Dropout, Step, UnexplainedError, training_steps
-from fxwidth.rewriting.signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
-from fxwidth.rules.registry import keeps
+from fxwidth.rewriting.signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import OpCall, TapeRecorder, evaluating, plain_kernels, quiet, substituted, tensor_slots
+from fxwidth.tape import evaluating, plain_kernels, quiet, substituted, tensor_slots
 from fxwidth.value_pins import nodes_behind_values
 
 
@@ -163,15 +162,7 @@ class _Rewriter:
         """Run a node at the new sizes; return its value and what it did."""
         args = fx.node.map_arg(node.args, lambda source: self._values[source])
         kwargs = fx.node.map_arg(node.kwargs, lambda source: self._values[source])
-        observed: list[Signature] = []
-
-        def see(call: OpCall) -> None:
-            # At once: a later op may give its results other dims in place.
-            if call.name not in SILENT:
-                observed.append(observed_signature(call))
-
-        recorder = TapeRecorder(keeps, see, values=self._analysis.known_values())
-        recorder.begin(node.name)
+        recorder, observed = observing(self._analysis, node.name)
         called = self._module.get_submodule(str(node.target)) if node.op == "call_module" else nn.Module()
         with unchanged(called), plain_kernels(), self._analysis.mode, recorder:
             return getattr(self._interpreter, node.op)(node.target, args, kwargs), observed

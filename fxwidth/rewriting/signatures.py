@@ -9,9 +9,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from fxwidth.analysis import Analysis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rules.registry import prescribed
-from fxwidth.tape import OpCall, functional_name
+from fxwidth.rules.registry import keeps, prescribed
+from fxwidth.tape import OpCall, TapeRecorder, functional_name
 
 Signature = tuple[Any, ...]
 
@@ -76,6 +77,20 @@ def _comparable(value: Any) -> Any:
         # Literals pass through float32 kernels and user arithmetic; a wrong scale differs by far more.
         return float(f"{value:.10g}")
     return value if isinstance(value, (int, str, bool, type(None))) else str(value)
+
+
+def observing(analysis: Analysis, node: str) -> tuple[TapeRecorder, list[Signature]]:
+    """Return a recorder for a run of one node, and the list that takes what the node does."""
+    observed: list[Signature] = []
+
+    def see(call: OpCall) -> None:
+        # At once: a later op may give its results other dims in place.
+        if call.name not in SILENT:
+            observed.append(observed_signature(call))
+
+    recorder = TapeRecorder(keeps, see, values=analysis.known_values())
+    recorder.begin(node)
+    return recorder, observed
 
 
 def differ(observed: Sequence[Signature], wanted: Sequence[Signature]) -> str | None:
