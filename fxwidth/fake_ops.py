@@ -40,6 +40,7 @@ class _Outcome:
 _LITERALS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 _UNSURE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _MOST_ENTRIES = 50_000
+_META = torch.device("meta")
 # What is kept on a mode, and how a tensor made here is known.
 _ATTRIBUTES, _IS_PLAIN = "_fxwidth_attributes", "_fxwidth_is_plain"
 
@@ -196,9 +197,9 @@ def _make(mode: FakeTensorMode, made: _Made, source: FakeTensor | None) -> FakeT
     shape, stride, offset, dtype, device = made
     with torch._C._DisableTorchDispatch():
         if source is None:
-            plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            plain = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
         else:
-            plain = torch.empty((), dtype=dtype, device="meta")
+            plain = torch.empty((), dtype=dtype, device=_META)
             plain.set_(source.untyped_storage(), offset, shape, stride)
     return _dressed(mode, plain, device)
 
