@@ -19,7 +19,7 @@ from fxwidth.occurrences import channel_positions
 from fxwidth.pairs import Pairs, pairs_of
 from fxwidth.probes import Key
 from fxwidth.readers import wiring_of
-from fxwidth.rotations import Rotation, linear_group, rotation
+from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
 from fxwidth.spectra import singular_values, tail_share, writer_gram
@@ -60,9 +60,8 @@ class Evidence:
         if not self._rotates:
             return None
         if group not in self._rotations:
-            where = linear_group(self.width_graph, group)
-            pairs = self._pairs(group) if where is not None else None
-            self._rotations[group] = None if where is None or pairs is None else rotation(where, pairs)
+            assert self.moments is not None
+            self._rotations[group] = rotation(self.width_graph, group, self.moments)
         return self._rotations[group]
 
     def kept(self, group: ChannelGroup, width: int) -> Indices:

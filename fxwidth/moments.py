@@ -38,6 +38,7 @@ class Moments:
             several times.
         squares: E h_j^2 of the contracted dim of each side of a contraction of two activations, likewise.
         deviations: E (x - mean x)^2 for layer norm, E x^2 for RMS norm, of the normalised dims, by op index.
+        products: E h h^T of each head of such a side, [heads, channels, channels], where any basis would do.
         missed: fx nodes of which nothing is known, and why.
     """
 
@@ -46,6 +47,7 @@ class Moments:
     contracted: Mapping[Key, Moment] = field(repr=False)
     squares: Mapping[Key, Tensor] = field(repr=False)
     deviations: Mapping[int, Tensor] = field(repr=False)
+    products: Mapping[Key, Tensor] = field(default_factory=dict, repr=False)
     missed: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, reader: Reader) -> Moment | None:
@@ -136,7 +138,7 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
     if samples == 0:
         raise FxwidthError("data gave no batches; pass at least one (a generator can be gone through only once).")
     seen = observer.seen()
-    return Moments(source, samples, seen.contracted, seen.squares, seen.deviations, seen.missed)
+    return Moments(source, samples, seen.contracted, seen.squares, seen.deviations, seen.products, seen.missed)
 
 
 def _has_values(analysis: Analysis) -> bool:

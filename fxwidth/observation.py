@@ -50,6 +50,7 @@ class Seen:
 
     contracted: dict[Key, Moment] = field(default_factory=dict)
     squares: dict[Key, Tensor] = field(default_factory=dict)
+    products: dict[Key, Tensor] = field(default_factory=dict)
     deviations: dict[int, Tensor] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
 
@@ -168,6 +169,8 @@ class Observer:
                 result.contracted.update(dict.fromkeys(probe.keys, value))
             elif probe.measure == Measure.SQUARES:
                 result.squares[probe.keys[0]] = value
+            elif probe.measure == Measure.PRODUCTS:
+                result.products[probe.keys[0]] = value
             else:
                 result.deviations[probe.call.index] = value
         return result

@@ -14,7 +14,7 @@ from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.moments import Moments
 from fxwidth.occurrences import channel_positions
 from fxwidth.probes import Key
-from fxwidth.reader_sets import reader_sets
+from fxwidth.reader_sets import ReaderSet, reader_sets
 from fxwidth.readers import Reader, wiring_of
 from fxwidth.regression import effective_rows
 from fxwidth.tape import OpCall
@@ -80,23 +80,14 @@ def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     wanted: list[Tensor] = []
     rows: list[float] = []
     precision = torch.finfo(torch.float64).eps
-    space = width_graph.analysis.space
     for readers in reader_sets(width_graph):
-        # Readers of one weight see what is measured in all their places together.
-        reader = readers.first
-        moment = moments.of(reader)
-        values = _weight_values(width_graph, reader)
-        if moment is None or values is None or group.factor not in space.factors(reader.axis):
-            continue
-        S = moment.covariance if readers.absorber is not None else moment.second
-        # Values from single precision are worked on in single precision where that is much faster.
-        narrow = group.width >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2
-        S = S.float() if narrow else S
-        for one, other in _reader_pairs(space, reader, group.factor, S, values.to(S.dtype), moment.precision):
-            seen.append(one)
-            wanted.append(other)
-            rows += [effective_rows(moment)] * len(one)
-            precision = max(precision, moment.precision)
+        own = _set_pairs(width_graph, readers, group.factor, moments)
+        if own is not None:
+            seen.append(own.seen)
+            wanted.append(own.wanted)
+            assert own.rows is not None
+            rows += own.rows.tolist()
+            precision = max(precision, own.precision)
     for squares in _product_squares(width_graph, group.factor, moments):
         total = squares.sum()
         if float(total) > 0:
@@ -108,6 +99,31 @@ def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     dtype, device = seen[0].dtype, seen[0].device
     S, D = (torch.cat([part.to(dtype) for part in parts]) for parts in (seen, wanted))
     return Pairs(S, D, precision, torch.tensor(rows, dtype=dtype, device=device))
+
+
+def reader_pairs(width_graph: WidthGraph, factor: Factor, moments: Moments, reader: Reader) -> Pairs | None:
+    """Return the evidence from one reader, a pair for each position of a factor in it; None where there is none."""
+    (readers,) = (one for one in reader_sets(width_graph) if one.first is reader)
+    return _set_pairs(width_graph, readers, factor, moments)
+
+
+def _set_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Pairs | None:
+    # Readers of one weight see what is measured in all their places together.
+    reader, space = readers.first, width_graph.analysis.space
+    moment = moments.of(reader)
+    values = _weight_values(width_graph, reader)
+    if moment is None or values is None or factor not in space.factors(reader.axis):
+        return None
+    S = moment.covariance if readers.absorber is not None else moment.second
+    # Values from single precision are worked on in single precision where that is much faster.
+    narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2
+    S = S.float() if narrow else S
+    found = list(_reader_pairs(space, reader, factor, S, values.to(S.dtype), moment.precision))
+    if not found:
+        return None
+    seen, wanted = (torch.cat(parts) for parts in zip(*found, strict=True))
+    rows = torch.full((len(seen),), effective_rows(moment), dtype=seen.dtype, device=seen.device)
+    return Pairs(seen, wanted, moment.precision, rows)
 
 
 def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis
 from fxwidth.groups import WidthGraph
+from fxwidth.linear_groups import Side, linear_products
 from fxwidth.reader_sets import reader_sets
 from fxwidth.readers import Reader, argument_name, storage_of
 from fxwidth.tape import OpCall, accumulation_dtype
@@ -24,10 +25,11 @@ Key = tuple[int, str]
 
 
 class Measure(StrEnum):
-    """What is measured: both moments of a contracted dim, its squares alone, or what a norm divides by."""
+    """What is measured: both moments of a contracted dim, its squares, products in heads, or what a norm divides by."""
 
     MOMENT = "moment"
     SQUARES = "squares"
+    PRODUCTS = "products"
     DEVIATIONS = "deviations"
 
 
@@ -44,6 +46,7 @@ class Probe:
         centred: whether the mean over the dims is taken off first (layer norm).
         keys: every (op index, argument) that the numbers are for.
         places: in how many places they are measured, to be taken together.
+        side: how the heads of one side of a product are told apart, for products.
     """
 
     call: OpCall
@@ -54,6 +57,7 @@ class Probe:
     centred: bool
     keys: tuple[Key, ...]
     places: int = 1
+    side: Side | None = None
 
     def rows(self, tensor: Tensor, limit: int) -> Tensor:
         """Return the vectors of channels in a tensor, [rows, channels]; evenly spread ones where there are too many."""
@@ -70,7 +74,10 @@ class Probe:
         return moved[torch.unravel_index(flat, moved.shape[:-1])]
 
     def squares(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """Return the sum of squares along the dims, and of how many terms each is one."""
+        """Return the sum of squares along the dims, or of products in each head, and of how many terms each is one."""
+        if self.side is not None:
+            heads = self.side.rows(tensor.to(accumulation_dtype(tensor)))
+            return heads.mT @ heads, heads.shape[1]
         others = [dim for dim in range(tensor.dim()) if dim not in self.dims]
         wide = tensor.to(accumulation_dtype(tensor))
         if self.centred:
@@ -85,7 +92,12 @@ def find_probes(width_graph: WidthGraph) -> list[Probe]:
     """Return what must be measured to shrink any group of a width graph."""
     found = _PROBES.get(width_graph)
     if found is None:
-        found = _PROBES[width_graph] = [*_moments(width_graph), *_squares(width_graph), *_deviations(width_graph)]
+        found = _PROBES[width_graph] = [
+            *_moments(width_graph),
+            *_squares(width_graph),
+            *_products(width_graph),
+            *_deviations(width_graph),
+        ]
     return found
 
 
@@ -152,6 +164,13 @@ def _squares(width_graph: WidthGraph) -> Iterator[Probe]:
                 if len(dims) == 1 and resizable(analysis, [call.axes[id(tensor)][dims[0]]]):
                     name = argument_name(call, tensor)
                     yield Probe(call, name, Measure.SQUARES, dims, 1, False, ((call.index, name),))
+
+
+def _products(width_graph: WidthGraph) -> Iterator[Probe]:
+    for product in linear_products(width_graph):
+        for side in (product.left, product.right):
+            keys = ((product.call.index, side.argument),)
+            yield Probe(product.call, side.argument, Measure.PRODUCTS, (side.dim,), 1, False, keys, side=side)
 
 
 def _deviations(width_graph: WidthGraph) -> Iterator[Probe]:

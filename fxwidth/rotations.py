@@ -5,44 +5,31 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.linear_groups import Basis, Product, linear_group
 from fxwidth.moments import Moments
-from fxwidth.normed_weights import normed_weights
-from fxwidth.occurrences import channel_positions
-from fxwidth.pairs import Pairs
-from fxwidth.reader_sets import reader_sets
-from fxwidth.readers import Reader
-from fxwidth.roles import Role
-from fxwidth.tape import OpCall
+from fxwidth.pairs import Pairs, reader_pairs
 
-# Ops that move channels about without changing them.
-_MOVES = frozenset(
-    {
-        "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "clone", "contiguous",
-        "alias", "detach", "expand",
-    }
-)  # fmt: skip
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "convolution", "attention"})
 # Directions of less energy than this share of the loudest are not made louder: it would cost precision.
 _FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class LinearGroup:
-    """A group whose channels go from writers to one reader and are only moved, mixed over positions, and added.
+class Turn:
+    """A change of one basis.
 
     Attributes:
-        places: parameter, dim, whether it writes, and positions [channels, heads]: heads have bases of their own.
-        reader: the one that reads it.
+        basis: where the channels are.
+        forward: T, [heads, width, width]: the new channels from the old ones; writers become T W.
+        backward: its inverse; readers become W T^-1.
     """
 
-    places: tuple[tuple[str, int, bool, np.ndarray[tuple[int, ...], np.dtype[np.int64]]], ...]
-    reader: Reader
+    basis: Basis
+    forward: Tensor
+    backward: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,141 +37,127 @@ class Rotation:
     """A change of basis for the channels of a linear group.
 
     Attributes:
-        group: where the channels are.
-        forward: T, [heads, width, width]: the new channels from the old ones; writers become T W.
-        backward: its inverse; the reader becomes W T^-1.
-        lost: what the reader misses of the first k new channels, for every k, [width + 1].
+        turns: one for each of its bases.
+        lost: what the ends miss of the first k new channels, for every k, [width + 1].
     """
 
-    group: LinearGroup
-    forward: Tensor
-    backward: Tensor
+    turns: tuple[Turn, ...]
     lost: Tensor
 
 
-def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
-    """Return where the channels of a group are, if any basis is as good as the one they have; else None."""
-    analysis, factor = width_graph.analysis, group.factor
-    space = analysis.space
-    sets = [one for one in reader_sets(width_graph) if factor in space.factors(one.first.axis)]
-    if group.mixed is not None or len(sets) != 1 or len(sets[0].readers) != 1 or not sets[0].foldable:
+def rotation(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Rotation | None:
+    """Return the basis of a linear group in which its first channels matter most; None for other groups."""
+    linear = linear_group(width_graph, group)
+    if linear is None:
         return None
-    names = {site.parameter for site in group.sites}
-    if names & set(normed_weights(width_graph)) or any(site.role == Role.PER_CHANNEL for site in group.sites):
-        return None
-    axes = {space.normalise(analysis.parameters[site.parameter].axes[site.dim]) for site in group.sites}
-    if len({_outer(axis, factor) for axis in axes}) != 1 or None in {_outer(axis, factor) for axis in axes}:
-        return None
-    if not all(_is_linear(width_graph, call, factor) for call in analysis.calls):
-        return None
-    places = []
-    for site in group.sites:
-        entry = analysis.parameters[site.parameter]
-        if entry.tensor.dtype not in (torch.float32, torch.float64):
+    turns = []
+    lost = torch.zeros(group.width + 1, dtype=torch.float64)
+    for basis in linear.bases:
+        pairs = _pairs(width_graph, group, moments, basis)
+        found = None if pairs is None else turn(basis, pairs)
+        if found is None:
             return None
-        (positions,) = channel_positions(space, entry.axes[site.dim], factor)
-        places.append((site.parameter, site.dim, site.role == Role.WRITER, positions))
-    return LinearGroup(tuple(places), sets[0].first)
+        turns.append(found[0])
+        lost += found[1].to(lost)
+    return Rotation(tuple(turns), lost)
 
 
-def _outer(axis: Axis, factor: Factor) -> tuple[object, ...] | None:
-    """Return what stands before a factor in an axis of one term that ends with it."""
-    if len(axis) != 1 or not axis[0] or axis[0][-1] is not factor or factor in axis[0][:-1]:
+def _pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments, basis: Basis) -> Pairs | None:
+    """Return what each head of an end sees of its channels, and what it makes of them."""
+    end = basis.end
+    if not isinstance(end, Product):
+        return reader_pairs(width_graph, group.factor, moments, end)
+    left, right = (moments.products.get((end.call.index, side.argument)) for side in (end.left, end.right))
+    if left is None or right is None:
         return None
-    return axis[0][:-1]
+    energy = float((left * right.mT).sum())
+    precision = torch.finfo(left.dtype).eps
+    return Pairs(left, right / energy, precision) if energy > 0 else None
 
 
-def _is_linear(width_graph: WidthGraph, call: OpCall, factor: Factor) -> bool:
-    """Tell whether an op commutes with every change of basis of a factor, or contracts it with the reader's weight."""
-    space = width_graph.analysis.space
-    dims = {id(tensor): _dims(space, call, tensor, factor) for tensor in call.inputs}
-    owners = [tensor for tensor in call.inputs if dims[id(tensor)]]
-    if not owners:
-        return not any(factor in space.factors(axis) for axes in call.output_axes for axis in axes)
-    if any(len(dims[id(tensor)]) != 1 for tensor in owners):
-        return False
-    if call.name in _MOVES:
-        return True
-    if call.name == "add":
-        return len(owners) == 2 and call.arguments.get("alpha", 1) == 1
-    if call.name not in _PRODUCTS or not call.contractions:
-        return False
-    contraction = call.contractions[0]
-    left, right = (dims.get(id(tensor), []) for tensor in (contraction.left, contraction.right))
-    if call.name == "attention":
-        # Of queries and keys softmax is taken; values are only mixed over positions.
-        return not left and not right
-    if left and right:
-        # Only the sum over the factor itself goes with a change of basis, and only the reader's weight can undo it.
-        contracted = left[0] in contraction.left_dims and right[0] in contraction.right_dims
-        return contracted and len(owners) == 2 and width_graph.roles.is_parameter(contraction.right)
-    return True
-
-
-def _dims(space: FactorSpace, call: OpCall, tensor: Tensor, factor: Factor) -> list[int]:
-    return [dim for dim, axis in enumerate(call.axes.get(id(tensor), ())) for f in space.factors(axis) if f is factor]
-
-
-def rotation(group: LinearGroup, pairs: Pairs) -> Rotation | None:
-    """Return the basis in which the channels are uncorrelated and each alone does what it can for the reader.
+def turn(basis: Basis, pairs: Pairs) -> tuple[Turn, Tensor] | None:
+    """Return the basis in which the channels are uncorrelated and each alone does what it can for their end.
 
     With S = Cov h and D = W^T W, the eigenvectors V of S^1/2 D S^1/2 give T = V^T S^-1/2: the covariance of T h is the
-    identity, that of the reader's outputs falls into parts, and of all k-dimensional ones the first k lose least.
+    identity, that of the reader's outputs falls into parts, and of all k-dimensional ones the first k lose least. Of a
+    product q^T k, S = E q q^T and D = E k k^T are the same for queries and keys that know nothing of each other.
 
     Args:
-        group: where the channels are.
-        pairs: what the reader sees and wants, one pair per head.
+        basis: where the channels are.
+        pairs: what its end sees and wants, one pair per head.
+
+    Returns:
+        The turn, and what is lost of the first k channels, for every k.
 
     Source: reduced-rank regression, A. J. Izenman, Reduced-Rank Regression for the Multivariate Linear Model (1975).
     """
-    if len(pairs.seen) != group.places[0][3].shape[1]:
+    if len(pairs.seen) != basis.places[0].positions.shape[1]:
         return None
     S, D = pairs.seen.double(), pairs.wanted.double()
-    values, basis = torch.linalg.eigh(S)
+    values, vectors = torch.linalg.eigh(S)
     if not bool((values[:, -1] > 0).all()):
         return None
     root = values.clamp_min(0).maximum(_FLOOR * values[:, -1:]).sqrt()
-    half = basis * root[:, None]
-    energies, vectors = torch.linalg.eigh(half.mT @ D @ half)
-    energies, vectors = energies.flip(1).clamp_min(0), vectors.flip(2)
+    half = vectors * root[:, None]
+    energies, turned = torch.linalg.eigh(half.mT @ D @ half)
+    energies, turned = energies.flip(1).clamp_min(0), turned.flip(2)
     # As loud on the whole as the channels were.
     scale = root.square().mean(1).sqrt()[:, None, None]
-    forward = scale * vectors.mT @ (basis / root[:, None]).mT
-    backward = half @ vectors / scale
+    forward = scale * turned.mT @ (vectors / root[:, None]).mT
+    backward = half @ turned / scale
     tails = torch.cat([energies, energies.new_zeros(len(energies), 1)], 1).flip(1).cumsum(1).flip(1).sum(0)
-    return Rotation(group, forward, backward, tails)
+    return Turn(basis, forward, backward), tails
 
 
-def rotated(width_graph: WidthGraph, turned: Rotation, moments: Moments, undo: ExitStack) -> Moments:
+def rotated(width_graph: WidthGraph, rotation: Rotation, moments: Moments, undo: ExitStack) -> Moments:
     """Bring a group's parameters to another basis, in place, and return the moments in that basis.
 
     The function of the network stays as it is.
 
     Args:
         width_graph: the graph.
-        turned: the change of basis.
+        rotation: the change of basis.
         moments: the evidence in the old basis.
         undo: takes what brings the old parameters back.
     """
-    for name, dim, writes, positions in turned.group.places:
-        tensor = width_graph.analysis.parameters[name].tensor
-        undo.callback(_overwrite, tensor, tensor.detach().clone())
-        moved = tensor.detach().double().movedim(dim, 0).contiguous()
-        for head, channels in enumerate(positions.T):
-            place = torch.from_numpy(channels).to(moved.device)
-            matrix = turned.forward[head] if writes else turned.backward[head].mT
-            moved[place] = torch.tensordot(matrix.to(moved.device), moved[place], 1)
-        _overwrite(tensor, moved.movedim(0, dim))
-    key = turned.group.reader.key
-    moment = moments.contracted[key]
-    whole = torch.zeros_like(moment.covariance)
-    (positions,) = {id(p): p for _, _, writes, p in turned.group.places if not writes}.values()
-    for head, channels in enumerate(positions.T):
+    for one in rotation.turns:
+        for place in one.basis.places:
+            tensor = width_graph.analysis.parameters[place.parameter].tensor
+            undo.callback(_overwrite, tensor, tensor.detach().clone())
+            moved = tensor.detach().double().movedim(place.dim, 0).contiguous()
+            for head, channels in enumerate(place.positions.T):
+                own = torch.from_numpy(channels).to(moved.device)
+                matrix = one.backward[head].mT if place.inverse else one.forward[head]
+                moved[own] = torch.tensordot(matrix.to(moved.device), moved[own], 1)
+            _overwrite(tensor, moved.movedim(0, place.dim))
+        moments = _turned_product(moments, one) if isinstance(one.basis.end, Product) else _turned(moments, one)
+    return moments
+
+
+def _turned(moments: Moments, one: Turn) -> Moments:
+    """Return moments in which a reader sees the new channels."""
+    end = one.basis.end
+    assert not isinstance(end, Product)
+    moment = moments.contracted[end.key]
+    whole = torch.eye(len(moment.mean), dtype=moment.covariance.dtype, device=moment.covariance.device)
+    for head, channels in enumerate(one.basis.seen.T):
         place = torch.from_numpy(channels).to(whole.device)
-        whole[place[:, None], place] = turned.forward[head].to(whole)
+        whole[place[:, None], place] = one.forward[head].to(whole)
     seen = replace(moment, mean=whole @ moment.mean, covariance=whole @ moment.covariance @ whole.T)
     # Whoever else shares the moment sees the same activation, and reads another group of it or none.
-    return replace(moments, contracted={**moments.contracted, key: seen})
+    return replace(moments, contracted={**moments.contracted, end.key: seen})
+
+
+def _turned_product(moments: Moments, one: Turn) -> Moments:
+    """Return moments in which both sides of a product have the new channels."""
+    end = one.basis.end
+    assert isinstance(end, Product)
+    products = dict(moments.products)
+    for side, matrix in ((end.left, one.forward), (end.right, one.backward.mT)):
+        key = end.call.index, side.argument
+        old = products[key]
+        products[key] = matrix.to(old) @ old @ matrix.mT.to(old)
+    return replace(moments, products=products)
 
 
 def _overwrite(tensor: Tensor, values: Tensor) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
 from nets import Attention, build, tokens, trained_like
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fxwidth
 from fxwidth.evidence import gather_evidence
 from fxwidth.groups import ChannelGroup, WidthGraph
-from fxwidth.rotations import linear_group, rotated
+from fxwidth.linear_groups import linear_group
+from fxwidth.readers import Reader
+from fxwidth.rotations import rotated
 from fxwidth.tracing import analyze_module
 
 
@@ -40,12 +44,83 @@ class Convolutions(nn.Module):
         return self.head(self.second(self.first(x)).relu())
 
 
+class Fused(nn.Module):
+    """One layer makes queries, keys and values; attention is one op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(16, 3 * 2 * 6), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind()
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.out(y.transpose(1, 2).flatten(2)).relu()).mean(1)
+
+
+class Packed(nn.Module):
+    """torch's own attention, whose layer is cut in three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x)[0].relu()).mean(1)
+
+
+class Windows(nn.Module):
+    """Attention within each of two windows, by matrix products, with scaled queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 12) for _ in range(4))
+        self.head = nn.Linear(12, 3)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, 2, x.shape[1] // 2, 2, 6).transpose(2, 3).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x.flip(-1)], 1)
+        q, k = self.heads(self.q(x) * 0.3), self.heads(self.k(x))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        y = (weights @ self.heads(self.v(x).tanh())).transpose(1, 2).flatten(2)
+        return self.head(y.reshape(x.shape[0], -1, 12).relu()).mean(1)
+
+
+class Cosines(Fused):
+    """Queries and keys are brought to length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind()
+        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.out(y.transpose(1, 2).flatten(2)).relu()).mean(1)
+
+
+class Rotary(Fused):
+    """Queries and keys are turned by the place of their token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind()
+        angles = torch.arange(x.shape[1])[:, None] / torch.tensor([1.0, 3.0, 9.0]).repeat(2)
+        q, k = (one * angles.cos() + torch.cat([-one[..., 3:], one[..., :3]], -1) * angles.sin() for one in (q, k))
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.out(y.transpose(1, 2).flatten(2)).relu()).mean(1)
+
+
 def images() -> Tensor:
     return torch.randn(32, 1, 9, 9, generator=torch.Generator().manual_seed(0)).double()
 
 
+def many_tokens() -> Tensor:
+    """Return so many that noise is left out of the evidence."""
+    return torch.randn(128, 5, 16, generator=torch.Generator().manual_seed(0)).double()
+
+
 LINEAR = {"bottleneck": (Bottleneck, tokens, "one"), "attention": (Attention, tokens, "v#1"),
-          "convolutions": (Convolutions, images, "first")}  # fmt: skip
+          "convolutions": (Convolutions, images, "first"), "queries and keys": (Attention, tokens, "q#1"),
+          "fused": (Fused, tokens, "qkv#2"), "packed": (Packed, many_tokens, "attention.in_proj_weight#1"),
+          "windows": (Windows, tokens, "q#1")}  # fmt: skip
 
 
 def traced(name: str) -> tuple[torch.fx.GraphModule, Tensor, WidthGraph, ChannelGroup]:
@@ -71,14 +146,18 @@ def test_a_rotation_changes_no_function(name: str) -> None:
             moments = rotated(graph, turned, evidence.moments, undo)
             torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
             changed = [key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])]
-            assert set(changed) == {place[0] for place in turned.group.places}
+            bases = [turn.basis for turn in turned.turns]
+            assert set(changed) == {place.parameter for basis in bases for place in basis.places}
             # The moments are those of the network as it is now.
             again = gather_evidence(graph, [x]).moments
             assert again is not None
-            key = turned.group.reader.key
-            torch.testing.assert_close(
-                moments.contracted[key].covariance, again.contracted[key].covariance, rtol=1e-7, atol=1e-8
-            )
+            assert_close = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-8)
+            for end in (basis.end for basis in bases):
+                if isinstance(end, Reader):
+                    assert_close(moments.contracted[end.key].covariance, again.contracted[end.key].covariance)
+                    continue
+                for key in ((end.call.index, side.argument) for side in (end.left, end.right)):
+                    assert_close(moments.products[key], again.products[key])
     assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
 
 
@@ -103,8 +182,9 @@ def test_what_is_lost_is_the_tail_of_the_spectrum(name: str) -> None:
     assert turned is not None
     plain = evidence.unrotated()
     assert (evidence.errors(group)[1:-1] <= plain.errors(group)[1:-1] + 1e-9).all()
-    heads = turned.forward @ turned.backward
-    torch.testing.assert_close(heads, torch.eye(group.width).double().expand_as(heads), rtol=0, atol=1e-8)
+    for turn in turned.turns:
+        heads = turn.forward @ turn.backward
+        torch.testing.assert_close(heads, torch.eye(group.width).double().expand_as(heads), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["conv", "grouped", "tile", "in place", "shared", "tied"])
@@ -114,9 +194,30 @@ def test_groups_behind_nonlinear_ops_keep_their_basis(name: str) -> None:
     assert linear == []
 
 
-def test_of_attention_only_values_are_rotated() -> None:
+def test_of_attention_values_queries_and_keys_are_rotated() -> None:
     graph, _ = build("attention")
-    assert [group.name for group in graph.free if linear_group(graph, group) is not None] == ["v#1"]
+    assert [group.name for group in graph.free if linear_group(graph, group) is not None] == ["q#1", "v#1"]
+
+
+@pytest.mark.parametrize("make", [Cosines, Rotary])
+def test_what_is_not_linear_in_queries_keeps_their_basis(make: type[Fused]) -> None:
+    gm = fxwidth.trace(trained_like(make()), tokens()[:4])
+    graph = WidthGraph(analyze_module(gm))
+    assert all(linear_group(graph, group) is None for group in graph.free)
+
+
+def test_each_head_of_each_end_has_a_basis_of_its_own() -> None:
+    _, _, graph, group = traced("fused")
+    found = linear_group(graph, group)
+    assert found is not None
+    reader, product = found.bases
+    assert isinstance(reader.end, Reader)
+    assert [place.inverse for place in product.places] == [False, False, True, True]
+    taken = [place.positions for place in (*reader.places, *product.places) if place.parameter == "qkv.weight"]
+    assert [own.shape for own in taken] == [(6, 2)] * 3
+    values, queries, keys = taken
+    for own, first in ((queries, 0), (keys, 12), (values, 24)):
+        assert (own == torch.arange(12).reshape(2, 6).T.numpy() + first).all()
 
 
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.LayerNorm(10), nn.BatchNorm1d(10), nn.Hardtanh(), nn.Softmax(-1)])
