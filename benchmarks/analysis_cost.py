@@ -218,7 +218,7 @@ def render(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += [
         "",
-        "Medians of CPU seconds; memory is how far the first analysis went above what the process held before it.",
+        "Medians of CPU seconds; memory is how far an analysis of a loaded trace goes above what was held before it.",
         "",
     ]
     lines += ["| model | ops | groups | analyze (s) | FakeTensorProp (s) | ratio | Torch-Pruning (s) | times as long |"]

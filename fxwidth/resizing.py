@@ -63,8 +63,8 @@ def resize(
         recalibrate: whether to correct batch norm's running statistics by what the data show before and after; None
             for doing so where data are given.
         rotate: whether groups with nothing nonlinear between writers and reader, such as values and outputs of
-            attention, or queries and keys, are brought to the basis of their spectrum first; not done with an optimizer, whose state knows
-            the old basis, nor without folding.
+            attention, and queries and keys, are brought to the basis of their spectrum first; not done with an
+            optimizer, whose state knows the old basis, nor without folding.
         fold: whether readers take over what they read from dropped channels.
         exact: whether to refuse the growth of groups whose new channels would change the function.
 
