@@ -258,6 +258,8 @@ def _known(path: Path) -> tuple[list[Row], dict[str, float]]:
 
 def _write(folder: Path, rows: list[Row], base: dict[str, float], machine: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # As a whole run would have them, whatever was run again.
+    rows = sorted(rows, key=lambda row: (list(NETWORKS).index(row.network), not row.tool.startswith("fxwidth")))
     record = {"machine": machine, "before": base, "rows": [asdict(row) for row in rows]}
     (folder / "shrinking.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / "shrinking.md").write_text(render(rows, base, machine), encoding="utf-8")
