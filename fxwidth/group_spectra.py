@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxwidth.evidence import Evidence, has_values
-from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.groups import ChannelGroup, WidthGraph, refuse_other_than_groups
 from fxwidth.limits import chosen_groups
 from fxwidth.loss_probes import Loss, calibrated
 from fxwidth.ranks import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
@@ -71,6 +71,7 @@ def spectrum(
     Raises:
         FxwidthError: a pattern matches no group, there is no such method, or the data or the loss cannot be used.
     """
+    refuse_other_than_groups(width_graph)
     groups = chosen_groups(width_graph, only, keep)
     evidence, errors = calibrated(width_graph, groups, data, loss, selection)
     return {group.name: _of(evidence, group, errors[group], loss is not None) for group in groups}

@@ -258,3 +258,16 @@ def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Fact
 def _name(parameter: str, dim: int, number: int | None) -> str:
     name = parameter.removesuffix(".weight") + (f":{dim}" if dim else "")
     return name if number is None else f"{name}#{number}"
+
+
+def refuse_other_than_groups(value: object) -> None:
+    """Check that a value is what `fxwidth.analyze` returns.
+
+    Raises:
+        FxwidthError: it is something else, such as the module itself.
+    """
+    if not isinstance(value, WidthGraph):
+        raise FxwidthError(
+            f"the channel groups of a graph are needed, but received {type(value).__name__}; "
+            "pass what fxwidth.analyze(gm) returns."
+        )

@@ -16,7 +16,7 @@ from fxwidth.curves import Errors
 from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence, spectral_errors
 from fxwidth.factors import Factor
-from fxwidth.groups import ChannelGroup, WidthGraph
+from fxwidth.groups import ChannelGroup, WidthGraph, refuse_other_than_groups
 from fxwidth.limits import Class, Limits, SameWidth, chosen_groups, classes
 from fxwidth.loss_probes import Loss, calibrated
 from fxwidth.plans import Plan
@@ -85,10 +85,11 @@ def plan_with_evidence(
 
     Raises:
         FxwidthError: an option is out of range, a pattern matches no group, options contradict each other, the
-            budget is out of reach, or a parameter holds NaN or infinity.
+            budget is out of reach, a parameter holds NaN or infinity, or no groups were passed.
 
     Source: the thresholds are those of J. Dejaegher, SVD evolutive CNN (2021).
     """
+    refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
     limits = Limits(min_width, max_width, align)
     thresholds = Thresholds(shrink_energy, grow_energy, grow_step)

@@ -166,3 +166,10 @@ def test_singular_moments(dead: str, data: Any, selection: str) -> None:
     gm = fxwidth.evolve(gm, params=0.5, data=data, selection=selection)
     with torch.no_grad():
         assert bool(gm(X).isfinite().all())
+
+
+@pytest.mark.parametrize("function", [fxwidth.plan, fxwidth.spectrum])
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), network()])
+def test_a_module_in_the_place_of_its_groups(function: Callable[..., Any], module: nn.Module) -> None:
+    with pytest.raises(FxwidthError, match=f"received {type(module).__name__}; pass what fxwidth.analyze"):
+        function(module)
