@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +66,10 @@ class Row:
     accuracy: float
     tuned: float | None
     seconds: float
+
+    def of(self, network: str, case: Case, share: float) -> bool:
+        """Tell whether this is what came of a case."""
+        return (self.network, self.share, self.tool, self.method, self.images) == (network, share, *astuple(case))
 
 
 def cases(model: nn.Module) -> Iterator[Case]:
@@ -235,21 +239,23 @@ def main() -> None:
     networks = options.networks or list(NETWORKS)
     rows, base = _known(options.results / "shrinking.json")
     for network in networks:
-        rows = [row for row in rows if row.network != network or not fnmatch.fnmatch(row.tool, options.tools)]
         model = trained(network, data[0], options.models)
         _, base[network] = loss_and_accuracy(model, data[1])
         chosen = [case for case in cases(model) if fnmatch.fnmatch(case.tool, options.tools)]
         for share, case in itertools.product(SHARES, chosen):
             tune = options.tune == "all" or (options.tune == "some" and case.images in (0, 128))
+            known = [row for row in rows if row.of(network, case, share)]
+            if options.resume and any(row.tuned is not None or not tune for row in known):
+                continue
             row = measure(network, case, share, model, data, tune)
-            rows.append(row)
+            rows = [*(one for one in rows if one not in known), row]
             print(row, flush=True)
-        _write(options.results, rows, base, f"{_machine()}, {options.threads} threads")
+            _write(options.results, rows, base, f"{_machine()}, {options.threads} threads")
     print(*verdicts(rows, base), sep="\n")
 
 
 def _known(path: Path) -> tuple[list[Row], dict[str, float]]:
-    """Return the rows and the accuracies of the last result, which a run of some networks leaves for the others."""
+    """Return the rows and the accuracies of the last result: what is not run again stays."""
     if not path.is_file():
         return [], {}
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -278,6 +284,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"), help="where trained networks are kept")
     parser.add_argument("--tune", choices=("none", "some", "all"), default="none", help="which rows are fine-tuned")
     parser.add_argument("--tools", default="*", help="pattern of the tools to run; of others the last rows stay")
+    parser.add_argument("--resume", action="store_true", help="leave out what the last results have already")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
