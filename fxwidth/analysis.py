@@ -17,7 +17,7 @@ from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, c
 from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.forgotten import watching_gradients
 from fxwidth.module_parts import watching_parts
-from fxwidth.module_state import unchanged
+from fxwidth.module_state import restored
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.structures import deep_tensors, map_leaves, states_in
@@ -129,7 +129,10 @@ class NodeInterpreter(fx.Interpreter):
         self._recorder.begin(n.name)
         first = len(self._recorder.calls)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        with watching_parts(module, self._recorder, self._analysis.part_calls):
+        if getattr(module, "_modules", None):
+            with watching_parts(module, self._recorder, self._analysis.part_calls):
+                value = self._run_plainly(n)
+        else:
             value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
         self._analysis.node_values[n.name] = value
@@ -182,9 +185,9 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
             analysis.set_axes(value, _input_axes(value, batch, name))
     recorder = TapeRecorder(keeps, lambda call: judge(analysis, call), values=analysis.known_values())
     analysis.calls = recorder.calls
-    replaced = substituted(module, fakes, slots)
+    replaced = substituted(module, fakes, slots, restored)
     gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
-    with gradients, evaluating(module), unchanged(module), replaced, plain_kernels(), quiet(), mode, recorder:
+    with gradients, evaluating(module), replaced, plain_kernels(), quiet(), mode, recorder:
         result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, inputs)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))
@@ -233,7 +236,7 @@ def _input_axes(value: Tensor, batch: Factor | None, name: str) -> Axes:
 def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[str, ParameterAxes]:
     result = {}
     for name, (tensor, _) in slots.items():
-        axes = tuple(space.fresh(size, f"{name}:{dim}") for dim, size in enumerate(tensor.shape))
+        axes = tuple([space.fresh(size, f"{name}:{dim}") for dim, size in enumerate(tensor.shape)])
         origins = tuple(map(bare_factor, axes))
         result[name] = ParameterAxes(name, tensor, fake_like(mode, tensor), origins, axes)
     return result

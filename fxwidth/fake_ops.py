@@ -38,6 +38,10 @@ class _Outcome:
 
 
 _LITERALS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+_PLAIN_DTYPES = frozenset(
+    {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
+    | {torch.int8, torch.int16, torch.int32, torch.int64}
+)
 _UNSURE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _MOST_ENTRIES = 50_000
 _META = torch.device("meta")
@@ -79,12 +83,13 @@ def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     dtype, device, kind = tensor.dtype, tensor.device, type(tensor)
     if kind not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor._is_view():
         return mode.from_tensor(tensor)
-    if dtype.is_complex or tensor.is_quantized or device.type == "meta":
+    if dtype not in _PLAIN_DTYPES or device.type == "meta":
         return mode.from_tensor(tensor)
-    is_counter = tensor.dim() == 0
+    shape = tensor.shape
+    is_counter = not shape
     if is_counter and (dtype != torch.int64 or device.type != "cpu"):
         return mode.from_tensor(tensor)
-    fake = _make(mode, (tensor.shape, tensor.stride(), 0, dtype, device), None)
+    fake = _make(mode, (shape, tensor.stride(), 0, dtype, device), None)
     if tensor.requires_grad:
         fake.requires_grad_()
     if kind is nn.Parameter:

@@ -18,23 +18,28 @@ _MANAGED = frozenset({"_parameters", "_modules"})
 
 def undisturbed(module: nn.Module) -> AbstractContextManager[None]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    return _restoring(module, of_fakes=True)
+    return _restoring(module, (True,))
 
 
 def unchanged(module: nn.Module) -> AbstractContextManager[None]:
     """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
-    return _restoring(module, of_fakes=False)
+    return _restoring(module, (False,))
+
+
+def restored(module: nn.Module) -> AbstractContextManager[None]:
+    """Give modules back all that their code has overwritten, be it with fake tensors or with anything else."""
+    return _restoring(module, (True, False))
 
 
 @contextmanager
-def _restoring(module: nn.Module, *, of_fakes: bool) -> Iterator[None]:
+def _restoring(module: nn.Module, of_fakes: tuple[bool, ...]) -> Iterator[None]:
     before = _state(module)
     try:
         yield
     finally:
         for part, attributes, contents in before:
             for name, value in list(part.__dict__.items()):
-                if name not in _MANAGED and holds(value, FakeTensor) == of_fakes:
+                if name not in _MANAGED and (len(of_fakes) == 2 or holds(value, FakeTensor) in of_fakes):
                     _put_back(part, name, attributes.get(name, _MISSING), contents)
 
 
@@ -58,9 +63,11 @@ def _put_back(part: nn.Module, name: str, old: Any, contents: dict[str, Any]) ->
         del part.__dict__[name]
     elif part.__dict__[name] is not old:
         part.__dict__[name] = old
-    if name in contents and isinstance(old, list):
+    if name not in contents or not (old or contents[name]):
+        return
+    if isinstance(old, list):
         old[:] = contents[name]
-    elif name in contents and isinstance(old, dict):
+    else:
         old.clear()
         old.update(contents[name])
 

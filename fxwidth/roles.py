@@ -51,7 +51,7 @@ class Roles:
 def find_roles(analysis: Analysis) -> Roles:
     """Follow every parameter along the tape to the ops that use it."""
     lineage: dict[int, Lineage] = {
-        id(entry.fake): tuple(frozenset({(name, dim)}) for dim in range(len(entry.axes)))
+        id(entry.fake): tuple([frozenset({(name, dim)}) for dim in range(len(entry.axes))])
         for name, entry in analysis.parameters.items()
     }
     by_dim: dict[Dim, Role] = {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from fxwidth.factors import Axis
 from fxwidth.fake_ops import run_op
 from fxwidth.module_state import undisturbed
 from fxwidth.value_record import Values
-from fxwidth.whole_ops import WholeOps
+from fxwidth.whole_ops import WholeOps, batch_norm
 
 Axes = tuple[Axis, ...]
 
@@ -216,6 +217,7 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
         with (
             torch.no_grad(),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            patch.object(torch, "batch_norm", batch_norm),
             whole_ops or WholeOps(),
         ):
             yield
@@ -331,10 +333,15 @@ def set_slot(module: nn.Module, attribute: str, tensor: Tensor) -> None:
 
 
 @contextmanager
-def substituted(module: nn.Module, replacements: Mapping[str, Tensor], slots: Slots | None = None) -> Iterator[None]:
+def substituted(
+    module: nn.Module,
+    replacements: Mapping[str, Tensor],
+    slots: Slots | None = None,
+    restoring: Callable[[nn.Module], AbstractContextManager[None]] = undisturbed,
+) -> Iterator[None]:
     """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`."""
     slots = tensor_slots(module) if slots is None else slots
-    with undisturbed(module):
+    with restoring(module):
         try:
             for name, replacement in replacements.items():
                 for holder, attribute in slots[name][1]:

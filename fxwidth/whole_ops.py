@@ -178,6 +178,29 @@ def _gate_by_gate(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_BATCH_NORM: Callable[..., Tensor] = torch.batch_norm
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Normalise over the batch by one op, on every device: torch's function makes a tensor for cuDNN besides."""
+    if input.numel() == 0:
+        return _BATCH_NORM(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+    result: Tensor = torch.ops.aten.native_batch_norm.default(
+        input, weight, bias, running_mean, running_var, training, momentum, eps
+    )[0]
+    return result
+
+
 class WholeOps(TorchFunctionMode):
     """Calls the whole op where a model calls the Python function."""
 
