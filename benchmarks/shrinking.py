@@ -242,6 +242,7 @@ def main() -> None:
         model = trained(network, data[0], options.models)
         _, base[network] = loss_and_accuracy(model, data[1])
         chosen = [case for case in cases(model) if fnmatch.fnmatch(case.tool, options.tools)]
+        chosen = [case for case in chosen if not fnmatch.fnmatch(f"{case.method} {case.images}", options.without)]
         for share, case in itertools.product(SHARES, chosen):
             tune = options.tune == "all" or (options.tune == "some" and case.images in (0, 128))
             known = [row for row in rows if row.of(network, case, share)]
@@ -284,6 +285,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"), help="where trained networks are kept")
     parser.add_argument("--tune", choices=("none", "some", "all"), default="none", help="which rows are fine-tuned")
     parser.add_argument("--tools", default="*", help="pattern of the tools to run; of others the last rows stay")
+    parser.add_argument("--without", default="", help='pattern of method and images to leave out: "Hessian 1024"')
     parser.add_argument("--resume", action="store_true", help="leave out what the last results have already")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
