@@ -61,8 +61,20 @@ class Evidence:
             return None
         if group not in self._rotations:
             assert self.moments is not None
-            self._rotations[group] = rotation(self.width_graph, group, self.moments)
+            found = rotation(self.width_graph, group, self.moments)
+            worse = found is not None and not found.is_best and self._loses_less(group, found)
+            self._rotations[group] = None if worse else found
         return self._rotations[group]
+
+    def _loses_less(self, group: ChannelGroup, turned: Rotation) -> bool:
+        """Tell whether half of the channels as they are would be a better choice than half of the turned ones."""
+        pairs, half = self._pairs(group), group.width // 2
+        key = group, 0 if self.selection in NESTED else half
+        if pairs is None:
+            return False
+        if key not in self._orders:
+            self._orders[key] = self._found_order(group, half, pairs)
+        return float(lost_share(pairs, self._orders[key])[half]) < float(turned.lost[half])
 
     def kept(self, group: ChannelGroup, width: int) -> Indices:
         """Return the channels of a group to keep, sorted."""

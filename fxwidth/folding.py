@@ -152,6 +152,8 @@ def _fold_block(
     after = ((own @ S[K][:, K]) * own).sum(1).view(outputs, -1).sum(1)
     # An output of which nothing is left must not be blown up to its old size.
     share = torch.where(before > 0, after / before, 1.0).clamp_min(_SMALLEST_SHARE)
+    # Of an output that hardly varies the quotient is one of rounding errors, where it should be that of equals.
+    share = torch.where((lost != 0).view(outputs, -1).any(1), share, 1.0)
     if matched:
         louder = share.clamp_min(_LEAST_MATCHED).pow(-_MATCHING / 2).repeat_interleave(len(block) // outputs)
         block.index_copy_(1, K, own * louder[:, None])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
-from fxwidth.factors import Factor, axis_size, element_size
+from fxwidth.factors import Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
+from fxwidth.inner_norms import InnerNorm, inner_norms
 from fxwidth.normed_weights import normed_weights
 from fxwidth.occurrences import channel_positions
-from fxwidth.origins import Origins, origins
-from fxwidth.reader_sets import reader_sets
-from fxwidth.readers import Reader, argument_name
+from fxwidth.origins import Origins, Place, origins
+from fxwidth.product_sides import Product, product_places, products_over
+from fxwidth.reader_sets import ReaderSet, reader_sets
+from fxwidth.readers import BATCH_NORMS
 from fxwidth.roles import Role
-from fxwidth.tape import Contraction, OpCall
+from fxwidth.tape import OpCall
 
 # Ops that move channels about without changing them, or all by one number.
 _MOVES = frozenset(
@@ -34,74 +35,27 @@ _SCALINGS = frozenset({"mul", "div"})
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "convolution", "attention"})
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter holds the channels of a basis.
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """One that reads the channels of a basis, and where it has each channel of each head, [channels, heads]."""
 
-    Attributes:
-        parameter: its name.
-        dim: its dim.
-        positions: the position of each channel of each head along the dim, [channels, heads].
-        inverse: whether it goes with the inverse of what the others go with: it is multiplied with them.
-    """
-
-    parameter: str
-    dim: int
+    readers: ReaderSet
     positions: Indices
-    inverse: bool
 
 
-@dataclass(frozen=True)
-class Side:
-    """One operand of a product: an activation of dims [*lead, tokens, channels], once the contracted one is last.
-
-    Attributes:
-        argument: under which name the op takes it.
-        dim: the contracted dim.
-        sizes: the parts that each leading dim is made of, major first; -1 for what grows with the batch.
-        heads: which of all these parts tell heads apart.
-        centred: whether what is common to the tokens of one sample makes no difference.
-    """
-
-    argument: str
-    dim: int
-    sizes: tuple[tuple[int, ...], ...]
-    heads: tuple[int, ...]
-    centred: bool
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return the vectors of channels of a tensor, [heads, rows, channels]."""
-        moved = tensor.movedim(self.dim, -1)
-        if self.centred:
-            moved = moved - moved.mean(-2, keepdim=True)
-        for dim, sizes in reversed([*enumerate(self.sizes)]):
-            moved = moved.unflatten(dim, sizes)
-        moved = moved.movedim(self.heads, tuple(range(len(self.heads))))
-        return moved.reshape(prod(moved.shape[: len(self.heads)]), -1, moved.shape[-1])
-
-
-@dataclass(frozen=True)
-class Product:
-    """A sum of products of two activations over the channels of each head, such as queries with keys."""
-
-    call: OpCall
-    left: Side
-    right: Side
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
-    """Channels that have one end, and all places that go with a change of their basis.
+    """Channels that go the same way, and all places that go with a change of their basis.
 
     Attributes:
         places: the parameters; heads have bases of their own.
-        end: the one that reads the channels, or the product that they are summed up in.
-        seen: the position of each channel of each head in what a reader contracts, [channels, heads].
+        sights: all that read the channels.
+        product: or what they are summed up in.
     """
 
     places: tuple[Place, ...]
-    end: Reader | Product
-    seen: Indices
+    sights: tuple[Sight, ...] = ()
+    product: Product | None = None
 
 
 @dataclass(frozen=True)
@@ -109,11 +63,13 @@ class LinearGroup:
     """A group whose channels go from parameters to their ends by ops that commute with any change of basis.
 
     Attributes:
-        bases: one for each end: a width stands for as many channels of each, where one layer makes queries, keys and
+        bases: several where a width stands for as many channels of each, as where one layer makes queries, keys and
             values.
+        norms: batch norms right behind writers, which must take on the new channels' scales.
     """
 
     bases: tuple[Basis, ...]
+    norms: tuple[InnerNorm, ...]
 
 
 def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
@@ -131,50 +87,86 @@ def linear_products(width_graph: WidthGraph) -> Iterator[Product]:
     """Yield the products over the channels of linear groups."""
     for group in width_graph.free:
         found = linear_group(width_graph, group)
-        yield from (basis.end for basis in (found.bases if found else ()) if isinstance(basis.end, Product))
+        yield from (basis.product for basis in (found.bases if found else ()) if basis.product is not None)
+
+
+def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
+    """Yield the batch norms that are part of the way of a linear group."""
+    for group in width_graph.free:
+        found = linear_group(width_graph, group)
+        yield from found.norms if found else ()
 
 
 def _find(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
     analysis, factor = width_graph.analysis, group.factor
-    if group.pinned is not None or group.mixed is not None:
-        return None
-    names = {site.parameter for site in group.sites}
-    if names & set(normed_weights(width_graph)) or any(site.role == Role.PER_CHANNEL for site in group.sites):
-        return None
-    if any(analysis.parameters[name].tensor.dtype not in (torch.float32, torch.float64) for name in names):
+    calls = _calls_by_factor(analysis).get(factor, [])
+    if not _is_plain(width_graph, group) or not all(_is_linear(analysis, call, factor) for call in calls):
         return None
     sets = [one for one in reader_sets(width_graph) if factor in analysis.space.factors(one.first.axis)]
     if any(len(one.readers) != 1 or not one.foldable for one in sets):
         return None
-    if not all(_is_linear(width_graph, call, factor) for call in analysis.calls):
+    scales = _scales(analysis, calls)
+    sites = [site for site in group.sites if site.parameter not in scales]
+    found = [origins(analysis, factor, site.parameter, site.dim) for site in sites]
+    paths = [path for path in found if path is not None]
+    norms = inner_norms(width_graph, calls, {path.parameter: path for path in paths})
+    if norms is None or len(paths) < len(found):
         return None
-    paths = []
-    for site in group.sites:
-        found = origins(analysis, factor, site.parameter, site.dim)
-        if found is None:
-            return None
-        paths.append(found)
-    bases = [_reader_basis(analysis, factor, one.first, paths) for one in sets]
-    bases += [
-        _product_basis(analysis, call, contraction, paths) for call, contraction in _products(width_graph, factor)
-    ]
+    vectors = {name for norm in norms for name in norm.vectors}
+    if any(site.role == Role.PER_CHANNEL and site.parameter not in vectors for site in group.sites):
+        return None
+    bases = [_seen_basis(analysis, factor, one, paths) for one in sets]
+    for call, contraction in products_over(width_graph, factor, calls):
+        summed = product_places(analysis, call, contraction, paths)
+        bases.append(None if summed is None else Basis(summed[0], product=summed[1]))
     whole = [basis for basis in bases if basis is not None]
-    if not bases or len(whole) < len(bases) or not _cover(analysis, group, whole):
+    if not bases or len(whole) < len(bases):
         return None
-    return LinearGroup(tuple(whole))
+    merged = _merged(whole)
+    return LinearGroup(tuple(merged), tuple(norms)) if _cover(analysis, group, merged, norms) else None
 
 
-def _is_linear(width_graph: WidthGraph, call: OpCall, factor: Factor) -> bool:
-    """Tell whether an op commutes with every change of basis of a factor, or sums over it."""
-    space = width_graph.analysis.space
-    dims = {id(tensor): _dims(width_graph.analysis, call, tensor, factor) for tensor in call.inputs}
+def _is_plain(width_graph: WidthGraph, group: ChannelGroup) -> bool:
+    """Tell whether nothing but the ops on its way can keep a group from another basis."""
+    if group.pinned is not None or group.mixed is not None:
+        return False
+    names = {site.parameter for site in group.sites}
+    dtypes = {width_graph.analysis.parameters[name].tensor.dtype for name in names}
+    return not names & set(normed_weights(width_graph)) and dtypes <= {torch.float32, torch.float64}
+
+
+def _calls_by_factor(analysis: Analysis) -> dict[Factor, list[OpCall]]:
+    """Return the ops that take or make each factor, in order."""
+    known = _CALLS.get(analysis)
+    if known is None:
+        known = _CALLS[analysis] = {}
+        for call in analysis.calls:
+            axes = [axis for own in (*call.axes.values(), *call.output_axes) for axis in own]
+            for factor in dict.fromkeys(factor for axis in axes for factor in analysis.space.factors(axis)):
+                known.setdefault(factor, []).append(call)
+    return known
+
+
+_CALLS: WeakKeyDictionary[Analysis, dict[Factor, list[OpCall]]] = WeakKeyDictionary()
+
+
+def _scales(analysis: Analysis, calls: Sequence[OpCall]) -> set[str]:
+    """Return the parameters by which batch norms scale channels, whose way is not followed."""
+    scales = ("weight", "running_var")
+    tensors = {id(call.arguments.get(name)) for call in calls if call.name in BATCH_NORMS for name in scales}
+    return {name for name, entry in analysis.parameters.items() if id(entry.fake) in tensors}
+
+
+def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
+    """Tell whether an op commutes with every change of basis of a factor, or sums over it; or is a batch norm."""
+    dims = {id(tensor): _dims(analysis, call, tensor, factor) for tensor in call.inputs}
     owners = [tensor for tensor in call.inputs if dims[id(tensor)]]
-    if not owners:
-        return not any(factor in space.factors(axis) for axes in call.output_axes for axis in axes)
-    if any(len(dims[id(tensor)]) != 1 for tensor in owners):
+    if not owners or any(len(dims[id(tensor)]) != 1 for tensor in owners):
         return False
     if call.name in _MOVES:
         return True
+    if call.name in BATCH_NORMS:
+        return dims[id(call.arguments["input"])] == [1]
     if call.name in _SCALINGS:
         return call.arguments["self"] is owners[0] and isinstance(call.arguments["other"], (int, float))
     if call.name == "add":
@@ -197,102 +189,51 @@ def _dims(analysis: Analysis, call: OpCall, tensor: Tensor, factor: Factor) -> l
     return [dim for dim, axis in enumerate(axes) for own in analysis.space.factors(axis) if own is factor]
 
 
-def _products(width_graph: WidthGraph, factor: Factor) -> Iterator[tuple[OpCall, Contraction]]:
-    """Yield where two activations are contracted over a factor."""
-    analysis, roles = width_graph.analysis, width_graph.roles
-    for call in analysis.calls:
-        for contraction in call.contractions:
-            if roles.is_parameter(contraction.left) or roles.is_parameter(contraction.right):
-                continue
-            if any(dim in contraction.left_dims for dim in _dims(analysis, call, contraction.left, factor)):
-                yield call, contraction
-
-
-def _reader_basis(analysis: Analysis, factor: Factor, reader: Reader, paths: list[Origins]) -> Basis | None:
+def _seen_basis(analysis: Analysis, factor: Factor, readers: ReaderSet, paths: Sequence[Origins]) -> Basis | None:
+    reader = readers.first
     if reader.groups != 1 or reader.minor != 1:
         return None
-    occurrences = channel_positions(analysis.space, reader.axis, factor)
-    channels = torch.from_numpy(np.concatenate(occurrences, 1))
+    channels = np.concatenate(channel_positions(analysis.space, reader.axis, factor), 1)
     source, weight = reader.call.arguments[reader.source], reader.call.arguments[reader.weight]
     places = []
     for path in paths:
         for tensor, dim, inverse in ((source, reader.source_dim, False), (weight, reader.weight_dim, True)):
             if id(tensor) not in path.of:
                 continue
-            rows = path.of[id(tensor)].movedim(dim, -1).reshape(-1, tensor.shape[dim])
-            if (rows != rows[:1]).any():
+            along = path.along(tensor, dim)
+            if along is None:
                 return None
-            places.append(Place(path.parameter, path.dim, rows[0][channels].numpy(), inverse))
-    return Basis(tuple(places), reader, channels.numpy())
+            places.append(Place(path.parameter, path.dim, along.numpy()[channels], inverse))
+    return Basis(tuple(places), (Sight(readers, channels),))
 
 
-def _product_basis(analysis: Analysis, call: OpCall, contraction: Contraction, paths: list[Origins]) -> Basis | None:
-    """Return the heads of a product: every part of a leading dim along which other entries of the parameters come."""
-    rows: list[tuple[Origins, bool, Tensor]] = []
-    operands = ((contraction.left, contraction.left_dims[0]), (contraction.right, contraction.right_dims[0]))
-    sizes = [_leading_sizes(analysis, call, tensor, dim) for tensor, dim in operands]
-    for (tensor, dim), parts, inverse in zip(operands, sizes, (False, True), strict=True):
-        for path in paths:
-            if id(tensor) not in path.of:
-                continue
-            own = _of_one_token(path.of[id(tensor)].movedim(dim, -1))
-            if own is None or parts is None:
-                return None
-            for place, part in reversed([*enumerate(parts)]):
-                own = own.unflatten(place, part)
-            rows.append((path, inverse, own))
-    if len({own.shape for _, _, own in rows}) != 1:
-        return None
-    lead = range(rows[0][2].dim() - 1)
-    heads = tuple(dim for dim in lead if any((own != own.narrow(dim, 0, 1)).any() for _, _, own in rows))
-    if any([size for part in parts or () for size in part][dim] < 0 for dim in heads for parts in sizes):
-        return None
-    places = []
-    for path, inverse, own in rows:
-        first = own[tuple(slice(None) if dim in heads else 0 for dim in lead)]
-        positions = first.reshape(-1, first.shape[-1]).T.numpy()
-        places.append(Place(path.parameter, path.dim, positions, inverse))
-    # Softmax over keys does not notice what is added to all scores of a query.
-    left, right = (
-        Side(argument_name(call, tensor), dim, tuple(parts or ()), heads, call.name == "attention" and inverse)
-        for (tensor, dim), parts, inverse in zip(operands, sizes, (False, True), strict=True)
-    )
-    return Basis(tuple(places), Product(call, left, right), places[0].positions)
-
-
-def _leading_sizes(analysis: Analysis, call: OpCall, tensor: Tensor, dim: int) -> list[tuple[int, ...]] | None:
-    """Return the parts of the leading dims of an operand, -1 for the batch; None where it is not the major part."""
-    axes = [*call.axes[id(tensor)]]
-    axes.pop(dim)
-    result = []
-    for axis in axes[:-1]:
-        term, *others = analysis.space.normalise(axis)
-        major = isinstance(term[0], Factor) and term[0].is_batch if term and not others else False
-        rest = (term[1:],) if major else axis
-        if any(factor.is_batch for factor in analysis.space.factors(rest)):
-            return None
-        sizes = [axis_size(axis)] if others else [element_size(element) for element in term]
-        result.append((-1, *sizes[1:]) if major else tuple(sizes))
+def _merged(bases: Sequence[Basis]) -> list[Basis]:
+    """Put together what reads channels of the same writers: it has one basis for all."""
+    result: list[Basis] = []
+    for basis in bases:
+        own = {place.identity for place in basis.places}
+        same = [one for one in result if basis.sights and one.sights and own & {place.identity for place in one.places}]
+        together = [*same, basis]
+        places = {place.identity: place for one in together for place in one.places}
+        sights = tuple(sight for one in together for sight in one.sights)
+        result = [one for one in result if one not in same]
+        result.append(Basis(tuple(places.values()), sights, basis.product))
     return result
 
 
-def _of_one_token(own: Tensor) -> Tensor | None:
-    """Return the origins of the first token, [*lead, channels]; None if others have others."""
-    if own.dim() < 2 or (own != own.narrow(-2, 0, 1)).any():
-        return None
-    return own.select(-2, 0)
-
-
-def _cover(analysis: Analysis, group: ChannelGroup, bases: list[Basis]) -> bool:
+def _cover(analysis: Analysis, group: ChannelGroup, bases: Sequence[Basis], norms: Sequence[InnerNorm]) -> bool:
     """Tell whether all entries of a group's parameters are in a basis, each in one head of one of them."""
     found: dict[tuple[str, int], list[Indices]] = {}
     for basis in bases:
         for place in basis.places:
             found.setdefault((place.parameter, place.dim), []).append(place.positions.reshape(-1))
+    for norm in norms:
+        # What scales a channel is where its mean is.
+        found |= {(name, 0): found.get((norm.mean, 0), []) for name in norm.scales}
     for site in group.sites:
         axis = analysis.parameters[site.parameter].axes[site.dim]
         wanted = np.concatenate([own.reshape(-1) for own in channel_positions(analysis.space, axis, group.factor)])
-        own = np.concatenate(found.get((site.parameter, site.dim), [np.zeros(0, dtype=np.int64)]))
+        own = np.concatenate([np.zeros(0, dtype=np.int64), *found.get((site.parameter, site.dim), [])])
         if not np.array_equal(np.sort(own), np.sort(wanted)):
             return False
     return True

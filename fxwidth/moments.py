@@ -15,6 +15,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.calibration import Gathered, batches_from, noise_batches
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
+from fxwidth.linear_groups import linear_norms
 from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
 from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
@@ -85,6 +86,8 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
 
     Every batch norm normalises by the statistics of the noise itself, so that its channels have the mean and deviation
     they were trained to have, and only their correlations depend on the inputs: those the weights give to white noise.
+    In linear groups, where channels that depend on each other do so after the batch norm's own scales alone, the noise
+    has a say in how loud all channels are together, and the running statistics in how loud each is among them.
 
     Args:
         width_graph: the graph; it is run in eval mode and left as it was, running statistics included.
@@ -98,7 +101,9 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     if not _has_values(analysis):
         return None
     batches = noise_batches(analysis, find_probes(width_graph), seed, work)
-    with _OwnStatistics():  # type: ignore[no-untyped-call]
+    parameters = analysis.parameters
+    norms = [norm for norm in linear_norms(width_graph) if bool((parameters[norm.variance].tensor >= 0).all())]
+    with _OwnStatistics(frozenset(parameters[norm.weight].tensor.data_ptr() for norm in norms)):
         return collect_moments(width_graph, batches, source="noise")
 
 
@@ -152,7 +157,15 @@ def _check_parameters(analysis: Analysis) -> None:
 
 
 class _OwnStatistics(TorchDispatchMode):
-    """Lets every batch norm normalise by the statistics of its own batch, its running ones untouched."""
+    """Lets every batch norm normalise by the statistics of its own batch, its running ones untouched.
+
+    Args:
+        linear: the addresses of the gains of those whose channels keep their running variances among each other.
+    """
+
+    def __init__(self, linear: frozenset[int] = frozenset()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._linear = linear
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -168,9 +181,12 @@ class _OwnStatistics(TorchDispatchMode):
             return result
         variance, mean = torch.var_mean(signal, dims, correction=0)
         eps = arguments["epsilon" if "epsilon" in arguments else "eps"]
-        if arguments["running_var"] is not None:
+        if (running := arguments["running_var"]) is not None:
             # As small against the noise as it is against what the network was trained on.
-            eps = eps * variance.mean() / arguments["running_var"].mean()
+            ratio = variance.mean() / running.mean()
+            eps = eps * ratio
+            if weight is not None and weight.data_ptr() in self._linear and float(running.mean()) > 0:
+                variance = running * ratio
         gain = (variance + eps).clamp_min(1e-30).rsqrt() * (1.0 if weight is None else weight)
         shift = (0.0 if bias is None else bias) - mean * gain
         shape = [-1, *[1] * (signal.dim() - 2)]

@@ -11,7 +11,31 @@ from torch.utils import _pytree as pytree
 
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Factor
+from fxwidth.index_maps import Indices
+from fxwidth.readers import BATCH_NORMS
 from fxwidth.tape import OpCall, tensors_in, unbind
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter holds the channels of a basis.
+
+    Attributes:
+        parameter: its name.
+        dim: its dim.
+        positions: the position of each channel of each head along the dim, [channels, heads].
+        inverse: whether it goes with the inverse of what the others go with: it is multiplied with them.
+    """
+
+    parameter: str
+    dim: int
+    positions: Indices
+    inverse: bool
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells one place from another."""
+        return self.parameter, self.dim, self.positions.shape, self.positions.tobytes(), self.inverse
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,14 @@ class Origins:
     parameter: str
     dim: int
     of: Mapping[int, Tensor]
+
+    def along(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """Return the position that each entry along one dim of a tensor stands for; None if there is no such."""
+        if id(tensor) not in self.of:
+            return None
+        own = _without_copies(self.of[id(tensor)].movedim(dim, -1))
+        rows = own.reshape(-1, own.shape[-1])
+        return None if (rows != rows[:1]).any() else rows[0].expand(tensor.shape[dim])
 
 
 def origins(analysis: Analysis, factor: Factor, parameter: str, dim: int) -> Origins | None:
@@ -59,11 +91,18 @@ def origins(analysis: Analysis, factor: Factor, parameter: str, dim: int) -> Ori
 
 
 Known = Mapping[int, Tensor]
+_Follow = Callable[[OpCall, Known], Sequence[Tensor]]
 
 
 def _along(numbers: Tensor, dim: int, shape: torch.Size) -> Tensor:
     """Return numbers along one dim of a shape."""
     return numbers.reshape([-1 if place == dim else 1 for place in range(len(shape))]).expand(shape)
+
+
+def _without_copies(tensor: Tensor) -> Tensor:
+    """Return a tensor without what `expand` has made of it, but for the last dim: one entry stands for all copies."""
+    strides = [*tensor.stride()[:-1], 1]
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
 
 
 def _moved(call: OpCall, known: Known) -> Sequence[Tensor]:
@@ -105,6 +144,16 @@ def _convolution(call: OpCall, known: Known) -> Sequence[Tensor]:
     return [_only(found)]
 
 
+def _batch_norm(call: OpCall, known: Known) -> Sequence[Tensor]:
+    """Follow the channels that are normalised, the bias, or the running mean; what is saved is for training alone."""
+    found = []
+    for name, own in _operands(call, known):
+        if name not in ("input", "bias", "running_mean"):
+            raise ValueError("channels are scaled, each by itself")
+        found.append(own if name == "input" else _along(own, 1, call.outputs[0].shape))
+    return [_only(found), *(torch.zeros(output.shape, dtype=torch.int64) for output in call.outputs[1:])]
+
+
 def _operands(call: OpCall, known: Known) -> list[tuple[str, Tensor]]:
     return [(name, known[id(value)]) for name, value in call.arguments.items() if id(value) in known]
 
@@ -114,10 +163,11 @@ def _only(found: list[Tensor]) -> Tensor:
     return one
 
 
-_PRODUCTS: dict[str, Callable[[OpCall, Known], Sequence[Tensor]]] = {
+_PRODUCTS: dict[str, _Follow] = {
     "mm": _product,
     "addmm": _product,
     "bmm": _product,
     "attention": _product,
     "convolution": _convolution,
+    **dict.fromkeys(BATCH_NORMS, _batch_norm),
 }

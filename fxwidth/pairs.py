@@ -81,7 +81,7 @@ def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     rows: list[float] = []
     precision = torch.finfo(torch.float64).eps
     for readers in reader_sets(width_graph):
-        own = _set_pairs(width_graph, readers, group.factor, moments)
+        own = reader_pairs(width_graph, readers, group.factor, moments)
         if own is not None:
             seen.append(own.seen)
             wanted.append(own.wanted)
@@ -101,13 +101,8 @@ def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     return Pairs(S, D, precision, torch.tensor(rows, dtype=dtype, device=device))
 
 
-def reader_pairs(width_graph: WidthGraph, factor: Factor, moments: Moments, reader: Reader) -> Pairs | None:
-    """Return the evidence from one reader, a pair for each position of a factor in it; None where there is none."""
-    (readers,) = (one for one in reader_sets(width_graph) if one.first is reader)
-    return _set_pairs(width_graph, readers, factor, moments)
-
-
-def _set_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Pairs | None:
+def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Pairs | None:
+    """Return the evidence from readers of one weight, a pair for each position of a factor in it; None without any."""
     # Readers of one weight see what is measured in all their places together.
     reader, space = readers.first, width_graph.analysis.space
     moment = moments.of(reader)

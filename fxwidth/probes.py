@@ -14,7 +14,8 @@ from torch import Tensor
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis
 from fxwidth.groups import WidthGraph
-from fxwidth.linear_groups import Side, linear_products
+from fxwidth.linear_groups import linear_products
+from fxwidth.product_sides import Side
 from fxwidth.reader_sets import reader_sets
 from fxwidth.readers import Reader, argument_name, storage_of
 from fxwidth.tape import OpCall, accumulation_dtype

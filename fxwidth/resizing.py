@@ -62,9 +62,9 @@ def resize(
             which alone readers are refitted then).
         recalibrate: whether to correct batch norm's running statistics by what the data show before and after; None
             for doing so where data are given.
-        rotate: whether groups with nothing nonlinear between writers and reader, such as values and outputs of
-            attention, and queries and keys, are brought to the basis of their spectrum first; not done with an
-            optimizer, whose state knows the old basis, nor without folding.
+        rotate: whether groups with nothing nonlinear between writers and readers, such as values and outputs of
+            attention, queries and keys, and mobilenet's bottlenecks with their batch norms, are brought to the basis of
+            their spectrum first; not done with an optimizer, whose state knows the old basis, nor without folding.
         fold: whether readers take over what they read from dropped channels.
         exact: whether to refuse the growth of groups whose new channels would change the function.
 
@@ -121,15 +121,14 @@ def resize_analyzed(
             known = Evidence(width_graph, None, selection) if blind else None
             rotates = rotate and fold and optimizer is None
             evidence = known or _evidence(width_graph, groups, data, selection, rotates)
-        wanted = recalibrate is not False and evidence.moments is not None
-        # Modules take on new sizes with what follows: the network is run as it was before that.
+        # Channels are chosen by the weights that the moments belong to.
+        kept = {group: _kept(evidence, group, width) for group, width in groups.items()}
+        moments = _turned(evidence, groups, undo)
+        wanted = recalibrate is not False and moments is not None
+        # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
+        # what follows: the network is run as it was before that.
         recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
-        moments = evidence.moments
-        for group, width in groups.items():
-            turned = evidence.rotation(group) if width < group.width else None
-            if turned is not None and moments is not None:
-                moments = rotated(width_graph, turned, moments, undo)
-        change = _prepare(evidence, moments, groups, optimizer, fold, edits)
+        change = _prepare(evidence, moments, groups, kept, optimizer, fold, edits)
         change.put_in_place(module, undo)
         if recalibration is not None:
             change.recalibrate(module, recalibration)
@@ -225,17 +224,29 @@ def _evidence(
     return gather_evidence(width_graph, data, selection, rotates)
 
 
+def _turned(evidence: Evidence, groups: Mapping[ChannelGroup, int], undo: ExitStack) -> Moments | None:
+    """Bring linear groups that lose channels to their new bases, and return the moments in these."""
+    # All of them are found before any weight changes: readers of one group write another.
+    turns = [evidence.rotation(group) for group, width in groups.items() if width < group.width]
+    moments = evidence.moments
+    for turned in turns:
+        if turned is not None and moments is not None:
+            moments = rotated(evidence.width_graph, turned, moments, undo)
+    return moments
+
+
 def _prepare(
     evidence: Evidence,
     moments: Moments | None,
     groups: Mapping[ChannelGroup, int],
+    kept: Mapping[ChannelGroup, Indices],
     optimizer: Optimizer | None,
     folds: bool,
     edits: AttributeEdits,
 ) -> _Change:
     width_graph = evidence.width_graph
     analysis = width_graph.analysis
-    maps = IndexMaps(analysis.space, {group.factor: _kept(evidence, group, width) for group, width in groups.items()})
+    maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
     tensors, maps = resized_tensors(width_graph, maps, moments, folds)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: analysis.mode.from_tensor(replacement.new) for name, replacement in replacements.items()}

@@ -131,9 +131,9 @@ CASES = {
             nn.ReLU(),
             nn.Conv2d(6, 8, 1, bias=False),
             nn.BatchNorm2d(8),
-            nn.Conv2d(8, 5, 1),
+            nn.Conv2d(8, 7, 1),
             nn.ReLU(),
-            nn.Conv2d(5, 3, 1),
+            nn.Conv2d(7, 3, 1),
         ),
         images,
         "2",
@@ -183,8 +183,8 @@ def planted(name: str, kind: str) -> tuple[torch.fx.GraphModule, Tensor, str, in
     return gm, x, group.name, plant(graph, group.name, kind)
 
 
-# Noise is given the deviations that batch norm knows channel by channel: of channels that depend on each other before
-# it, the deviations follow from each other, and noise does not know how.
+# Noise is given the means and deviations that batch norm knows: of channels that depend on each other before it, these
+# follow from each other, which statistics made up for a test do not.
 @pytest.mark.parametrize(
     ("name", "kind", "with_data"), [(*one, d) for one in EACH for d in (True, False) if d or one[1] != "low rank"]
 )
