@@ -17,7 +17,7 @@ from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, c
 from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.forgotten import watching_gradients
 from fxwidth.module_parts import watching_parts
-from fxwidth.module_state import restored
+from fxwidth.module_state import restored, walk
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.structures import deep_tensors, map_leaves, states_in
@@ -120,7 +120,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, analysis: Analysis, recorder: TapeRecorder) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self._modules: dict[Any, nn.Module] = dict(module.named_modules(remove_duplicate=False))
+        self._modules: dict[Any, nn.Module] = dict(walk(module))
         self._analysis = analysis
         self._recorder = recorder
 
@@ -279,12 +279,13 @@ def judge(analysis: Analysis, call: OpCall) -> None:
 
 
 def _same_size(first: Axis, second: Axis) -> bool:
-    return axis_size(first) == axis_size(second)
+    return first is second or axis_size(first) == axis_size(second)
 
 
 def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -> None:
     for one, two in zip(first, second, strict=True):
-        unify(analysis.space, one, two)
+        if one is not two:
+            unify(analysis.space, one, two)
 
 
 def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:

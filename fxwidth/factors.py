@@ -97,11 +97,9 @@ def constant_from(size: int, *parts: int | Factor | Axis) -> int:
 
 def element_size(element: int | Factor | Axis) -> int:
     """Return the number of positions an element spans."""
-    if isinstance(element, int):
-        return element
     if isinstance(element, Factor):
         return element.size
-    return axis_size(element)
+    return element if isinstance(element, int) else axis_size(element)
 
 
 def term_size(term: Term) -> int:

@@ -222,6 +222,6 @@ def _dressed(mode: FakeTensorMode, plain: Tensor, device: torch.device) -> FakeT
         return fake
     fake = Tensor._make_subclass(FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=device)
     torch._C._set_throw_on_mutable_data_ptr(fake)
-    fake.__dict__.update(attributes)
+    fake.__dict__ = attributes.copy()
     fake.fake_mode = mode
     return fake

@@ -100,8 +100,9 @@ def _contraction_roles(call: OpCall, lineage: dict[int, Lineage], by_dim: dict[D
 
 
 def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> None:
-    contracted = {id(side) for contraction in call.contractions for side in (contraction.left, contraction.right)}
-    if id(tensor) not in lineage or id(tensor) in contracted:
+    if id(tensor) not in lineage:
+        return
+    if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
         return
     # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
     adds = call.name in ADDING or bool(call.contractions)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.factors import Axis
 from fxwidth.fake_ops import run_op
-from fxwidth.module_state import undisturbed
+from fxwidth.module_state import undisturbed, walk
 from fxwidth.value_record import Values
 from fxwidth.whole_ops import WholeOps, batch_norm
 
@@ -110,7 +110,8 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
         found.append(value)
     elif kind is list or kind is tuple or kind is dict:
         for inner in value.values() if kind is dict else value:
-            _collect_tensors(inner, found)
+            if type(inner) not in _NO_TENSORS:
+                _collect_tensors(inner, found)
     else:
         found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -263,7 +264,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module and its submodules in eval mode for a while."""
-    was_training = [submodule for submodule in module.modules() if submodule.training]
+    was_training = [submodule for _, submodule in walk(module) if submodule.training]
     for submodule in was_training:
         submodule.training = False
     try:
@@ -276,7 +277,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def training(module: nn.Module) -> Iterator[None]:
     """Put a module and its submodules in training mode for a while."""
-    was_evaluating = [submodule for submodule in module.modules() if not submodule.training]
+    was_evaluating = [submodule for _, submodule in walk(module) if not submodule.training]
     for submodule in was_evaluating:
         submodule.training = True
     try:
@@ -298,8 +299,8 @@ def tensor_slots(module: nn.Module) -> Slots:
     """Return each distinct parameter or buffer: its first name, the tensor, and every (module, attribute) it is in."""
     first_name: dict[int, str] = {}
     slots: Slots = {}
-    for path, submodule in module.named_modules():
-        for attribute, tensor in [*submodule._parameters.items(), *submodule._buffers.items()]:
+    for path, submodule in walk(module):
+        for attribute, tensor in (*submodule._parameters.items(), *submodule._buffers.items()):
             if tensor is None:
                 continue
             name = first_name.setdefault(id(tensor), f"{path}.{attribute}" if path else attribute)

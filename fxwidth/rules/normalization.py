@@ -30,7 +30,7 @@ def _batch_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
         for dim in range(len(signal)):
             if dim != 1:
                 c.mix("input", dim, "batch norm over its own batch")
-    size = c.shape("input")[1] if len(signal) > 1 else -1
+    size = axis_size(channels) if len(signal) > 1 else -1
     saved = [[channels] if tuple(out.shape) == (size,) else [c.fixed(n) for n in out.shape] for out in c.outputs[1:]]
     return [signal, *saved]
 

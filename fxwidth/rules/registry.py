@@ -185,6 +185,8 @@ class RuleContext:
     def broadcast(self, operands: Iterable[Sequence[Axis]]) -> list[Axis]:
         """Couple the axes of operands as broadcasting does and return those of the result."""
         rows = list(operands)
+        if len(rows) == 1:
+            return list(rows[0])
         rank = max((len(row) for row in rows), default=0)
         result = []
         for from_end in range(rank, 0, -1):
