@@ -266,7 +266,9 @@ def _known(path: Path) -> tuple[list[Row], dict[str, float]]:
 def _write(folder: Path, rows: list[Row], base: dict[str, float], machine: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # As a whole run would have them, whatever was run again.
-    rows = sorted(rows, key=lambda row: (list(NETWORKS).index(row.network), not row.tool.startswith("fxwidth")))
+    base = {name: base[name] for name in NETWORKS if name in base}
+    places = [(name, *astuple(case)) for name in base for case in cases(NETWORKS[name]())]
+    rows = sorted(rows, key=lambda row: places.index((row.network, row.tool, row.method, row.images)))
     record = {"machine": machine, "before": base, "rows": [asdict(row) for row in rows]}
     (folder / "shrinking.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / "shrinking.md").write_text(render(rows, base, machine), encoding="utf-8")
