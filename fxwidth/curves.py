@@ -14,6 +14,8 @@ Errors = npt.NDArray[np.float64]
 # The ridge, in units of a channel's variance and the precision of the numbers, that keeps the decomposition stable.
 _RIDGE = 30.0
 _ENTRIES = 2**26
+# How many columns of a wide matrix are worked on at a time.
+_COLUMNS = 512
 _LEAST_SHARE = 1e-12
 
 
@@ -36,11 +38,11 @@ def lost_share(pairs: Pairs, order: Tensor) -> Errors:
     total = torch.zeros(width + 1, dtype=torch.float64, device=pairs.seen.device)
     step = max(1, _ENTRIES // width**2)
     for first in range(0, len(pairs.seen), step):
-        S, D = (matrix[first : first + step][:, order][:, :, order] for matrix in (pairs.seen, pairs.wanted))
-        L = _factor(S, pairs.precision)
-        parts = (torch.bmm(D, L) * L).sum(1).clamp_min(0).double()
+        own = slice(first, first + step)
+        L = _factor(pairs.seen[own], order, pairs.precision)
+        parts = _energies(pairs.wanted[own], order, L).clamp_min(0).double()
         errors = torch.cat([parts, parts.new_zeros(len(parts), 1)], 1).flip(1).cumsum(1).flip(1)
-        rows = None if pairs.rows is None else pairs.rows[first : first + step].double()
+        rows = None if pairs.rows is None else pairs.rows[own].double()
         total += (errors if rows is None else _of_other_rows(errors, rows)).sum(0)
     return np.asarray(total.cpu().numpy(), dtype=np.float64)
 
@@ -78,18 +80,29 @@ def share_of(errors: Errors) -> Errors:
     return np.asarray(-np.expm1(-errors / total), dtype=np.float64) if total > 0 else np.zeros_like(errors)
 
 
-def _factor(S: Tensor, precision: float) -> Tensor:
-    """Return the lower triangular L of S = L L^T, [pairs, n, n], with a ridge where rounding asks for one."""
+def _factor(S: Tensor, order: Tensor, precision: float) -> Tensor:
+    """Return the lower triangular L of S = L L^T in an order, [pairs, n, n], with a ridge where rounding asks for it."""
     variance = S.diagonal(dim1=1, dim2=2)
-    tiny = torch.finfo(S.dtype).tiny
     # Channels are brought to one scale, so that the ridge is as small for the quiet ones.
-    scale = variance.clamp_min(tiny).sqrt()
-    correlation = S / scale[:, :, None] / scale[:, None]
-    identity = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
+    scale = variance.clamp_min(torch.finfo(S.dtype).tiny).sqrt()[:, order]
     ridge = _RIDGE * max(precision, torch.finfo(S.dtype).eps)
+    failed = torch.zeros(len(S), dtype=torch.int32, device=S.device)
     while True:
-        L, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
+        # In place all through, since these matrices may be as large as a layer. The transpose of a symmetric matrix is
+        # laid out as the decomposition wants it.
+        L = S[:, order[:, None], order].div_(scale[:, :, None]).div_(scale[:, None]).mT
+        L.diagonal(dim1=1, dim2=2).add_(ridge)
+        torch.linalg.cholesky_ex(L, out=(L, failed))
         if not bool(failed.any()):
-            scaled: Tensor = L * scale[:, :, None]
-            return scaled
+            return L.mul_(scale[:, :, None])
         ridge *= 10
+
+
+def _energies(D: Tensor, order: Tensor, L: Tensor) -> Tensor:
+    """Return l_j^T D l_j for the columns of L, whose rows are in an order, [pairs, n]."""
+    parts = []
+    for columns in L.split(_COLUMNS, dim=2):
+        placed = torch.empty_like(columns)
+        placed[:, order] = columns
+        parts.append((torch.bmm(D, placed) * placed).sum(1))
+    return torch.cat(parts, 1)

@@ -156,17 +156,20 @@ def gather_evidence(
         return Evidence(width_graph, moments_from_writers(width_graph), selection)
     if data is not None:
         measured = moments_from_data(width_graph, data)
-        moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph))
+        moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph, keeps=False))
         return Evidence(width_graph, moments, selection, rotates)
     return Evidence(width_graph, _noise(width_graph), selection, rotates)
 
 
-def _noise(width_graph: WidthGraph) -> Moments | None:
+def _noise(width_graph: WidthGraph, *, keeps: bool = True) -> Moments | None:
     # The same graph gives the same evidence as long as nobody has written to its parameters.
     versions = tuple(entry.tensor._version for entry in width_graph.analysis.parameters.values())
     known = _KNOWN.get(width_graph)
     if known is None or known[0] != versions:
-        known = _KNOWN[width_graph] = versions, moments_from_noise(width_graph)
+        known = versions, moments_from_noise(width_graph)
+        # Beside data it is needed once, and is as large as these.
+        if keeps:
+            _KNOWN[width_graph] = known
     return known[1]
 
 

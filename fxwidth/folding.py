@@ -18,6 +18,8 @@ from fxwidth.reader_sets import ReaderSet, reader_sets
 from fxwidth.regression import regression
 from fxwidth.tape import OpCall
 
+# How many rows of a weight are folded at a time.
+_ROWS = 512
 _SMALLEST_SHARE = 0.05
 # Without a batch norm, outputs that have lost a share of their variance are made louder by the root of its inverse to
 # this power: in part, for what is made louder is the error too; and no louder than for a quarter that is left.
@@ -110,12 +112,11 @@ def _fold_set(
     reader, view, absorber = readers.first, readers.first.view, readers.absorber
     assert view is not None
     weight = view.of(_working_copy(width_graph, view.parameter, folded))
-    blocks = reader.blocks(weight).to(moment.covariance.dtype)
-    groups, _, size = blocks.shape
     # Contiguous, so that the blocks of a transposed weight can be written to in place.
-    blocks = blocks.clone(memory_format=torch.contiguous_format)
-    constants = blocks.new_zeros(groups, reader.outputs)
-    shares = blocks.new_ones(groups, reader.outputs)
+    blocks = reader.blocks(weight).clone(memory_format=torch.contiguous_format)
+    groups, _, size = blocks.shape
+    constants = moment.mean.new_zeros(groups, reader.outputs)
+    shares = moment.mean.new_ones(groups, reader.outputs)
     for group in range(groups):
         own = kept[kept // size == group] % size
         lost = np.setdiff1d(np.arange(size), own)
@@ -142,24 +143,37 @@ def _fold_block(
     Returns:
         The constant to add to each output, and the share of each output's variance that is left, [outputs] each.
     """
-    lost = block.index_select(1, d)
+    # Wide weights are worked on some outputs at a time: as a whole they would be in memory several times.
+    rows = len(block) // outputs
+    parts = block.split(rows * max(1, _ROWS // rows))
+    wide = moment.covariance.dtype
+    weights = moment.mean.new_zeros(len(d))
+    for part in parts:
+        weights += part.index_select(1, d).to(wide).square().sum(0)
+    R = regression(moment, K, d, weights, centred=centred)
     S = moment.covariance if centred else moment.second
-    before = ((block @ S) * block).sum(1).view(outputs, -1).sum(1)
-    R = regression(moment, K, d, lost, centred=centred)
-    constant = lost @ (moment.mean[d] - R @ moment.mean[K]) if centred else lost.new_zeros(len(lost))
-    block.index_add_(1, K, lost @ R)
-    own = block.index_select(1, K)
-    after = ((own @ S[K][:, K]) * own).sum(1).view(outputs, -1).sum(1)
-    # An output of which nothing is left must not be blown up to its old size.
-    share = torch.where(before > 0, after / before, 1.0).clamp_min(_SMALLEST_SHARE)
-    # Of an output that hardly varies the quotient is one of rounding errors, where it should be that of equals.
-    share = torch.where((lost != 0).view(outputs, -1).any(1), share, 1.0)
-    if matched:
-        louder = share.clamp_min(_LEAST_MATCHED).pow(-_MATCHING / 2).repeat_interleave(len(block) // outputs)
-        block.index_copy_(1, K, own * louder[:, None])
-        if centred:
-            constant = constant + (1 - louder) * (own @ moment.mean[K])
-    return constant.view(outputs, -1).sum(1), share
+    left = S[K[:, None], K]
+    constants, shares = [], []
+    for part in parts:
+        folded = part.to(wide)
+        lost = folded.index_select(1, d)
+        before = ((folded @ S) * folded).sum(1).view(-1, rows).sum(1)
+        own = torch.addmm(folded.index_select(1, K), lost, R)
+        after = ((own @ left) * own).sum(1).view(-1, rows).sum(1)
+        # An output of which nothing is left must not be blown up to its old size.
+        share = torch.where(before > 0, after / before, 1.0).clamp_min(_SMALLEST_SHARE)
+        # Of an output that hardly varies the quotient is one of rounding errors, where it should be that of equals.
+        share = torch.where((lost != 0).view(-1, rows * len(d)).any(1), share, 1.0)
+        constant = lost @ (moment.mean[d] - R @ moment.mean[K]) if centred else lost.new_zeros(len(lost))
+        if matched:
+            louder = share.clamp_min(_LEAST_MATCHED).pow(-_MATCHING / 2).repeat_interleave(rows)
+            if centred:
+                constant = constant + (1 - louder) * (own @ moment.mean[K])
+            own *= louder[:, None]
+        part.index_copy_(1, K, own.to(part.dtype))
+        constants.append(constant.view(-1, rows).sum(1))
+        shares.append(share)
+    return torch.cat(constants), torch.cat(shares)
 
 
 def _part(moment: Moment, channels: slice) -> Moment:

@@ -43,6 +43,15 @@ class Moment:
         """E h h^T, [channels, channels]."""
         return torch.addr(self.covariance, self.mean, self.mean)
 
+    def squares(self) -> Tensor:
+        """E h_j^2, [channels]."""
+        return self.covariance.diagonal() + self.mean.square()
+
+    def entries(self, rows: Tensor, columns: Tensor, *, centred: bool) -> Tensor:
+        """Return a copy of some entries of the covariance, or of E h h^T, [rows, columns]."""
+        entries = self.covariance[rows[:, None], columns]
+        return entries if centred else entries.addr_(self.mean[rows], self.mean[columns])
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -74,15 +83,17 @@ class _Sum:
             self._second = self._first.new_zeros(len(self._origin), len(self._origin))
         shifted = work - self._origin.to(work.dtype)
         self._first += shifted.to(wide).sum(0)
-        self._second += (shifted.T @ shifted).to(wide)
+        # Narrow products go into the wide sum as they are: a copy of them would be as large as the sum.
+        self._second += shifted.T @ shifted
         self.rows += len(rows)
         self.samples += samples
 
     def moment(self) -> Moment:
-        """Return the moments of all rows so far."""
+        """Return the moments of all rows; the sum is used up by it."""
         assert self._origin is not None
         shift = self._first / self.rows
-        covariance = torch.addr(self._second / self.rows, shift, shift, alpha=-1)
+        covariance = self._second.div_(self.rows).addr_(shift, shift, alpha=-1)
+        del self._second
         return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
 
 
@@ -102,6 +113,11 @@ class _Average:
         """Return the mean so far."""
         assert self.total is not None
         return self.total / self.weight
+
+
+def _is_finite(values: Tensor) -> bool:
+    # A sum is finite only if all its terms are, and needs no memory.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _sum_of(probe: Probe) -> object:
@@ -163,7 +179,7 @@ class Observer:
             if any(self._is_unseen(probe.call) for probe in probes):
                 continue
             probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
-            if not bool((value.covariance if isinstance(value, Moment) else value).isfinite().all()):
+            if not _is_finite(value.covariance if isinstance(value, Moment) else value):
                 self.missed[probe.call.node] = NOT_FINITE
             elif isinstance(value, Moment):
                 result.contracted.update(dict.fromkeys(probe.keys, value))

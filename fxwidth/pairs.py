@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from fxwidth.tape import OpCall
 _ENTRIES, _PRODUCTS = 2**27, 1e11
 # From this width on time matters more than the last digits.
 WIDE = 128
+# How many rows of wide matrices are multiplied at a time.
+_ROWS = 512
 # A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
 ROUNDING = 100.0
 
@@ -97,7 +100,7 @@ def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     if not seen:
         return None
     dtype, device = seen[0].dtype, seen[0].device
-    S, D = (torch.cat([part.to(dtype) for part in parts]) for parts in (seen, wanted))
+    S, D = (_together([part.to(dtype) for part in parts]) for parts in (seen, wanted))
     return Pairs(S, D, precision, torch.tensor(rows, dtype=dtype, device=device))
 
 
@@ -109,16 +112,23 @@ def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, mo
     values = _weight_values(width_graph, reader)
     if moment is None or values is None or factor not in space.factors(reader.axis):
         return None
-    S = moment.covariance if readers.absorber is not None else moment.second
     # Values from single precision are worked on in single precision where that is much faster.
     narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2
-    S = S.float() if narrow else S
+    S = moment.covariance.float() if narrow else moment.covariance
+    if readers.absorber is None:
+        mean = moment.mean.to(S.dtype)
+        S = S.addr_(mean, mean) if S is not moment.covariance else torch.addr(S, mean, mean)
     found = list(_reader_pairs(space, reader, factor, S, values.to(S.dtype), moment.precision))
     if not found:
         return None
-    seen, wanted = (torch.cat(parts) for parts in zip(*found, strict=True))
+    seen, wanted = (_together(parts) for parts in zip(*found, strict=True))
     rows = torch.full((len(seen),), effective_rows(moment), dtype=seen.dtype, device=seen.device)
     return Pairs(seen, wanted, moment.precision, rows)
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Return matrices one behind another; one alone is not copied, as it may be as large as a layer."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
@@ -136,20 +146,25 @@ def _reader_pairs(
     size = blocks.shape[2]
     D = torch.bmm(blocks.transpose(1, 2), blocks)
     inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)
-    energy = float((D.permute(1, 2, 0) * inside).sum())
+    products = zip(D.permute(1, 2, 0).split(_ROWS), inside.split(_ROWS), strict=True)
+    energy = sum(float((one * other).sum()) for one, other in products)
     # A reader that hears rounding errors alone has no say.
     most = float(D.diagonal(dim1=1, dim2=2).sum() * S.diagonal().amax())
     if energy <= most * (ROUNDING * precision) ** 2:
         return
+    D /= energy
     for positions in occurrences:
         owners = positions // size
         # A factor that tells the groups of a convolution apart goes through it and is not read by it.
         if (owners != owners[:1]).any():
             continue
+        if positions.shape == (size, 1) and (positions[:, 0] % size == np.arange(size)).all():
+            yield inside[None, :, :, owners[0, 0]], D[owners[0, 0]][None]
+            continue
         place = torch.from_numpy(positions % size).to(S.device).T
         owner = torch.from_numpy(owners[0]).to(S.device)
         rows, columns = place[:, :, None], place[:, None, :]
-        yield inside[rows, columns, owner[:, None, None]], D[owner[:, None, None], rows, columns] / energy
+        yield inside[rows, columns, owner[:, None, None]], D[owner[:, None, None], rows, columns]
 
 
 def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) -> Iterator[Tensor]:

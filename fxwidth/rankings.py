@@ -17,6 +17,8 @@ _EXPLAINED = 1e3
 _BLOCKWISE = 384
 # How many channels are chosen, from how many times as many candidates, before wide matrices are brought up to date.
 _BLOCK, _CANDIDATES = 32, 2
+# How many columns of wide matrices are multiplied at a time.
+_COLUMNS = 512
 _BISECTIONS = 60
 
 
@@ -85,7 +87,7 @@ def _by_blocks(pairs: Pairs) -> Tensor:
     width = pairs.width
     negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
     tie_break = _tie_break(pairs)
-    gain = (torch.bmm(D, E) * E).sum(1)
+    gain = torch.cat([(torch.bmm(D, part) * part).sum(1) for part in E.split(_COLUMNS, dim=2)], 1)
     taken = torch.zeros(width, dtype=torch.bool, device=E.device)
     chosen: list[Tensor] = []
     while (left := width - sum(map(len, chosen))) > 0:

@@ -26,7 +26,7 @@ def shrunk(measured: Moments, noise: Callable[[], Moments | None]) -> Moments:
     kept.
 
     Args:
-        measured: the moments of the data.
+        measured: the moments of the data; their covariances are worked on in place, and are those of the result.
         noise: gives those of noise; called only if they count.
 
     Source: the form is that of O. Ledoit and M. Wolf, A Well-Conditioned Estimator for Large-Dimensional Covariance
@@ -54,32 +54,45 @@ def _together(moment: Moment, other: Moment, weight: float) -> Moment:
     energy = float(other.covariance.diagonal().sum())
     if energy <= 0:
         return moment
-    free = other.covariance.to(moment.covariance) * (float(moment.covariance.diagonal().sum()) / energy)
-    if moment.rows > 2 * len(moment.mean):
-        free = _within(free, moment)
-    covariance = free.lerp_(moment.covariance, weight)
+    share = (1 - weight) * float(moment.covariance.diagonal().sum()) / energy
+    projection = _onto(moment) if moment.rows > 2 * len(moment.mean) else None
+    free = other.covariance.to(moment.covariance)
+    if projection is None:
+        covariance = moment.covariance.mul_(weight).add_(free, alpha=share)
+    else:
+        half = projection @ free
+        covariance = moment.covariance.addmm_(half, projection.T, beta=weight, alpha=share)
     return Moment(moment.mean, covariance, _PLENTY, _PLENTY, max(moment.precision, other.precision))
 
 
-def _within(free: Tensor, moment: Moment) -> Tensor:
-    """Return a covariance without the directions in which the data never vary, but for channels that never do."""
+def _onto(moment: Moment) -> Tensor | None:
+    """Return the projection onto the directions in which data vary, and channels that never do; None if all do."""
     S = moment.covariance
     variance = S.diagonal()
-    live = torch.nonzero(variance > (16 * moment.precision) ** 2 * moment.second.diagonal().amax())[:, 0]
+    live = torch.nonzero(variance > (16 * moment.precision) ** 2 * moment.squares().amax())[:, 0]
     if not len(live):
-        return free
+        return None
     root = variance[live].sqrt()
-    # In place where it can be: these matrices may be as large as the model.
-    correlation = S[live[:, None], live]
-    correlation /= root[:, None]
-    correlation /= root
     least = _ROUNDING * max(moment.precision, torch.finfo(S.dtype).eps)
-    correlation.diagonal().sub_(least)
-    if not bool(torch.linalg.cholesky_ex(correlation)[1]):
-        return free
-    correlation.diagonal().add_(least)
-    values, vectors = torch.linalg.eigh(correlation)
+    # In place where it can be: these matrices may be as large as the model.
+    if _is_regular(_correlation(S, live, root), least):
+        return None
+    values, vectors = torch.linalg.eigh(_correlation(S, live, root))
     basis = vectors[:, values > least]
     projection = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    projection[live[:, None], live] = (basis @ basis.T) * root[:, None] / root
-    return projection @ free @ projection.T
+    projection[live[:, None], live] = (basis @ basis.T).mul_(root[:, None]).div_(root)
+    return projection
+
+
+def _correlation(S: Tensor, live: Tensor, root: Tensor) -> Tensor:
+    return S[live[:, None], live].div_(root[:, None]).div_(root)
+
+
+def _is_regular(correlation: Tensor, least: float) -> bool:
+    """Tell whether all eigenvalues are above the least; the matrix is used up."""
+    # The transpose of a symmetric matrix is laid out as the decomposition wants it.
+    factor = correlation.mT
+    factor.diagonal().sub_(least)
+    failed = torch.zeros((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return not bool(failed)

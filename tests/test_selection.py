@@ -148,7 +148,7 @@ class TestFold:
         h = torch.randn(4000, 7, generator=generator, dtype=torch.float64) @ torch.randn(7, 7).double() + 1
         moment = Moment(h.mean(0), torch.cov(h.T, correction=0), 10**12, 10**12, 1e-16)
         kept, dropped = torch.tensor([0, 2, 5, 6]), torch.tensor([1, 3, 4])
-        R = regression(moment, kept, dropped, torch.ones(2, 3).double(), centred=centred)
+        R = regression(moment, kept, dropped, 2 * torch.ones(3).double(), centred=centred)
         design = torch.cat([h[:, kept], h.new_ones(4000, 1)], 1) if centred else h[:, kept]
         solution = torch.linalg.lstsq(design, h[:, dropped]).solution
         torch.testing.assert_close(R.T, solution[:4], rtol=1e-8, atol=1e-9)
@@ -162,7 +162,7 @@ class TestFold:
 
         def error(rows: int) -> float:
             moment = Moment(few.mean(0), torch.cov(few.T, correction=0), rows, rows, 1e-16)
-            R = regression(moment, kept, dropped, torch.ones(1, 20).double(), centred=True)
+            R = regression(moment, kept, dropped, torch.ones(20).double(), centred=True)
             return float((many[:, dropped] - many[:, kept] @ R.T).square().sum() / many[:, dropped].square().sum())
 
         assert error(24) < 1.0 < error(10**12)

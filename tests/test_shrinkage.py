@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from nets import build, images, tokens, trained_like, width_graph
@@ -27,7 +29,8 @@ def both(count: int) -> tuple[Moments, Moments, Moments]:
     measured, free = moments_from_data(graph, [x]), moments_from_noise(graph)
     assert measured is not None
     assert free is not None
-    return measured, free, shrunk(measured, lambda: free)
+    # What is shrunk is used up.
+    return measured, free, shrunk(copy.deepcopy(measured), lambda: free)
 
 
 def test_covariances_are_weighted_by_rows_and_channels() -> None:
@@ -65,11 +68,12 @@ def test_dependencies_that_the_data_show_are_kept() -> None:
     mixing = torch.eye(40, dtype=torch.float64)
     mixing[7] = 2 * mixing[1] - mixing[3]
     dependent = Moment(mixing @ moment.mean, mixing @ moment.covariance @ mixing.T, 600, 600, moment.precision)
+    before = dependent.covariance.clone()
     result = shrunk(Moments("data", 600, {key: dependent}, {}, {}), lambda: free).contracted[key].covariance
     null = torch.zeros(40, dtype=torch.float64)
     null[[1, 3, 7]] = torch.tensor([2.0, -1, -1]).double()
     assert float((result @ null).abs().max()) < 1e-9 * float(result.diagonal().max())
-    assert not torch.allclose(result, dependent.covariance, rtol=1e-3)
+    assert not torch.allclose(result, before, rtol=1e-3)
 
 
 def test_few_data_and_noise_tell_more_than_either() -> None:
