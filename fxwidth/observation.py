@@ -15,6 +15,8 @@ from fxwidth.probes import Key, Measure, Probe
 from fxwidth.tape import OpCall, TapeRecorder, accumulation_dtype
 
 ROWS_PER_BATCH = 65_536
+# How many channels are multiplied with all at a time.
+_CHANNELS = 512
 
 OTHER_OPS = "it ran other ops than when it was analysed"
 NOT_FINITE = "its inputs are not finite"
@@ -83,8 +85,9 @@ class _Sum:
             self._second = self._first.new_zeros(len(self._origin), len(self._origin))
         shifted = work - self._origin.to(work.dtype)
         self._first += shifted.to(wide).sum(0)
-        # Narrow products go into the wide sum as they are: a copy of them would be as large as the sum.
-        self._second += shifted.T @ shifted
+        # Part by part: where the sum is as large as the model, another of its size is too much.
+        for part, channels in zip(self._second.split(_CHANNELS), shifted.T.split(_CHANNELS), strict=True):
+            part += channels @ shifted
         self.rows += len(rows)
         self.samples += samples
 
