@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,7 @@ import fxwidth
 from fxwidth.curves import lost_share
 from fxwidth.evidence import Evidence, gather_evidence
 from fxwidth.groups import ChannelGroup
-from fxwidth.linear_groups import linear_group
 from fxwidth.pairs import Pairs, pairs_of
-from fxwidth.rotations import _pairs as pairs_of_basis
 from fxwidth.rotations import rotation
 from fxwidth.selection import channel_order
 
@@ -61,7 +59,7 @@ LLAMA = {
     "max_position_embeddings": 4096,
 }
 ROWS = 512
-# Of a wide group: freed matrices go back to the system at once, so that the peak is that of what is held and not of what malloc keeps.
+# Of a wide group freed matrices go back to the system at once: the peak is of what is held, not of what malloc keeps.
 ENVIRONMENT = {"OMP_NUM_THREADS": str(THREADS)}
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
@@ -106,7 +104,14 @@ def measure_network(name: str, images: str) -> dict[str, Any]:
     fxwidth.evolve(gm, budget=fxwidth.Budget(params=0.5), data=data)
     times = clock.read()
     memory = {"model_mib": before * 4 / MIB, "mib": (_peak() - held) / MIB}
-    return {"network": name, "images": int(images), "parameters": before, "left": _count(gm) / before, **times, **memory}
+    return {
+        "network": name,
+        "images": int(images),
+        "parameters": before,
+        "left": _count(gm) / before,
+        **times,
+        **memory,
+    }
 
 
 def measure_spectra(name: str) -> dict[str, Any]:
@@ -141,11 +146,10 @@ def _timed_parts(evidence: Evidence, group: ChannelGroup, parts: dict[str, float
     graph, moments = evidence.width_graph, evidence.moments
     assert moments is not None
     clock = Clock()
-    if rotation(graph, group, moments) is not None:
+    turned = rotation(graph, group, moments)
+    if turned is not None:
         parts["rotations"] += clock.read()["cpu"]
-        linear = linear_group(graph, group)
-        assert linear is not None
-        every = [pairs_of_basis(graph, group, moments, basis) for basis in linear.bases]
+        every = [end.pairs(moments) for ends in turned.ends for end in ends]
         return [pairs.seen.double() for pairs in every if pairs is not None]
     clock = Clock()
     pairs: Pairs | None = pairs_of(graph, group, moments)
@@ -222,22 +226,31 @@ def render(record: dict[str, Any]) -> str:
     """Return the results as markdown."""
     lines = ["# The cost of planning and resizing", ""]
     lines += [f"- {name}: {value}" for name, value in record["machine"].items()]
-    lines += ["", "Times are CPU seconds of two threads together (wall seconds in brackets), the load average beside them"]
+    lines += [
+        "",
+        "Times are CPU seconds of two threads together (wall seconds in brackets), the load average beside them",
+    ]
     lines += ["is that when the case began. Memory is how far a case goes above what was held before it.", ""]
     lines += ["## To half the parameters", "", "`fxwidth.evolve(gm, budget=fxwidth.Budget(params=0.5), data=...)`", ""]
-    lines += _table("network | parameters | images | plan and resize (s) | memory (MiB) | the model (MiB) | left | load")
+    lines += _table(
+        "network | parameters | images | plan and resize (s) | memory (MiB) | the model (MiB) | left | load"
+    )
     for row in record["networks"]:
         counts = [row["network"], f"{row['parameters']:,}", row["images"] or "none"]
         memory = [f"{row['mib']:,.0f}", f"{row['model_mib']:,.0f}"]
         lines.append(_line(*counts, _seconds(row), *memory, f"{row['left']:.1%}", _load(row)))
     lines += ["", "## The spectral part", "", *_SPECTRAL_WORDS, ""]
-    lines += _table("network | groups | spectral part (s) | `torch.linalg.eigh` (s) | ratio | one per group (s) | ratio | load")
+    lines += _table(
+        "network | groups | spectral part (s) | `torch.linalg.eigh` (s) | ratio | one per group (s) | ratio | load"
+    )
     for row in record["spectra"]:
         single = [f"{row['one_per_group']:.1f}", f"{row['strict_ratio']:.2f}"]
         eigen = [f"{row['parts']['eigenvectors']:.1f}", f"{row['ratio']:.2f}"]
         lines.append(_line(row["network"], row["groups"], _seconds(row["spectral"]), *eigen, *single, _load(row)))
     for row in record["spectra"]:
-        parts = ", ".join(f"{name} {row['parts'][name]:.1f} s" for name in ("pairs", "selection", "curves", "rotations"))
+        parts = ", ".join(
+            f"{name} {row['parts'][name]:.1f} s" for name in ("pairs", "selection", "curves", "rotations")
+        )
         sizes = ", ".join(f"{count} of {size}" for size, count in row["matrices"].items())
         lines += ["", f"{row['network']}: {parts}. Matrices: {sizes}."]
     lines += ["", "## A llama of 7 billion parameters on the meta device", ""]
@@ -246,7 +259,10 @@ def render(record: dict[str, Any]) -> str:
         stages = [_seconds(row[stage]) for stage in ("trace", "analyze", "plan", "resize")]
         counts = [row["groups"], f"{row['left']:.2%}", f"{row['mib']:,.0f}"]
         lines.append(_line(f"{row['parameters']:,}", *stages, *counts, _load(row)))
-        lines += ["", f"Evidence of the plan: {row['evidence']}; so it weighs parameters alone, and is a check of cost."]
+        lines += [
+            "",
+            f"Evidence of the plan: {row['evidence']}; so it weighs parameters alone, and is a check of cost.",
+        ]
     lines += ["", "## Memory of one wide group", "", *_WIDTH_WORDS, ""]
     lines += _table("channels | parameters | evidence | peak (matrices) | plan and resize (s) | load")
     for row in record["widths"]:
@@ -256,10 +272,10 @@ def render(record: dict[str, Any]) -> str:
 
 
 _SPECTRAL_WORDS = [
-    "All that happens between the moments of a network and the width curves of its groups: what readers see and want of",
-    "the channels (S and D), the order in which channels are kept, the errors of all widths, and the rotations of linear",
-    "groups. Beside it a plain eigendecomposition of the same matrices S in the same precision, in the same process; in",
-    "the last columns that of one matrix per group, the sum over its readers.",
+    "All that happens between the moments of a network and the width curves of its groups: what readers see and want",
+    "of the channels (S and D), the order in which channels are kept, the errors of all widths, and the rotations of",
+    "linear groups. Beside it a plain eigendecomposition of the same matrices S in the same precision, in the same",
+    "process; in the last columns that of one matrix per group, the sum over its readers.",
 ]
 _WIDTH_WORDS = [
     f"Linear(64, n), ReLU, Linear(n, 64) to half its parameters; with {ROWS} rows of data, or without. The peak is in",
@@ -285,7 +301,7 @@ def _load(row: dict[str, Any]) -> str:
 
 # -- running -----------------------------------------------------------------------------------------------------------
 
-SECTIONS = {
+SECTIONS: dict[str, tuple[Callable[..., dict[str, Any]], Sequence[Sequence[str]], dict[str, str]]] = {
     "networks": (measure_network, NETWORKS, {}),
     "spectra": (measure_spectra, SPECTRA, {}),
     "llama": (measure_llama, [[]], {}),

@@ -81,7 +81,7 @@ def share_of(errors: Errors) -> Errors:
 
 
 def _factor(S: Tensor, order: Tensor, precision: float) -> Tensor:
-    """Return the lower triangular L of S = L L^T in an order, [pairs, n, n], with a ridge where rounding asks for it."""
+    """Return the lower triangular L of S = L L^T in an order, [pairs, n, n], with a ridge where rounding asks."""
     variance = S.diagonal(dim1=1, dim2=2)
     # Channels are brought to one scale, so that the ridge is as small for the quiet ones.
     scale = variance.clamp_min(torch.finfo(S.dtype).tiny).sqrt()[:, order]
