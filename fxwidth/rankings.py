@@ -19,6 +19,8 @@ _BLOCKWISE = 384
 _BLOCK, _CANDIDATES = 32, 2
 # How many columns of wide matrices are multiplied at a time.
 _COLUMNS = 512
+# When so many of them are left, they are brought together in smaller matrices.
+_LEFT = 0.75
 _BISECTIONS = 60
 
 
@@ -88,20 +90,26 @@ def _by_blocks(pairs: Pairs) -> Tensor:
     negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
     tie_break = _tie_break(pairs)
     gain = torch.cat([(torch.bmm(D, part) * part).sum(1) for part in E.split(_COLUMNS, dim=2)], 1)
+    labels = torch.arange(width, device=E.device)
     taken = torch.zeros(width, dtype=torch.bool, device=E.device)
     chosen: list[Tensor] = []
-    while (left := width - sum(map(len, chosen))) > 0:
-        variance = E.diagonal(dim1=1, dim2=2)
-        score = _score(gain, variance, negligible) + tie_break
+    while (left := int((~taken).sum())) > 0:
+        if left <= _LEFT * len(taken):
+            # What is taken is explained: its rows of E are zero by now.
+            rest = torch.nonzero(~taken)[:, 0]
+            E = E[:, rest[:, None], rest]
+            D = D[:, rest[:, None], rest]
+            gain, negligible, tie_break = gain[:, rest], negligible[:, rest], tie_break[rest]
+            labels, taken = labels[rest], taken[rest]
+        score = _score(gain, E.diagonal(dim1=1, dim2=2), negligible) + tie_break
         candidates = score.masked_fill(taken, -1.0).topk(min(left, _CANDIDATES * _BLOCK)).indices
         columns = E[:, :, candidates]
         wish = torch.bmm(D, columns)
         inner = torch.bmm(columns.transpose(1, 2), wish)
-        count = min(left, _BLOCK)
         closed = negligible[:, candidates]
-        best = _among(columns[:, candidates], inner, closed, tie_break[candidates], count)
+        best = _among(columns[:, candidates], inner, closed, tie_break[candidates], min(left, _BLOCK))
         picked = candidates[best]
-        chosen.append(picked)
+        chosen.append(labels[picked])
         taken[picked] = True
         U, DU = _orthonormal(columns[:, :, best], wish[:, :, best], picked, closed[:, best])
         echo = torch.bmm(E, DU)
