@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxwidth.curves import Errors, logarithmic, lost_share
+from fxwidth.errors import FxwidthError
 from fxwidth.factors import axis_size
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
@@ -18,7 +19,7 @@ from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noi
 from fxwidth.occurrences import channel_positions
 from fxwidth.pairs import Pairs, pairs_of
 from fxwidth.probes import Key
-from fxwidth.readers import wiring_of
+from fxwidth.readers import BATCH_NORMS, wiring_of
 from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
@@ -150,15 +151,35 @@ def gather_evidence(
     """Return what data, or without them noise sent through the network, tell of a graph's channels.
 
     Raises:
-        FxwidthError: the data cannot be used, or there is no such method of selection.
+        FxwidthError: the data cannot be used, there is no such method of selection, or a batch norm would take the root
+            of a negative number.
     """
     if check_selection(selection) == PROJECTION:
         return Evidence(width_graph, moments_from_writers(width_graph), selection)
+    _refuse_negative_variances(width_graph)
     if data is not None:
         measured = moments_from_data(width_graph, data)
         moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph, keeps=False))
         return Evidence(width_graph, moments, selection, rotates)
     return Evidence(width_graph, _noise(width_graph), selection, rotates)
+
+
+def _refuse_negative_variances(width_graph: WidthGraph) -> None:
+    names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
+    for call in width_graph.analysis.calls:
+        if call.name not in BATCH_NORMS:
+            continue
+        name = names.get(id(call.arguments.get("running_var")))
+        values = None if name is None else width_graph.analysis.parameters[name].tensor
+        if values is None or values.device.type == "meta":
+            continue
+        eps = call.arguments["epsilon" if "epsilon" in call.arguments else "eps"]
+        least = float(values.min()) if values.numel() else 1.0
+        if least + eps <= 0:
+            raise FxwidthError(
+                f"{name}, by whose root batch norm divides at node {call.node!r}, goes down to {least:g}: what the "
+                "network computes in eval mode is no number. Load running statistics that were measured, or train it."
+            )
 
 
 def _noise(width_graph: WidthGraph, *, keeps: bool = True) -> Moments | None:

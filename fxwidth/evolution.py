@@ -12,7 +12,7 @@ from fxwidth.budgets import Budget, cost_polynomial
 from fxwidth.calibration import Gathered, replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
-from fxwidth.planning import Plan, budget_of, check_options, plan_with_evidence
+from fxwidth.planning import Plan, budget_of, check_options, plan_with_evidence, refuse_out_of_reach
 from fxwidth.resizing import resize_analyzed
 from fxwidth.selection import check_selection
 from fxwidth.structures import deep_tensors, map_leaves
@@ -108,6 +108,9 @@ class Evolver:
 
     Attributes:
         history: one dict per resize: step, params_before, params_after, widths {group: [old, new]}.
+
+    Raises:
+        FxwidthError: an option cannot be used, or the target is out of reach.
     """
 
     def __init__(
@@ -150,6 +153,8 @@ class Evolver:
         bounds = target.bounds if target is not None else {}
         self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
         self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
+        if self._target:
+            refuse_out_of_reach(width_graph, Budget(**self._target), options)
         self._gathered = Gathered()
 
     @property

@@ -139,6 +139,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise FxwidthError(f"{name}= is no option of fxwidth.plan; {hint}They are {', '.join(known)}.")
 
 
+def refuse_out_of_reach(width_graph: WidthGraph, budget: Budget, options: Mapping[str, Any]) -> None:
+    """Check that a budget can be met at all with some of the options of `plan`.
+
+    Raises:
+        FxwidthError: it cannot, or the options are out of range or contradict each other.
+    """
+    limits = Limits(options.get("min_width", 1), options.get("max_width"), options.get("align", 1))
+    chosen = chosen_groups(width_graph, options.get("only"), options.get("keep"))
+    units = classes(width_graph, chosen, options.get("same_width"))
+    _Problem(width_graph, units, limits, bounds_of(width_graph, budget)).refuse_out_of_reach()
+
+
 def budget_of(budget: Budget | None, params: int | float | None) -> Budget | None:
     """Return the budget that is given as such or by its short form, if one is.
 
@@ -179,13 +191,21 @@ class _Problem:
         if all(bound.met(_by_factor(largest)) for bound in self._bounds):
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
             return _noted(self._width_graph, largest, self._bounds, errors, None), None
+        self.refuse_out_of_reach()
+        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
+        widths = self._allocated(errors)
+        return _noted(self._width_graph, widths, self._bounds, errors, evidence), evidence
+
+    def refuse_out_of_reach(self) -> None:
+        """Check that the smallest widths meet all bounds.
+
+        Raises:
+            FxwidthError: they do not; it tells how far down the cost can go, and what holds it up.
+        """
         smallest = {group: widths[0] for unit, widths in self._allowed.items() for group in unit.groups}
         for bound in self._bounds:
             if not bound.met(_by_factor(smallest)):
                 raise FxwidthError(out_of_reach(self._width_graph, self._groups, _by_factor(smallest), bound))
-        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
-        widths = self._allocated(errors)
-        return _noted(self._width_graph, widths, self._bounds, errors, evidence), evidence
 
     def _allocated(self, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
         choices = []

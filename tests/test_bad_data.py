@@ -173,3 +173,13 @@ def test_singular_moments(dead: str, data: Any, selection: str) -> None:
 def test_a_module_in_the_place_of_its_groups(function: Callable[..., Any], module: nn.Module) -> None:
     with pytest.raises(FxwidthError, match=f"received {type(module).__name__}; pass what fxwidth.analyze"):
         function(module)
+
+
+@pytest.mark.parametrize("act", [lambda gm: planned(gm, params=0.5), lambda gm: fxwidth.resize(gm, {"0": 5})])
+def test_a_negative_running_variance(act: Callable[[fx.GraphModule], None]) -> None:
+    gm = network()
+    gm.get_buffer("1.running_var")[2] = -0.5
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    with pytest.raises(FxwidthError, match=r"1\.running_var, .*batch norm divides at node '_1', goes down to -0\.5"):
+        act(gm)
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())

@@ -85,6 +85,12 @@ def test_bad_evolvers() -> None:
         fxwidth.Evolver(gm, rounds=3)
     with pytest.raises(FxwidthError, match=r"params=1\.5 as a ratio must lie in \(0, 1\]"):
         fxwidth.Evolver(gm, params=1.5)
+    with pytest.raises(FxwidthError, match=r"params=10 is out of reach: .*parameters remain"):
+        fxwidth.Evolver(gm, params=10)
+    with pytest.raises(FxwidthError, match=r"out of reach: .*left out by only= or keep="):
+        fxwidth.Evolver(gm, params=0.5, keep="*")
+    with pytest.raises(FxwidthError, match=r"out of reach: .*lower min_width"):
+        fxwidth.Evolver(gm, params=0.5, min_width=24)
 
 
 def test_passes_in_a_pass_manager() -> None:
