@@ -17,7 +17,7 @@ from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
 from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
 from fxwidth.occurrences import channel_positions
-from fxwidth.pairs import Pairs, pairs_of
+from fxwidth.pairs import Pairs, each_pairs, pairs_of
 from fxwidth.probes import Key
 from fxwidth.readers import BATCH_NORMS, wiring_of
 from fxwidth.rotations import Rotation, rotation
@@ -75,7 +75,7 @@ class Evidence:
             return False
         if key not in self._orders:
             self._orders[key] = self._found_order(group, half, pairs)
-        return float(lost_share(pairs, self._orders[key])[half]) < float(turned.lost[half])
+        return float(self._lost(group, pairs, self._orders[key])[half]) < float(turned.lost[half])
 
     def kept(self, group: ChannelGroup, width: int) -> Indices:
         """Return the channels of a group to keep, sorted."""
@@ -107,7 +107,7 @@ class Evidence:
                 key = group, 0 if self.selection in NESTED else group.width // 2
                 if key not in self._orders:
                     self._orders[key] = self._found_order(group, group.width // 2, pairs)
-                self._errors[group] = logarithmic(lost_share(pairs, self._orders[key]))
+                self._errors[group] = logarithmic(self._lost(group, pairs, self._orders[key]))
         return self._errors[group]
 
     def source(self, group: ChannelGroup) -> str | None:
@@ -123,6 +123,13 @@ class Evidence:
         if self.moments is None or (self.selection == MAGNITUDE and not always):
             return None
         return pairs_of(self.width_graph, group, self.moments)
+
+    def _lost(self, group: ChannelGroup, pairs: Pairs, order: Tensor) -> Errors:
+        """Return the share of their outputs that readers miss of the first k channels of an order, for every k."""
+        assert self.moments is not None
+        # Readers that were too many to be held are gone through once more.
+        parts = each_pairs(self.width_graph, group, self.moments) if pairs.is_sum else [pairs]
+        return np.asarray(sum(lost_share(part, order) for part in parts), dtype=np.float64)
 
     def _found_order(self, group: ChannelGroup, count: int, pairs: Pairs | None) -> Tensor:
         pairs = None if self.selection == MAGNITUDE else pairs

@@ -26,6 +26,8 @@ _ENTRIES, _PRODUCTS = 2**27, 1e11
 WIDE = 128
 # How many rows of wide matrices are multiplied at a time.
 _ROWS = 512
+# The rounding unit of evidence in double precision.
+_EXACT = torch.finfo(torch.float64).eps
 # A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
 ROUNDING = 100.0
 
@@ -39,12 +41,14 @@ class Pairs:
         wanted: D = a W^T W, [pairs, width, width], with a one over the energy of what the whole reader makes.
         precision: the rounding unit of the numbers S comes from.
         rows: how many independent rows each S is worth, [pairs]; none are infinitely many.
+        is_sum: whether some are sums over several readers: good to choose channels by, but no measure of what is lost.
     """
 
     seen: Tensor
     wanted: Tensor
     precision: float
     rows: Tensor | None = None
+    is_sum: bool = False
 
     @property
     def width(self) -> int:
@@ -60,48 +64,114 @@ class Pairs:
         if len(channels) == self.width:
             return self
         seen, wanted = (matrix[:, channels][:, :, channels] for matrix in (self.seen, self.wanted))
-        return Pairs(seen, wanted, self.precision, self.rows)
+        return Pairs(seen, wanted, self.precision, self.rows, self.is_sum)
 
     def merged(self) -> Pairs:
-        """Return fewer pairs where all of them would take too much memory or time: neighbours are added together."""
+        """Return fewer pairs where all of them would take too much time: neighbours are added together."""
         count, width = len(self.seen), self.width
-        runs = min(count, max(1, min(_ENTRIES // width**2, int(_PRODUCTS / (8 * width**3)))))
+        runs = min(count, max(1, int(_PRODUCTS / (8 * width**3))))
         if runs == count:
             return self
-        # Brought to one scale first, so that a loud reader does not drown the others.
-        scale = self.seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(self.seen.dtype).tiny)[:, None, None]
+        scale = self._loudness()
         places = torch.arange(count, device=self.seen.device) * runs // count
         S, D = (self.seen.new_zeros(runs, width, width) for _ in range(2))
         S.index_add_(0, places, self.seen / scale)
         D.index_add_(0, places, self.wanted * scale)
-        return Pairs(S, D, self.precision)
+        return Pairs(S, D, self.precision, is_sum=True)
+
+    def on_one_scale(self) -> Pairs:
+        """Return the same evidence with channels of variance one on average, so that sums do not drown the quiet."""
+        scale = self._loudness()
+        return Pairs(self.seen / scale, self.wanted * scale, self.precision, self.rows, self.is_sum)
+
+    def _loudness(self) -> Tensor:
+        tiny = torch.finfo(self.seen.dtype).tiny
+        return self.seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
+
+
+class _Held:
+    """Pairs as they come, neighbours added together once they take too much memory."""
+
+    def __init__(self) -> None:
+        self._parts: list[Pairs] = []
+        # How many pairs each part is the sum of, and how many the last one lacks of that.
+        self._summands = 1
+        self._missing = 0
+
+    def add(self, pairs: Pairs) -> None:
+        """Take more pairs."""
+        if self._summands == 1:
+            self._parts.append(pairs)
+        else:
+            for one in _one_by_one(pairs.on_one_scale()):
+                self._add(one)
+        while sum(len(part.seen) for part in self._parts) > max(1, _ENTRIES // pairs.width**2):
+            self._halve()
+
+    def _add(self, one: Pairs) -> None:
+        if self._missing == 0:
+            self._parts.append(one)
+            self._missing = self._summands - 1
+        else:
+            self._parts[-1] = _sum([self._parts[-1], one])
+            self._missing -= 1
+
+    def _halve(self) -> None:
+        if self._summands == 1:
+            self._parts = [one for part in self._parts for one in _one_by_one(part.on_one_scale())]
+        count = len(self._parts)
+        self._parts = [_sum(self._parts[first : first + 2]) for first in range(0, count, 2)]
+        self._missing += self._summands * (count % 2)
+        self._summands *= 2
+
+    def together(self) -> Pairs | None:
+        """Return all that was taken; None if there was nothing."""
+        if not self._parts:
+            return None
+        dtype, precision = self._parts[0].seen.dtype, max(part.precision for part in self._parts)
+        S, D = (_together([getattr(part, name).to(dtype) for part in self._parts]) for name in ("seen", "wanted"))
+        if self._summands > 1:
+            return Pairs(S, D, precision, is_sum=True)
+        rows = [part.rows for part in self._parts if part.rows is not None]
+        return Pairs(S, D, precision, torch.cat(rows).to(dtype))
+
+
+def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
+    for S, D in zip(pairs.seen, pairs.wanted, strict=True):
+        yield Pairs(S[None], D[None], pairs.precision)
+
+
+def _sum(parts: Sequence[Pairs]) -> Pairs:
+    """Return what one or two neighbours come to together, in the memory of the first."""
+    first, *others = parts
+    for other in others:
+        first.seen.add_(other.seen)
+        first.wanted.add_(other.wanted)
+    return Pairs(first.seen, first.wanted, max(part.precision for part in parts))
 
 
 def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pairs | None:
-    """Return the evidence on a group from all that reads it; None where nothing does."""
-    seen: list[Tensor] = []
-    wanted: list[Tensor] = []
-    rows: list[float] = []
-    precision = torch.finfo(torch.float64).eps
+    """Return the evidence on a group from all that reads it, None where nothing does.
+
+    Where it would take too much memory, neighbouring readers are added together.
+    """
+    held = _Held()
+    for pairs in each_pairs(width_graph, group, moments):
+        held.add(pairs)
+    return held.together()
+
+
+def each_pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Iterator[Pairs]:
+    """Yield the evidence on a group from one after the other of all that read it."""
     for readers in reader_sets(width_graph):
         own = reader_pairs(width_graph, readers, group.factor, moments)
         if own is not None:
-            seen.append(own.seen)
-            wanted.append(own.wanted)
-            assert own.rows is not None
-            rows += own.rows.tolist()
-            precision = max(precision, own.precision)
+            yield own
     for squares in _product_squares(width_graph, group.factor, moments):
         total = squares.sum()
         if float(total) > 0:
-            seen.append(torch.diag(squares)[None])
-            wanted.append(torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total)
-            rows.append(math.inf)
-    if not seen:
-        return None
-    dtype, device = seen[0].dtype, seen[0].device
-    S, D = (_together([part.to(dtype) for part in parts]) for parts in (seen, wanted))
-    return Pairs(S, D, precision, torch.tensor(rows, dtype=dtype, device=device))
+            wanted = torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total
+            yield Pairs(torch.diag(squares)[None], wanted, _EXACT, squares.new_full((1,), math.inf))
 
 
 def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Pairs | None:
