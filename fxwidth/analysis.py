@@ -16,6 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
 from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.forgotten import watching_gradients
+from fxwidth.garbage import without_collections
 from fxwidth.module_parts import watching_parts
 from fxwidth.module_state import restored, walk
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
@@ -31,7 +32,6 @@ from fxwidth.tape import (
     quiet,
     substituted,
     tensor_slots,
-    without_collections,
 )
 from fxwidth.unification import unify
 from fxwidth.value_pins import pin_other_ways

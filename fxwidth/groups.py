@@ -15,6 +15,7 @@ from fxwidth.drawing import draw
 from fxwidth.errors import FxwidthError
 from fxwidth.explanations import told_pin
 from fxwidth.factors import Factor, term_size
+from fxwidth.garbage import without_collections
 from fxwidth.growth import Growth, find_growth
 from fxwidth.pins import BATCH, STRUCTURAL, UNUSED, Pin
 from fxwidth.roles import Role, Roles, find_roles
@@ -67,6 +68,7 @@ class ChannelGroup:
 class WidthGraph:
     """The channel groups of a graph, and the reasons for them."""
 
+    @without_collections()
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
         self.roles: Roles = find_roles(analysis)

@@ -106,14 +106,16 @@ def _change(S: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     values, vectors = torch.linalg.eigh(S)
     if not bool((values[:, -1] > 0).all()):
         return None
-    root = values.clamp_min(0).maximum(_FLOOR * values[:, -1:]).sqrt()
-    half = vectors * root[:, None]
+    # Directions in which nothing is ever seen stay out: with the floor's loudness they would mix with others.
+    seen = values.where(values > values.shape[-1] * torch.finfo(S.dtype).eps * values[:, -1:], 0)
+    half = vectors * seen.sqrt()[:, None]
     energies, turned = torch.linalg.eigh(half.mT @ D @ half)
+    root = seen.maximum(_FLOOR * values[:, -1:]).sqrt()
     energies, turned = energies.flip(1).clamp_min(0), turned.flip(2)
     # As loud on the whole as the channels were.
     scale = root.square().mean(1).sqrt()[:, None, None]
     forward = scale * turned.mT @ (vectors / root[:, None]).mT
-    return forward, half @ turned / scale, energies
+    return forward, (vectors * root[:, None]) @ turned / scale, energies
 
 
 def _together(pairs: Sequence[Pairs]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -232,18 +231,6 @@ _LOGGERS = (
     "torch.fx.experimental.proxy_tensor",
     "torch.fx.experimental.symbolic_shapes",
 )
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Keep Python from looking for garbage: an analysis keeps all it makes, and going through that is costly."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -271,6 +271,24 @@ def test_nothing_may_stand_in_between(between: nn.Module) -> None:
     assert all(linear_group(graph, group) is None for group in graph.free)
 
 
+@pytest.mark.parametrize(
+    ("name", "dead"), [("queries and keys", "k"), ("queries and keys", "q"), ("convolutions", "first")]
+)
+@torch.no_grad()
+def test_channels_in_which_nothing_is_seen_mix_with_no_others(name: str, dead: str) -> None:
+    """What reads them is loud; a basis that holds them together with others would cost those their digits."""
+    gm, x, _, group = traced(name)
+    layer = gm.get_submodule(dead)
+    for tensor in (layer.weight, layer.bias):
+        tensor.unflatten(0, (-1, group.width))[:, 1:3] = 0
+    if name == "queries and keys":
+        other = gm.get_submodule({"q": "k", "k": "q"}[dead])
+        other.weight.unflatten(0, (-1, group.width))[:, 1:3] *= 1e6
+    expected = gm(x)
+    fxwidth.resize(gm, {group.name: group.width - 2})
+    torch.testing.assert_close(gm(x), expected, rtol=0, atol=1e-11)
+
+
 def test_an_optimizer_keeps_the_basis() -> None:
     gm, x, _, group = traced("bottleneck")
     old = gm.get_parameter("one.weight").detach().clone()
