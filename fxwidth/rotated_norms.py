@@ -106,9 +106,8 @@ def normalise(
 ) -> None:
     """Let a batch norm divide some channels by their own variance, [channels], and multiply them by its root again."""
     running, gain = _values(width_graph, norm.variance), _values(width_graph, norm.weight)
-    # Without eps, a channel that never varies would be divided by zero.
-    floor = 0.0 if norm.eps > 0 else torch.finfo(torch.float32).tiny
-    running[channels] = variance[channels].clamp_min(floor).to(running)
+    # With next to no eps, a channel that never varies would be divided by zero.
+    running[channels] = variance[channels].clamp_min(torch.finfo(torch.float32).tiny).to(running)
     overwrite(norm.variance, running)
     # The gain undoes what is stored, not what was meant.
     stored = _values(width_graph, norm.variance)

@@ -330,7 +330,8 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(monkeypatch: pytest.
     spread = rotations._turned_spread
     monkeypatch.setattr(rotations, "_turned_spread", lambda *args: (spread(*args)[0], spread(*args)[1] * 0))
     net, x = made("vectors")
-    net[1].eps = 1e-300  # type: ignore[index]  # next to none: torch 2.11 refuses 0
+    net, x = net.float(), x.float()
+    net[1].eps = 1e-300  # type: ignore[index]  # none in single precision, but more than 0, which torch 2.11 refuses
     gm = fxwidth.trace(net, x[:4])
     graph = WidthGraph(analyze_module(gm))
     moments = moments_from_data(graph, [x])
@@ -338,4 +339,4 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(monkeypatch: pytest.
     found, expected = rotations.rotation(graph, graph["0"], moments), gm(x)
     assert found is not None
     rotated(graph, found, moments, ExitStack())
-    assert relative(gm(x), expected) < 1e-12
+    assert relative(gm(x), expected) < 1e-5
