@@ -115,6 +115,14 @@ def tokens(n: int = 64, seed: int = 1) -> Tensor:
     return torch.randn(n, 6, 16, generator=torch.Generator().manual_seed(seed)).double()
 
 
+def batch_norm_bottleneck() -> nn.Sequential:
+    """Return convolutions with batch norms, one of them between two layers with nothing nonlinear."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1, bias=False),
+        nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3),
+    )  # fmt: skip
+
+
 def conv() -> nn.Module:
     """Convolutions with biases, batch norm without, and a flattened linear layer."""
     return nn.Sequential(
