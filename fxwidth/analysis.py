@@ -22,17 +22,8 @@ from fxwidth.module_state import restored, walk
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.structures import deep_tensors, map_leaves, states_in
-from fxwidth.tape import (
-    Axes,
-    OpCall,
-    Slots,
-    TapeRecorder,
-    evaluating,
-    plain_kernels,
-    quiet,
-    substituted,
-    tensor_slots,
-)
+from fxwidth.tape import Axes, OpCall, TapeRecorder, evaluating, plain_kernels, quiet
+from fxwidth.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.unification import unify
 from fxwidth.value_pins import pin_other_ways
 from fxwidth.value_record import ValueReader, ValueRecord

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.factors import Factor
 from fxwidth.structures import deep_tensors, map_leaves
-from fxwidth.tape import evaluating, plain_kernels, quiet, substituted
+from fxwidth.tape import evaluating, plain_kernels, quiet
+from fxwidth.tensor_slots import substituted
 
 
 def batch_factor(

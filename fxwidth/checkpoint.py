@@ -16,7 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
 from fxwidth.input_shapes import INPUTS, VALUES
 from fxwidth.resizing import HISTORY, resize_analyzed
-from fxwidth.tape import tensor_slots
+from fxwidth.tensor_slots import tensor_slots
 from fxwidth.tracing import analyze_module, trace
 
 _FORMAT = "fxwidth.resizes"

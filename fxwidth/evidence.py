@@ -24,7 +24,7 @@ from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
 from fxwidth.spectra import singular_values, tail_share, writer_gram
-from fxwidth.tape import accumulation_dtype
+from fxwidth.tensor_slots import accumulation_dtype
 
 # As many rows as evidence has that does not come from samples.
 _PLENTY = 10**12

@@ -13,7 +13,7 @@ from fxwidth.analysis import TensorSpec, analyze_axes
 from fxwidth.calls import Call, bound_to_placeholders
 from fxwidth.errors import FxwidthError
 from fxwidth.structures import deep_tensors, flatten, map_leaves, rebuild
-from fxwidth.tape import tensor_slots
+from fxwidth.tensor_slots import tensor_slots
 
 INPUTS, VALUES = "fxwidth_inputs", "fxwidth_values"
 

@@ -24,8 +24,8 @@ from fxwidth.factors import Factor
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps
 from fxwidth.polynomials import Polynomial, entries_polynomial
+from fxwidth.replays import ResizedReplay
 from fxwidth.tape import OpCall, evaluating, tensors_in, unbind
-from fxwidth.verification import ResizedReplay
 
 # The shares of every free width at which each op is timed: three unknowns per op, and one time to spare.
 _SHARES = (1.0, 0.75, 0.5, 0.25)

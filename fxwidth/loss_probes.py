@@ -26,7 +26,7 @@ from fxwidth.real_runs import left_as_it_is
 from fxwidth.roles import Role
 from fxwidth.sensitivities import Rise, rates_of
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import substituted
+from fxwidth.tensor_slots import substituted
 
 Loss = Callable[..., Tensor]
 

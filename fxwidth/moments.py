@@ -22,7 +22,8 @@ from fxwidth.readers import BATCH_NORMS, Reader
 from fxwidth.real_runs import looking_on
 from fxwidth.rules.registry import keeps
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import TapeRecorder, bind, functional_name, is_sound
+from fxwidth.tape import TapeRecorder, bind, functional_name
+from fxwidth.tensor_slots import is_sound
 
 __all__ = ["Moment", "Moments", "collect_moments", "moments_from_data", "moments_from_noise"]
 

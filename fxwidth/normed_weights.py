@@ -22,7 +22,8 @@ from fxwidth.index_maps import NEW, IndexMaps
 from fxwidth.roles import WEIGHT_NORMS
 from fxwidth.rules.normalization import weight_norm_dim
 from fxwidth.rules.registry import prescribed
-from fxwidth.tape import OpCall, accumulation_dtype, plain_kernels, tensors_in, unbind
+from fxwidth.tape import OpCall, plain_kernels, tensors_in, unbind
+from fxwidth.tensor_slots import accumulation_dtype
 
 # The cosine from which on a singular vector counts as one.
 _ALIGNED = 1e-3

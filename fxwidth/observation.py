@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from fxwidth.analysis import Analysis
 from fxwidth.probes import Key, Measure, Probe
-from fxwidth.tape import OpCall, TapeRecorder, accumulation_dtype
+from fxwidth.tape import OpCall, TapeRecorder
+from fxwidth.tensor_slots import accumulation_dtype
 
 ROWS_PER_BATCH = 65_536
 # How many channels are multiplied with all at a time.

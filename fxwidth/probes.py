@@ -18,7 +18,8 @@ from fxwidth.linear_groups import linear_products
 from fxwidth.product_sides import Side
 from fxwidth.reader_sets import reader_sets
 from fxwidth.readers import Reader, argument_name, storage_of
-from fxwidth.tape import OpCall, accumulation_dtype
+from fxwidth.tape import OpCall
+from fxwidth.tensor_slots import accumulation_dtype
 
 NORMS = {"layer norm": True, "RMS norm": False}
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from fxwidth.module_state import unchanged
-from fxwidth.tape import evaluating, plain_kernels, substituted, tensor_slots
+from fxwidth.tape import evaluating, plain_kernels
+from fxwidth.tensor_slots import substituted, tensor_slots
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from fxwidth.calibration import batches_from
 from fxwidth.index_maps import NEW, Indices
 from fxwidth.readers import BATCH_NORMS
 from fxwidth.real_runs import looking_on
-from fxwidth.tape import bind, functional_name, tensor_slots
+from fxwidth.tape import bind, functional_name
+from fxwidth.tensor_slots import tensor_slots
 
 # Differences between two runs on the same inputs take few of these to be seen well.
 SAMPLES = 512

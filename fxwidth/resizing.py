@@ -26,7 +26,7 @@ from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan
 from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
-from fxwidth.tape import set_slot, tensor_slots
+from fxwidth.tensor_slots import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
 
 HISTORY = "fxwidth_history"

@@ -18,7 +18,8 @@ from fxwidth.pins import Pin
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.readers import storage_of
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import Axes, OpCall, TapeRecorder, quiet, substituted, training
+from fxwidth.tape import Axes, OpCall, TapeRecorder, quiet, training
+from fxwidth.tensor_slots import substituted
 
 
 def activation_polynomial(width_graph: WidthGraph) -> Polynomial:

@@ -13,7 +13,8 @@ from fxwidth.normed_weights import normed_weights, weight_values
 from fxwidth.occurrences import channel_positions
 from fxwidth.readers import Wiring, wiring_of
 from fxwidth.roles import Dim, Lineage, Role
-from fxwidth.tape import OpCall, accumulation_dtype
+from fxwidth.tape import OpCall
+from fxwidth.tensor_slots import accumulation_dtype
 
 # Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
 _STACKED_ENTRIES = 2**17

@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from fxwidth.analysis import Analysis
 from fxwidth.index_maps import IndexMaps
+from fxwidth.replays import ResizedReplay, ZeroedReplay, is_replayed
 from fxwidth.rules.registry import keeps
 from fxwidth.tape import OpCall, TapeRecorder, evaluating, plain_kernels
 from fxwidth.value_record import depends_on_values
-from fxwidth.verification import ResizedReplay, ZeroedReplay, is_replayed, largest_difference
+from fxwidth.verification import largest_difference
 
 # What these hold is chance until it is written to.
 _CHANCE = ("empty", "new_empty", "empty_like", "empty_strided", "detach")

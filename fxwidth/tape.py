@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.factors import Axis
 from fxwidth.fake_ops import run_op
-from fxwidth.module_state import undisturbed, walk
+from fxwidth.module_state import walk
 from fxwidth.value_record import Values
 from fxwidth.whole_ops import WholeOps, batch_norm
 
@@ -272,71 +272,3 @@ def training(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in was_evaluating:
             submodule.training = False
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the distinct parameters and buffers of a module under their first names."""
-    return {name: tensor for name, (tensor, *_) in tensor_slots(module).items()}
-
-
-Slots = dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]
-
-
-def tensor_slots(module: nn.Module) -> Slots:
-    """Return each distinct parameter or buffer: its first name, the tensor, and every (module, attribute) it is in."""
-    first_name: dict[int, str] = {}
-    slots: Slots = {}
-    for path, submodule in walk(module):
-        for attribute, tensor in (*submodule._parameters.items(), *submodule._buffers.items()):
-            if tensor is None:
-                continue
-            name = first_name.setdefault(id(tensor), f"{path}.{attribute}" if path else attribute)
-            slots.setdefault(name, (tensor, []))[1].append((submodule, attribute))
-    return slots
-
-
-def is_sound(tensor: Tensor) -> bool:
-    """Tell whether a parameter is finite; a buffer may be infinite in places, as masks and bounds are."""
-    if not tensor.is_floating_point() or tensor.device.type == "meta":
-        return True
-    # A sum is finite only if all its terms are, and costs a fraction of looking at each.
-    if bool(tensor.detach().sum().isfinite()):
-        return True
-    sound = tensor.isfinite() if isinstance(tensor, nn.Parameter) else ~tensor.isnan()
-    return bool(sound.all())
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the widest floating dtype that a tensor's device computes in."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def set_slot(module: nn.Module, attribute: str, tensor: Tensor) -> None:
-    """Put a tensor where a module keeps its parameter or buffer, without the checks meant for users."""
-    holder = module._parameters if attribute in module._parameters else module._buffers
-    holder[attribute] = tensor  # type: ignore[assignment]
-    if isinstance(module, nn.RNNBase) and attribute in module._flat_weights_names:
-        # It keeps its parameters in a list besides, and looks for new ones only when it is called.
-        module._flat_weights[module._flat_weights_names.index(attribute)] = tensor
-
-
-@contextmanager
-def substituted(
-    module: nn.Module,
-    replacements: Mapping[str, Tensor],
-    slots: Slots | None = None,
-    restoring: Callable[[nn.Module], AbstractContextManager[None]] = undisturbed,
-) -> Iterator[None]:
-    """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`."""
-    slots = tensor_slots(module) if slots is None else slots
-    with restoring(module):
-        try:
-            for name, replacement in replacements.items():
-                for holder, attribute in slots[name][1]:
-                    set_slot(holder, attribute, replacement)
-            yield
-        finally:
-            for name in replacements:
-                original, places = slots[name]
-                for holder, attribute in places:
-                    set_slot(holder, attribute, original)

@@ -17,7 +17,7 @@ from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_in
 from fxwidth.mode_merging import in_both_modes
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
-from fxwidth.tape import is_sound, tensor_slots
+from fxwidth.tensor_slots import is_sound, tensor_slots
 from fxwidth.value_record import VALUE_ERRORS
 from fxwidth.value_runs import record_values
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fxwidth.factors import FactorSpace
 from fxwidth.pins import BRANCHED, ON_EMPTY, OTHER_WAY
-from fxwidth.tape import OpCall, tensor_slots
+from fxwidth.tape import OpCall
+from fxwidth.tensor_slots import tensor_slots
 
 if TYPE_CHECKING:
     from fxwidth.analysis import Analysis

@@ -14,9 +14,10 @@ from fxwidth import FxwidthError
 from fxwidth.calls import arguments_of, call_of
 from fxwidth.exporting import exported_graph
 from fxwidth.index_maps import IndexMaps
+from fxwidth.replays import ResizedReplay, _Places
 from fxwidth.stepwise_verification import prescribed_difference, stepwise_difference
 from fxwidth.structures import deep_tensors
-from fxwidth.verification import ResizedReplay, _Places, largest_difference
+from fxwidth.verification import largest_difference
 from tests.networks_of_values import (
     DETECTORS,
     HIDDEN,
@@ -267,7 +268,7 @@ def test_the_stepwise_oracle_is_not_blind(monkeypatch: pytest.MonkeyPatch) -> No
         gathered = gather(self, tensor, axes)
         return gathered.flip(0) if tensor.dim() == 1 else gathered
 
-    monkeypatch.setattr("fxwidth.verification._Places.gather", reversed_biases)
+    monkeypatch.setattr("fxwidth.replays._Places.gather", reversed_biases)
     difference, place = stepwise_difference(wg.analysis, maps, [images(), None])
     assert difference > 1e-3
     assert "at node model" in place

@@ -25,7 +25,7 @@ from fxwidth.ranks import (
     marchenko_pastur_rank,
     stable_rank,
 )
-from fxwidth.tape import substituted
+from fxwidth.tensor_slots import substituted
 
 
 def test_equal_values_have_full_rank() -> None:

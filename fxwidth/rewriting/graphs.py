@@ -21,7 +21,8 @@ from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.modes import Dropout, Step, UnexplainedError, training_steps
 from fxwidth.rewriting.signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import evaluating, plain_kernels, quiet, substituted, tensor_slots
+from fxwidth.tape import evaluating, plain_kernels, quiet
+from fxwidth.tensor_slots import substituted, tensor_slots
 from fxwidth.value_pins import nodes_behind_values
 
 

@@ -23,7 +23,8 @@ from fxwidth.module_state import unchanged
 from fxwidth.pins import WRITTEN_IN
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
-from fxwidth.tape import evaluating, quiet, substituted
+from fxwidth.tape import evaluating, quiet
+from fxwidth.tensor_slots import substituted
 from fxwidth.value_pins import nodes_behind_values
 from fxwidth.value_runs import run_with
 
