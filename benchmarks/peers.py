@@ -87,15 +87,15 @@ def _pruned_at(model: nn.Module, kind: str, ratio: float, images: Images | None)
 
 
 def _accumulate_gradients(model: nn.Module, importance: Any, images: Images) -> None:
+    # The Hessian is that of single images. In eval mode they may as well pass one by one, in a fraction of the time.
+    is_hessian = isinstance(importance, tp.importance.GroupHessianImportance)
+    size = 1 if is_hessian else 128
     model.zero_grad()
-    for part, labels in zip(images.images.split(128), images.labels.split(128), strict=True):
-        losses = F.cross_entropy(model(part), labels, reduction="none")
-        if not isinstance(importance, tp.importance.GroupHessianImportance):
-            losses.sum().backward()
-            continue
-        for loss in losses:
+    for part, labels in zip(images.images.split(size), images.labels.split(size), strict=True):
+        if is_hessian:
             model.zero_grad()
-            loss.backward(retain_graph=True)
+        F.cross_entropy(model(part), labels, reduction="sum").backward()
+        if is_hessian:
             importance.accumulate_grad(model)
 
 
