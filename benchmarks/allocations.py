@@ -1,0 +1,117 @@
+"""How flat is the choice of widths on the batch-norm MLP: is there a split of a budget that beats uniform widths?
+
+    python benchmarks/allocations.py --data PATH
+
+The MLP of benchmarks/trained_networks.py, trained on MNIST from several seeds, is shrunk to a share of its parameters
+with many splits of them between its three groups: the first and the last at multiples of their uniform width, the one
+in between at what the budget leaves; and with the widths that `fxwidth.plan` chooses. Means over the seeds of test loss
+and accuracy, without fine-tuning. Writes a markdown table to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import fx
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fxwidth
+from benchmarks.trained_networks import Images, load_images, loss_and_accuracy, trained
+from fxwidth.costs import parameter_count
+
+RESULTS = Path(__file__).parent / "results"
+NETWORK = "batch-norm-mlp"
+SHARES, COUNTS = (0.5, 0.25), (0, 32, 128)
+FIRST, LAST = (0.8, 0.88, 0.94, 1.0, 1.04), (0.6, 0.8, 1.0, 1.3, 1.7)
+BATCH = 128
+Figures = tuple[float, float]
+
+
+def uniform(graph: fxwidth.WidthGraph, share: float) -> list[int]:
+    """Return the widths of the largest common ratio within a share of the parameters."""
+    full = [group.width for group in graph.free]
+    every = ([max(1, width * step // full[0]) for width in full] for step in range(full[0], 0, -1))
+    return next(widths for widths in every if _count(graph, widths) <= share * _count(graph, full))
+
+
+def splits(graph: fxwidth.WidthGraph, share: float) -> Iterator[tuple[str, list[int]]]:
+    """Yield splits of a share of the parameters between the three groups, with their names."""
+    budget = share * _count(graph, [group.width for group in graph.free])
+    even = uniform(graph, share)
+    yield "uniform", even
+    for first, last in itertools.product(FIRST, LAST):
+        ends = int(even[0] * first), int(even[2] * last)
+        fitting = [w for w in range(1, graph.free[1].width + 1) if _count(graph, [ends[0], w, ends[1]]) <= budget]
+        if fitting and (first, last) != (1.0, 1.0):
+            yield f"{first:.2f}, {last:.2f}", [ends[0], fitting[-1], ends[1]]
+
+
+def _count(graph: fxwidth.WidthGraph, widths: list[int]) -> int:
+    return parameter_count(graph, {group.factor: width for group, width in zip(graph.free, widths, strict=True)})
+
+
+def measure(gm: fx.GraphModule, share: float, images: int, data: tuple[Images, Images]) -> dict[str, Figures]:
+    """Return test loss and accuracy of one network for every split and for the plan."""
+    batches = data[0].first(images).images.split(BATCH) if images else None
+    graph = fxwidth.analyze(gm)
+    names = [group.name for group in graph.free]
+    plans = {key: fxwidth.Plan(dict(zip(names, widths, strict=True))) for key, widths in splits(graph, share)}
+    plans["planned"] = fxwidth.plan(graph, params=share, data=batches)
+    return {
+        key: loss_and_accuracy(fxwidth.resize(copy.deepcopy(gm), plan, data=batches).eval(), data[1])
+        for key, plan in plans.items()
+    }
+
+
+def render(rows: dict[tuple[float, int], list[dict[str, Figures]]], seeds: int) -> str:
+    """Return the results as markdown."""
+    lines = ["# Splits of a budget on the batch-norm MLP", ""]
+    lines += [
+        f"torch {version('torch')}, 1 thread; means over {seeds} seeds; loss, and accuracy in %. Splits are named"
+    ]
+    lines += ["by the first and the last group's multiple of its uniform width.", ""]
+    lines += ["| share | images | uniform | planned | split of least loss | split of best accuracy |", "|---" * 6 + "|"]
+    for (share, images), runs in rows.items():
+        keys = set.intersection(*map(set, runs))
+        mean = {key: tuple(statistics.mean(run[key][i] for run in runs) for i in range(2)) for key in sorted(keys)}
+        given = {key: figures for key, figures in mean.items() if key != "planned"}
+        least, best = min(given, key=lambda key: given[key][0]), max(given, key=lambda key: given[key][1])
+        cells = [_cell(mean["uniform"]), _cell(mean["planned"])]
+        cells += [f"{key}: {_cell(mean[key])}" for key in (least, best)]
+        lines.append(f"| {share:.0%} | {images or 'none'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figures: tuple[float, ...]) -> str:
+    return f"{figures[0]:.4f}, {100 * figures[1]:.2f}"
+
+
+def main() -> None:
+    """Train the networks, measure all splits, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
+    parser.add_argument("--models", type=Path, default=Path("benchmark-models"), help="where trained networks are kept")
+    parser.add_argument("--seeds", type=int, default=4)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load_images(options.data)
+    rows: dict[tuple[float, int], list[dict[str, Figures]]] = {}
+    for seed in range(options.seeds):
+        gm = fxwidth.trace(trained(NETWORK, data[0], options.models, seed), data[0].images[:2])
+        for share, images in itertools.product(SHARES, COUNTS):
+            rows.setdefault((share, images), []).append(measure(gm, share, images, data))
+    table = render(rows, options.seeds)
+    (RESULTS / "allocations.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
