@@ -24,6 +24,7 @@ from torch import fx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
+from benchmarks.shrinking import uniform
 from benchmarks.trained_networks import Images, load_images, loss_and_accuracy, trained
 from fxwidth.costs import parameter_count
 
@@ -35,17 +36,10 @@ BATCH = 128
 Figures = tuple[float, float]
 
 
-def uniform(graph: fxwidth.WidthGraph, share: float) -> list[int]:
-    """Return the widths of the largest common ratio within a share of the parameters."""
-    full = [group.width for group in graph.free]
-    every = ([max(1, width * step // full[0]) for width in full] for step in range(full[0], 0, -1))
-    return next(widths for widths in every if _count(graph, widths) <= share * _count(graph, full))
-
-
 def splits(graph: fxwidth.WidthGraph, share: float) -> Iterator[tuple[str, list[int]]]:
     """Yield splits of a share of the parameters between the three groups, with their names."""
-    budget = share * _count(graph, [group.width for group in graph.free])
-    even = uniform(graph, share)
+    budget = round(share * _count(graph, [group.width for group in graph.free]))
+    even = list(uniform(graph, budget).values())
     yield "uniform", even
     for first, last in itertools.product(FIRST, LAST):
         ends = int(even[0] * first), int(even[2] * last)

@@ -100,7 +100,7 @@ def shrunk(model: nn.Module, case: Case, share: float, train: Images) -> nn.Modu
     if case.tool == OURS:
         plan = fxwidth.plan(graph, params=share, data=data)
     else:
-        plan = _uniform(graph, round(share * parameter_count(module)))
+        plan = uniform(graph, round(share * parameter_count(module)))
     return fxwidth.resize(module, plan, data=data)
 
 
@@ -109,7 +109,7 @@ def _pruned(model: nn.Module, kind: str, share: float, train: Images, count: int
     return peers.pruned(model, kind, share, train.first(count) if count else None)
 
 
-def _uniform(graph: fxwidth.WidthGraph, budget: int) -> fxwidth.Plan:
+def uniform(graph: fxwidth.WidthGraph, budget: int) -> fxwidth.Plan:
     """Return the plan that keeps the largest common share of every group within a budget of parameters."""
     low, high, best = 0.0, 1.0, fxwidth.Plan({})
     for _ in range(_BISECTIONS):

@@ -13,11 +13,6 @@ from fxwidth.module_state import undisturbed, walk
 Slots = dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]
 
 
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the distinct parameters and buffers of a module under their first names."""
-    return {name: tensor for name, (tensor, *_) in tensor_slots(module).items()}
-
-
 def tensor_slots(module: nn.Module) -> Slots:
     """Return each distinct parameter or buffer: its first name, the tensor, and every (module, attribute) it is in."""
     first_name: dict[int, str] = {}
