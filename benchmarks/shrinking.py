@@ -187,7 +187,21 @@ def render(rows: list[Row], base: dict[str, float], machine: str) -> str:
             cells = [_cell(own.get((*key, share))) for share in SHARES]
             lines.append(f"| {key[0]} | {key[1]} | {key[2]} | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += ["## After one epoch of fine-tuning, the worst and the best row", "", *_tuned_table(rows, base), ""]
     return "\n".join([*lines, "## Against the goals", "", *verdicts(rows, base), ""])
+
+
+def _tuned_table(rows: list[Row], base: dict[str, float]) -> Iterator[str]:
+    tools = {OURS: (OURS,), UNIFORM: (UNIFORM,), PEER: (PEER, PEER_AGAIN)}
+    yield "| network | parameters | " + " | ".join(tools) + " |"
+    yield "|---" * (2 + len(tools)) + "|"
+    for network, share in itertools.product(base, SHARES):
+        own = [row for row in rows if row.network == network and row.share == share and row.tuned is not None]
+        cells = []
+        for names in tools.values():
+            found = [100 * row.tuned for row in own if row.tool in names and row.tuned is not None]
+            cells.append(f"{min(found):.2f} to {max(found):.2f}" if found else "")
+        yield f"| {network} | {share:.0%} | " + " | ".join(cells) + " |"
 
 
 def _cell(row: Row | None) -> str:
