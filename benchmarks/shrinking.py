@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +55,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one case; accuracies in [0, 1], `tuned` after one epoch, None where that was not asked for."""
+    """What came of one case; accuracies in [0, 1], `tuned` after one epoch, None where that was not asked for.
+
+    `loss` is the cross entropy before that epoch, `precision` what the epoch was computed in.
+    """
 
     network: str
     share: float
@@ -66,6 +69,8 @@ class Row:
     accuracy: float
     tuned: float | None
     seconds: float
+    loss: float | None = None
+    precision: str = "float32"
 
     def of(self, network: str, case: Case, share: float) -> bool:
         """Tell whether this is what came of a case."""
@@ -122,21 +127,23 @@ def uniform(graph: fxwidth.WidthGraph, budget: int) -> fxwidth.Plan:
     return best
 
 
-def measure(network: str, case: Case, share: float, model: nn.Module, data: tuple[Images, Images], tune: bool) -> Row:
-    """Shrink a model and measure what is left of it."""
+def measure(
+    network: str, case: Case, share: float, model: nn.Module, data: tuple[Images, Images], tune: str | None
+) -> Row:
+    """Shrink a model and measure what is left of it; `tune` is the precision of its epoch of fine-tuning, if any."""
     train, test = data
     started = time.perf_counter()
     result = shrunk(model, case, share, train)
     seconds = time.perf_counter() - started
     params = parameter_count(result)
     assert params <= share * parameter_count(model), f"{case} keeps {params} parameters of {network}"
-    _, accuracy = loss_and_accuracy(result.eval(), test)
-    tuned = None
-    if tune:
-        torch.manual_seed(0)
-        train_epochs(result, train, epochs=1, rate=1e-3)
-        _, tuned = loss_and_accuracy(result.eval(), test)
-    return Row(network, share, case.tool, case.method, case.images, params, accuracy, tuned, seconds)
+    loss, accuracy = loss_and_accuracy(result.eval(), test)
+    row = Row(network, share, case.tool, case.method, case.images, params, accuracy, None, seconds, loss)
+    if tune is None:
+        return row
+    torch.manual_seed(0)
+    train_epochs(result, train, epochs=1, rate=1e-3, mixed=tune == "bfloat16")
+    return replace(row, tuned=loss_and_accuracy(result.eval(), test)[1], precision=tune)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -178,7 +185,9 @@ def render(rows: list[Row], base: dict[str, float], machine: str) -> str:
     """Return the results as markdown."""
     lines = ["# Shrinking trained networks at once", "", f"- {machine}"]
     lines += [f"- {name}: {100 * accuracy:.2f} % before" for name, accuracy in base.items()]
-    lines += ["- test accuracy in %, before and after one epoch of fine-tuning", ""]
+    mixed = [name for name in base if any(row.precision == "bfloat16" for row in rows if row.network == name)]
+    note = f" ({', '.join(mixed)} in bfloat16)" if mixed else ""
+    lines += [f"- test accuracy in %, before and after one epoch of fine-tuning{note}", ""]
     for network in base:
         lines += [f"## {network}", "", "| tool | method | images | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |"]
         lines += ["|---" * (3 + len(SHARES)) + "|"]
@@ -262,7 +271,7 @@ def main() -> None:
             known = [row for row in rows if row.of(network, case, share)]
             if options.resume and any(row.tuned is not None or not tune for row in known):
                 continue
-            row = measure(network, case, share, model, data, tune)
+            row = measure(network, case, share, model, data, options.precision if tune else None)
             rows = [*(one for one in rows if one not in known), row]
             print(row, flush=True)
             _write(options.results, rows, base, f"{_machine()}, {options.threads} threads")
@@ -300,6 +309,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"), help="where trained networks are kept")
     parser.add_argument("--tune", choices=("none", "some", "all"), default="none", help="which rows are fine-tuned")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of fine-tuning")
     parser.add_argument("--tools", default="*", help="pattern of the tools to run; of others the last rows stay")
     parser.add_argument("--without", default="", help='pattern of method and images to leave out: "Hessian 1024"')
     parser.add_argument("--resume", action="store_true", help="leave out what the last results have already")

@@ -130,15 +130,27 @@ def trained(name: str, train: Images, folder: Path, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def train_epochs(model: nn.Module, train: Images, epochs: int, rate: float) -> None:
-    """Train a model in place, over one cycle of the learning rate with its peak at `rate`."""
+def train_epochs(model: nn.Module, train: Images, epochs: int, rate: float, *, mixed: bool = False) -> None:
+    """Train a model in place, over one cycle of the learning rate with its peak at `rate`.
+
+    Args:
+        model: the model; its parameters stay in float32.
+        train: what it is trained on.
+        epochs: how often it sees them.
+        rate: the learning rate at its peak.
+        mixed: whether convolutions and matrix products are computed in bfloat16.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     batches = len(train.images) // _BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
     model.train()
+    # The layout in which bfloat16 convolutions are quickest.
+    layout = torch.channels_last if mixed else torch.contiguous_format
     for _ in range(epochs):
         for index in torch.randperm(len(train.images))[: batches * _BATCH].view(batches, _BATCH):
-            loss = F.cross_entropy(model(train.images[index]), train.labels[index])
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                logits = model(train.images[index].contiguous(memory_format=layout))
+            loss = F.cross_entropy(logits.float(), train.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""The inputs that evidence is taken from: batches of any form fitted to a graph's placeholders, and noise."""
+"""The inputs that evidence is taken from: batches of any form, fitted to a graph's placeholders."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.input_shapes import VALUES
-from fxwidth.probes import Measure, Probe
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild
-from fxwidth.tape import OpCall
-
-# How many rows a covariance of n channels should come from: enough of them, and several times n.
-_ROWS, _ROWS_PER_CHANNEL = 1024, 4
-_LARGEST_ACTIVATION = 2**25
-# How often an example whose integers must stay is run.
-_MOST_EXAMPLES = 64
-# From this size on the last two dims of an input with four or more are taken for those of an image.
-_SMALLEST_IMAGE = 4
 
 
 def placeholder_names(analysis: Analysis) -> list[str]:
@@ -195,119 +183,3 @@ def _of_kind(tensor: Tensor, example: Tensor, place: str) -> Tensor:
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise FxwidthError(f"{place} holds NaN or infinite values; leave such samples out.")
     return tensor.detach().to(example.device, example.dtype)
-
-
-def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[list[Any]]:
-    """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
-
-    Images are smooth as natural ones are; all other inputs are white. A graph that looks at values is given the
-    integers of the example that it was traced with, such as the lengths of sequences.
-    """
-    leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
-    known = _counts(analysis) or [None] * len(leaves)
-    has_counts = any(count is not None for count in known)
-    recorded = next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
-    samples = _samples_wanted(probes, recorded)
-    products = (sum(map(_products, analysis.calls)) + sum(map(_products_of_moment, probes))) / recorded
-    samples = int(max(16, min(samples, work / max(1.0, products))))
-    largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
-    guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
-    is_free = analysis.batch and not guarded and not has_counts
-    size = min(samples, max(16, _LARGEST_ACTIVATION // max(1, largest))) if is_free else recorded
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def noise(example: Tensor, count: Tensor | None) -> Tensor:
-        if count is not None:
-            return count.to(example.device)
-        generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
-        return _noise(analysis, example, size if is_free else None, generator)
-
-    runs = -(-samples // size)
-    for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
-        yield list(rebuild(structure, list(map(noise, leaves, known))))
-
-
-def _counts(analysis: Analysis) -> list[Tensor | None]:
-    """Return the integers among the inputs that a graph which looks at values was traced with, None for the others."""
-    known: list[Tensor | None] = analysis.module.meta.get(VALUES, (None, None, []))[2]
-    return known if analysis.record is not None else []
-
-
-def _samples_wanted(probes: Sequence[Probe], recorded: int) -> int:
-    wanted = 16
-    for probe in probes:
-        tensor = probe.call.arguments[probe.argument]
-        if probe.measure == Measure.MOMENT:
-            channels = tensor.shape[probe.dims[0]] // probe.minor
-            rows = max(1, probe.places * tensor.numel() // channels // recorded)
-            wanted = max(wanted, -(-max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
-    return wanted
-
-
-def _products(call: OpCall) -> int:
-    """Return how many multiplications an op's contractions take."""
-    total = 0
-    for contraction in call.contractions:
-        weight = contraction.right
-        per_output = weight.numel() // max(1, weight.shape[0]) if call.name.endswith("convolution") else 0
-        per_output = per_output or contraction.left.shape[contraction.left_dims[0]]
-        total += call.outputs[0].numel() * per_output
-    return total
-
-
-def _products_of_moment(probe: Probe) -> int:
-    """Return how many multiplications a second moment takes."""
-    tensor = probe.call.arguments[probe.argument]
-    channels = tensor.shape[probe.dims[0]] // probe.minor
-    return tensor.numel() * channels if probe.measure == Measure.MOMENT else 0
-
-
-def _noise(analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
-    shape = list(example.shape)
-    if batch is not None and shape and any(f.is_batch for f in analysis.space.factors(analysis.axes_of(example)[0])):
-        shape[0] = batch
-    device = example.device
-    if example.is_floating_point() or example.is_complex():
-        noise = torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
-        return _smooth(noise) if _is_image(example) else noise
-    high = _vocabulary(analysis, example)
-    if high is None:
-        # A mask or a type: whatever it selects, one is within its range.
-        return torch.ones(shape, dtype=example.dtype, device=device)
-    return torch.randint(high, shape, generator=generator, device=device, dtype=example.dtype)
-
-
-def _is_image(example: Tensor) -> bool:
-    return example.is_floating_point() and example.dim() >= 4 and min(example.shape[-2:]) >= _SMALLEST_IMAGE
-
-
-def _smooth(noise: Tensor) -> Tensor:
-    """Return noise with amplitudes in inverse proportion to the frequency in its last two dims, of variance one.
-
-    Source: D. J. Field, Relations between the Statistics of Natural Images and the Response Properties of Cortical
-        Cells (1987): so are those of images.
-    """
-    height, width = noise.shape[-2:]
-    wide = noise if noise.dtype == torch.float64 else noise.float()
-    rows = torch.fft.fftfreq(height, dtype=wide.dtype, device=wide.device)
-    columns = torch.fft.rfftfreq(width, dtype=wide.dtype, device=wide.device)
-    frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(1 / max(height, width))
-    smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(wide) / frequency, s=(height, width))
-    smooth /= smooth.std()
-    return smooth.to(noise.dtype)
-
-
-def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:
-    """Return the size of the smallest table that an integer input, or integers made from it, index."""
-    derived = {id(example)}
-    sizes = []
-    for call in analysis.calls:
-        if not any(id(tensor) in derived for tensor in call.inputs):
-            continue
-        if call.name == "embedding" and id(call.arguments["indices"]) in derived:
-            sizes.append(call.arguments["weight"].shape[0])
-        elif call.name == "index":
-            pairs = zip(call.arguments["self"].shape, call.arguments["indices"], strict=False)
-            sizes += [size for size, index in pairs if index is not None and id(index) in derived]
-        derived |= {id(out) for out in call.outputs if not out.is_floating_point() and out.dtype != torch.bool}
-    return min(sizes, default=None)

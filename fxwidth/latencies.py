@@ -17,12 +17,12 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxwidth.analysis import Analysis
-from fxwidth.calibration import noise_batches
 from fxwidth.costs import call_flops
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Factor
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps
+from fxwidth.noise import noise_batches
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.replays import ResizedReplay
 from fxwidth.tape import OpCall, evaluating, tensors_in, unbind

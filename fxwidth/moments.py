@@ -12,10 +12,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.analysis import Analysis
-from fxwidth.calibration import Gathered, batches_from, noise_batches
+from fxwidth.calibration import Gathered, batches_from
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
 from fxwidth.linear_groups import linear_norms
+from fxwidth.noise import noise_batches
 from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
 from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader

@@ -10,9 +10,10 @@ from nets import build, images, tokens, trained_like, width_graph
 from torch import Tensor, nn
 
 import fxwidth
-from fxwidth.calibration import Gathered, noise_batches
+from fxwidth.calibration import Gathered
 from fxwidth.evidence import gather_evidence
 from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
+from fxwidth.noise import noise_batches
 from fxwidth.probes import find_probes
 from fxwidth.shrinkage import shrunk
 
@@ -97,20 +98,40 @@ class TestNoise:
     """Noise is like what networks are given."""
 
     @staticmethod
-    def _noise(x: Tensor, model: nn.Module) -> Tensor:
+    def _batches(x: Tensor, model: nn.Module, work: float = 1e8) -> list[Tensor]:
         graph = width_graph(model, x)
-        batches = list(noise_batches(graph.analysis, find_probes(graph), 0, 1e8))
-        return torch.cat([values[0] for values in batches])
+        return [values[0] for values in noise_batches(graph.analysis, find_probes(graph), 0, work)]
+
+    def _noise(self, x: Tensor, model: nn.Module) -> Tensor:
+        return torch.cat(self._batches(x, model))
+
+    @staticmethod
+    def _neighbours(noise: Tensor) -> float:
+        return float((noise[..., 1:] * noise[..., :-1]).mean())
 
     def test_images_are_smooth(self) -> None:
         noise = self._noise(
             images(4, size=16), nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
         )
         assert float(noise.var()) == pytest.approx(1, rel=0.1)
-        neighbours = float((noise[..., 1:] * noise[..., :-1]).mean())
-        assert 0.5 < neighbours < 0.98
+        assert 0.5 < self._neighbours(noise) < 0.98
         power = torch.fft.rfft2(noise).abs().square().mean((0, 1))
         assert float(power[0, 1] / power[0, 4]) == pytest.approx(16, rel=0.3)
+
+    @pytest.mark.parametrize("work", [1.0, 1e9])
+    def test_images_whose_places_have_weights_are_smooth_and_white_in_turn(self, work: float) -> None:
+        model = nn.Sequential(nn.Hardtanh(), nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+        batches = self._batches(images(4, size=16), model, work)
+        assert len(batches) % 2 == 0
+        for smooth, white in zip(batches[::2], batches[1::2], strict=True):
+            assert len(smooth) == len(white) >= 16
+            assert self._neighbours(smooth) > 0.5
+            assert abs(self._neighbours(white)) < 0.1
+
+    def test_what_a_convolution_has_seen_has_no_places(self) -> None:
+        layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 256, 3)]
+        batches = self._batches(images(4, size=16), nn.Sequential(*layers).double())
+        assert all(self._neighbours(noise) > 0.5 for noise in batches)
 
     def test_everything_else_is_white(self) -> None:
         noise = self._noise(tokens(4)[:, 0], mlp())

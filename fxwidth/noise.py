@@ -1,0 +1,163 @@
+"""Noise to send through a network in the place of inputs: enough of it, and like what networks are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxwidth.analysis import Analysis
+from fxwidth.input_shapes import VALUES
+from fxwidth.probes import Measure, Probe
+from fxwidth.structures import deep_tensors, flatten, rebuild
+from fxwidth.tape import OpCall
+
+# How many rows a covariance of n channels should come from: enough of them, and several times n.
+_ROWS, _ROWS_PER_CHANNEL = 1024, 4
+_LARGEST_ACTIVATION = 2**25
+# How often an example whose integers must stay is run.
+_MOST_EXAMPLES = 64
+# From this size on the last two dims of an input with four or more are taken for those of an image.
+_SMALLEST_IMAGE = 4
+
+
+def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[list[Any]]:
+    """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
+
+    Images are smooth as natural ones are; all other inputs are white. Where weights belong to places of an image, as in
+    a dense layer on all of it, every other batch is white too: patches of images are alike, whole images are not, and
+    what serves both kinds of noise is likely to serve them. A graph that looks at values is given the integers of the
+    example that it was traced with, such as the lengths of sequences.
+    """
+    leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
+    known = _counts(analysis) or [None] * len(leaves)
+    has_counts = any(count is not None for count in known)
+    recorded = next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
+    samples = _samples_wanted(probes, recorded)
+    products = (sum(map(_products, analysis.calls)) + sum(map(_products_of_moment, probes))) / recorded
+    samples = int(max(16, min(samples, work / max(1.0, products))))
+    largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
+    guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    is_free = analysis.batch and not guarded and not has_counts
+    smooth = [_is_image(example) for example in leaves]
+    placed = [is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)]
+    kinds = 2 if any(placed) else 1
+    size = max(16, min(-(-samples // kinds), _LARGEST_ACTIVATION // max(1, largest))) if is_free else recorded
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def noise(example: Tensor, count: Tensor | None, is_smooth: bool) -> Tensor:
+        if count is not None:
+            return count.to(example.device)
+        generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
+        return _noise(analysis, example, size if is_free else None, generator, is_smooth)
+
+    runs = kinds * -(-samples // (kinds * size))
+    for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
+        yield list(rebuild(structure, list(map(noise, leaves, known, smooth))))
+        smooth = [now ^ swaps for now, swaps in zip(smooth, placed, strict=True)]
+
+
+def _counts(analysis: Analysis) -> list[Tensor | None]:
+    """Return the integers among the inputs that a graph which looks at values was traced with, None for the others."""
+    known: list[Tensor | None] = analysis.module.meta.get(VALUES, (None, None, []))[2]
+    return known if analysis.record is not None else []
+
+
+def _samples_wanted(probes: Sequence[Probe], recorded: int) -> int:
+    wanted = 16
+    for probe in probes:
+        tensor = probe.call.arguments[probe.argument]
+        if probe.measure == Measure.MOMENT:
+            channels = tensor.shape[probe.dims[0]] // probe.minor
+            rows = max(1, probe.places * tensor.numel() // channels // recorded)
+            wanted = max(wanted, -(-max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
+    return wanted
+
+
+def _products(call: OpCall) -> int:
+    """Return how many multiplications an op's contractions take."""
+    total = 0
+    for contraction in call.contractions:
+        weight = contraction.right
+        per_output = weight.numel() // max(1, weight.shape[0]) if call.name.endswith("convolution") else 0
+        per_output = per_output or contraction.left.shape[contraction.left_dims[0]]
+        total += call.outputs[0].numel() * per_output
+    return total
+
+
+def _products_of_moment(probe: Probe) -> int:
+    """Return how many multiplications a second moment takes."""
+    tensor = probe.call.arguments[probe.argument]
+    channels = tensor.shape[probe.dims[0]] // probe.minor
+    return tensor.numel() * channels if probe.measure == Measure.MOMENT else 0
+
+
+def _noise(
+    analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator, is_smooth: bool
+) -> Tensor:
+    shape = list(example.shape)
+    if batch is not None and shape and any(f.is_batch for f in analysis.space.factors(analysis.axes_of(example)[0])):
+        shape[0] = batch
+    device = example.device
+    if example.is_floating_point() or example.is_complex():
+        noise = torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
+        return _smooth(noise) if is_smooth else noise
+    high = _vocabulary(analysis, example)
+    if high is None:
+        # A mask or a type: whatever it selects, one is within its range.
+        return torch.ones(shape, dtype=example.dtype, device=device)
+    return torch.randint(high, shape, generator=generator, device=device, dtype=example.dtype)
+
+
+def _is_image(example: Tensor) -> bool:
+    return example.is_floating_point() and example.dim() >= 4 and min(example.shape[-2:]) >= _SMALLEST_IMAGE
+
+
+def _has_places(analysis: Analysis, example: Tensor) -> bool:
+    """Tell whether something sums over all places of an image at once, each with a weight of its own."""
+    derived, places = {id(example)}, prod(example.shape[-2:])
+    for call in analysis.calls:
+        if not any(id(tensor) in derived for tensor in call.inputs):
+            continue
+        for contraction in call.contractions:
+            summed = prod(contraction.left.shape[dim] for dim in contraction.left_dims)
+            if id(contraction.left) in derived and summed % places == 0:
+                return True
+        if not call.contractions:
+            derived |= {id(out) for out in call.outputs}
+    return False
+
+
+def _smooth(noise: Tensor) -> Tensor:
+    """Return noise with amplitudes in inverse proportion to the frequency in its last two dims, of variance one.
+
+    Source: D. J. Field, Relations between the Statistics of Natural Images and the Response Properties of Cortical
+        Cells (1987): so are those of images.
+    """
+    height, width = noise.shape[-2:]
+    wide = noise if noise.dtype == torch.float64 else noise.float()
+    rows = torch.fft.fftfreq(height, dtype=wide.dtype, device=wide.device)
+    columns = torch.fft.rfftfreq(width, dtype=wide.dtype, device=wide.device)
+    frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(1 / max(height, width))
+    smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(wide) / frequency, s=(height, width))
+    smooth /= smooth.std()
+    return smooth.to(noise.dtype)
+
+
+def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:
+    """Return the size of the smallest table that an integer input, or integers made from it, index."""
+    derived = {id(example)}
+    sizes = []
+    for call in analysis.calls:
+        if not any(id(tensor) in derived for tensor in call.inputs):
+            continue
+        if call.name == "embedding" and id(call.arguments["indices"]) in derived:
+            sizes.append(call.arguments["weight"].shape[0])
+        elif call.name == "index":
+            pairs = zip(call.arguments["self"].shape, call.arguments["indices"], strict=False)
+            sizes += [size for size, index in pairs if index is not None and id(index) in derived]
+        derived |= {id(out) for out in call.outputs if not out.is_floating_point() and out.dtype != torch.bool}
+    return min(sizes, default=None)
