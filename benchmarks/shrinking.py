@@ -167,8 +167,12 @@ def _verdicts_at(place: str, rows: list[Row], share: float, before: float) -> It
     for count in COUNTS:
         peer = best(count, PEER, PEER_AGAIN)
         yield _verdict(f"{place}, {count} images, against {PEER} with the same", best(count, OURS), peer)
+    losses = {(row.tool, row.images): row.loss for row in rows}
     for count in (0, *COUNTS) if share < max(SHARES) else ():
-        yield _verdict(f"{place}, {count} images, against uniform widths", best(count, OURS), best(count, UNIFORM))
+        verdict = _verdict(f"{place}, {count} images, against uniform widths", best(count, OURS), best(count, UNIFORM))
+        ours, other = losses.get((OURS, count)), losses.get((UNIFORM, count))
+        note = "" if ours is None or other is None else f" (loss {ours:.4f} / {other:.4f})"
+        yield verdict + note
     if share == 0.5:
         yield _verdict(f"{place}, 128 images, against 95 % of what was", best(128, OURS), 0.95 * before)
 
