@@ -70,10 +70,8 @@ def render(rows: dict[tuple[float, int], list[dict[str, Figures]]], seeds: int) 
     """Return the results as markdown."""
     lines = ["# Splits of a budget on the batch-norm MLP", ""]
     lines += [f"torch {version('torch')}, 1 thread; means over {seeds} seeds; loss, and accuracy in %. Splits are"]
-    lines += [
-        "named by the first and the last group's multiple of its uniform width. What planning gains is the loss of"
-    ]
-    lines += ["uniform widths less that of planned ones on the same network, with its standard error.", ""]
+    lines += ["named by the first and the last group's multiple of its uniform width. The gain is the loss of uniform"]
+    lines += ["widths less that of planned ones on the same network, with its standard error.", ""]
     titles = (
         "share",
         "images",
