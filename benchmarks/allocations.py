@@ -72,15 +72,7 @@ def render(rows: dict[tuple[float, int], list[dict[str, Figures]]], seeds: int) 
     lines += [f"torch {version('torch')}, 1 thread; means over {seeds} seeds; loss, and accuracy in %. Splits are"]
     lines += ["named by the first and the last group's multiple of its uniform width. The gain is the loss of uniform"]
     lines += ["widths less that of planned ones on the same network, with its standard error.", ""]
-    titles = (
-        "share",
-        "images",
-        "uniform",
-        "planned",
-        "gain of planned",
-        "split of least loss",
-        "split of best accuracy",
-    )
+    titles = ("share", "images", "uniform", "planned", "gain", "split of least loss", "split of best accuracy")
     lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for (share, images), runs in rows.items():
         keys = set.intersection(*map(set, runs))
