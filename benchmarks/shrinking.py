@@ -142,7 +142,7 @@ def measure(
     if tune is None:
         return row
     torch.manual_seed(0)
-    train_epochs(result, train, epochs=1, rate=1e-3, mixed=tune == "bfloat16")
+    train_epochs(result, train, epochs=1, rate=1e-3, tunes=True, mixed=tune == "bfloat16")
     return replace(row, tuned=loss_and_accuracy(result.eval(), test)[1], precision=tune)
 
 

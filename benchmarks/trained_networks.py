@@ -130,7 +130,9 @@ def trained(name: str, train: Images, folder: Path, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def train_epochs(model: nn.Module, train: Images, epochs: int, rate: float, *, mixed: bool = False) -> None:
+def train_epochs(
+    model: nn.Module, train: Images, epochs: int, rate: float, *, tunes: bool = False, mixed: bool = False
+) -> None:
     """Train a model in place, over one cycle of the learning rate with its peak at `rate`.
 
     Args:
@@ -138,6 +140,8 @@ def train_epochs(model: nn.Module, train: Images, epochs: int, rate: float, *, m
         train: what it is trained on.
         epochs: how often it sees them.
         rate: the learning rate at its peak.
+        tunes: whether it is trained already: gradients longer than one are cut to that, since one large step, as a
+            network without norms may take, would undo it.
         mixed: whether convolutions and matrix products are computed in bfloat16.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
@@ -153,6 +157,8 @@ def train_epochs(model: nn.Module, train: Images, epochs: int, rate: float, *, m
             loss = F.cross_entropy(logits.float(), train.labels[index])
             optimizer.zero_grad()
             loss.backward()
+            if tunes:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
 
