@@ -128,9 +128,11 @@ class TestNoise:
             assert self._neighbours(smooth) > 0.5
             assert abs(self._neighbours(white)) < 0.1
 
-    def test_what_a_convolution_has_seen_has_no_places(self) -> None:
-        layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 256, 3)]
-        batches = self._batches(images(4, size=16), nn.Sequential(*layers).double())
+    @pytest.mark.parametrize("channels", [1, 256])
+    def test_what_a_convolution_has_seen_has_no_places(self, channels: int) -> None:
+        layers = [nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 256, 3)]
+        x = images(4, size=16).expand(4, channels, 16, 16)
+        batches = self._batches(x, nn.Sequential(*layers).double())
         assert all(self._neighbours(noise) > 0.5 for noise in batches)
 
     def test_everything_else_is_white(self) -> None:
