@@ -57,7 +57,8 @@ class Case:
 class Row:
     """What came of one case; accuracies in [0, 1], `tuned` after one epoch, None where that was not asked for.
 
-    `loss` is the cross entropy before that epoch, `precision` what the epoch was computed in.
+    `loss` is the cross entropy before that epoch, `precision` what the epoch was computed in, `cut` whether gradients
+    were cut to length one in it.
     """
 
     network: str
@@ -71,6 +72,7 @@ class Row:
     seconds: float
     loss: float | None = None
     precision: str = "float32"
+    cut: bool = False
 
     def of(self, network: str, case: Case, share: float) -> bool:
         """Tell whether this is what came of a case."""
@@ -143,10 +145,16 @@ def measure(
         return row
     torch.manual_seed(0)
     train_epochs(result, train, epochs=1, rate=1e-3, tunes=True, mixed=tune == "bfloat16")
-    return replace(row, tuned=loss_and_accuracy(result.eval(), test)[1], precision=tune)
+    return replace(row, tuned=loss_and_accuracy(result.eval(), test)[1], precision=tune, cut=True)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
+
+# What is said of the fine-tuning of a network's rows, and of which rows it is true.
+_FORMS: dict[str, Callable[[Row], bool]] = {
+    "in bfloat16": lambda row: row.precision == "bfloat16",
+    "with gradients cut to length one": lambda row: row.cut,
+}
 
 
 def verdicts(rows: list[Row], base: dict[str, float]) -> list[str]:
@@ -189,9 +197,11 @@ def render(rows: list[Row], base: dict[str, float], machine: str) -> str:
     """Return the results as markdown."""
     lines = ["# Shrinking trained networks at once", "", f"- {machine}"]
     lines += [f"- {name}: {100 * accuracy:.2f} % before" for name, accuracy in base.items()]
-    mixed = [name for name in base if any(row.precision == "bfloat16" for row in rows if row.network == name)]
-    note = f" ({', '.join(mixed)} in bfloat16)" if mixed else ""
-    lines += [f"- test accuracy in %, before and after one epoch of fine-tuning{note}", ""]
+    lines += ["- test accuracy in %, before and after one epoch of fine-tuning"]
+    for what, belongs in _FORMS.items():
+        named = [name for name in base if any(belongs(row) for row in rows if row.network == name)]
+        lines += [f"- fine-tuned {what}: {', '.join(named)}"] if named else []
+    lines += ["- planned against uniform widths on the MLP over 8 networks: allocations.md", ""]
     for network in base:
         lines += [f"## {network}", "", "| tool | method | images | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |"]
         lines += ["|---" * (3 + len(SHARES)) + "|"]
