@@ -294,9 +294,9 @@ row(_FLASH, 5, 0, _QKV, by_value=False, scale=0.3)
 row("_scaled_dot_product_efficient_attention", 6, 0, lambda s: [*_QKV(s), None, False], by_value=False, scale=0.3)
 row("_scaled_dot_product_cudnn_attention", 6, 0, lambda s: [*_QKV(s), None, False], by_value=False, scale=0.3)
 
-# -- recurrent cells; torch 2.11 does not tell what some of them give, and analysis cannot begin --
+# -- recurrent cells; torch up to 2.14 does not tell what some of them give, and analysis cannot begin --
 _LSTM_CELL, _GRU_CELL = "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"
-TOLD_BY_LATER_TORCH = {_GRU_CELL} if torch.__version__ < TorchVersion("2.12") else set()
+TOLD_BY_LATER_TORCH = {_GRU_CELL} if torch.__version__ < TorchVersion("2.15") else set()
 row(
     _LSTM_CELL,
     2,
