@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ _WEIGHINGS, _SHARPNESS = 12, 4.0
 _ROUNDING = 1e-9
 # How many exchanges of a step of one group against steps of others are tried at most.
 _TRIES = 200
+# Up to so many combinations of widths all are looked at.
+_COMBINATIONS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,7 @@ def allocate(choices: Sequence[Choice], bounds: Bounds) -> Widths:
     the budget then goes, step by step, to the group that gains most by it, and steps are exchanged between groups.
     Several costs are added up, each relative to its bound, with weights that go to those that bind. Where one step of a
     group is a large part of a bound no price may lead to the best widths: there the neighbouring widths are tried, all
-    others made anew.
+    others made anew. Where there are few combinations, all of them are looked at instead.
 
     Args:
         choices: what each group may take.
@@ -58,6 +61,8 @@ def allocate(choices: Sequence[Choice], bounds: Bounds) -> Widths:
         (1963).
     """
     problem = _Problem([(cost, max(1e-300, float(limit))) for cost, limit in bounds])
+    if prod(len(choice.widths) for choice in choices) <= _COMBINATIONS:
+        return _best_of_all(choices, problem)
     best = _weighed(choices, problem)
     for _ in range(_EXCHANGES):
         steps = _coarse_steps(choices, problem, best)
@@ -67,6 +72,19 @@ def allocate(choices: Sequence[Choice], bounds: Bounds) -> Widths:
             break
         best = rival
     return _exchanged(choices, problem, best)
+
+
+def _best_of_all(choices: Sequence[Choice], problem: _Problem) -> Widths:
+    """Return the first of all combinations of widths that has the least error within the bounds."""
+    grids = np.meshgrid(*(choice.widths for choice in choices), indexing="ij", sparse=True)
+    widths = {choice.factor: grid for choice, grid in zip(choices, grids, strict=True)}
+    errors = np.zeros([len(choice.widths) for choice in choices])
+    for own in np.meshgrid(*(choice.errors for choice in choices), indexing="ij", sparse=True):
+        errors += own
+    for cost, limit in problem.bounds:
+        errors[np.broadcast_to(cost.on_grid(widths) > limit, errors.shape)] = np.inf
+    places = np.unravel_index(int(errors.argmin()), errors.shape)
+    return {choice.factor: int(choice.widths[place]) for choice, place in zip(choices, places, strict=True)}
 
 
 def _exchanged(choices: Sequence[Choice], problem: _Problem, best: Widths) -> Widths:

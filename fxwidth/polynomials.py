@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 from fxwidth.factors import Axis, Factor, FactorSpace, Term
 
 Monomial = tuple[Factor, ...]
@@ -37,6 +40,16 @@ class Polynomial:
     def __call__(self, widths: Mapping[Factor, int]) -> float:
         """Return the value at some widths; factors that are not named have their present size."""
         return sum(coefficient * _product(monomial, widths) for monomial, coefficient in self.terms.items())
+
+    def on_grid(self, widths: Mapping[Factor, npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+        """Return the values at many widths at once: the arrays are broadcast against each other."""
+        total = np.zeros(np.broadcast_shapes(*(grid.shape for grid in widths.values())))
+        for monomial, coefficient in self.terms.items():
+            product: npt.NDArray[np.float64] = np.array(float(coefficient))
+            for factor in monomial:
+                product = product * widths.get(factor, np.array(factor.size))
+            total += product
+        return total
 
     def along(self, factor: Factor, widths: Mapping[Factor, int]) -> list[float]:
         """Return the coefficients, by degree, of the part that one factor's width changes, the others given."""

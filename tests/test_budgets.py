@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from nets import NETS, build, conv, images, trained_like, width_graph
 from torch import nn
@@ -88,6 +88,8 @@ class TestPlans:
             assert not gains or cost(graph, kind, wider) > target
 
     @given(NAMES, st.tuples(*[st.floats(0.2, 1.0)] * 3))
+    # Under flops alone, exchanges of single steps did not find what is within all three bounds.
+    @example("grouped", (1.0, 0.59375, 0.5))
     @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     def test_all_at_once(self, name: str, shares: tuple[float, ...]) -> None:
         graph = GRAPHS[name]
@@ -237,7 +239,11 @@ class TestSameWidth:
         assert str(error.value).startswith(text)
 
 
-def test_allocation_under_two_bounds_against_all_combinations() -> None:
+@pytest.mark.parametrize("combinations", [0, 2**16])
+def test_allocation_under_two_bounds_against_all_combinations(
+    combinations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxwidth.allocation._COMBINATIONS", combinations)
     rng = np.random.default_rng(0)
     near = []
     for _ in range(30):
@@ -255,7 +261,7 @@ def test_allocation_under_two_bounds_against_all_combinations() -> None:
         fitting = [widths for widths in grids if all(cost(widths) <= bound for cost, bound in bounds)]
         best = min(sum(choice.error(widths[choice.factor]) for choice in choices) for widths in fitting)
         near.append(sum(choice.error(found[choice.factor]) for choice in choices) / best)
-    assert max(near) < 1.5
+    assert max(near) < (1.5 if combinations == 0 else 1 + 1e-9)
     assert np.mean(near) < 1.05
 
 
