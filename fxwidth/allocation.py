@@ -76,13 +76,11 @@ def allocate(choices: Sequence[Choice], bounds: Bounds) -> Widths:
 
 def _best_of_all(choices: Sequence[Choice], problem: _Problem) -> Widths:
     """Return the first of all combinations of widths that has the least error within the bounds."""
-    grids = np.meshgrid(*(choice.widths for choice in choices), indexing="ij", sparse=True)
+    grids = np.ix_(*(choice.widths.astype(np.float64) for choice in choices))
     widths = {choice.factor: grid for choice, grid in zip(choices, grids, strict=True)}
-    errors = np.zeros([len(choice.widths) for choice in choices])
-    for own in np.meshgrid(*(choice.errors for choice in choices), indexing="ij", sparse=True):
-        errors += own
+    errors = np.asarray(sum(np.ix_(*(choice.errors for choice in choices)), np.zeros(())))
     for cost, limit in problem.bounds:
-        errors[np.broadcast_to(cost.on_grid(widths) > limit, errors.shape)] = np.inf
+        errors = np.where(cost(widths) > limit, np.inf, errors)
     places = np.unravel_index(int(errors.argmin()), errors.shape)
     return {choice.factor: int(choice.widths[place]) for choice, place in zip(choices, places, strict=True)}
 

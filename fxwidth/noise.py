@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -118,17 +118,24 @@ def _is_image(example: Tensor) -> bool:
 
 def _has_places(analysis: Analysis, example: Tensor) -> bool:
     """Tell whether something sums over all places of an image at once, each with a weight of its own."""
-    derived, places = {id(example)}, prod(example.shape[-2:])
-    for call in analysis.calls:
-        if not any(id(tensor) in derived for tensor in call.inputs):
-            continue
+    places = prod(example.shape[-2:])
+    for call, derived in _followed(analysis, example, lambda call: [] if call.contractions else call.outputs):
         for contraction in call.contractions:
             summed = prod(contraction.left.shape[dim] for dim in contraction.left_dims)
             if id(contraction.left) in derived and summed % places == 0 and not call.name.endswith("convolution"):
                 return True
-        if not call.contractions:
-            derived |= {id(out) for out in call.outputs}
     return False
+
+
+def _followed(
+    analysis: Analysis, example: Tensor, passes_on: Callable[[OpCall], Iterable[Tensor]]
+) -> Iterator[tuple[OpCall, set[int]]]:
+    """Yield the ops that take an input, or what they pass on of it, and the ids of all such tensors before each."""
+    derived = {id(example)}
+    for call in analysis.calls:
+        if any(id(tensor) in derived for tensor in call.inputs):
+            yield call, derived
+            derived |= {id(tensor) for tensor in passes_on(call)}
 
 
 def _smooth(noise: Tensor) -> Tensor:
@@ -149,15 +156,15 @@ def _smooth(noise: Tensor) -> Tensor:
 
 def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:
     """Return the size of the smallest table that an integer input, or integers made from it, index."""
-    derived = {id(example)}
+
+    def integers(call: OpCall) -> list[Tensor]:
+        return [out for out in call.outputs if not out.is_floating_point() and out.dtype != torch.bool]
+
     sizes = []
-    for call in analysis.calls:
-        if not any(id(tensor) in derived for tensor in call.inputs):
-            continue
+    for call, derived in _followed(analysis, example, integers):
         if call.name == "embedding" and id(call.arguments["indices"]) in derived:
             sizes.append(call.arguments["weight"].shape[0])
         elif call.name == "index":
             pairs = zip(call.arguments["self"].shape, call.arguments["indices"], strict=False)
             sizes += [size for size, index in pairs if index is not None and id(index) in derived]
-        derived |= {id(out) for out in call.outputs if not out.is_floating_point() and out.dtype != torch.bool}
     return min(sizes, default=None)

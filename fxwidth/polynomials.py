@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from fxwidth.factors import Axis, Factor, FactorSpace, Term
 
 Monomial = tuple[Factor, ...]
+Grid = npt.NDArray[np.float64]
 
 
 class Polynomial:
@@ -37,19 +39,16 @@ class Polynomial:
                 total[monomial] = total.get(monomial, 0) + scale * coefficient
         return cls(total)
 
-    def __call__(self, widths: Mapping[Factor, int]) -> float:
-        """Return the value at some widths; factors that are not named have their present size."""
-        return sum(coefficient * _product(monomial, widths) for monomial, coefficient in self.terms.items())
+    @overload
+    def __call__(self, widths: Mapping[Factor, int]) -> float: ...
+    @overload
+    def __call__(self, widths: Mapping[Factor, Grid]) -> Grid: ...
+    def __call__(self, widths: Mapping[Factor, Any]) -> Any:
+        """Return the value at some widths; factors that are not named have their present size.
 
-    def on_grid(self, widths: Mapping[Factor, npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
-        """Return the values at many widths at once: the arrays are broadcast against each other."""
-        total = np.zeros(np.broadcast_shapes(*(grid.shape for grid in widths.values())))
-        for monomial, coefficient in self.terms.items():
-            product: npt.NDArray[np.float64] = np.array(float(coefficient))
-            for factor in monomial:
-                product = product * widths.get(factor, np.array(factor.size))
-            total += product
-        return total
+        Widths may be arrays: the values at all of them, broadcast against each other.
+        """
+        return sum(coefficient * _product(monomial, widths) for monomial, coefficient in self.terms.items())
 
     def along(self, factor: Factor, widths: Mapping[Factor, int]) -> list[float]:
         """Return the coefficients, by degree, of the part that one factor's width changes, the others given."""
@@ -116,8 +115,9 @@ def _sorted(factors: Iterable[Factor]) -> Monomial:
     return tuple(sorted(factors, key=id))
 
 
-def _product(monomial: Monomial, widths: Mapping[Factor, int]) -> int:
+def _product(monomial: Monomial, widths: Mapping[Factor, Any]) -> Any:
     result = 1
     for factor in monomial:
-        result *= widths.get(factor, factor.size)
+        # Not in place: an array may have to be broadcast.
+        result = result * widths.get(factor, factor.size)
     return result
