@@ -22,7 +22,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.factors import Factor
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps
-from fxwidth.noise import noise_batches
+from fxwidth.noise import noise_draws
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.replays import ResizedReplay
 from fxwidth.tape import OpCall, evaluating, tensors_in, unbind
@@ -128,7 +128,7 @@ def _device(analysis: Analysis) -> torch.device:
 def _inputs(analysis: Analysis) -> list[Any]:
     """Return noise of the recorded shapes."""
     _device(analysis)
-    values = next(noise_batches(analysis, [], 0, 0.0))
+    values = next(noise_draws(analysis, [], 0, 0.0)).batch()
     pairs = zip(values, analysis.inputs, strict=True)
     # As many samples as were recorded, again and again the same where there are more.
     return [

@@ -15,8 +15,9 @@ from fxwidth.analysis import Analysis
 from fxwidth.calibration import Gathered, batches_from
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
+from fxwidth.impressions import impressions
 from fxwidth.linear_groups import linear_norms
-from fxwidth.noise import noise_batches
+from fxwidth.noise import noise_draws
 from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
 from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
@@ -102,11 +103,12 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     analysis = width_graph.analysis
     if not _has_values(analysis):
         return None
-    batches = noise_batches(analysis, find_probes(width_graph), seed, work)
+    draws = noise_draws(analysis, find_probes(width_graph), seed, work)
     parameters = analysis.parameters
     norms = [norm for norm in linear_norms(width_graph) if bool((parameters[norm.variance].tensor >= 0).all())]
     with _OwnStatistics(frozenset(parameters[norm.weight].tensor.data_ptr() for norm in norms)):
-        return collect_moments(width_graph, batches, source="noise")
+        # All of them at once: the ops that moments are collected on have no gradients.
+        return collect_moments(width_graph, list(impressions(analysis, draws, work, seed)), source="noise")
 
 
 def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *, source: str) -> Moments:

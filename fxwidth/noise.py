@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -12,20 +13,45 @@ from torch import Tensor
 from fxwidth.analysis import Analysis
 from fxwidth.input_shapes import VALUES
 from fxwidth.probes import Measure, Probe
-from fxwidth.structures import deep_tensors, flatten, rebuild
+from fxwidth.structures import Structure, deep_tensors, flatten, rebuild
 from fxwidth.tape import OpCall
 
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
-_LARGEST_ACTIVATION = 2**25
+# How many numbers there may be in the largest activation of a batch, and in all that a gradient needs of them.
+_LARGEST_ACTIVATION, _KEPT = 2**25, 2**29
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
 # From this size on the last two dims of an input with four or more are taken for those of an image.
 _SMALLEST_IMAGE = 4
 
 
-def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[list[Any]]:
-    """Yield batches of Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
+@dataclass(frozen=True)
+class Draw:
+    """White noise drawn for one batch, and what makes inputs of it.
+
+    Attributes:
+        samples: how many samples it is for.
+        white: the noise, and the integers, one per tensor among the inputs.
+        smooth: which of these are to be smoothed.
+        places: which stand for images, as a whole, for weights of their own at every place.
+        structure: where they belong.
+    """
+
+    samples: int
+    white: tuple[Tensor, ...]
+    smooth: tuple[bool, ...]
+    places: tuple[bool, ...]
+    structure: Structure
+
+    def batch(self, white: Sequence[Tensor] | None = None) -> list[Any]:
+        """Return one value per placeholder, of this noise or of other in its place."""
+        leaves = zip(self.white if white is None else white, self.smooth, strict=True)
+        return list(rebuild(self.structure, [_smooth(leaf) if smooth else leaf for leaf, smooth in leaves]))
+
+
+def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[Draw]:
+    """Yield Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
 
     Images are smooth as natural ones are; all other inputs are white. Where weights belong to places of an image, as in
     a dense layer on all of it, every other batch is white too: patches of images are alike, whole images are not, and
@@ -35,29 +61,42 @@ def noise_batches(analysis: Analysis, probes: Sequence[Probe], seed: int, work: 
     leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
     known = _counts(analysis) or [None] * len(leaves)
     has_counts = any(count is not None for count in known)
-    recorded = next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
+    recorded = recorded_samples(analysis)
     samples = _samples_wanted(probes, recorded)
-    products = (sum(map(_products, analysis.calls)) + sum(map(_products_of_moment, probes))) / recorded
+    products = products_per_sample(analysis) + sum(map(_products_of_moment, probes)) / recorded
     samples = int(max(16, min(samples, work / max(1.0, products))))
-    largest = max((tensor.numel() for call in analysis.calls for tensor in call.outputs), default=1) // recorded
+    sizes = [tensor.numel() for call in analysis.calls for tensor in call.outputs] or [1]
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
     is_free = analysis.batch and not guarded and not has_counts
-    smooth = [_is_image(example) for example in leaves]
-    placed = [is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)]
-    kinds = 2 if any(placed) else 1
-    size = max(16, min(-(-samples // kinds), _LARGEST_ACTIVATION // max(1, largest))) if is_free else recorded
+    smooth = tuple(map(_is_image, leaves))
+    places = tuple(
+        is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)
+    )
+    kinds = 2 if any(places) else 1
+    held = min(_LARGEST_ACTIVATION // max(1, max(sizes) // recorded), _KEPT // max(1, sum(sizes) // recorded))
+    size = max(16, min(-(-samples // kinds), held)) if is_free else recorded
     generators: dict[torch.device, torch.Generator] = {}
 
-    def noise(example: Tensor, count: Tensor | None, is_smooth: bool) -> Tensor:
+    def drawn(example: Tensor, count: Tensor | None) -> Tensor:
         if count is not None:
             return count.to(example.device)
         generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
-        return _noise(analysis, example, size if is_free else None, generator, is_smooth)
+        return _noise(analysis, example, size if is_free else None, generator)
 
     runs = kinds * -(-samples // (kinds * size))
     for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
-        yield list(rebuild(structure, list(map(noise, leaves, known, smooth))))
-        smooth = [now ^ swaps for now, swaps in zip(smooth, placed, strict=True)]
+        yield Draw(size, tuple(map(drawn, leaves, known)), smooth, places, structure)
+        smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
+
+
+def recorded_samples(analysis: Analysis) -> int:
+    """Return how many samples the inputs have that a graph was analysed with."""
+    return next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
+
+
+def products_per_sample(analysis: Analysis) -> float:
+    """Return how many multiplications the contractions of a graph take for one sample."""
+    return sum(map(_products, analysis.calls)) / recorded_samples(analysis)
 
 
 def _counts(analysis: Analysis) -> list[Tensor | None]:
@@ -95,16 +134,13 @@ def _products_of_moment(probe: Probe) -> int:
     return tensor.numel() * channels if probe.measure == Measure.MOMENT else 0
 
 
-def _noise(
-    analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator, is_smooth: bool
-) -> Tensor:
+def _noise(analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
     shape = list(example.shape)
     if batch is not None and shape and any(f.is_batch for f in analysis.space.factors(analysis.axes_of(example)[0])):
         shape[0] = batch
     device = example.device
     if example.is_floating_point() or example.is_complex():
-        noise = torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
-        return _smooth(noise) if is_smooth else noise
+        return torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
     high = _vocabulary(analysis, example)
     if high is None:
         # A mask or a type: whatever it selects, one is within its range.
@@ -150,8 +186,7 @@ def _smooth(noise: Tensor) -> Tensor:
     columns = torch.fft.rfftfreq(width, dtype=wide.dtype, device=wide.device)
     frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(1 / max(height, width))
     smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(wide) / frequency, s=(height, width))
-    smooth /= smooth.std()
-    return smooth.to(noise.dtype)
+    return (smooth / smooth.std()).to(noise.dtype)
 
 
 def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:

@@ -13,7 +13,7 @@ import fxwidth
 from fxwidth.calibration import Gathered
 from fxwidth.evidence import gather_evidence
 from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
-from fxwidth.noise import noise_batches
+from fxwidth.noise import noise_draws
 from fxwidth.probes import find_probes
 from fxwidth.shrinkage import shrunk
 
@@ -100,7 +100,7 @@ class TestNoise:
     @staticmethod
     def _batches(x: Tensor, model: nn.Module, work: float = 1e8) -> list[Tensor]:
         graph = width_graph(model, x)
-        return [values[0] for values in noise_batches(graph.analysis, find_probes(graph), 0, work)]
+        return [draw.batch()[0] for draw in noise_draws(graph.analysis, find_probes(graph), 0, work)]
 
     def _noise(self, x: Tensor, model: nn.Module) -> Tensor:
         return torch.cat(self._batches(x, model))

@@ -1,0 +1,100 @@
+"""Noise moved to where a network's outputs differ, since the inputs that it was trained on are such inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxwidth.analysis import Analysis
+from fxwidth.noise import Draw, products_per_sample
+from fxwidth.real_runs import left_as_it_is
+from fxwidth.structures import deep_tensors
+from fxwidth.tensor_slots import substituted, tensor_slots
+
+# How far noise is moved, in its standard deviations, in how many steps at most and at least.
+_DISTANCE, _STEPS, _FEWEST = 0.5, 5, 2
+# How many times the work that noise is meant to take may be spent on moving it.
+_EFFORT = 60
+
+
+def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: int) -> Iterator[list[Any]]:
+    """Yield batches of noise, of which what stands for images is moved to where the network's outputs differ.
+
+    What a trained network has kept of its data is what it answers by. Noise is moved a little, within its own spectrum
+    and at its own variance, so that the outputs of each sample leave the mean of all by a way of their own, drawn at
+    random. What cannot be differentiated stays as it was drawn, and so does what would take too long, and whole images
+    that a dense layer reads: these would be moved pixel by pixel, into patterns that are like no image.
+
+    Args:
+        analysis: the graph.
+        draws: the noise.
+        work: about how many multiplications the noise is meant to take.
+        seed: what the ways are drawn from.
+
+    Source: G. K. Nayak et al., Zero-Shot Knowledge Distillation in Deep Networks (2019), where such inputs stand for
+        data; H. Yin et al., Dreaming to Distill (2020), where they are kept like images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # A run, and the gradient with respect to its inputs.
+    affordable = _EFFORT * work / max(1.0, 2 * products_per_sample(analysis))
+    for draw in draws:
+        steps = int(min(_STEPS, affordable // draw.samples))
+        is_movable = any(draw.smooth) and not any(draw.places) and analysis.record is None
+        yield _moved(analysis, draw, steps, generator) if is_movable and steps >= _FEWEST else draw.batch()
+
+
+def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generator) -> list[Any]:
+    """Return the inputs made of moved noise, or those of the noise as it was where there is no gradient."""
+    white = [leaf.clone() for leaf in draw.white]
+    moving = [leaf.requires_grad_() for leaf, smooth in zip(white, draw.smooth, strict=True) if smooth]
+    optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
+    ways: dict[int, Tensor] = {}
+    with left_as_it_is(analysis.module), substituted(analysis.module, _without_gradients(analysis)):
+        for _ in range(steps):
+            gradients = _gradients(analysis, draw, white, moving, ways, generator)
+            if gradients is None:
+                return draw.batch()
+            for leaf, gradient in zip(moving, gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+            with torch.no_grad():
+                for leaf in moving:
+                    leaf /= leaf.square().mean().sqrt()
+    return draw.batch([leaf.detach() for leaf in white])
+
+
+def _without_gradients(analysis: Analysis) -> dict[str, Tensor]:
+    """Return the parameters and buffers as tensors of which no gradient is taken: less is kept for it."""
+    return {name: tensor.detach() for name, (tensor, _) in tensor_slots(analysis.module).items()}
+
+
+def _gradients(
+    analysis: Analysis,
+    draw: Draw,
+    white: Sequence[Tensor],
+    moving: Sequence[Tensor],
+    ways: dict[int, Tensor],
+    generator: torch.Generator,
+) -> Sequence[Tensor] | None:
+    """Return the gradients that lead away from the ways; None where there are none that are finite."""
+    with torch.enable_grad():
+        result = fx.Interpreter(analysis.module).run(*draw.batch(white), enable_io_processing=False)
+        lost = torch.zeros(())
+        for place, output in enumerate(deep_tensors(result)):
+            if not output.is_floating_point() or not output.requires_grad or len(output) != draw.samples:
+                continue
+            if place not in ways:
+                ways[place] = torch.randn(output.shape, generator=generator).to(output.device)
+            spread = output.detach().float().std(0, correction=0)
+            lost = lost.to(output.device) - (output / torch.where(spread > 0, spread, 1.0) * ways[place]).mean()
+    if not lost.requires_grad:
+        return None
+    try:
+        gradients = torch.autograd.grad(lost, moving, allow_unused=True)
+    except RuntimeError:
+        return None  # ops without a gradient of their own, or one that cannot be taken here
+    found = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(moving, gradients, strict=True)]
+    return found if all(bool(gradient.isfinite().all()) for gradient in found) else None
