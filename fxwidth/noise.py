@@ -19,7 +19,7 @@ from fxwidth.tape import OpCall
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
 # How many numbers there may be in the largest activation of a batch, and in all that a gradient needs of them.
-_LARGEST_ACTIVATION, _KEPT = 2**25, 2**29
+_LARGEST_ACTIVATION, _KEPT = 2**25, 2**28
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
 # From this size on the last two dims of an input with four or more are taken for those of an image.
