@@ -26,6 +26,10 @@ class Case:
     images: int
 
 
+# A kind of network, its seed, the share of its parameters, and what was done.
+Place = tuple[str, int, float, Case]
+
+
 @dataclass(frozen=True)
 class Row:
     """What came of one case; accuracies in [0, 1], `tuned` after one epoch, None where that was not asked for.
@@ -54,7 +58,7 @@ class Row:
         return Case(self.tool, self.method, self.images)
 
     @property
-    def place(self) -> tuple[str, int, float, Case]:
+    def place(self) -> Place:
         """Whose figures these are: there is one row of each."""
         return self.network, self.seed, self.share, self.case
 
