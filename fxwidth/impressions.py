@@ -51,10 +51,12 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
     white = [leaf.clone() for leaf in draw.white]
     moving = [leaf.requires_grad_() for leaf, smooth in zip(white, draw.smooth, strict=True) if smooth]
     optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
-    ways: dict[int, Tensor] = {}
+    ways = _Ways(draw.samples, generator)
     with left_as_it_is(analysis.module), substituted(analysis.module, _without_gradients(analysis)):
         for _ in range(steps):
-            gradients = _gradients(analysis, draw, white, moving, ways, generator)
+            with torch.enable_grad():
+                values = draw.batch(white)
+                gradients = _gradients(analysis, values, moving, ways)
             if gradients is None:
                 return draw.batch()
             for leaf, gradient in zip(moving, gradients, strict=True):
@@ -71,30 +73,42 @@ def _without_gradients(analysis: Analysis) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, (tensor, _) in tensor_slots(analysis.module).items()}
 
 
-def _gradients(
-    analysis: Analysis,
-    draw: Draw,
-    white: Sequence[Tensor],
-    moving: Sequence[Tensor],
-    ways: dict[int, Tensor],
-    generator: torch.Generator,
-) -> Sequence[Tensor] | None:
-    """Return the gradients that lead away from the ways; None where there are none that are finite."""
-    with torch.enable_grad():
-        result = fx.Interpreter(analysis.module).run(*draw.batch(white), enable_io_processing=False)
+class _Ways:
+    """By which way the outputs of each sample are to leave the mean.
+
+    Args:
+        samples: how many there are.
+        generator: what the ways are drawn with, for each output when it is first seen.
+    """
+
+    def __init__(self, samples: int, generator: torch.Generator) -> None:
+        self._samples = samples
+        self._generator = generator
+        self._drawn: dict[int, Tensor] = {}
+
+    def lost(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return minus how far outputs have gone, in units of how much they differ between samples."""
         lost = torch.zeros(())
-        for place, output in enumerate(deep_tensors(result)):
-            if not output.is_floating_point() or not output.requires_grad or len(output) != draw.samples:
+        for place, output in enumerate(outputs):
+            if not output.is_floating_point() or not output.requires_grad or output.shape[:1] != (self._samples,):
                 continue
-            if place not in ways:
-                ways[place] = torch.randn(output.shape, generator=generator).to(output.device)
+            if place not in self._drawn:
+                self._drawn[place] = torch.randn(output.shape, generator=self._generator).to(output.device)
             spread = output.detach().float().std(0, correction=0)
-            lost = lost.to(output.device) - (output / torch.where(spread > 0, spread, 1.0) * ways[place]).mean()
-    if not lost.requires_grad:
-        return None
+            gone = output / torch.where(spread > 0, spread, 1.0) * self._drawn[place]
+            lost = lost.to(output.device) - gone.mean()
+        return lost
+
+
+def _gradients(
+    analysis: Analysis, values: Sequence[Any], moving: Sequence[Tensor], ways: _Ways
+) -> Sequence[Tensor] | None:
+    """Return the gradients of what is lost; None where there are none, or none that are finite."""
     try:
-        gradients = torch.autograd.grad(lost, moving, allow_unused=True)
-    except RuntimeError:
-        return None  # ops without a gradient of their own, or one that cannot be taken here
-    found = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(moving, gradients, strict=True)]
+        result = fx.Interpreter(analysis.module).run(*values, enable_io_processing=False)
+        lost = ways.lost(deep_tensors(result))
+        found = torch.autograd.grad(lost, moving, allow_unused=True, materialize_grads=True)
+    except Exception:
+        # An op without a gradient, or too little memory for it; what fails without it too is told of later.
+        return None
     return found if all(bool(gradient.isfinite().all()) for gradient in found) else None

@@ -47,7 +47,7 @@ class Draw:
     def batch(self, white: Sequence[Tensor] | None = None) -> list[Any]:
         """Return one value per placeholder, of this noise or of other in its place."""
         leaves = zip(self.white if white is None else white, self.smooth, strict=True)
-        return list(rebuild(self.structure, [_smooth(leaf) if smooth else leaf for leaf, smooth in leaves]))
+        return list(rebuild(self.structure, [_smooth(leaf) if smooth else leaf.clone() for leaf, smooth in leaves]))
 
 
 def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[Draw]:
