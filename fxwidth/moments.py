@@ -87,15 +87,18 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
 def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 2e10) -> Moments | None:
     """Return the moments of a graph's activations on Gaussian inputs; None for a model without values (meta device).
 
+    Those that stand for images are moved to where the network's outputs differ (see `fxwidth.impressions`).
+
     Every batch norm normalises by the statistics of the noise itself, so that its channels have the mean and deviation
-    they were trained to have, and only their correlations depend on the inputs: those the weights give to white noise.
+    they were trained to have, and only their correlations depend on the inputs: those the weights give to noise.
     In linear groups, where channels that depend on each other do so after the batch norm's own scales alone, the noise
     has a say in how loud all channels are together, and the running statistics in how loud each is among them.
 
     Args:
         width_graph: the graph; it is run in eval mode and left as it was, running statistics included.
         seed: what the noise is made from.
-        work: about how many multiplications may be spent; fewer inputs are drawn for a network that needs more.
+        work: about how many multiplications the inputs may take, fewer of which are drawn for a network that needs
+            more; moving them may take some dozens of times that.
 
     Raises:
         FxwidthError: the parameters are not finite.
