@@ -26,7 +26,8 @@ def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: in
     What a trained network has kept of its data is what it answers by. Noise is moved a little, within its own spectrum
     and at its own variance, so that the outputs of each sample leave the mean of all by a way of their own, drawn at
     random. What cannot be differentiated stays as it was drawn, and so does what would take too long, and whole images
-    that a dense layer reads: these would be moved pixel by pixel, into patterns that are like no image.
+    that a dense layer reads: these would be moved pixel by pixel, into patterns that are like no image. Batch norms may
+    normalise by what they see meanwhile: gradients are those of their running statistics.
 
     Args:
         analysis: the graph.
@@ -62,9 +63,6 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
             for leaf, gradient in zip(moving, gradients, strict=True):
                 leaf.grad = gradient
             optimizer.step()
-            with torch.no_grad():
-                for leaf in moving:
-                    leaf /= leaf.square().mean().sqrt()
     return draw.batch([leaf.detach() for leaf in white])
 
 
@@ -77,7 +75,7 @@ class _Ways:
     """By which way the outputs of each sample are to leave the mean.
 
     Args:
-        samples: how many there are.
+        samples: how many there are; what has no row for each of them is left out.
         generator: what the ways are drawn with, for each output when it is first seen.
     """
 
@@ -90,13 +88,14 @@ class _Ways:
         """Return minus how far outputs have gone, in units of how much they differ between samples."""
         lost = torch.zeros(())
         for place, output in enumerate(outputs):
-            if not output.is_floating_point() or not output.requires_grad or output.shape[:1] != (self._samples,):
+            if not output.is_floating_point() or output.shape[:1] != (self._samples,):
                 continue
             if place not in self._drawn:
                 self._drawn[place] = torch.randn(output.shape, generator=self._generator).to(output.device)
             spread = output.detach().float().std(0, correction=0)
-            gone = output / torch.where(spread > 0, spread, 1.0) * self._drawn[place]
-            lost = lost.to(output.device) - gone.mean()
+            # What never differs has no unit to go by.
+            weights = torch.where(spread > 0, self._drawn[place] / spread, 0.0)
+            lost = lost.to(output.device) - (weights * output).mean()
         return lost
 
 
