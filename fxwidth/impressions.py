@@ -12,7 +12,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.noise import Draw, products_per_sample
 from fxwidth.real_runs import left_as_it_is
 from fxwidth.structures import deep_tensors
-from fxwidth.tensor_slots import substituted, tensor_slots
+from fxwidth.tensor_slots import accumulation_dtype, substituted, tensor_slots
 
 # How far noise is moved, in its standard deviations, in how many steps at most and at least.
 _DISTANCE, _STEPS, _FEWEST = 0.5, 5, 2
@@ -92,7 +92,7 @@ class _Ways:
                 continue
             if place not in self._drawn:
                 self._drawn[place] = torch.randn(output.shape, generator=self._generator).to(output.device)
-            spread = output.detach().float().std(0, correction=0)
+            spread = output.detach().to(accumulation_dtype(output)).std(0, correction=0)
             # What never differs has no unit to go by.
             weights = torch.where(spread > 0, self._drawn[place] / spread, 0.0)
             lost = lost.to(output.device) - (weights * output).mean()
