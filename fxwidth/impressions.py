@@ -52,7 +52,7 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
     white = [leaf.clone() for leaf in draw.white]
     moving = [leaf.requires_grad_() for leaf, smooth in zip(white, draw.smooth, strict=True) if smooth]
     optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
-    ways = _Ways(draw.samples, generator)
+    ways = _Ways(generator)
     with left_as_it_is(analysis.module), substituted(analysis.module, _without_gradients(analysis)):
         for _ in range(steps):
             with torch.enable_grad():
@@ -75,21 +75,17 @@ class _Ways:
     """By which way the outputs of each sample are to leave the mean.
 
     Args:
-        samples: how many there are; what has no row for each of them is left out.
         generator: what the ways are drawn with, for each output when it is first seen.
     """
 
-    def __init__(self, samples: int, generator: torch.Generator) -> None:
-        self._samples = samples
+    def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
         self._drawn: dict[int, Tensor] = {}
 
     def lost(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return minus how far outputs have gone, in units of how much they differ between samples."""
         lost = torch.zeros(())
-        for place, output in enumerate(outputs):
-            if not output.is_floating_point() or output.shape[:1] != (self._samples,):
-                continue
+        for place, output in enumerate(output for output in outputs if output.is_floating_point()):
             if place not in self._drawn:
                 self._drawn[place] = torch.randn(output.shape, generator=self._generator).to(output.device)
             spread = output.detach().to(accumulation_dtype(output)).std(0, correction=0)
