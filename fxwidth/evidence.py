@@ -54,7 +54,12 @@ class Evidence:
 
     def unrotated(self) -> Evidence:
         """Return the same evidence for a network whose groups keep their bases."""
-        return Evidence(self.width_graph, self.moments, self.selection) if self._rotates else self
+        if not self._rotates:
+            return self
+        result = Evidence(self.width_graph, self.moments, self.selection)
+        # Orders are of channels as they are in both.
+        result._orders = self._orders
+        return result
 
     def rotation(self, group: ChannelGroup) -> Rotation | None:
         """Return the basis that a group is to be brought to before channels are dropped; None for the one it has."""

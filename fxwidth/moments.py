@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Moments:
         deviations: E (x - mean x)^2 for layer norm, E x^2 for RMS norm, of the normalised dims, by op index.
         products: E h h^T of each head of such a side, [heads, channels, channels], where any basis would do.
         missed: fx nodes of which nothing is known, and why.
+        inputs: the first batch of them, where they were noise.
     """
 
     source: str
@@ -53,6 +55,7 @@ class Moments:
     deviations: Mapping[int, Tensor] = field(repr=False)
     products: Mapping[Key, Tensor] = field(default_factory=dict, repr=False)
     missed: Mapping[str, str] = field(default_factory=dict)
+    inputs: Sequence[Any] = field(default=(), repr=False)
 
     def of(self, reader: Reader) -> Moment | None:
         """Return what is known of the channels that a reader reads."""
@@ -107,11 +110,17 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     if not _has_values(analysis):
         return None
     draws = noise_draws(analysis, find_probes(width_graph), seed, work)
-    parameters = analysis.parameters
-    norms = [norm for norm in linear_norms(width_graph) if bool((parameters[norm.variance].tensor >= 0).all())]
-    with _OwnStatistics(frozenset(parameters[norm.weight].tensor.data_ptr() for norm in norms)):
+    with statistics_of_noise(width_graph):
         # All of them at once: the ops that moments are collected on have no gradients.
-        return collect_moments(width_graph, list(impressions(analysis, draws, work, seed)), source="noise")
+        batches = list(impressions(analysis, draws, work, seed))
+        return replace(collect_moments(width_graph, batches, source="noise"), inputs=batches[0])
+
+
+def statistics_of_noise(width_graph: WidthGraph) -> AbstractContextManager[object]:
+    """Have the batch norms of a graph normalise by the statistics of the noise that is sent through it."""
+    parameters = width_graph.analysis.parameters
+    norms = [norm for norm in linear_norms(width_graph) if bool((parameters[norm.variance].tensor >= 0).all())]
+    return _OwnStatistics(frozenset(parameters[norm.weight].tensor.data_ptr() for norm in norms))
 
 
 def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *, source: str) -> Moments:

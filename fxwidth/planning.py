@@ -21,12 +21,16 @@ from fxwidth.limits import Class, Limits, SameWidth, chosen_groups, classes
 from fxwidth.loss_probes import Loss, calibrated
 from fxwidth.plans import Plan
 from fxwidth.polynomials import Polynomial
+from fxwidth.readers import wiring_of
+from fxwidth.rehearsals import has_inputs, output_errors
 from fxwidth.thresholds import Thresholds, by_thresholds
 from fxwidth.tracing import refuse_nan
 
 __all__ = ["Plan", "plan"]
 
 _Options = ParamSpec("_Options")
+# By which factor the outputs of a plan must be nearer for it to be preferred to that of least summed error.
+_CLEARLY = 0.5
 
 
 def plan_with_evidence(
@@ -61,7 +65,7 @@ def plan_with_evidence(
         budget: what the network may cost.
         params: short for `budget=Budget(params=...)`.
         data: under a budget, batches that begin with the graph's inputs, from which to see what readers hear; without
-            them, that is estimated from the weights and batch norm statistics.
+            them, that is estimated from the weights and batch norm statistics, and plans are tried out on noise.
         loss: called with the output and what follows the inputs in a batch; errors then are in its unit, each group's
             brought there by probes on the first batches.
         selection: under a budget, the method by which channels are to be chosen, as for `fxwidth.resize`.
@@ -193,7 +197,7 @@ class _Problem:
             return _noted(self._width_graph, largest, self._bounds, errors, None), None
         self.refuse_out_of_reach()
         evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
-        widths = self._allocated(errors)
+        widths = self._rehearsed(evidence, errors)
         return _noted(self._width_graph, widths, self._bounds, errors, evidence), evidence
 
     def refuse_out_of_reach(self) -> None:
@@ -214,6 +218,22 @@ class _Problem:
             choices.append(Choice(unit.groups[0].factor, np.array(widths), summed))
         result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self._bounds])
         return {group: result[self._heads[group.factor]] for group in self._groups}
+
+    def _rehearsed(self, evidence: Evidence, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
+        """Return the widths of least summed error, or those of another sum if they do far better on noise.
+
+        What the readers of one group miss is the same, and in some networks it adds up; no reader's error tells.
+        """
+        widths = self._allocated(errors)
+        if not has_inputs(evidence):
+            return widths
+        audience = wiring_of(self._width_graph).audience
+        louder = {group: errors[group] * max(1.0, audience.get(group.factor, 0.0)) ** 0.5 for group in self._groups}
+        other = self._allocated(louder)
+        if other == widths:
+            return widths
+        error, other_error = output_errors(evidence, [widths, other])
+        return other if other_error < _CLEARLY * error else widths
 
     def _joined(self, bound: Bound) -> Polynomial:
         return bound.cost.replaced({factor: head for factor, head in self._heads.items() if factor is not head})
