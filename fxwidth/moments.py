@@ -24,7 +24,7 @@ from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
 from fxwidth.real_runs import looking_on
 from fxwidth.rules.registry import keeps
-from fxwidth.structures import deep_tensors
+from fxwidth.structures import deep_tensors, map_leaves
 from fxwidth.tape import TapeRecorder, bind, functional_name
 from fxwidth.tensor_slots import is_sound
 
@@ -113,7 +113,9 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     with statistics_of_noise(width_graph):
         # All of them at once: the ops that moments are collected on have no gradients.
         batches = list(impressions(analysis, draws, work, seed))
-        return replace(collect_moments(width_graph, batches, source="noise"), inputs=batches[0])
+        # A model may write to its inputs.
+        first = [map_leaves(torch.clone, value) for value in batches[0]]
+        return replace(collect_moments(width_graph, batches, source="noise"), inputs=first)
 
 
 def statistics_of_noise(width_graph: WidthGraph) -> AbstractContextManager[object]:

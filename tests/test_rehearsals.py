@@ -60,6 +60,20 @@ def test_errors_are_those_of_the_resized_network() -> None:
     assert found[0] > found[1] > found[2] == 0
 
 
+def test_inputs_that_a_model_writes_to_are_the_same_for_every_plan() -> None:
+    class Halving(Stream):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    wg = fxwidth.analyze(fxwidth.trace(trained_like(Halving()), images(4)))
+    evidence = gather_evidence(wg, None)
+    assert evidence.moments is not None
+    assert float(evidence.moments.inputs[0].var()) == pytest.approx(1, rel=0.2)
+    plan = {wg.free[0]: 5}
+    once, again = output_errors(evidence, [plan, plan])
+    assert once == again > 0
+
+
 def test_there_are_inputs_without_data_alone() -> None:
     wg = graph()
     assert has_inputs(gather_evidence(wg, None))
