@@ -115,6 +115,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = load_images(options.data)
     results = Results.read(options.results / "shrinking.json", f"{_machine()}, {options.threads} threads")
+    order = {name: list(cases(build())) for name, build in NETWORKS.items()}
     for network, seed in itertools.product(options.networks, options.seeds):
         model = trained(network, data[0], options.models, seed)
         results.before.setdefault(network, {})[seed] = loss_and_accuracy(model, data[1])[1]
@@ -131,7 +132,7 @@ def main() -> None:
                 row = replace(row, tuned=same.tuned, precision=same.precision, cut=same.cut)
             print(row, flush=True)
             results.put(row)
-            results.sort({name: cases(NETWORKS[name]()) for name in NETWORKS})
+            results.sort(order)
             results.write(options.results)
     print(*results.verdicts(), sep="\n")
 

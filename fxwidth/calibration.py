@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild
+from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
 
 
 def placeholder_names(analysis: Analysis) -> list[str]:
@@ -121,7 +121,7 @@ class Gathered:
     def add(self, batch: Any) -> None:
         """Take in one batch."""
         self._seen += 1
-        size = next((len(tensor) for tensor in deep_tensors(batch) if tensor.dim()), 1)
+        size = sample_count(batch)
         if len(self.batches) < max(4, -(-self._samples // max(1, size))):
             self.batches.append(batch)
             return

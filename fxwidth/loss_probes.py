@@ -25,7 +25,7 @@ from fxwidth.index_maps import IndexMaps
 from fxwidth.real_runs import left_as_it_is
 from fxwidth.roles import Role
 from fxwidth.sensitivities import Rise, rates_of
-from fxwidth.structures import deep_tensors
+from fxwidth.structures import sample_count
 from fxwidth.tensor_slots import substituted
 
 Loss = Callable[..., Tensor]
@@ -54,7 +54,7 @@ class Remembered:
         for batch in self._data:
             if self._samples < self._limit:
                 self.batches.append(batch)
-                self._samples += next((len(tensor) for tensor in deep_tensors(batch) if tensor.dim()), 1)
+                self._samples += sample_count(batch)
             yield batch
 
 
@@ -193,7 +193,7 @@ def _losses(
     # Every group is judged by the same state: what a model keeps of one run must not be there in the next.
     with left_as_it_is(module), torch.no_grad(), substituted(module, tensors):
         for values, targets in pairs:
-            size = next((len(tensor) for tensor in deep_tensors(values) if tensor.dim()), 1)
+            size = sample_count(values)
             output = fx.Interpreter(module).run(*values, enable_io_processing=False)
             for count, part in _divided((module.graph.process_outputs(output), targets), size):
                 result = _called(loss, *part)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxwidth.analysis import Analysis
 from fxwidth.input_shapes import VALUES
 from fxwidth.probes import Measure, Probe
-from fxwidth.structures import Structure, deep_tensors, flatten, rebuild
+from fxwidth.structures import Structure, flatten, rebuild, sample_count
 from fxwidth.tape import OpCall
 
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
@@ -61,7 +61,7 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
     known = _counts(analysis) or [None] * len(leaves)
     has_counts = any(count is not None for count in known)
-    recorded = recorded_samples(analysis)
+    recorded = sample_count(analysis.inputs)
     samples = _samples_wanted(probes, recorded)
     products = products_per_sample(analysis) + sum(map(_products_of_moment, probes)) / recorded
     samples = int(max(16, min(samples, work / max(1.0, products))))
@@ -89,14 +89,9 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
         smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
 
 
-def recorded_samples(analysis: Analysis) -> int:
-    """Return how many samples the inputs have that a graph was analysed with."""
-    return next((len(tensor) for tensor in deep_tensors(analysis.inputs) if tensor.dim()), 1)
-
-
 def products_per_sample(analysis: Analysis) -> float:
     """Return how many multiplications the contractions of a graph take for one sample."""
-    return sum(map(_products, analysis.calls)) / recorded_samples(analysis)
+    return sum(map(_products, analysis.calls)) / sample_count(analysis.inputs)
 
 
 def _counts(analysis: Analysis) -> list[Tensor | None]:

@@ -117,6 +117,11 @@ def states_in(value: Any) -> list[Tensor]:
     return flattener.states
 
 
+def sample_count(value: Any) -> int:
+    """Return the length of the first tensor in a nested value that has dims; one where none has."""
+    return next((len(tensor) for tensor in deep_tensors(value) if tensor.dim()), 1)
+
+
 def map_leaves(function: Callable[[Any], Any], value: Any, *kinds: type) -> Any:
     """Return a nested value with a function of each tensor, or of each part of other kinds, in its place."""
     leaves, structure = flatten(value, kinds or (Tensor,))

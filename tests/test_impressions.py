@@ -9,7 +9,6 @@ import torch
 from nets import build, images, tokens, trained_like, width_graph
 from torch import Tensor, nn
 
-from fxwidth.analysis import Analysis
 from fxwidth.impressions import impressions
 from fxwidth.moments import moments_from_noise
 from fxwidth.noise import Draw, noise_draws
@@ -18,21 +17,21 @@ from fxwidth.probes import find_probes
 PLENTY = 1e9
 
 
-def conv(size: int = 12) -> nn.Module:
+def conv() -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
     return trained_like(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
 
 
-def moved(model: nn.Module, x: Any, work: float = PLENTY) -> tuple[Analysis, list[Draw], list[list[Any]]]:
-    """Return a graph's analysis, the noise drawn for it, and what it was moved to."""
+def moved(model: nn.Module, x: Any, work: float = PLENTY) -> tuple[list[Draw], list[list[Any]]]:
+    """Return the noise drawn for a graph, and what it was moved to."""
     graph = width_graph(model, x)
     draws = list(noise_draws(graph.analysis, find_probes(graph), 0, 1e6))
-    return graph.analysis, draws, list(impressions(graph.analysis, draws, work, 0))
+    return draws, list(impressions(graph.analysis, draws, work, 0))
 
 
 def is_as_drawn(model: nn.Module, x: Any, work: float = PLENTY) -> bool:
-    _, draws, batches = moved(model, x, work)
+    draws, batches = moved(model, x, work)
     assert draws
     return all(
         torch.equal(drawn, value)
@@ -44,7 +43,7 @@ def is_as_drawn(model: nn.Module, x: Any, work: float = PLENTY) -> bool:
 class TestImages:
     def test_outputs_differ_more(self) -> None:
         model = conv()
-        _, draws, batches = moved(model, images(4, size=12))
+        draws, batches = moved(model, images(4, size=12))
         with torch.no_grad():
             before, after = (
                 torch.cat([model(batch[0]) for batch in found]) for found in ([d.batch() for d in draws], batches)
@@ -52,7 +51,7 @@ class TestImages:
         assert bool((after.var(0) > 1.2 * before.var(0)).all())
 
     def test_they_keep_their_variance_and_spectrum(self) -> None:
-        _, draws, batches = moved(conv(), images(4, size=12))
+        draws, batches = moved(conv(), images(4, size=12))
         before, after = torch.cat([draw.batch()[0] for draw in draws]), torch.cat([batch[0] for batch in batches])
         assert after.dtype == torch.float64
         assert float(after.var()) == pytest.approx(1, rel=0.1)
@@ -62,13 +61,13 @@ class TestImages:
         assert bool((spectra[1] / spectra[0] > 1 / 6).all())
 
     def test_by_less_than_a_deviation(self) -> None:
-        _, draws, batches = moved(conv(), images(4, size=12))
+        draws, batches = moved(conv(), images(4, size=12))
         for draw, batch in zip(draws, batches, strict=True):
             distance = (batch[0] - draw.batch()[0]).square().mean().sqrt()
             assert 0.1 < float(distance) < 1
 
     def test_of_any_precision(self) -> None:
-        _, draws, batches = moved(conv().bfloat16(), images(4, size=12).bfloat16())
+        draws, batches = moved(conv().bfloat16(), images(4, size=12).bfloat16())
         assert batches[0][0].dtype == torch.bfloat16
         assert not torch.equal(batches[0][0], draws[0].batch()[0])
 
@@ -157,7 +156,7 @@ def test_every_output_counts_however_loud() -> None:
 
     x = images(4, size=12)
     (even,), (loud,), (first,) = (
-        moved(model, x)[2][0] for model in (trained_like(Two(1)), trained_like(Two(1000)), trained_like(Two(0)))
+        moved(model, x)[1][0] for model in (trained_like(Two(1)), trained_like(Two(1000)), trained_like(Two(0)))
     )
     torch.testing.assert_close(even, loud)
     assert not torch.allclose(even, first, atol=0.1)

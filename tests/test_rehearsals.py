@@ -84,12 +84,12 @@ def test_there_are_inputs_without_data_alone() -> None:
 
 class TestPlans:
     @staticmethod
-    def _planned(monkeypatch: pytest.MonkeyPatch, errors: list[float] | None) -> tuple[fxwidth.Plan, list[int]]:
+    def _planned(monkeypatch: pytest.MonkeyPatch, errors: list[float]) -> tuple[fxwidth.Plan, list[int]]:
         asked: list[int] = []
 
         def fixed(evidence: Evidence, plans: Sequence[Mapping[ChannelGroup, int]]) -> list[float]:
             asked.append(len(plans))
-            return errors if errors is not None else output_errors(evidence, plans)
+            return errors
 
         monkeypatch.setattr(planning, "output_errors", fixed)
         return fxwidth.plan(graph(), params=0.5), asked
