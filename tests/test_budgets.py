@@ -90,6 +90,7 @@ class TestPlans:
     @given(NAMES, st.tuples(*[st.floats(0.2, 1.0)] * 3))
     # Under flops alone, exchanges of single steps did not find what is within all three bounds.
     @example("grouped", (1.0, 0.59375, 0.5))
+    @example("grouped", (0.375, 0.40625, 1.0))
     @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     def test_all_at_once(self, name: str, shares: tuple[float, ...]) -> None:
         graph = GRAPHS[name]
@@ -97,10 +98,13 @@ class TestPlans:
         for kind, share in zip(KINDS, shares, strict=True):
             smallest, full = cost(graph, kind, {g.name: 1 for g in graph.free}), cost(graph, kind, {})
             targets[kind] = int(smallest + share * (full - smallest)) + 1
-        together = plan(graph, budget=Budget(**targets))
+        with pytest.MonkeyPatch.context() as patch:
+            # What is tried out on noise may be preferred with a larger sum of errors: here it is that sum alone.
+            patch.setattr("fxwidth.planning.has_inputs", lambda _: False)
+            together = plan(graph, budget=Budget(**targets))
+            alone = [plan(graph, budget=Budget(**{kind: target})) for kind, target in targets.items()]
         assert all(cost(graph, kind, together) <= target for kind, target in targets.items())
         # More bounds never allow less error than one of them.
-        alone = [plan(graph, budget=Budget(**{kind: target})) for kind, target in targets.items()]
         assert plan_error(graph, together) >= max(plan_error(graph, one) for one in alone) * 0.8 - 1e-9
 
     def test_ratios_of_each(self) -> None:
