@@ -14,9 +14,10 @@ from fxwidth.errors import FxwidthError
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
 
 
-def placeholder_names(analysis: Analysis) -> list[str]:
-    """Return the names of a graph's placeholders, in order."""
-    return [node.name for node in analysis.module.graph.nodes if node.op == "placeholder"]
+def input_names(analysis: Analysis) -> list[str]:
+    """Return the names of a graph's inputs, as arguments of a call, in order."""
+    # The name of a node may differ: where an argument's hides a builtin, as "input" does.
+    return [str(node.target) for node in analysis.module.graph.find_nodes(op="placeholder")]
 
 
 def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> Iterator[list[Any]]:
@@ -47,7 +48,7 @@ def _first(size: int, left: int, tensor: Tensor) -> Tensor:
 
 def _fitted(analysis: Analysis, batch: Any, number: int) -> list[Any]:
     """Return one value per placeholder, taken from a batch."""
-    names = placeholder_names(analysis)
+    names = input_names(analysis)
     wanted = [i for i, value in enumerate(analysis.inputs) if deep_tensors(value)]
     if isinstance(batch, Mapping) and not _is_argument(batch, analysis.inputs):
         missing = [names[i] for i in wanted if not deep_tensors(batch.get(names[i]))]

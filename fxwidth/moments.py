@@ -67,7 +67,7 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
 
     Args:
         width_graph: the graph; it is run in eval mode and left as it was.
-        data: batches, each a tensor, a tuple that begins with the inputs, or a dict of them by placeholder name;
+        data: batches, each a tensor, a tuple that begins with the inputs, or a dict of them by argument name;
             it is iterated once.
         limit: how many samples are enough; None for all of them.
 

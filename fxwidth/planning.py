@@ -118,6 +118,7 @@ def _alone(function: Callable[_Options, tuple[Plan, Evidence | None]]) -> Callab
 
     @wraps(function)
     def plan(*args: _Options.args, **kwargs: _Options.kwargs) -> Plan:
+        check_options(name for name in kwargs if name != "width_graph")
         return function(*args, **kwargs)[0]
 
     plan.__name__ = plan.__qualname__ = "plan"
@@ -129,14 +130,14 @@ def _alone(function: Callable[_Options, tuple[Plan, Evidence | None]]) -> Callab
 plan = _alone(plan_with_evidence)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(names: Iterable[str]) -> None:
     """Check that all names are options of `plan`.
 
     Raises:
         FxwidthError: one is not.
     """
     known = list(signature(plan_with_evidence).parameters)[1:]
-    for name in options:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}=? " if near else ""

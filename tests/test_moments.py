@@ -212,7 +212,7 @@ class TestData:
             "tensors": parts,
             "pairs": [(part, labels) for part in parts],
             "lists": [[part] for part in parts],
-            "dicts": [{"input_1": part, "labels": labels} for part in parts],
+            "dicts": [{"input": part, "labels": labels} for part in parts],
             "generator": (part for part in parts),
             "one tensor": x,
             "float32": [part.float() for part in parts],
@@ -243,15 +243,15 @@ class TestData:
         [
             ([], "data gave no batches; pass at least one (a generator can be gone through only once)."),
             (3, "data is a int; pass an iterable of batches, such as a DataLoader."),
-            ({"input_1": images()}, "data is a dict; pass an iterable of batches, such as a DataLoader."),
-            ([("a", "b")], "batch 0 of data has 0 tensors, the graph takes 1 (input_1); pass tuples that"),
+            ({"input": images()}, "data is a dict; pass an iterable of batches, such as a DataLoader."),
+            ([("a", "b")], "batch 0 of data has 0 tensors, the graph takes 1 (input); pass tuples that"),
             (
                 [{"x": images()}],
-                "batch 0 of data holds ['x'] but no tensor 'input_1'; pass dicts with the graph",
+                "batch 0 of data holds ['x'] but no tensor 'input'; pass dicts with the graph",
             ),
             (
                 [images()[0]],
-                "input 'input_1' in batch 0 of data has shape (1, 8, 8), the graph was analysed with",
+                "input 'input' in batch 0 of data has shape (1, 8, 8), the graph was analysed with",
             ),
             (
                 [images(), images(size=9)],

@@ -196,6 +196,6 @@ def test_networks_that_are_given_by_dicts_have_losses_too() -> None:
     model = trained_like(nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)))
     x = tokens()[:, 0]
     graph = width_graph(model, x)
-    data = [{"input": x, "input_1": x, "label": torch.arange(64) % 3}]
+    data = [{"input": x, "label": torch.arange(64) % 3}]
     chosen = fxwidth.plan(graph, params=0.6, data=data, loss=lambda out, batch: F.cross_entropy(out, batch["label"]))
     assert chosen["0"] < 12

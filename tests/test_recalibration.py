@@ -184,8 +184,8 @@ def test_data_of_every_form_say_the_same(form: str) -> None:
         "tensors": [x],
         "tuples": [(x, y)],
         "lists": [[x, y]],
-        "dicts": [{"input_1": x, "label": y}],
-        "dicts and targets": [({"input_1": x}, y)],
+        "dicts": [{"input": x, "label": y}],
+        "dicts and targets": [({"input": x}, y)],
         "one tensor": x,
     }
     gm, plain = (fxwidth.trace(calibrated(x), x[:4]) for _ in range(2))
