@@ -105,8 +105,9 @@ class Results:
     def write(self, folder: Path) -> None:
         """Write the JSON, the table and the plot."""
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"machine": self.machine, "before": self.before, "rows": [asdict(row) for row in self.rows]}
-        (folder / "shrinking.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        head = json.dumps({"machine": self.machine, "before": self.before}).removesuffix("}")
+        rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        (folder / "shrinking.json").write_text(f'{head}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
         (folder / "shrinking.md").write_text(self.render(), encoding="utf-8")
         self.draw(folder / "shrinking.png")
 
@@ -169,7 +170,8 @@ class Results:
             lines += [f"## {network}", "", *self._table(network), ""]
         lines += ["## After one epoch of fine-tuning, the worst and the best row", "", *self._tuned_table(), ""]
         lines += ["## Against the goals", ""]
-        lines += ["Means, and by how much ours are more or less on the same network, with its standard error.", ""]
+        lines += ["Means, and by how much ours are more or less on the same network, with its standard error; what is less"]
+        lines += ["than twice that is said to be within two errors.", ""]
         return "\n".join([*lines, *self.verdicts(), ""])
 
     def _table(self, network: str) -> Iterator[str]:
@@ -258,6 +260,8 @@ def _compared(ours: BySeed, other: BySeed) -> str:
         word = "both near chance"
     else:
         word = "above" if mine > theirs else "equal" if mine == theirs else "BELOW"
+        difference = _difference(ours, other)
+        word += ", within two errors" if difference is not None and abs(difference[0]) < 2 * difference[1] else ""
     return f"{_means(ours, other, 100, 2)}: {word}"
 
 
@@ -270,8 +274,15 @@ def _means(ours: BySeed, other: BySeed, unit: float, digits: int) -> str:
     """Return both means, and that of the differences on the same network with its standard error."""
     seeds = _seeds(ours, other)
     words = " / ".join(f"{unit * statistics.mean(values[s] for s in seeds):.{digits}f}" for values in (ours, other))
-    differences = [unit * (ours[seed] - other[seed]) for seed in seeds]
-    if len(differences) < 2:
+    difference = _difference(ours, other)
+    if difference is None:
         return words
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{words}, {statistics.mean(differences):+.{digits}f} ± {error:.{digits}f}"
+    return f"{words}, {unit * difference[0]:+.{digits}f} ± {unit * difference[1]:.{digits}f}"
+
+
+def _difference(ours: BySeed, other: BySeed) -> tuple[float, float] | None:
+    """Return the mean difference on the same network and its standard error, where there are several networks."""
+    differences = [ours[seed] - other[seed] for seed in _seeds(ours, other)]
+    if len(differences) < 2:
+        return None
+    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
