@@ -170,8 +170,8 @@ class Results:
             lines += [f"## {network}", "", *self._table(network), ""]
         lines += ["## After one epoch of fine-tuning, the worst and the best row", "", *self._tuned_table(), ""]
         lines += ["## Against the goals", ""]
-        lines += ["Means, and by how much ours are more or less on the same network, with its standard error; what is less"]
-        lines += ["than twice that is said to be within two errors.", ""]
+        lines += ["Means, and by how much ours are more or less on the same network, with its standard error;"]
+        lines += ["what is less than twice that is within two errors.", ""]
         return "\n".join([*lines, *self.verdicts(), ""])
 
     def _table(self, network: str) -> Iterator[str]:
