@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxwidth.analysis import Analysis
 from fxwidth.curves import Errors, logarithmic, lost_share
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import axis_size
@@ -24,6 +25,7 @@ from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
 from fxwidth.spectra import singular_values, tail_share, writer_gram
+from fxwidth.structures import deep_tensors
 from fxwidth.tensor_slots import accumulation_dtype
 
 # As many rows as evidence has that does not come from samples.
@@ -195,18 +197,32 @@ def _refuse_negative_variances(width_graph: WidthGraph) -> None:
 
 
 def _noise(width_graph: WidthGraph, *, keeps: bool = True) -> Moments | None:
-    # The same graph gives the same evidence as long as nobody has written to its parameters.
-    versions = tuple(entry.tensor._version for entry in width_graph.analysis.parameters.values())
-    known = _KNOWN.get(width_graph)
-    if known is None or known[0] != versions:
-        known = versions, moments_from_noise(width_graph)
+    # The same graph gives the same evidence as long as nobody has written to it or to its parameters, and so does
+    # another analysis of it, such as that of a resize by the plan that was made with the first.
+    state = _state(width_graph.analysis)
+    known = next((one for one in _KNOWN.values() if one[0] == state), None)
+    if known is None:
+        known = state, moments_from_noise(width_graph)
         # Beside data it is needed once, and is as large as these.
         if keeps:
             _KNOWN[width_graph] = known
     return known[1]
 
 
-_KNOWN: WeakKeyDictionary[WidthGraph, tuple[tuple[int, ...], Moments | None]] = WeakKeyDictionary()
+_State = tuple[object, ...]
+_KNOWN: WeakKeyDictionary[WidthGraph, tuple[_State, Moments | None]] = WeakKeyDictionary()
+
+
+def _state(analysis: Analysis) -> _State:
+    """Return what the moments of noise depend on, as long as the analysis keeps its module and parameters alive."""
+    inputs = tuple((tensor.shape, tensor.dtype) for tensor in deep_tensors(analysis.inputs))
+    # Versions do not count what is written through `.data`, and what is made in inference mode has none.
+    tensors = tuple((id(entry.tensor), _checksum(entry.tensor)) for entry in analysis.parameters.values())
+    return id(analysis.module), str(analysis.module.graph), inputs, tensors
+
+
+def _checksum(tensor: Tensor) -> object:
+    return None if tensor.device.type == "meta" else tensor.detach().sum().item()
 
 
 def has_values(width_graph: WidthGraph) -> bool:

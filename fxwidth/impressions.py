@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -49,11 +50,11 @@ def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: in
 
 def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generator) -> list[Any]:
     """Return the inputs made of moved noise, or those of the noise as it was where there is no gradient."""
-    white = [leaf.clone() for leaf in draw.white]
-    moving = [leaf.requires_grad_() for leaf, smooth in zip(white, draw.smooth, strict=True) if smooth]
-    optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
     ways = _Ways(generator)
-    with left_as_it_is(analysis.module), substituted(analysis.module, _without_gradients(analysis)):
+    with torch.inference_mode(False), left_as_it_is(analysis.module), _without_gradients(analysis):
+        white = [leaf.clone() for leaf in draw.white]
+        moving = [leaf.requires_grad_() for leaf, smooth in zip(white, draw.smooth, strict=True) if smooth]
+        optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
         for _ in range(steps):
             with torch.enable_grad():
                 values = draw.batch(white)
@@ -66,9 +67,12 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
     return draw.batch([leaf.detach() for leaf in white])
 
 
-def _without_gradients(analysis: Analysis) -> dict[str, Tensor]:
-    """Return the parameters and buffers as tensors of which no gradient is taken: less is kept for it."""
-    return {name: tensor.detach() for name, (tensor, _) in tensor_slots(analysis.module).items()}
+def _without_gradients(analysis: Analysis) -> AbstractContextManager[None]:
+    """Run with parameters and buffers of which no gradient is taken: less is kept for it."""
+    slots = tensor_slots(analysis.module)
+    # What was made in inference mode cannot be kept for a gradient.
+    tensors = {name: t.clone() if t.is_inference() else t.detach() for name, (t, _) in slots.items()}
+    return substituted(analysis.module, tensors, slots)
 
 
 class _Ways:

@@ -19,7 +19,7 @@ from fxwidth.tape import OpCall
 # How many rows a covariance of n channels should come from: enough of them, and several times n.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
 # How many numbers there may be in the largest activation of a batch, and in all that a gradient needs of them.
-_LARGEST_ACTIVATION, _KEPT = 2**25, 2**28
+_LARGEST_ACTIVATION, _KEPT = 2**25, 2**27
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
 # From this size on the last two dims of an input with four or more are taken for those of an image.
@@ -74,7 +74,9 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     )
     kinds = 2 if any(places) else 1
     held = min(_LARGEST_ACTIVATION // max(1, max(sizes) // recorded), _KEPT // max(1, sum(sizes) // recorded))
-    size = max(16, min(-(-samples // kinds), held)) if is_free else recorded
+    most = max(16, held) if is_free else recorded
+    runs = kinds * -(-samples // (kinds * most))
+    size = max(16, -(-samples // runs)) if is_free else recorded
     generators: dict[torch.device, torch.Generator] = {}
 
     def drawn(example: Tensor, count: Tensor | None) -> Tensor:
@@ -83,7 +85,6 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
         generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
         return _noise(analysis, example, size if is_free else None, generator)
 
-    runs = kinds * -(-samples // (kinds * size))
     for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
         yield Draw(size, tuple(map(drawn, leaves, known)), smooth, places, structure)
         smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))

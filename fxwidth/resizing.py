@@ -181,7 +181,8 @@ class _Change:
 
 
 def _overwrite(tensor: Tensor, values: Tensor) -> None:
-    with torch.no_grad():
+    # What was made in inference mode may be written to there alone.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(values)
 
 
@@ -278,6 +279,10 @@ def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str
         if all(kept is None for kept in indices):
             continue
         new = tensor.detach().contiguous()
+        if new.is_inference() and not entry.tensor.is_inference():
+            # What can be trained stays so, wherever the resize is called.
+            with torch.inference_mode(False):
+                new = new.clone()
         if isinstance(entry.tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=entry.tensor.requires_grad)
             if entry.tensor.grad is not None:
