@@ -25,7 +25,6 @@ from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
 from fxwidth.spectra import singular_values, tail_share, writer_gram
-from fxwidth.structures import deep_tensors
 from fxwidth.tensor_slots import accumulation_dtype
 
 # As many rows as evidence has that does not come from samples.
@@ -215,10 +214,11 @@ _KNOWN: WeakKeyDictionary[WidthGraph, tuple[_State, Moments | None]] = WeakKeyDi
 
 def _state(analysis: Analysis) -> _State:
     """Return what the moments of noise depend on, as long as the analysis keeps its module and parameters alive."""
-    inputs = tuple((tensor.shape, tensor.dtype) for tensor in deep_tensors(analysis.inputs))
+    # The graph has the wiring, and the calls of ops what modules make of it: strides, slopes, and sizes of inputs.
+    calls = tuple((call.func, str(call.arguments)) for call in analysis.calls)
     # Versions do not count what is written through `.data`, and what is made in inference mode has none.
     tensors = tuple((id(entry.tensor), _checksum(entry.tensor)) for entry in analysis.parameters.values())
-    return id(analysis.module), str(analysis.module.graph), inputs, tensors
+    return id(analysis.module), str(analysis.module.graph), calls, tensors
 
 
 def _checksum(tensor: Tensor) -> object:

@@ -66,6 +66,13 @@ class TestImages:
             distance = (batch[0] - draw.batch()[0]).square().mean().sqrt()
             assert 0.1 < float(distance) < 1
 
+    def test_in_inference_mode_as_outside(self) -> None:
+        outside = moved(conv(), images(4, size=12))[1]
+        with torch.inference_mode():
+            inside = moved(conv(), images(4, size=12))[1]
+        assert all(torch.equal(one[0], other[0]) for one, other in zip(outside, inside, strict=True))
+        assert not is_as_drawn(conv(), images(4, size=12))
+
     def test_of_any_precision(self) -> None:
         draws, batches = moved(conv().bfloat16(), images(4, size=12).bfloat16())
         assert batches[0][0].dtype == torch.bfloat16

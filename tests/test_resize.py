@@ -216,3 +216,40 @@ def test_scales_computed_from_sizes_keep_their_trained_value() -> None:
     before = gm(x)
     fxwidth.resize(gm, {"up": 21})
     assert relative_difference(gm(x), before) < EXACT
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_models_made_in_inference_mode_are_resized_like_others(name: str) -> None:
+    results = []
+    for is_inference in (False, True):
+        with torch.inference_mode(is_inference):
+            gm, x = traced(name)
+        plan = {group.name: group.width // 2 for group in fxwidth.analyze(gm).free}
+        with torch.no_grad():
+            results.append(fxwidth.resize(gm, plan)(x))
+    assert torch.equal(*results)
+
+
+def test_a_failure_changes_nothing_in_inference_mode_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        gm, x = traced("resnet18")
+    tensors = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
+    code = gm.code
+    plan = {group.name: group.width // 2 for group in fxwidth.analyze(gm).free}
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr("fxwidth.resizing._Change.recalibrate", failing)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fxwidth.resize(gm, plan, data=[x])
+    assert gm.code == code
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in gm.state_dict().items())
+
+
+def test_what_is_resized_in_inference_mode_can_be_trained() -> None:
+    gm, x = traced("resnet18")
+    with torch.inference_mode():
+        fxwidth.resize(gm, {group.name: group.width // 2 for group in fxwidth.analyze(gm).free})
+    gm.train()(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in gm.parameters())
