@@ -16,9 +16,12 @@ from fxwidth.probes import Measure, Probe
 from fxwidth.structures import Structure, flatten, rebuild, sample_count
 from fxwidth.tape import OpCall
 
-# How many rows a covariance of n channels should come from: enough of them, and several times n.
+# How many rows a covariance of n channels should come from: enough of them, and several times n. Moving them takes ten
+# times as long as a look at them; what stays as it is drawn may be as much more.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
-# How many numbers there may be in the largest activation of a batch, and in all that a gradient needs of them.
+_MORE = 16
+# How many numbers there may be in the largest activation of a batch, and in all that is kept: the inputs, and what a
+# gradient needs of a batch.
 _LARGEST_ACTIVATION, _KEPT = 2**25, 2**27
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
@@ -62,17 +65,19 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     known = _counts(analysis) or [None] * len(leaves)
     has_counts = any(count is not None for count in known)
     recorded = sample_count(analysis.inputs)
-    samples = _samples_wanted(probes, recorded)
-    products = products_per_sample(analysis) + sum(map(_products_of_moment, probes)) / recorded
-    samples = int(max(16, min(samples, work / max(1.0, products))))
-    sizes = [tensor.numel() for call in analysis.calls for tensor in call.outputs] or [1]
-    guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
-    is_free = analysis.batch and not guarded and not has_counts
     smooth = tuple(map(_is_image, leaves))
     places = tuple(
         is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)
     )
     kinds = 2 if any(places) else 1
+    affordable = min(
+        work / _products_in_all(analysis, probes), _KEPT / max(1, sum(map(torch.numel, leaves))) * recorded
+    )
+    wanted = _samples_wanted(probes, recorded, _MORE if any(places) or not any(smooth) else 1)
+    samples = max(16, min(wanted, int(affordable)))
+    sizes = [tensor.numel() for call in analysis.calls for tensor in call.outputs] or [1]
+    guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    is_free = analysis.batch and not guarded and not has_counts
     held = min(_LARGEST_ACTIVATION // max(1, max(sizes) // recorded), _KEPT // max(1, sum(sizes) // recorded))
     most = max(16, held) if is_free else recorded
     runs = kinds * -(-samples // (kinds * most))
@@ -101,15 +106,21 @@ def _counts(analysis: Analysis) -> list[Tensor | None]:
     return known if analysis.record is not None else []
 
 
-def _samples_wanted(probes: Sequence[Probe], recorded: int) -> int:
+def _samples_wanted(probes: Sequence[Probe], recorded: int, times: int) -> int:
     wanted = 16
     for probe in probes:
         tensor = probe.call.arguments[probe.argument]
         if probe.measure == Measure.MOMENT:
             channels = tensor.shape[probe.dims[0]] // probe.minor
             rows = max(1, probe.places * tensor.numel() // channels // recorded)
-            wanted = max(wanted, -(-max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
+            wanted = max(wanted, -(-times * max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
     return wanted
+
+
+def _products_in_all(analysis: Analysis, probes: Sequence[Probe]) -> float:
+    """Return how many multiplications a sample takes, with the second moments that are asked for; one at least."""
+    moments = sum(map(_products_of_moment, probes)) / sample_count(analysis.inputs)
+    return max(1.0, products_per_sample(analysis) + moments)
 
 
 def _products(call: OpCall) -> int:

@@ -82,6 +82,17 @@ class TestImages:
 class TestOthers:
     """What there is no reason or no way to move is noise as it was drawn."""
 
+    def test_there_is_more_of_it_as_far_as_it_can_be_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def samples(model: nn.Module, x: Tensor) -> int:
+            graph = width_graph(trained_like(model), x)
+            return sum(draw.samples for draw in noise_draws(graph.analysis, find_probes(graph), 0, PLENTY))
+
+        mlp = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+        assert samples(conv(), images(4, size=12)) == 1024
+        assert samples(mlp, tokens(4)[:, 0]) == 16 * 1024
+        monkeypatch.setattr("fxwidth.noise._KEPT", 16 * 2000)
+        assert 2000 <= samples(mlp, tokens(4)[:, 0]) < 2100
+
     def test_what_is_no_image(self) -> None:
         model = trained_like(nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)))
         assert is_as_drawn(model, tokens(4)[:, 0])
