@@ -20,6 +20,8 @@ from fxwidth.tape import OpCall
 # times as long as a look at them; what stays as it is drawn may be as much more.
 _ROWS, _ROWS_PER_CHANNEL = 1024, 4
 _MORE = 16
+# As how many rows the places of one smooth image count at most: neighbours are alike.
+_ROWS_PER_IMAGE = 8
 # How many numbers there may be in the largest activation of a batch, and in all that is kept: the inputs, and what a
 # gradient needs of a batch.
 _LARGEST_ACTIVATION, _KEPT = 2**25, 2**27
@@ -73,8 +75,9 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     affordable = min(
         work / _products_in_all(analysis, probes), _KEPT / max(1, sum(map(torch.numel, leaves))) * recorded
     )
-    wanted = _samples_wanted(probes, recorded, _MORE if any(places) or not any(smooth) else 1)
-    samples = max(16, min(wanted, int(affordable)))
+    wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
+    is_moved = any(smooth) and not any(places)
+    samples = max(16, min(wanted if is_moved else _MORE * wanted, int(affordable)))
     sizes = [tensor.numel() for call in analysis.calls for tensor in call.outputs] or [1]
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
     is_free = analysis.batch and not guarded and not has_counts
@@ -106,14 +109,15 @@ def _counts(analysis: Analysis) -> list[Tensor | None]:
     return known if analysis.record is not None else []
 
 
-def _samples_wanted(probes: Sequence[Probe], recorded: int, times: int) -> int:
+def _samples_wanted(probes: Sequence[Probe], recorded: int, most: int | None) -> int:
+    """Return how many samples the covariances want, of which none gives more than `most` rows."""
     wanted = 16
     for probe in probes:
         tensor = probe.call.arguments[probe.argument]
         if probe.measure == Measure.MOMENT:
             channels = tensor.shape[probe.dims[0]] // probe.minor
             rows = max(1, probe.places * tensor.numel() // channels // recorded)
-            wanted = max(wanted, -(-times * max(_ROWS, _ROWS_PER_CHANNEL * channels) // rows))
+            wanted = max(wanted, -(-max(_ROWS, _ROWS_PER_CHANNEL * channels) // min(rows, most or rows)))
     return wanted
 
 
