@@ -72,17 +72,15 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
         is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)
     )
     kinds = 2 if any(places) else 1
-    affordable = min(
-        work / _products_in_all(analysis, probes), _KEPT / max(1, sum(map(torch.numel, leaves))) * recorded
-    )
-    wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
-    is_moved = any(smooth) and not any(places)
-    samples = max(16, min(wanted if is_moved else _MORE * wanted, int(affordable)))
-    sizes = [tensor.numel() for call in analysis.calls for tensor in call.outputs] or [1]
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
     is_free = analysis.batch and not guarded and not has_counts
-    held = min(_LARGEST_ACTIVATION // max(1, max(sizes) // recorded), _KEPT // max(1, sum(sizes) // recorded))
-    most = max(16, held) if is_free else recorded
+    wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
+    # Batches as small as the example's take long for what they tell.
+    has_more = is_free and (any(places) or not any(smooth))
+    held = _KEPT * recorded // max(1, sum(map(torch.numel, leaves)))
+    affordable = int(work / _products_in_all(analysis, probes))
+    samples = max(16, min(_MORE * wanted if has_more else wanted, affordable, held))
+    most = _largest_batch(analysis) if is_free else recorded
     runs = kinds * -(-samples // (kinds * most))
     size = max(16, -(-samples // runs)) if is_free else recorded
     generators: dict[torch.device, torch.Generator] = {}
@@ -96,6 +94,13 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
         yield Draw(size, tuple(map(drawn, leaves, known)), smooth, places, structure)
         smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
+
+
+def _largest_batch(analysis: Analysis) -> int:
+    """Return of how many samples all activations can be kept at once."""
+    recorded = sample_count(analysis.inputs)
+    sizes = [max(1, tensor.numel() // recorded) for call in analysis.calls for tensor in call.outputs] or [1]
+    return max(16, min(_LARGEST_ACTIVATION // max(sizes), _KEPT // sum(sizes)))
 
 
 def products_per_sample(analysis: Analysis) -> float:

@@ -40,7 +40,16 @@ def is_as_drawn(model: nn.Module, x: Any, work: float = PLENTY) -> bool:
     )
 
 
+def samples_drawn(model: nn.Module, x: Tensor) -> int:
+    graph = width_graph(trained_like(model), x)
+    return sum(draw.samples for draw in noise_draws(graph.analysis, find_probes(graph), 0, PLENTY))
+
+
 class TestImages:
+    def test_there_are_enough_of_them_however_many_places_each_has(self) -> None:
+        dense = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        assert samples_drawn(dense, images(4, size=16)) == 1024 // 8
+
     def test_outputs_differ_more(self) -> None:
         model = conv()
         draws, batches = moved(model, images(4, size=12))
@@ -83,15 +92,13 @@ class TestOthers:
     """What there is no reason or no way to move is noise as it was drawn."""
 
     def test_there_is_more_of_it_as_far_as_it_can_be_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def samples(model: nn.Module, x: Tensor) -> int:
-            graph = width_graph(trained_like(model), x)
-            return sum(draw.samples for draw in noise_draws(graph.analysis, find_probes(graph), 0, PLENTY))
-
         mlp = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
-        assert samples(conv(), images(4, size=12)) == 1024
-        assert samples(mlp, tokens(4)[:, 0]) == 16 * 1024
+        assert samples_drawn(conv(), images(4, size=12)) == 1024
+        assert samples_drawn(mlp, tokens(4)[:, 0]) == 16 * 1024
+        # Of one sample at a time there would be as many runs.
+        assert samples_drawn(mlp, tokens(1)[:, 0]) == 1024
         monkeypatch.setattr("fxwidth.noise._KEPT", 16 * 2000)
-        assert 2000 <= samples(mlp, tokens(4)[:, 0]) < 2100
+        assert 2000 <= samples_drawn(mlp, tokens(4)[:, 0]) < 2100
 
     def test_what_is_no_image(self) -> None:
         model = trained_like(nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)))
