@@ -131,21 +131,22 @@ class Results:
         def of(case: Case, loss: bool = False) -> BySeed:
             return {seed: row.loss if loss else row.accuracy for seed, row in rows.get(case, {}).items()}
 
+        def compared(ours: Case, other: Case) -> str:
+            return f"{_compared(of(ours), of(other))} (loss {_means(of(ours, True), of(other, True), 1, 4)})"
+
         for count in (0, *COUNTS):
-            ours = of(Case(OURS, "planned", count))
+            planned = Case(OURS, "planned", count)
             peers = [case for case in rows if case.tool in (PEER, PEER_AGAIN) and case.images == count]
             if count == 0:
                 peers = [case for case in rows if case.tool == PEER]
-            if ours and peers:
-                best = max(map(of, peers), key=lambda other: statistics.mean(other.values()))
+            if planned in rows and peers:
+                best = max(peers, key=lambda case: statistics.mean(of(case).values()))
                 what = f"{PEER} with the same" if count else f"the best of {PEER}"
-                yield f"- {place}, {_images(count)}, against {what}: {_compared(ours, best)}"
+                yield f"- {place}, {_images(count)}, against {what}: {compared(planned, best)}"
         for count in (0, *COUNTS) if share < max(SHARES) else ():
             planned, even = Case(OURS, "planned", count), Case(UNIFORM, "uniform", count)
             if planned in rows and even in rows:
-                losses = f"loss {_means(of(planned, True), of(even, True), 1, 4)}"
-                words = f"{_compared(of(planned), of(even))} ({losses})"
-                yield f"- {place}, {_images(count)}, against uniform widths: {words}"
+                yield f"- {place}, {_images(count)}, against uniform widths: {compared(planned, even)}"
         some = of(Case(OURS, "planned", 128))
         if share == 0.5 and some:
             least = {seed: 0.95 * accuracy for seed, accuracy in self.before[network].items()}
