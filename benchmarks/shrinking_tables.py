@@ -105,9 +105,10 @@ class Results:
     def write(self, folder: Path) -> None:
         """Write the JSON, the table and the plot."""
         folder.mkdir(parents=True, exist_ok=True)
-        head = json.dumps({"machine": self.machine, "before": self.before}).removesuffix("}")
-        rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
-        (folder / "shrinking.json").write_text(f'{head}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+        record = {"machine": self.machine, "before": self.before, "rows": [asdict(row) for row in self.rows]}
+        # A row a line.
+        text = json.dumps(record).replace("}, {", "},\n{") + "\n"
+        (folder / "shrinking.json").write_text(text, encoding="utf-8")
         (folder / "shrinking.md").write_text(self.render(), encoding="utf-8")
         self.draw(folder / "shrinking.png")
 

@@ -115,7 +115,8 @@ def resize_analyzed(
         refuse_nan(module)
     data = replayed(data)
     edits = AttributeEdits()
-    with ExitStack() as undo:
+    # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
+    with torch.inference_mode(False), ExitStack() as undo:
         undo.callback(edits.undo)
         if evidence is None:
             known = Evidence(width_graph, None, selection) if blind else None
@@ -133,8 +134,8 @@ def resize_analyzed(
         if recalibration is not None:
             change.recalibrate(module, recalibration)
         undo.pop_all()
-    if change.update is not None:
-        change.update.commit()
+        if change.update is not None:
+            change.update.commit()
     module.meta.setdefault(HISTORY, []).append(change.record)
     return module
 
@@ -279,10 +280,6 @@ def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str
         if all(kept is None for kept in indices):
             continue
         new = tensor.detach().contiguous()
-        if new.is_inference() and not entry.tensor.is_inference():
-            # What can be trained stays so, wherever the resize is called.
-            with torch.inference_mode(False):
-                new = new.clone()
         if isinstance(entry.tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=entry.tensor.requires_grad)
             if entry.tensor.grad is not None:

@@ -249,7 +249,12 @@ def test_a_failure_changes_nothing_in_inference_mode_either(monkeypatch: pytest.
 
 def test_what_is_resized_in_inference_mode_can_be_trained() -> None:
     gm, x = traced("resnet18")
+    optimizer = torch.optim.Adam(gm.train().parameters())
+    gm(x).square().sum().backward()
+    optimizer.step()
     with torch.inference_mode():
-        fxwidth.resize(gm, {group.name: group.width // 2 for group in fxwidth.analyze(gm).free})
-    gm.train()(x).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in gm.parameters())
+        fxwidth.resize(gm, {group.name: group.width // 2 for group in fxwidth.analyze(gm).free}, optimizer=optimizer)
+    before = [parameter.detach().clone() for parameter in gm.parameters()]
+    gm(x).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, gm.parameters(), before))
