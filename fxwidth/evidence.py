@@ -16,7 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.factors import axis_size
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
-from fxwidth.moments import Moment, Moments, moments_from_data, moments_from_noise
+from fxwidth.moments import Moment, Moments, has_values, moments_from_data, moments_from_noise
 from fxwidth.occurrences import channel_positions
 from fxwidth.pairs import Pairs, each_pairs, pairs_of
 from fxwidth.probes import Key
@@ -223,11 +223,6 @@ def _state(analysis: Analysis) -> _State:
 
 def _checksum(tensor: Tensor) -> object:
     return None if tensor.device.type == "meta" else tensor.detach().sum().item()
-
-
-def has_values(width_graph: WidthGraph) -> bool:
-    """Tell whether the parameters have numbers in them, which they do not on the meta device."""
-    return all(entry.tensor.device.type != "meta" for entry in width_graph.analysis.parameters.values())
 
 
 def moments_from_writers(width_graph: WidthGraph) -> Moments | None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from fxwidth.evidence import Evidence, has_values
+from fxwidth.evidence import Evidence
 from fxwidth.groups import ChannelGroup, WidthGraph, refuse_other_than_groups
 from fxwidth.limits import chosen_groups
 from fxwidth.loss_probes import Loss, calibrated
+from fxwidth.moments import has_values
 from fxwidth.ranks import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.spectra import singular_values, writer_columns
 

@@ -28,7 +28,7 @@ from fxwidth.structures import deep_tensors, map_leaves, sample_count
 from fxwidth.tape import TapeRecorder, bind, functional_name
 from fxwidth.tensor_slots import is_sound
 
-__all__ = ["Moment", "Moments", "collect_moments", "moments_from_data", "moments_from_noise"]
+__all__ = ["Moment", "Moments", "collect_moments", "has_values", "moments_from_data", "moments_from_noise"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Moments:
         return self.contracted.get(reader.key)
 
 
+def has_values(width_graph: WidthGraph) -> bool:
+    """Tell whether the parameters have numbers in them, which they do not on the meta device."""
+    return all(entry.tensor.device.type != "meta" for entry in width_graph.analysis.parameters.values())
+
+
 def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int | None = 1024) -> Moments | None:
     """Return the moments of a graph's activations on real inputs; None for a model without values (meta device).
 
@@ -74,7 +79,7 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
     Raises:
         FxwidthError: the data are empty, do not fit the graph or are not finite, or the parameters are not.
     """
-    if not _has_values(width_graph.analysis):
+    if not has_values(width_graph):
         return None
     source = "training" if isinstance(data, Gathered) else "data"
     moments = collect_moments(width_graph, batches_from(width_graph.analysis, data, limit), source=source)
@@ -107,7 +112,7 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
         FxwidthError: the parameters are not finite.
     """
     analysis = width_graph.analysis
-    if not _has_values(analysis):
+    if not has_values(width_graph):
         return None
     draws = noise_draws(analysis, find_probes(width_graph), seed, work)
     with statistics_of_noise(width_graph):
@@ -162,10 +167,6 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
         raise FxwidthError("data gave no batches; pass at least one (a generator can be gone through only once).")
     seen = observer.seen()
     return Moments(source, samples, seen.contracted, seen.squares, seen.deviations, seen.products, seen.missed)
-
-
-def _has_values(analysis: Analysis) -> bool:
-    return all(entry.tensor.device.type != "meta" for entry in analysis.parameters.values())
 
 
 def _check_parameters(analysis: Analysis) -> None:

@@ -137,6 +137,10 @@ def test_limits_that_contradict_each_other(options: dict[str, Any], message: str
     refused(way, message, **options, **target)
 
 
+def test_the_graph_may_be_named() -> None:
+    assert fxwidth.plan(width_graph=fxwidth.analyze(network()), params=0.5)
+
+
 def test_where_all_is_left_out_nothing_changes() -> None:
     for options in ({"keep": "*"}, {"only": []}, {"min_width": 100}):
         assert fxwidth.plan(fxwidth.analyze(network()), **options) == {}  # type: ignore[arg-type]
