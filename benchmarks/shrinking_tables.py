@@ -167,7 +167,7 @@ class Results:
             lines += (
                 [f"- fine-tuned {what}: {', '.join(name for name in self.before if name in tuned)}"] if tuned else []
             )
-        lines += ["- many other splits of the MLP's parameters, over 8 networks: allocations.md", ""]
+        lines += ["- many other splits of batch-norm-mlp's parameters, over 8 networks: allocations.md", ""]
         for network in self.before:
             lines += [f"## {network}", "", *self._table(network), ""]
         lines += ["## After one epoch of fine-tuning, the worst and the best row", "", *self._tuned_table(), ""]

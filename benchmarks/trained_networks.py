@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,13 +41,12 @@ def residual_cnn() -> nn.Module:
     return nn.Sequential(*stem, *(Block(*shape) for shape in shapes), *head)
 
 
-def batch_norm_mlp() -> nn.Module:
-    """Return a network of linear layers with batch norm, 784-256-256-128-10."""
-    widths = (784, 256, 256, 128)
+def batch_norm_mlp(*hidden: int) -> nn.Module:
+    """Return a network of linear layers with batch norm, of so many hidden channels each."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for into, out in itertools.pairwise(widths):
+    for into, out in itertools.pairwise((784, *hidden)):
         layers += [nn.Linear(into, out), nn.BatchNorm1d(out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
+    return nn.Sequential(*layers, nn.Linear(hidden[-1], 10))
 
 
 class TransformerBlock(nn.Module):
@@ -87,13 +87,20 @@ class SmallViT(nn.Module):
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual-cnn": residual_cnn,
-    "batch-norm-mlp": batch_norm_mlp,
+    "batch-norm-mlp": partial(batch_norm_mlp, 256, 256, 128),
+    "deep-mlp": partial(batch_norm_mlp, *[256] * 6),
     "seed-resnet": seed_resnet,
     "small-vit": SmallViT,
 }
 _BATCH = 128
 # Epochs over the training images, and the learning rate at the peak of its one cycle.
-_SCHEDULES = {"residual-cnn": (3, 3e-3), "batch-norm-mlp": (6, 3e-3), "seed-resnet": (1, 1e-3), "small-vit": (6, 2e-3)}
+_SCHEDULES = {
+    "residual-cnn": (3, 3e-3),
+    "batch-norm-mlp": (6, 3e-3),
+    "deep-mlp": (6, 3e-3),
+    "seed-resnet": (1, 1e-3),
+    "small-vit": (6, 2e-3),
+}
 
 
 @dataclass(frozen=True, eq=False)
