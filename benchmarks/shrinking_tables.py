@@ -199,7 +199,7 @@ class Results:
     # -- the plot --------------------------------------------------------------------------------------------------
 
     def draw(self, path: Path) -> None:
-        """Draw accuracy over the share of parameters, a panel per network."""
+        """Draw the share of wrong answers over that of parameters, a panel per network."""
         import matplotlib as mpl
 
         mpl.use("Agg")
@@ -221,15 +221,18 @@ class Results:
             for number, (label, belongs) in enumerate(kinds.items()):
                 curve = [statistics.mean(before.values()), *(self._best(network, share, belongs) for share in SHARES)]
                 style = "-" if label.startswith("fxwidth") else "--"
-                values = [100 * value for value in curve]
+                values = [100 * (1 - value) for value in curve]
                 panel.plot(
                     [100, *(100 * s for s in SHARES)], values, style, marker="o", label=label, color=f"C{number}"
                 )
             panel.set_title(network)
+            # Halves and tenths of a percent show beside errors near chance.
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.set_xlabel("parameters kept (%)")
             panel.invert_xaxis()
-            panel.grid(alpha=0.3)
-        panels[0][0].set_ylabel("test accuracy, not fine-tuned (%)")
+            panel.grid(alpha=0.3, which="both")
+        panels[0][0].set_ylabel("test error, not fine-tuned (%)")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
         figure.tight_layout(rect=(0, 0.14, 1, 1))
