@@ -44,8 +44,8 @@ def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: in
     affordable = _EFFORT * work / max(1.0, 2 * products_per_sample(analysis))
     for draw in draws:
         steps = int(min(_STEPS, affordable // draw.samples))
-        is_movable = any(draw.smooth) and not any(draw.places) and analysis.record is None
-        yield _moved(analysis, draw, steps, generator) if is_movable and steps >= _FEWEST else draw.batch()
+        moves = draw.movable and analysis.record is None and steps >= _FEWEST
+        yield _moved(analysis, draw, steps, generator) if moves else draw.batch()
 
 
 def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generator) -> list[Any]:

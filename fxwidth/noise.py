@@ -39,14 +39,14 @@ class Draw:
         samples: how many samples it is for.
         white: the noise, and the integers, one per tensor among the inputs.
         smooth: which of these are to be smoothed.
-        places: which stand for images, as a whole, for weights of their own at every place.
+        movable: whether these may be moved: images of which nothing has a weight for each place.
         structure: where they belong.
     """
 
     samples: int
     white: tuple[Tensor, ...]
     smooth: tuple[bool, ...]
-    places: tuple[bool, ...]
+    movable: bool
     structure: Structure
 
     def batch(self, white: Sequence[Tensor] | None = None) -> list[Any]:
@@ -72,11 +72,12 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
         is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)
     )
     kinds = 2 if any(places) else 1
+    movable = any(smooth) and not any(places)
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
     is_free = analysis.batch and not guarded and not has_counts
     wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
     # Batches as small as the example's take long for what they tell.
-    has_more = is_free and (any(places) or not any(smooth))
+    has_more = is_free and not movable
     held = _KEPT * recorded // max(1, sum(map(torch.numel, leaves)))
     affordable = int(work / _products_in_all(analysis, probes))
     samples = max(16, min(_MORE * wanted if has_more else wanted, affordable, held))
@@ -92,7 +93,7 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
         return _noise(analysis, example, size if is_free else None, generator)
 
     for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
-        yield Draw(size, tuple(map(drawn, leaves, known)), smooth, places, structure)
+        yield Draw(size, tuple(map(drawn, leaves, known)), smooth, movable, structure)
         smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
 
 
