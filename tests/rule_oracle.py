@@ -23,7 +23,7 @@ from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.rules.registry import prescribed
 from fxwidth.tape import Axes, OpCall, plain_kernels, tensors_in, unbind
 from fxwidth.value_runs import record_values
-from tests.samples import Operand, Sample, Sizes
+from tests.sample_calls import Operand, Sample, Sizes
 
 
 @dataclass

@@ -7,88 +7,13 @@ sizes equal, where only identity can tell dims apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
-SIZES = {"n": 2, "a": 3, "b": 4, "c": 5, "d": 6, "e": 7, "h": 9, "w": 10}
-
-
-class Sizes:
-    """Named sizes."""
-
-    def __init__(self, equal: int | None = None) -> None:
-        for name, size in SIZES.items():
-            setattr(self, name, equal or size)
-
-    def __getattr__(self, name: str) -> int:
-        raise AttributeError(name)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor among the arguments: its shape, and the range of its values where they are integers, or these."""
-
-    shape: tuple[int, ...]
-    below: int | None = None
-    dtype: torch.dtype = torch.float64
-    values: tuple[int, ...] = ()
-
-    def make(self) -> torch.Tensor:
-        if self.dtype == torch.bool:
-            return torch.rand(self.shape) < 0.5
-        if self.values:
-            return torch.tensor(self.values)
-        if self.below is not None:
-            return torch.randint(self.below, self.shape, dtype=self.dtype)
-        # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
-        return torch.rand(self.shape, dtype=torch.float64) * 0.8 + 0.1
-
-
-def t(*shape: int) -> Operand:
-    return Operand(shape)
-
-
-def index(below: int, *shape: int) -> Operand:
-    return Operand(shape, below, torch.int64)
-
-
-def counts(*values: int) -> Operand:
-    return Operand((len(values),), None, torch.int64, values)
-
-
-def mask(*shape: int) -> Operand:
-    return Operand(shape, None, torch.bool)
-
-
-Arguments = Callable[[Any], list[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A call, how many factors must be free in it, and how many operand dims must be fixed.
-
-    `by_value` is False where results are random, or the CPU lacks the kernel; `cautious` is True where the rule fixes
-    or couples what a lenient kernel would let go: positions, and statistics that are not read.
-    """
-
-    op: str
-    free: int
-    pinned: int
-    arguments: Arguments
-    keywords: dict[str, Any]
-    by_value: bool
-    cautious: bool
-
-    def overload(self) -> Any:
-        namespace, _, name = self.op.rpartition("::")
-        packet, _, overload = name.partition(".")
-        return getattr(getattr(getattr(torch.ops, namespace or "aten"), packet), overload or "default")
-
+from tests.sample_calls import Arguments, Sample, counts, index, mask, t
 
 ROWS: list[Sample] = []
 

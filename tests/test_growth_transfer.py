@@ -34,7 +34,8 @@ from fxwidth.roles import Roles, find_roles
 from fxwidth.rules.registry import RULES, prescribed
 from fxwidth.tape import tensors_in, unbind
 from tests.rule_oracle import Probe, make_probe
-from tests.samples import ROWS, Sample
+from tests.sample_calls import Sample
+from tests.samples import ROWS
 
 # In the order in which they can be made of a random tensor without spoiling one another.
 KINDS = (CONSTANT, State.MEAN, State.ANY, State.ZERO, ALL_ZERO)

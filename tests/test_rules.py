@@ -21,7 +21,8 @@ from tests.rule_oracle import (
     same,
     take,
 )
-from tests.samples import ROWS, TOLD_BY_LATER_TORCH, Sample
+from tests.sample_calls import Sample
+from tests.samples import ROWS, TOLD_BY_LATER_TORCH
 
 SIZES = (None, 8)
 probe_of = functools.cache(make_probe)
