@@ -134,8 +134,8 @@ def resize_analyzed(
         if recalibration is not None:
             change.recalibrate(module, recalibration)
         undo.pop_all()
-        if change.update is not None:
-            change.update.commit()
+    if change.update is not None:
+        change.update.commit()
     module.meta.setdefault(HISTORY, []).append(change.record)
     return module
 

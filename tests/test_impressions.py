@@ -9,6 +9,7 @@ import torch
 from nets import build, images, tokens, trained_like, width_graph
 from torch import Tensor, nn
 
+import fxwidth
 from fxwidth.impressions import impressions
 from fxwidth.moments import moments_from_noise
 from fxwidth.noise import Draw, noise_draws
@@ -25,7 +26,7 @@ def conv() -> nn.Module:
 
 def moved(model: nn.Module, x: Any, work: float = PLENTY) -> tuple[list[Draw], list[list[Any]]]:
     """Return the noise drawn for a graph, and what it was moved to."""
-    graph = width_graph(model, x)
+    graph = fxwidth.analyze(fxwidth.trace(model, x))
     draws = list(noise_draws(graph.analysis, find_probes(graph), 0, 1e6))
     return draws, list(impressions(graph.analysis, draws, work, 0))
 
@@ -112,6 +113,19 @@ class TestOthers:
     def test_what_would_take_too_long(self) -> None:
         assert is_as_drawn(conv(), images(4, size=12), work=1e3)
         assert not is_as_drawn(conv(), images(4, size=12))
+
+    def test_models_that_look_at_values(self) -> None:
+        class Looking(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = conv()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.body(x) if x.std().item() > 0 else self.body(2 * x)
+
+        model, x = trained_like(Looking()), images(4, size=12)
+        assert fxwidth.analyze(fxwidth.trace(model, x)).analysis.record is not None
+        assert is_as_drawn(model, x)
 
     def test_outputs_without_a_gradient(self) -> None:
         class Detached(nn.Module):
