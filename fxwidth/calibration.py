@@ -5,13 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
+
+# Samples in a batch that is cut anew, and bytes that the largest result of an op may take then.
+_MOST_AT_ONCE, _MEMORY = 64, 2**28
 
 
 def input_names(analysis: Analysis) -> list[str]:
@@ -40,6 +45,42 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
             yield values
         if left is not None and (left := left - size) <= 0:
             return
+
+
+def joined(analysis: Analysis, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Return batches cut anew into nearly equal ones, whose sizes do not depend on how the data came.
+
+    There are as many samples in each as the largest result of an op allows in memory, at most 64. Batches stay as they
+    are where inputs have no batch, or what the graph does depends on values.
+
+    Args:
+        analysis: the graph that takes them.
+        batches: one value per placeholder each.
+    """
+    sizes = [_common_length(values) for values in batches]
+    if analysis.batch is None or analysis.record is not None or None in sizes:
+        return [list(values) for values in batches]
+    opened = [flatten(tuple(values), (Tensor,)) for values in batches]
+    whole = [parts[0] if not parts[0].dim() else torch.cat(parts) for parts in zip(*(p for p, _ in opened), strict=True)]
+    count = sum(size for size in sizes if size is not None)
+    pieces = -(-count // _samples_at_once(analysis, analysis.batch.size))
+    borders = [count * i // pieces for i in range(pieces + 1)]
+    structure = opened[0][1]
+    return [
+        list(rebuild(structure, [part[start:end] if part.dim() else part for part in whole]))
+        for start, end in pairwise(borders)
+    ]
+
+
+def _common_length(values: Sequence[Any]) -> int | None:
+    """Return the size of the first dim that all tensors share."""
+    lengths = {len(tensor) for tensor in deep_tensors(tuple(values)) if tensor.dim()}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _samples_at_once(analysis: Analysis, batch: int) -> int:
+    largest = max((t.numel() * t.element_size() for call in analysis.calls for t in call.outputs), default=1)
+    return max(2, min(_MOST_AT_ONCE, _MEMORY * batch // max(1, largest)))
 
 
 def _first(size: int, left: int, tensor: Tensor) -> Tensor:
