@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
+from fxwidth.batches import takes_larger
 from fxwidth.errors import FxwidthError
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
 
-# Samples in a batch that is cut anew, and bytes that the largest result of an op may take then.
-_MOST_AT_ONCE, _MEMORY = 64, 2**28
+# The bytes that the largest result of an op may take for a batch that is cut anew.
+_MEMORY = 2**28
 
 
 def input_names(analysis: Analysis) -> list[str]:
@@ -47,27 +48,68 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
             return
 
 
-def joined(analysis: Analysis, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Return batches cut anew into nearly equal ones, whose sizes do not depend on how the data came.
+def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) -> Iterator[list[Any]]:
+    """Yield the samples of batches in batches whose sizes do not depend on how the data came.
 
-    There are as many samples in each as the largest result of an op allows in memory, at most 64. Batches stay as they
-    are where inputs have no batch, or what the graph does depends on values.
+    What is computed from each batch by itself is then the same however data are cut, and a single sample, for which
+    some ops take another way, is not run alone. There are as many samples in each batch as the largest result of an op
+    allows in memory, at most 512. Batches stay as they are where inputs have no batch, where the graph takes no other
+    batch size, and where what it does depends on values.
 
     Args:
         analysis: the graph that takes them.
         batches: one value per placeholder each.
+        most: about how many samples a batch may have; fewer where the results of ops would take too much memory.
     """
-    sizes = [_common_length(values) for values in batches]
-    if analysis.batch is None or analysis.record is not None or None in sizes:
-        return [list(values) for values in batches]
+    if analysis.batch is None or analysis.record is not None or not _takes_larger_batches(analysis):
+        yield from map(list, batches)
+        return
+    most = min(most, _samples_at_once(analysis, analysis.batch.size))
+    waiting: list[Sequence[Any]] = []
+    for values in batches:
+        if _common_length(values) is None:
+            yield from _cut(waiting, most)
+            yield list(values)
+            waiting = []
+            continue
+        waiting.append(values)
+        if sum(map(_length, waiting)) >= 2 * most:
+            *whole, rest = _pieces(waiting, most)
+            yield from whole
+            waiting = [rest]
+    yield from _cut(waiting, most)
+
+
+def _takes_larger_batches(analysis: Analysis) -> bool:
+    fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
+    return takes_larger(analysis.module, analysis.inputs, fakes, analysis.mode)
+
+
+def _samples_at_once(analysis: Analysis, batch: int) -> int:
+    largest = max((t.numel() * t.element_size() for call in analysis.calls for t in call.outputs), default=1)
+    return max(2, _MEMORY * batch // max(1, largest))
+
+
+def _pieces(batches: Sequence[Sequence[Any]], most: int) -> list[list[Any]]:
+    """Return batches of a size, and what is left over: at least so many samples, and less than twice."""
+    count = sum(map(_length, batches))
+    return _between(batches, [*range(0, count - most + 1, most), count])
+
+
+def _cut(batches: Sequence[Sequence[Any]], most: int) -> list[list[Any]]:
+    """Return nearly equal batches of at most a size."""
+    count = sum(map(_length, batches))
+    pieces = -(-count // most)
+    return _between(batches, [count * i // pieces for i in range(pieces + 1)]) if pieces else []
+
+
+def _between(batches: Sequence[Sequence[Any]], borders: Sequence[int]) -> list[list[Any]]:
+    """Return the batches between some numbers of samples."""
     opened = [flatten(tuple(values), (Tensor,)) for values in batches]
-    whole = [parts[0] if not parts[0].dim() else torch.cat(parts) for parts in zip(*(p for p, _ in opened), strict=True)]
-    count = sum(size for size in sizes if size is not None)
-    pieces = -(-count // _samples_at_once(analysis, analysis.batch.size))
-    borders = [count * i // pieces for i in range(pieces + 1)]
-    structure = opened[0][1]
+    places = zip(*(tensors for tensors, _ in opened), strict=True)
+    whole = [torch.cat(parts) if parts[0].dim() else parts[0] for parts in places]
     return [
-        list(rebuild(structure, [part[start:end] if part.dim() else part for part in whole]))
+        list(rebuild(opened[0][1], [part[start:end] if part.dim() else part for part in whole]))
         for start, end in pairwise(borders)
     ]
 
@@ -78,9 +120,8 @@ def _common_length(values: Sequence[Any]) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _samples_at_once(analysis: Analysis, batch: int) -> int:
-    largest = max((t.numel() * t.element_size() for call in analysis.calls for t in call.outputs), default=1)
-    return max(2, min(_MOST_AT_ONCE, _MEMORY * batch // max(1, largest)))
+def _length(values: Sequence[Any]) -> int:
+    return _common_length(values) or 0
 
 
 def _first(size: int, left: int, tensor: Tensor) -> Tensor:

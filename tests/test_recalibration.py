@@ -12,6 +12,7 @@ from nets import images, trained_like
 from torch import Tensor, nn
 
 import fxwidth
+from fxwidth import calibration
 from fxwidth.errors import FxwidthError
 
 
@@ -67,9 +68,10 @@ def test_statistics_are_those_of_the_resized_network(sizes: tuple[int, ...]) -> 
         torch.testing.assert_close(norm.running_var, variance, rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("count", [100, 129])
-def test_how_the_data_are_cut_does_not_matter(count: int) -> None:
+@pytest.mark.parametrize("count", [100, 160, 161])
+def test_how_the_data_are_cut_does_not_matter(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More data than are run at once, in one batch and in batches of unequal sizes."""
+    monkeypatch.setattr(calibration, "_samples_at_once", lambda *_: 40)
     x = images(count)
     found = []
     for data in ([x], x.split((count - 70, 3, 1, 60, 6))):
