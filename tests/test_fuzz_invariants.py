@@ -1,4 +1,4 @@
-"""What a resize of a random network must leave as it was: flags, dtypes, devices, modes, and what the caller passed in."""
+"""What a resize of a random network must leave: flags, dtypes, devices, modes, and what the caller passed in."""
 
 from __future__ import annotations
 
