@@ -47,7 +47,8 @@ def snapshot(*roots: Any) -> Snapshot:
     walker.found["random state"] = _random_states()
     for name in _GLOBAL_HOOKS:
         walker.visit(dict(getattr(nn.modules.module, name)), f"torch.nn.modules.module.{name}", is_copy=True)
-    walker.found["gradient mode"] = (
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    walker.found["gradient mode"] = modes
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
