@@ -49,10 +49,6 @@ def snapshot(*roots: Any) -> Snapshot:
         walker.visit(dict(getattr(nn.modules.module, name)), f"torch.nn.modules.module.{name}", is_copy=True)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     walker.found["gradient mode"] = modes
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-    )
     return Snapshot(walker.found, walker.alive)
 
 
