@@ -79,6 +79,7 @@ class Analysis:
     own_gradients: set[str] = field(default_factory=set)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor; one that was never seen has fixed dims."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 
@@ -71,6 +72,7 @@ class WidthGraph:
     @without_collections()
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
+        self.memo: dict[Any, Any] = {}
         self.roles: Roles = find_roles(analysis)
         _pin_unused(analysis)
         self.groups: list[ChannelGroup] = list(_build_groups(analysis, self.roles))

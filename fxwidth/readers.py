@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import Indices
+from fxwidth.memo import per_graph
 from fxwidth.normed_weights import computed_values, normed_weights, weight_values
 from fxwidth.occurrences import occupied_positions, without_minor
 from fxwidth.tape import OpCall
@@ -274,15 +274,10 @@ class Wiring:
         return Reader(call, source, dim, own, weight_dim, axis, minor, groups, outputs, view)
 
 
-_WIRINGS: WeakKeyDictionary[WidthGraph, Wiring] = WeakKeyDictionary()
-
-
+@per_graph
 def wiring_of(width_graph: WidthGraph) -> Wiring:
     """Return the wiring of a width graph, found once."""
-    found = _WIRINGS.get(width_graph)
-    if found is None:
-        found = _WIRINGS[width_graph] = Wiring(width_graph)
-    return found
+    return Wiring(width_graph)
 
 
 def storage_of(tensor: Tensor) -> int:
