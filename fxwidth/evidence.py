@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -169,7 +169,7 @@ def gather_evidence(
     """
     if check_selection(selection) == PROJECTION:
         return Evidence(width_graph, moments_from_writers(width_graph), selection)
-    _refuse_negative_variances(width_graph)
+    refuse_negative_variances(width_graph)
     if data is not None:
         measured = moments_from_data(width_graph, data)
         moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph, keeps=False))
@@ -177,7 +177,17 @@ def gather_evidence(
     return Evidence(width_graph, _noise(width_graph), selection, rotates)
 
 
-def _refuse_negative_variances(width_graph: WidthGraph) -> None:
+def needs_moments(widths: Mapping[ChannelGroup, int], selection: str, folds: bool) -> bool:
+    """Tell whether a resize to some widths asks what readers see: to choose channels by it, or to refit readers."""
+    return any(width < group.width for group, width in widths.items()) and (folds or selection != MAGNITUDE)
+
+
+def refuse_negative_variances(width_graph: WidthGraph) -> None:
+    """Check that no batch norm takes the root of a negative number.
+
+    Raises:
+        FxwidthError: one does.
+    """
     names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
     for call in width_graph.analysis.calls:
         if call.name not in BATCH_NORMS:

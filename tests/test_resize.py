@@ -87,7 +87,7 @@ def select_even(wg: fxwidth.WidthGraph, group: fxwidth.ChannelGroup, width: int,
 @pytest.mark.parametrize("name", ALL)
 def test_halving_every_group_matches_the_replay_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxwidth.resizing.select", select_even)
-    monkeypatch.setattr("fxwidth.resizing._evidence", lambda graph, *_: Evidence(graph, None))
+    monkeypatch.setattr("fxwidth.resizing.gather_evidence", lambda graph, *_: Evidence(graph, None))
     gm, x = traced(name)
     wg = fxwidth.analyze(gm, x)
     plan = {group.name: max(1, group.width // 2) for group in wg.free}
