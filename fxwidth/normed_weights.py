@@ -62,11 +62,16 @@ def normed_weights(width_graph: WidthGraph) -> dict[str, NormedWeight]:
 
 def weight_values(width_graph: WidthGraph, name: str) -> Tensor:
     """Return the values of a parameter, or of the normed weight that is computed from it; of its shape either way."""
-    normed = normed_weights(width_graph).get(name)
-    tensor = width_graph.analysis.parameters[name].tensor.detach()
+    return own_values(width_graph.analysis, normed_weights(width_graph), name)
+
+
+def own_values(analysis: Analysis, found: Mapping[str, NormedWeight], name: str) -> Tensor:
+    """Return the values of a parameter, or of the one among these normed weights that is computed from it."""
+    normed = found.get(name)
+    tensor = analysis.parameters[name].tensor.detach()
     if normed is None or tensor.is_meta:
         return tensor
-    return computed_values(width_graph.analysis, normed.results[0]).to(tensor.dtype)
+    return computed_values(analysis, normed.results[0]).to(tensor.dtype)
 
 
 def computed_values(analysis: Analysis, tensor: Tensor) -> Tensor:

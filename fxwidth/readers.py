@@ -15,7 +15,7 @@ from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import Indices
 from fxwidth.memo import per_graph
-from fxwidth.normed_weights import computed_values, normed_weights, weight_values
+from fxwidth.normed_weights import computed_values, normed_weights, own_values
 from fxwidth.occurrences import occupied_positions, without_minor
 from fxwidth.tape import OpCall
 
@@ -142,7 +142,7 @@ class Wiring:
     """How the parameters of a width graph meet its activations, looked up by op, tensor and parameter."""
 
     def __init__(self, width_graph: WidthGraph) -> None:
-        self._width_graph = width_graph
+        # Not the width graph itself, which remembers its wiring: it is to go as soon as nobody holds it.
         self._analysis = width_graph.analysis
         self._lineage = width_graph.roles.lineage
         self._normed = normed_weights(width_graph)
@@ -213,7 +213,7 @@ class Wiring:
             return None
         view = self.view(tensor)
         if view is not None:
-            return view.of(weight_values(self._width_graph, view.parameter))
+            return view.of(own_values(self._analysis, self._normed, view.parameter))
         return computed_values(self._analysis, tensor)
 
     def following_batch_norm(self, call: OpCall) -> OpCall | None:
