@@ -21,8 +21,10 @@ from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moments, has_values
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
+from fxwidth.rewriting.additions import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
+from fxwidth.rewriting.metadata import renew_metadata
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
 from fxwidth.rotations import rotated
@@ -158,10 +160,10 @@ class _Change:
     def put_in_place(self, module: fx.GraphModule, undo: ExitStack) -> None:
         """Give the module its new graph and tensors, in a way that can be undone."""
         slots = tensor_slots(module)
-        for name, constant in self.graph.constants.items():
+        for name, constant in self.graph.additions.constants.items():
             module.register_buffer(name, constant)
             undo.callback(delattr, module, name)
-        for path, part in self.graph.modules.items():
+        for path, part in self.graph.additions.modules.items():
             owner = module.get_submodule(path.rpartition(".")[0])
             module.add_submodule(path, part.train(owner.training))
             undo.callback(module.delete_submodule, path)
@@ -176,6 +178,7 @@ class _Change:
             for holder, attribute in places:
                 undo.callback(set_slot, holder, attribute, old)
                 set_slot(holder, attribute, self.replacements[name].new)
+        remove_unused(module, undo)
 
     def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration) -> None:
         """Correct the running statistics of the module, which has been resized."""
@@ -245,6 +248,7 @@ def _prepare(
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
     graph = rewrite_graph(analysis, maps, fakes, edits)
+    renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
     update = None if optimizer is None else plan_optimizer_update(optimizer, list(replacements.values()))
     record = {
         "widths": {group.name: [group.width, width] for group, width in groups.items()},
