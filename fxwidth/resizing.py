@@ -21,6 +21,7 @@ from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moments, has_values
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
+from fxwidth.remembered_noise import forget_noise
 from fxwidth.rewriting.additions import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
@@ -143,6 +144,7 @@ def resize_analyzed(
         undo.pop_all()
     if change.update is not None:
         change.update.commit()
+    forget_noise(module)
     module.meta.setdefault(HISTORY, []).append(change.record)
     return module
 

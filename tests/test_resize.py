@@ -24,7 +24,7 @@ ALL = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL_SIZ
 @pytest.fixture(autouse=True)
 def _little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped here is dead, so that little evidence is enough; convolutions in float64 are slow."""
-    monkeypatch.setattr("fxwidth.evidence.moments_from_noise", partial(moments_from_noise, work=1e6))
+    monkeypatch.setattr("fxwidth.remembered_noise.moments_from_noise", partial(moments_from_noise, work=1e6))
 
 
 def traced(name: str, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, Tensor]:
