@@ -164,8 +164,9 @@ def gather_evidence(
 
     Raises:
         FxwidthError: the data cannot be used, there is no such method of selection, or a batch norm would take the root
-            of a negative number.
+            of a negative number; or the graph has changed since it was analysed.
     """
+    width_graph.refuse_outdated()
     if check_selection(selection) == PROJECTION:
         return Evidence(width_graph, moments_from_writers(width_graph), selection)
     refuse_negative_variances(width_graph)

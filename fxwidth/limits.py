@@ -125,7 +125,8 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
     """Return the groups that may change, put together where a pattern says that they are to have one width.
 
     Raises:
-        FxwidthError: a pattern matches no group, two share a group, or groups that must stay have other widths.
+        FxwidthError: a pattern matches no group or one alone, two share a group, or groups that must stay have other
+            widths.
     """
     free = list(free)
     result: list[Class] = []
@@ -134,6 +135,13 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
         raise FxwidthError(f"same_width= takes patterns of groups, but received {same_width!r}.")
     for pattern in [same_width] if isinstance(same_width, str) else same_width or []:
         members = matching(width_graph, pattern, "same_width")
+        if len(members) == 1:
+            # In a flat list of names each would be a class of its own, and nothing be asked for.
+            raise FxwidthError(
+                f"same_width={same_width!r} asks nothing of group {members[0].name!r}, which {pattern!r} alone matches: "
+                "each entry of the list is for groups that get one width. For one width for all, write them as a list "
+                f"in the list: same_width={_as_one_class(same_width, pattern)!r}."
+            )
         for group in members:
             if group in taken:
                 raise FxwidthError(
@@ -143,6 +151,13 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
             taken[group] = pattern
         result += _class(members, set(free), pattern)
     return result + [Class((group,)) for group in free if group not in taken]
+
+
+def _as_one_class(same_width: SameWidth | None, pattern: str | Sequence[str]) -> SameWidth:
+    """Return what was probably meant by a flat list of names."""
+    names = [same_width] if isinstance(same_width, str) else list(same_width or ())
+    flat = [name for name in names if isinstance(name, str)]
+    return [flat if len(flat) > 1 else [*([pattern] if isinstance(pattern, str) else pattern), "..."]]
 
 
 def _class(members: Sequence[ChannelGroup], free: set[ChannelGroup], pattern: str | Sequence[str]) -> list[Class]:

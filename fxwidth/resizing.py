@@ -112,6 +112,7 @@ def resize_analyzed(
     check_selection(selection)
     if recalibrate and data is None:
         raise FxwidthError("recalibrate=True needs data= to run the network on.")
+    width_graph.refuse_outdated()
     groups = _checked(width_graph, plan, exact)
     if not groups:
         return module
