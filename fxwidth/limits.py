@@ -154,8 +154,8 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
 def _asks_nothing(group: ChannelGroup, patterns: Sequence[str | Sequence[str]]) -> str:
     meant = [patterns if len(patterns) > 1 else [*patterns, "..."]]
     return (
-        f"same_width={list(patterns)!r} asks nothing of group {group.name!r}: each entry of the list is for groups that "
-        f"get one width, and one of them matches this group alone. For one width for all write same_width={meant!r}."
+        f"same_width={list(patterns)!r} asks nothing of group {group.name!r}: each entry of the list is for groups "
+        f"that get one width, and one of them matches it alone. For one width for all write same_width={meant!r}."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -42,16 +42,19 @@ class Additions:
         added = {*self.constants, *self.modules}
         return next(path for path in paths if path not in added and not hasattr(holder, path.rpartition(".")[2]))
 
-    def with_module(self, graph: fx.Graph) -> fx.GraphModule:
-        """Return a module like this one, with all that is to be added to it."""
-        if not self.constants and not self.modules:
-            return self.module
-        shell = fx.GraphModule(self.module, graph)
-        for name, constant in self.constants.items():
-            shell.register_buffer(name, constant)
-        for path, part in self.modules.items():
-            shell.add_submodule(path, part)
-        return shell
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Have them in the module for a while, for a run of the graph that needs them."""
+        with ExitStack() as undo:
+            for name, constant in self.constants.items():
+                undo.callback(_put_back, self.module._buffers, dict(self.module._buffers))
+                self.module._buffers[name] = constant
+            for path, part in self.modules.items():
+                owner, _, name = path.rpartition(".")
+                table = self.module.get_submodule(owner)._modules
+                undo.callback(_put_back, table, dict(table))
+                table[name] = part.eval()
+            yield
 
 
 def drop_unread_constants(graph: fx.Graph) -> None:

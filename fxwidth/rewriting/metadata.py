@@ -35,7 +35,7 @@ def renew_metadata(analysis: Analysis, rewritten: RewrittenGraph, new: Mapping[s
         return
     changed = [node for node in graph.nodes if node.op != "output" and not _same(analysis, node, values)]
     if set(keys) & set(_FAKES) or not _is_of_analysis(analysis, graph):
-        values = _propagated(rewritten.additions.with_module(graph), graph, new)
+        values = _propagated(analysis.module, rewritten, new)
     for node in changed:
         known = node.meta if analysis.node_values.get(node.name) is not None else dict.fromkeys(keys)
         for key in [key for key in keys if key in known]:
@@ -64,9 +64,9 @@ def _is_of_analysis(analysis: Analysis, graph: fx.Graph) -> bool:
     return True
 
 
-def _propagated(module: fx.GraphModule, graph: fx.Graph, new: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+def _propagated(module: fx.GraphModule, rewritten: RewrittenGraph, new: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
     """Return what each node is on the inputs that a graph's metadata tell of; nothing where it does not run on them."""
-    inputs = [_input(node) for node in graph.find_nodes(op="placeholder")]
+    inputs = [_input(node) for node in rewritten.graph.find_nodes(op="placeholder")]
     mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
     values: dict[fx.Node, Any] = {}
@@ -81,8 +81,8 @@ def _propagated(module: fx.GraphModule, graph: fx.Graph, new: Mapping[str, Tenso
         mode.allow_non_fake_inputs = True
         tensors = {name: new.get(name, tensor) for name, (tensor, _) in tensor_slots(module).items()}
         fakes = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in tensors.items()}
-        with evaluating(module), substituted(module, fakes), quiet(), mode:
-            Recording(module, graph=graph).run(*map(_made, inputs), enable_io_processing=False)
+        with rewritten.additions.in_place(), evaluating(module), substituted(module, fakes), quiet(), mode:
+            Recording(module, graph=rewritten.graph).run(*map(_made, inputs), enable_io_processing=False)
     except Exception:
         # Without metadata a later pass asks; by that of other sizes it would be misled.
         return {}

@@ -116,9 +116,9 @@ class _Trials:
             with ExitStack() as stack:
                 for context in (evaluating(module), unchanged(module), substituted(module, known), quiet()):
                     stack.enter_context(context)
-                graph = rewritten.additions.with_module(rewritten.graph)
+                stack.enter_context(rewritten.additions.in_place())
                 stack.enter_context(analysis.mode)
-                run_with(graph, graph.graph, analysis.inputs, values)
+                run_with(module, rewritten.graph, analysis.inputs, values)
         except FxwidthError as error:
             return f"with {finds} things found, {error}"
         return None
