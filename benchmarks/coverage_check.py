@@ -232,7 +232,7 @@ def _as_the_oracle_keeps() -> Iterator[None]:
     """Keep the channels the oracle keeps, and leave gains alone, which it does not rescale either."""
     with (
         mock.patch("fxwidth.resizing.select", lambda _graph, group, width, _moments: _some(group.width, width)),
-        mock.patch("fxwidth.resizing._evidence", lambda graph, *_: Evidence(graph, None)),
+        mock.patch("fxwidth.resizing.gather_evidence", lambda graph, *_: Evidence(graph, None)),
         mock.patch("fxwidth.rewriting.parameters.variance_ratio", return_value=1.0),
     ):
         yield

@@ -17,6 +17,7 @@ from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, c
 from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.forgotten import watching_gradients
 from fxwidth.garbage import without_collections
+from fxwidth.graph_state import GraphState
 from fxwidth.module_parts import watching_parts
 from fxwidth.module_state import restored, walk
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
@@ -59,7 +60,8 @@ class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
-    `own_gradients` are the nodes in which functions with a gradient of their own were applied.
+    `own_gradients` are the nodes in which functions with a gradient of their own were applied. `memo` is for
+    `fxwidth.memo.per_graph`, and `seen` is what the module was.
     """
 
     module: fx.GraphModule
@@ -79,6 +81,8 @@ class Analysis:
     own_gradients: set[str] = field(default_factory=set)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    seen: GraphState | None = None
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor; one that was never seen has fixed dims."""
@@ -190,6 +194,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
             for factor in space.factors(axis):
                 if not factor.is_batch:
                     space.pin(((factor,),), OUTPUT)
+    analysis.seen = GraphState.of(module, slots)
     return analysis
 
 

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis
 from fxwidth.groups import WidthGraph
 from fxwidth.linear_groups import linear_products
+from fxwidth.memo import per_graph
 from fxwidth.product_sides import Side
 from fxwidth.reader_sets import reader_sets
 from fxwidth.readers import Reader, argument_name, storage_of
@@ -90,20 +90,10 @@ class Probe:
         return wide.square().sum(others) if others else wide.square(), count
 
 
+@per_graph
 def find_probes(width_graph: WidthGraph) -> list[Probe]:
     """Return what must be measured to shrink any group of a width graph."""
-    found = _PROBES.get(width_graph)
-    if found is None:
-        found = _PROBES[width_graph] = [
-            *_moments(width_graph),
-            *_squares(width_graph),
-            *_products(width_graph),
-            *_deviations(width_graph),
-        ]
-    return found
-
-
-_PROBES: WeakKeyDictionary[WidthGraph, list[Probe]] = WeakKeyDictionary()
+    return [*_moments(width_graph), *_squares(width_graph), *_products(width_graph), *_deviations(width_graph)]
 
 
 def resizable(analysis: Analysis, axes: Sequence[Axis]) -> bool:

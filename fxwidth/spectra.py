@@ -75,7 +75,9 @@ def writer_norms(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
     for writer in writer_matrices(width_graph, group):
         if writer.device.type == "meta":
             return None
-        own = writer.to(accumulation_dtype(writer)).square().sum(1)
+        # Without a copy of the whole in a wider dtype.
+        real = writer.abs() if writer.is_complex() else writer
+        own = torch.linalg.vector_norm(real, dim=1, dtype=accumulation_dtype(real)).square()
         squares = own if squares is None else squares + own
     return None if squares is None else squares.sqrt()
 
