@@ -143,6 +143,15 @@ class _Replay(ABC):
         # What an empty tensor holds is chance, and must be the same in two runs.
         return [tensor.zero_() for tensor in results] if "empty" in functional_name(func) else results
 
+    def laid_out(self, call: OpCall, tensor: Tensor) -> Tensor:
+        """Return the value of an operand, as it lay in memory when it was recorded for a view by strides."""
+        value = self.value(tensor)
+        if call.name != "as_strided" or call.layouts[id(tensor)] == (value.stride(), value.storage_offset()):
+            return value
+        stride, offset = call.layouts[id(tensor)]
+        memory = value.new_zeros(offset + 1 + sum((n - 1) * step for n, step in zip(value.shape, stride, strict=True)))
+        return memory.as_strided(value.shape, stride, offset).copy_(value)
+
     def rewrite(self, call: OpCall, results: Iterable[Tensor]) -> list[Tensor]:
         """Return results computed on copies, those of an in-place op written to its target."""
         written = {id(tensor) for tensor in call.inputs} if call.func._schema.is_mutable else set()
@@ -223,11 +232,8 @@ class ZeroedReplay(_Replay):
             results = self.call_op(func, arguments, lambda leaf: self._compact(call, leaf))
             scattered = (self.places.scatter(*pair) for pair in zip(results, call.output_axes, strict=True))
             return self.rewrite(call, scattered)
-        func, arguments = call.func, call.arguments
-        if call.name == "as_strided" and list(arguments["size"]) == [*tensors_in(arguments["self"])[0].shape]:
-            func, arguments = prescribed(call, self.maps)
         with _seeded(call):
-            results = self.call_op(func, arguments, self.value)
+            results = self.call_op(call.func, call.arguments, lambda leaf: self.laid_out(call, leaf))
         return [self._erased(call, *pair) for pair in zip(results, call.output_axes, strict=True)]
 
     def answer(self, output: Tensor) -> Tensor:
@@ -274,7 +280,7 @@ class ResizedReplay(_Replay):
                 call, (self.places.gather(*pair) for pair in zip(full, call.output_axes, strict=True))
             )
         else:
-            results = self.call_op(*prescribed(call, self.maps), self.value)
+            results = self.call_op(*prescribed(call, self.maps), lambda leaf: self.laid_out(call, leaf))
         for result, axes in zip(results, call.output_axes, strict=True):
             wanted = tuple(self.maps.size(axis) for axis in axes)
             if tuple(result.shape) != wanted:
