@@ -18,9 +18,18 @@ _VIEWS = ("view", "_unsafe_view", "_reshape_copy", "view_copy")
 
 @rule("_reshape_alias")
 def _reshaped_by_strides(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    if not _same_strides(c["size"], c["stride"], c["self"].view(c["size"]).stride()):
+    if not _is_reshape(c.call):
         raise RuleDeclinedError("a view by strides")
     return _view(c)
+
+
+def _is_reshape(call: OpCall) -> bool:
+    """Tell whether the strides of a `_reshape_alias` are those of a view of that size."""
+    size, given = call.arguments["size"], call.arguments["stride"]
+    try:
+        return _same_strides(size, given, call.arguments["self"].view(size).stride())
+    except RuntimeError:
+        return False  # no view has that size
 
 
 @rule(*_VIEWS)
@@ -75,6 +84,8 @@ prescription(*_VIEWS)(_sizes_of_result)
 
 @prescription("_reshape_alias")
 def _reshape(call: OpCall, maps: IndexMaps) -> Prescribed:
+    if not _is_reshape(call):
+        return revised(call)
     # Its strides are those of the old sizes.
     sizes = [maps.size(axis) for axis in call.output_axes[0]]
     return torch.ops.aten.reshape.default, {"self": call.arguments["self"], "shape": sizes}
