@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from fxwidth.groups import WidthGraph
 from fxwidth.roles import Role
-from tests.fuzz_ops import OPS, POSITIONS, Choices
+from tests.fuzz_odd_ops import ODD_OPS
+from tests.fuzz_ops import OPS as PLAIN_OPS
+from tests.fuzz_ops import POSITIONS, Choices, Op
 
+OPS: dict[str, Op] = {**PLAIN_OPS, **ODD_OPS}
 BATCH, INPUTS, OUTPUTS = 3, 10, 3
 WIDEST = 100
 
@@ -121,7 +124,7 @@ class Tally:
         self.networks += 1
         for group in width_graph.groups:
             # What is only read has the pins of what writes it; the widths of the outputs are fixed from the start.
-            if not any(not site.parameter.startswith("heads.") for site in group.sites_as(Role.WRITER)):
+            if not any("heads." not in site.parameter for site in group.sites_as(Role.WRITER)):
                 continue
             if group.pinned is None:
                 self.free += 1

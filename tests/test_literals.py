@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import fxwidth.rules
 from fxwidth.errors import FxwidthError
 from fxwidth.rules.registry import RULES, rule_name
 from tests.literal_variants import variants

@@ -339,8 +339,20 @@ prescription("slice_scatter")(_slice_literals)
 def _as_strided(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if not _is_alias(c.call, c.shape("self")):
         c.pin([axis for tensor in c.in_memory_of("self") for axis in c.axes(tensor)], BY_STRIDES)
-        return [[c.fixed(size, BY_STRIDES) for size in c.outputs[0].shape]]
+        result = [c.fixed(size, BY_STRIDES) for size in c.outputs[0].shape]
+        return [[c.axes("self")[0], *result[1:]] if _is_inside_samples(c) else result]
     return [c.axes("self")]
+
+
+def _is_inside_samples(c: RuleContext) -> bool:
+    """Tell whether a view by strides shows a part of each entry of the first dim, such as a sample, in their order."""
+    shape, size, given = c.shape("self"), c["size"], c["stride"]
+    stride, own_offset = c.call.layouts[id(c["self"])]
+    if not size or not shape or (size[0], given[0]) != (shape[0], stride[0]):
+        return False
+    first = 0 if c["storage_offset"] is None else c["storage_offset"] - own_offset
+    last = first + sum((n - 1) * step for n, step in zip(size[1:], given[1:], strict=True))
+    return bool(0 <= first <= last < stride[0])
 
 
 def _is_alias(call: OpCall, shape: Sequence[int]) -> bool:
