@@ -117,6 +117,10 @@ def resizable(analysis: Analysis, axes: Sequence[Axis]) -> bool:
     return any(not factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
 
 
+def _holds_batch(analysis: Analysis, axis: Axis) -> bool:
+    return any(factor.is_batch for factor in analysis.space.factors(axis))
+
+
 def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
     """Yield the places where readers see their channels; those of one weight, as in the steps of an LSTM, together."""
     analysis = width_graph.analysis
@@ -124,8 +128,8 @@ def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
     first: dict[object, Probe] = {}
     keys_of: dict[tuple[object, ...], list[Key]] = {}
     for readers in reader_sets(width_graph):
-        if not resizable(analysis, [readers.first.axis]):
-            continue
+        if not resizable(analysis, [readers.first.axis]) or _holds_batch(analysis, readers.first.axis):
+            continue  # with as many groups as samples, each sees its own sample: no batch is like another
         places: dict[object, None] = {}
         for reader in readers.readers:
             place = _place(reader, writes)
@@ -171,7 +175,8 @@ def _squares(width_graph: WidthGraph) -> Iterator[Probe]:
             groups = call.arguments.get("groups", 1)
             period = contraction.left.shape[1] // groups if groups > 1 else 0
             for tensor, dims in sides:
-                if len(dims) == 1 and resizable(analysis, [call.axes[id(tensor)][dims[0]]]):
+                axis = call.axes[id(tensor)][dims[0]]
+                if len(dims) == 1 and resizable(analysis, [axis]) and (period or not _holds_batch(analysis, axis)):
                     name = argument_name(call, tensor)
                     yield Probe(call, name, Measure.SQUARES, dims, 1, False, ((call.index, name),), period=period)
 

@@ -1,4 +1,7 @@
-"""The recorded tape run again on real numbers: removed channels once zeroed and once cut out."""
+"""The recorded tape run again on real numbers: removed channels once zeroed and once cut out.
+
+The first run is the judge: it runs the ops as they were recorded, at their old sizes, and believes no prescription.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, axis_size
 from fxwidth.index_maps import NEW, IndexMaps
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import Prescribed, prescribed, revised
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import Axes, OpCall, functional_name, tensors_in, unbind
 
@@ -228,8 +232,7 @@ class ZeroedReplay(_Replay):
         """Run one op at its old sizes, and write zeros to what is removed of its results."""
         if self._mixes_resized_dims(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
-            func, arguments = prescribed(call, self.maps)
-            results = self.call_op(func, arguments, lambda leaf: self._compact(call, leaf))
+            results = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
             scattered = (self.places.scatter(*pair) for pair in zip(results, call.output_axes, strict=True))
             return self.rewrite(call, scattered)
         with _seeded(call):
@@ -245,6 +248,20 @@ class ZeroedReplay(_Replay):
             mixing.kind != "sum" and self.maps.changes(call.axes[id(mixing.tensor)][mixing.dim])
             for mixing in call.mixings
         )
+
+    def _on_kept(self, call: OpCall) -> Prescribed:
+        """Return the call on the kept channels alone; sizes are those of its operands, no prescription is believed."""
+        if call.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
+            count = len(call.arguments["normalized_shape"])
+            kept = self._compact(call, call.arguments["input"]).shape
+            return revised(call, normalized_shape=list(kept[len(kept) - count :]))
+        if call.name == "native_group_norm":
+            signal, old = call.arguments["input"], call.arguments
+            samples, channels, *positions = self._compact(call, signal).shape
+            places, _ = self.places.of(call.axes[id(signal)][1], signal.device)
+            group = len((places // (old["C"] // old["group"])).unique())
+            return revised(call, N=samples, C=channels, HxW=prod(positions), group=group)
+        return prescribed(call, self.maps)
 
     def _compact(self, call: OpCall, tensor: Tensor) -> Tensor:
         return self.places.gather(self.value(tensor), call.axes[id(tensor)])
