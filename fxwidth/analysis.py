@@ -97,6 +97,13 @@ class Analysis:
         self.axes[id(tensor)] = tuple(axes)
         self.kept_alive.append(tensor)
 
+    def in_memory_of(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors seen so far that are in the memory of one: what it is a view of, and other views."""
+        place = tensor.untyped_storage()._cdata
+        known = [entry.fake for entry in self.parameters.values()] + deep_tensors(self.inputs)
+        known += [output for call in self.calls for output in call.outputs]
+        return [other for other in known if other is not tensor and other.untyped_storage()._cdata == place]
+
     def known_values(self, finds: int | None = None) -> ValueReader | None:
         """Return a new reader of what is on record for ops that depend on values, or None where there are none."""
         return None if self.record is None else ValueReader(self.record, self.mode, finds)
@@ -288,8 +295,9 @@ def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -
     judge = rule_for(call.func)
     if judge is None:
         return None, NO_RULE
+    context = RuleContext(call, analysis.space, analysis.axes_of, analysis.in_memory_of)
     try:
-        result = [tuple(axes) for axes in judge(RuleContext(call, analysis.space, analysis.axes_of))]
+        result = [tuple(axes) for axes in judge(context)]
     except Exception as error:
         # A rule that does not fit the call must not guess: pinning costs compression, never the model.
         return None, f"{NOT_COVERED}: {error or type(error).__name__}"

@@ -96,7 +96,8 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         dim = site.parameter, site.dim
         uses = wiring.uses.get(site.parameter, [])
         calls = [call for call, tensor in uses if _writes(call, tensor, lineage[id(tensor)], dim)]
-        if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions:
+        # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
+        if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue
         weight = weight_values(width_graph, site.parameter).movedim(site.dim, 0).flatten(1)
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):

@@ -200,9 +200,9 @@ class _Rewriter:
 
     def _lower(self, node: fx.Node, problem: str) -> None:
         name = node.name
-        if not deep_tensors(self._old_values[node]):
+        if not deep_tensors(self._old_values[node]) and not self._writes(name):
             # A number computed from a size: whoever uses it is patched.
-            self._values[node] = self._run(node)[0]
+            self._values[node] = self._run_inserted(node, name, problem)
             return
         whole = "what it does depends on values" if name in self._behind_values else None
         whole = "it has a gradient of its own" if name in self._analysis.own_gradients else whole
@@ -221,6 +221,10 @@ class _Rewriter:
             raise FxwidthError(f"node {name!r} cannot be rewritten: {wrong}. Keep its groups with keep=.")
         self._graph.erase_node(node)
         self._result.lowered[name] = problem
+
+    def _writes(self, name: str) -> bool:
+        """Tell whether a node writes to a tensor: what it is there for may not be what it returns."""
+        return any(call.func._schema.is_mutable for call in self._analysis.calls_of(name))
 
     def _check_batch(self, name: str, problem: str) -> None:
         """Refuse what would write a number that depends on the batch into the graph."""
@@ -287,8 +291,8 @@ class _Rewriter:
             return self._run(node)[0]
         except Exception as error:
             raise FxwidthError(
-                f"node {lowered!r} cannot be rewritten for the new sizes: {problem}; taken apart into ATen ops, "
-                f"{node.name!r} fails: {error}. Keep its groups with keep=."
+                f"node {lowered!r} cannot be rewritten for the new sizes: {problem.rstrip('.')}; taken apart into ATen "
+                f"ops, {node.name!r} fails: {str(error).rstrip('.')}. Keep its groups with keep=."
             ) from error
 
     def _check_outputs(self, node: fx.Node) -> None:
