@@ -17,6 +17,7 @@ from fxwidth.groups import ChannelGroup, Site, WidthGraph
 from fxwidth.planning import Plan, plan
 from fxwidth.reporting import Report, report
 from fxwidth.resizing import resize
+from fxwidth.rewriting.optimizer_state import Replacement, optimizer_state_rule
 from fxwidth.tracing import analyze_module, trace
 
 __version__ = "0.1.0"
@@ -28,12 +29,14 @@ __all__ = [
     "FxwidthError",
     "GroupSpectrum",
     "Plan",
+    "Replacement",
     "Report",
     "Site",
     "WidthGraph",
     "analyze",
     "evolve",
     "load",
+    "optimizer_state_rule",
     "plan",
     "report",
     "resize",

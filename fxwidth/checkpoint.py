@@ -51,7 +51,8 @@ def load(
 
     Args:
         path: the file. Only unpickle files you trust; a ".safetensors" file holds data alone.
-        model: for ".safetensors", a fresh model of the original architecture; it is resized in place.
+        model: for ".safetensors", a fresh model of the original architecture; it is resized if it can be,
+            as by `fxwidth.resize`.
         example_inputs: for the tracing of `model`, as for `fxwidth.trace`.
         example_kwargs: likewise.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,11 +13,14 @@ from fxwidth.budgets import Budget, cost_polynomial
 from fxwidth.calibration import Gathered, replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
+from fxwidth.originals import resized_together
 from fxwidth.planning import Plan, budget_of, check_options, plan_with_evidence, refuse_out_of_reach
 from fxwidth.resizing import resize_analyzed
+from fxwidth.rewriting.optimizers import check_optimizer
 from fxwidth.selection import check_selection
 from fxwidth.structures import deep_tensors, map_leaves
 from fxwidth.tracing import analyze_module, trace
+from fxwidth.transactions import Transaction
 
 
 def evolve(
@@ -34,8 +38,9 @@ def evolve(
     """Trace a model, plan new widths by its spectra, and resize it.
 
     Args:
-        model: any module or GraphModule; its parameters are resized in place, and the returned graph is the model to
-            use from now on.
+        model: any module or GraphModule. The returned graph is the model to use from now on; a GraphModule is resized
+            itself, another module if its own code does at the new widths what the graph does, and else stays as it was:
+            see `fxwidth.resize`.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model.
@@ -46,12 +51,22 @@ def evolve(
         options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`.
 
     Raises:
-        FxwidthError: the model, the inputs or the options cannot be used; nothing has changed.
+        FxwidthError: the model, the inputs or the options cannot be used; nothing has changed. So it is after any other
+            exception, Ctrl-C included.
     """
     check_options(options)
-    module = trace(model, example_inputs, example_kwargs)
-    width_graph = WidthGraph(analyze_module(module))
-    return _planned_and_resized(width_graph, data, selection, options, optimizer, recalibrate, fold)[1]
+    modules = [model] if isinstance(model, nn.Module) else []
+    for module in modules:
+        check_optimizer(optimizer, module)
+    transaction = Transaction(*modules, optimizer=optimizer)
+
+    def work() -> fx.GraphModule:
+        module = trace(model, example_inputs, example_kwargs)
+        width_graph = WidthGraph(analyze_module(module))
+        planned = partial(_planned_and_resized, width_graph, data, selection, options, optimizer, recalibrate, fold)
+        return planned(transaction)[1]
+
+    return transaction.run(work)
 
 
 def _planned_and_resized(
@@ -62,6 +77,7 @@ def _planned_and_resized(
     optimizer: Optimizer | None,
     recalibrate: bool | None,
     fold: bool,
+    transaction: Transaction,
 ) -> tuple[Plan, fx.GraphModule]:
     """Plan and resize from the same evidence, so that it is gathered once."""
     data = replayed(data)
@@ -81,6 +97,7 @@ def _planned_and_resized(
         rotate=rotate,
         fold=fold,
         exact=bool(options.get("exact", True)),
+        transaction=transaction,
     )
 
 
@@ -94,7 +111,7 @@ class Evolver:
 
     Args:
         gm: a graph from `fxwidth.trace`.
-        optimizer: the optimizer that trains it.
+        optimizer: the optimizer that trains it or a part of it.
         every: steps between two resizes.
         start: steps before the first.
         params: the parameter count to reach, absolute or as a ratio of the present one.
@@ -112,7 +129,7 @@ class Evolver:
         history: one dict per resize: step, params_before, params_after, widths {group: [old, new]}.
 
     Raises:
-        FxwidthError: an option cannot be used, or the target is out of reach.
+        FxwidthError: an option or the optimizer cannot be used, or the target is out of reach.
     """
 
     def __init__(
@@ -137,6 +154,8 @@ class Evolver:
         target = budget_of(budget, params)
         if rounds is not None and (target is None or rounds < 1):
             raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to, and must be at least 1.")
+        if isinstance(gm, nn.Module):
+            check_optimizer(optimizer, gm)
         self.gm = gm
         self.optimizer = optimizer
         self.every = every
@@ -178,15 +197,20 @@ class Evolver:
             The plan that was carried out, or None when nothing was due.
 
         Raises:
-            FxwidthError: the target cannot be reached; nothing has changed.
+            FxwidthError: the target cannot be reached; nothing has changed, and the step can be taken again. So it is
+                after any other exception, Ctrl-C included.
         """
+        due = not self.finished and self._steps >= self.start and (self._steps + 1 - self.start) % self.every == 0
+        modules, optimizer = (resized_together(self.gm), self.optimizer) if due else ([], None)
+        transaction = Transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
+        return transaction.run(lambda: self._step(batch, transaction if due else None))
+
+    def _step(self, batch: Sequence[Any], transaction: Transaction | None) -> Plan | None:
         self._steps += 1
         if self.finished:
             return None
         self._remember(batch)
-        if self._steps <= self.start or (self._steps - self.start) % self.every:
-            return None
-        return self._resize()
+        return None if transaction is None else self._resize(transaction)
 
     def _remember(self, batch: Sequence[Any]) -> None:
         count = len(self.gm.graph.find_nodes(op="placeholder"))
@@ -194,13 +218,13 @@ class Evolver:
         if self._data is None and inputs:
             self._gathered.add(inputs)
 
-    def _resize(self) -> Plan:
+    def _resize(self, transaction: Transaction) -> Plan:
         before = parameter_count(self.gm)
         width_graph = WidthGraph(analyze_module(self.gm))
         data = self._data if self._data is not None else self._gathered if self._gathered.batches else None
         options = {**self._target_option(), **self._options}
         chosen, _ = _planned_and_resized(
-            width_graph, data, self._selection, options, self.optimizer, self._recalibrate, self._fold
+            width_graph, data, self._selection, options, self.optimizer, self._recalibrate, self._fold, transaction
         )
         old = {name: width_graph[name].width for name in chosen}
         self.history.append(

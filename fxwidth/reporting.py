@@ -19,7 +19,9 @@ class Report:
         resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels
             were chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the
             method), folded (whether readers were refitted), recalibrated (whether batch norm statistics were
-            corrected), lowered (nodes replaced by ATen ops, with the reason).
+            corrected), lowered (nodes replaced by ATen ops, with the reason), original (what has become of the model
+            that was traced: "resized", "untouched", or None where there is none, or none any more that shares
+            parameters).
     """
 
     resizes: tuple[dict[str, Any], ...]
@@ -55,4 +57,6 @@ def _done(record: dict[str, Any]) -> str:
         parts += [f"channels chosen by {selection}{source}"] if evidence is not None or selection == MAGNITUDE else []
         parts.append(f"readers refitted from {evidence}" if folded else "readers not refitted")
     parts += ["batch norm recalibrated"] if record.get("recalibrated") else []
+    told = {"resized": "and so was the model", "untouched": "the model that was traced stayed as it was"}
+    parts += [told[record["original"]]] if record.get("original") else []
     return "".join(f", {part}" for part in parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from fxwidth.fake_ops import fake_like
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moments, has_values
+from fxwidth.originals import RESIZED, UNTOUCHED, detach_original, goes_along, original_of, resized_together
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
 from fxwidth.remembered_noise import forget_noise
@@ -27,11 +27,14 @@ from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.metadata import renew_metadata
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
-from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
+from fxwidth.rewriting.optimizers import check_optimizer
+from fxwidth.rewriting.parameters import dim_maps, resized_tensors
+from fxwidth.rewriting.successors import successor
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
 from fxwidth.tensor_slots import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
+from fxwidth.transactions import Transaction
 
 HISTORY = "fxwidth_history"
 
@@ -51,12 +54,16 @@ def resize(
     """Give channel groups new widths, in place.
 
     Dropped channels are folded into their readers by least squares; grown channels leave the function as it was.
-    Parameters whose shape changes are replaced, in the module and in the optimizer, and so is their state.
+    Parameters whose shape changes are replaced, in the module and in the optimizer, and so is their state; hooks,
+    Python attributes, gradients, class and memory format go over to the new ones.
+
+    The model that `gm` was traced from is resized with it if its own code does at the new widths what the graph does;
+    else it stays as it was before, with parameters of its own from now on. `fxwidth.report` says which it was.
 
     Args:
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
         plan: group name -> new width; groups that are not named stay.
-        optimizer: the optimizer that trains `gm`.
+        optimizer: the optimizer that trains `gm` or a part of it.
         data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
             with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
             norm statistics.
@@ -73,80 +80,107 @@ def resize(
         exact: whether to refuse the growth of groups whose new channels would change the function.
 
     Raises:
-        FxwidthError: the plan or the data cannot be used; nothing has changed.
+        FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other
+            exception, Ctrl-C included.
     """
-    width_graph = WidthGraph(analyze_module(gm))
-    return resize_analyzed(
-        width_graph,
-        plan,
-        optimizer=optimizer,
-        data=data,
-        selection=selection,
-        recalibrate=recalibrate,
-        rotate=rotate,
-        fold=fold,
-        exact=exact,
+    transaction = Transaction(*resized_together(gm), optimizer=optimizer)
+    return transaction.run(
+        lambda: resize_analyzed(
+            WidthGraph(analyze_module(gm)),
+            plan,
+            optimizer=optimizer,
+            data=data,
+            selection=selection,
+            recalibrate=recalibrate,
+            rotate=rotate,
+            fold=fold,
+            exact=exact,
+            transaction=transaction,
+        )
     )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Those of `resize`, and two more.
+
+    Attributes:
+        evidence: moments and a selection that are known already; data serve recalibration alone then.
+        blind: whether the first channels of each group are kept without a look at values, which are about to be loaded.
+    """
+
+    optimizer: Optimizer | None = None
+    data: Iterable[Any] | None = None
+    selection: str = "greedy"
+    evidence: Evidence | None = None
+    recalibrate: bool | None = None
+    rotate: bool = True
+    fold: bool = True
+    exact: bool = True
+    blind: bool = False
 
 
 def resize_analyzed(
     width_graph: WidthGraph,
     plan: Plan | Mapping[str, int],
     *,
-    optimizer: Optimizer | None = None,
-    data: Iterable[Any] | None = None,
-    selection: str = "greedy",
-    evidence: Evidence | None = None,
-    recalibrate: bool | None = None,
-    rotate: bool = True,
-    fold: bool = True,
-    exact: bool = True,
-    blind: bool = False,
+    transaction: Transaction | None = None,
+    **options: Any,
 ) -> fx.GraphModule:
-    """Carry out a plan on a graph that has just been analysed; see `resize`.
+    """Carry out a plan on a graph that has just been analysed.
 
-    With `evidence`, the moments and the selection are its own, and data serve recalibration alone. With `blind`, the
-    first channels of each group are kept without a look at values, which are about to be loaded.
+    Args:
+        width_graph: the analysed graph.
+        plan: as for `resize`.
+        transaction: that of which this is a part, which takes everything back on failure; by default one of its own.
+        options: those of `resize`, and `evidence` and `blind`; see `_Options`.
+
+    Raises:
+        FxwidthError: the plan or the data cannot be used.
     """
+    chosen = _Options(**options)
+    if transaction is not None:
+        return _resize(width_graph, plan, chosen, transaction)
+    whole = Transaction(*resized_together(width_graph.analysis.module), optimizer=chosen.optimizer)
+    return whole.run(lambda: _resize(width_graph, plan, chosen, whole))
+
+
+def _resize(
+    width_graph: WidthGraph, plan: Plan | Mapping[str, int], options: _Options, transaction: Transaction
+) -> fx.GraphModule:
     module = width_graph.analysis.module
-    check_selection(selection)
-    if recalibrate and data is None:
+    check_selection(options.selection)
+    check_optimizer(options.optimizer, module)
+    if options.recalibrate and options.data is None:
         raise FxwidthError("recalibrate=True needs data= to run the network on.")
     width_graph.refuse_outdated()
-    groups = _checked(width_graph, plan, exact)
+    groups = _checked(width_graph, plan, options.exact)
     if not groups:
         return module
-    if not blind:
+    if not options.blind:
         refuse_nan(module)
-    data = replayed(data)
-    edits = AttributeEdits()
+    data = replayed(options.data)
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
-    with torch.inference_mode(False), ExitStack() as undo:
-        undo.callback(edits.undo)
-        selection = selection if evidence is None else evidence.selection
+    with torch.inference_mode(False):
         drops = any(width < group.width for group, width in groups.items())
-        if drops and not blind:
+        if drops and not options.blind:
             refuse_negative_variances(width_graph)
-        if blind or not needs_moments(groups, selection, fold):
-            evidence = Evidence(width_graph, None, selection)
-        elif evidence is None:
-            evidence = gather_evidence(width_graph, data, selection, rotate and fold and optimizer is None)
+        evidence = _evidence(width_graph, groups, data, options)
         # Channels are chosen by the weights that the moments belong to.
         kept = {group: _kept(evidence, group, width) for group, width in groups.items()}
-        moments = _turned(evidence, groups, undo)
-        wanted = recalibrate is not False and drops and not blind and has_values(width_graph)
+        moments = _turned(evidence, groups, transaction)
+        wanted = options.recalibrate is not False and drops and not options.blind and has_values(width_graph)
         # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
         # what follows: the network is run as it was before that.
         recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
-        change = _prepare(evidence, moments, groups, kept, optimizer, fold, edits)
-        change.put_in_place(module, undo)
+        change = _prepare(evidence, moments, groups, kept, options)
+        change.put_in_place(module, transaction)
         if recalibration is not None:
-            change.recalibrate(module, recalibration)
-        undo.pop_all()
-    if change.update is not None:
-        change.update.commit()
-    forget_noise(module)
-    module.meta.setdefault(HISTORY, []).append(change.record)
+            change.recalibrate(module, recalibration, transaction)
+        if change.update is not None:
+            change.update.commit()
+        forget_noise(module)
+        module.meta[HISTORY] = [*module.meta.get(HISTORY, ()), change.record]
     return module
 
 
@@ -158,44 +192,39 @@ class _Change:
     tensors: Mapping[str, Tensor]
     replacements: Mapping[str, Replacement]
     update: OptimizerUpdate | None
+    edits: AttributeEdits
     record: dict[str, Any]
 
-    def put_in_place(self, module: fx.GraphModule, undo: ExitStack) -> None:
-        """Give the module its new graph and tensors, in a way that can be undone."""
+    def put_in_place(self, module: fx.GraphModule, transaction: Transaction) -> None:
+        """Give the module, and the model that it was traced from where that goes along, its new graph and tensors."""
+        original = original_of(module)
+        if self.record["original"] == UNTOUCHED:
+            detach_original(module, [one.old for one in self.replacements.values()], self.edits, transaction)
         slots = tensor_slots(module)
         for name, constant in self.graph.additions.constants.items():
             module.register_buffer(name, constant)
-            undo.callback(delattr, module, name)
         for path, part in self.graph.additions.modules.items():
             owner = module.get_submodule(path.rpartition(".")[0])
             module.add_submodule(path, part.train(owner.training))
-            undo.callback(module.delete_submodule, path)
-        undo.callback(setattr, module, "graph", module.graph)
         module.graph = self.graph.graph
+        shared = tensor_slots(original) if original is not None and self.record["original"] == RESIZED else {}
+        in_original = {id(tensor): places for tensor, places in shared.values()}
         for name, tensor in self.tensors.items():
             old, places = slots[name]
             if name not in self.replacements:
-                undo.callback(_overwrite, old, old.detach().clone())
-                _overwrite(old, tensor)
+                transaction.overwrite(old, tensor)
                 continue
-            for holder, attribute in places:
-                undo.callback(set_slot, holder, attribute, old)
+            for holder, attribute in (*places, *in_original.get(id(old), ())):
                 set_slot(holder, attribute, self.replacements[name].new)
-        remove_unused(module, undo)
+        remove_unused(module, transaction.undo)
 
-    def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration) -> None:
+    def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration, transaction: Transaction) -> None:
         """Correct the running statistics of the module, which has been resized."""
         kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
         slots = tensor_slots(module)
         for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
-            _overwrite(slots[name][0], tensor)
+            transaction.overwrite(slots[name][0], tensor)
         self.record["recalibrated"] = True
-
-
-def _overwrite(tensor: Tensor, values: Tensor) -> None:
-    # What was made in inference mode may be written to there alone.
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(values)
 
 
 def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: bool) -> dict[ChannelGroup, int]:
@@ -224,14 +253,27 @@ def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: boo
     return result
 
 
-def _turned(evidence: Evidence, groups: Mapping[ChannelGroup, int], undo: ExitStack) -> Moments | None:
+def _evidence(
+    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], data: Iterable[Any] | None, options: _Options
+) -> Evidence:
+    """Return what is known of the channels, as far as it is needed."""
+    selection = options.selection if options.evidence is None else options.evidence.selection
+    if options.blind or not needs_moments(groups, selection, options.fold):
+        return Evidence(width_graph, None, selection)
+    if options.evidence is not None:
+        return options.evidence
+    rotates = options.rotate and options.fold and options.optimizer is None
+    return gather_evidence(width_graph, data, selection, rotates)
+
+
+def _turned(evidence: Evidence, groups: Mapping[ChannelGroup, int], transaction: Transaction) -> Moments | None:
     """Bring linear groups that lose channels to their new bases, and return the moments in these."""
     # All of them are found before any weight changes: readers of one group write another.
     turns = [evidence.rotation(group) for group, width in groups.items() if width < group.width]
     moments = evidence.moments
     for turned in turns:
         if turned is not None and moments is not None:
-            moments = rotated(evidence.width_graph, turned, moments, undo)
+            moments = rotated(evidence.width_graph, turned, moments, transaction)
     return moments
 
 
@@ -240,29 +282,35 @@ def _prepare(
     moments: Moments | None,
     groups: Mapping[ChannelGroup, int],
     kept: Mapping[ChannelGroup, Indices],
-    optimizer: Optimizer | None,
-    folds: bool,
-    edits: AttributeEdits,
+    options: _Options,
 ) -> _Change:
     width_graph = evidence.width_graph
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
-    tensors, maps = resized_tensors(width_graph, maps, moments, folds)
+    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
+    edits = AttributeEdits()
     graph = rewrite_graph(analysis, maps, fakes, edits)
     renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
-    update = None if optimizer is None else plan_optimizer_update(optimizer, list(replacements.values()))
+    update = None
+    if options.optimizer is not None:
+        names = {id(entry.tensor): name for name, entry in analysis.parameters.items()}
+        update = plan_optimizer_update(options.optimizer, list(replacements.values()), names)
+    original = None
+    if original_of(analysis.module) is not None:
+        original = RESIZED if goes_along(analysis, maps, fakes, tensors, edits) else UNTOUCHED
     record = {
         "widths": {group.name: [group.width, width] for group, width in groups.items()},
         "parameters": _count_after(width_graph, replacements),
         "evidence": moments.source if moments is not None else None,
         "selection": evidence.selection,
-        "folded": folds and moments is not None,
+        "folded": options.fold and moments is not None,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
+        "original": original,
     }
-    return _Change(graph, tensors, replacements, update, record)
+    return _Change(graph, tensors, replacements, update, edits, record)
 
 
 def _kept(evidence: Evidence, group: ChannelGroup, width: int) -> Indices:
@@ -279,12 +327,8 @@ def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str
         indices = dim_maps(width_graph, maps, name)
         if all(kept is None for kept in indices):
             continue
-        new = tensor.detach().contiguous()
-        if isinstance(entry.tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=entry.tensor.requires_grad)
-            if entry.tensor.grad is not None:
-                new.grad = gather(entry.tensor.grad, indices)
-        result[name] = Replacement(entry.tensor, new, indices)
+        new = successor(name, entry.tensor, tensor, indices)
+        result[name] = Replacement(name, entry.tensor, new, indices)
     return result
 
 

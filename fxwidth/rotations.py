@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from fxwidth.moments import Moments
 from fxwidth.origins import Place
 from fxwidth.pairs import Pairs
 from fxwidth.rotated_norms import is_sound, normalise, spread, take_scales
+from fxwidth.transactions import Transaction
 
 # Directions of less energy than this share of the loudest are not made louder: it would cost precision.
 _FLOOR = 1e-6
@@ -141,7 +141,7 @@ def _lost(one: Turn, pairs: Sequence[Pairs]) -> Tensor:
     return torch.from_numpy(lost_share(turned, torch.arange(width, device=one.forward.device)))
 
 
-def rotated(width_graph: WidthGraph, rotation: Rotation, moments: Moments, undo: ExitStack) -> Moments:
+def rotated(width_graph: WidthGraph, rotation: Rotation, moments: Moments, transaction: Transaction) -> Moments:
     """Bring a group's parameters to another basis, in place, and return the moments in that basis.
 
     The function of the network stays as it is. Batch norms behind writers come to normalise the new channels.
@@ -150,13 +150,11 @@ def rotated(width_graph: WidthGraph, rotation: Rotation, moments: Moments, undo:
         width_graph: the graph.
         rotation: the change of basis.
         moments: the evidence in the old basis.
-        undo: takes what brings the old parameters back.
+        transaction: takes what brings the old parameters back.
     """
 
     def overwrite(name: str, values: Tensor) -> None:
-        tensor = width_graph.analysis.parameters[name].tensor
-        undo.callback(_overwrite, tensor, tensor.detach().clone())
-        _overwrite(tensor, values)
+        transaction.overwrite(width_graph.analysis.parameters[name].tensor, values)
 
     bases = [one.basis for one in rotation.turns]
     before = [spread(width_graph, norm, bases, moments) for norm in rotation.norms]
@@ -192,8 +190,3 @@ def _turned_spread(rotation: Rotation, norm: InnerNorm, covariance: Tensor) -> t
             covariance = whole @ covariance @ whole.T
             turned.append(torch.from_numpy(place.positions.reshape(-1)).to(covariance.device))
     return torch.cat(turned), covariance.diagonal()
-
-
-def _overwrite(tensor: Tensor, values: Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(values)

@@ -51,6 +51,13 @@ def set_slot(module: nn.Module, attribute: str, tensor: Tensor) -> None:
         module._flat_weights[module._flat_weights_names.index(attribute)] = tensor
 
 
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor other values, in place."""
+    # What was made in inference mode may be written to there alone.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
+
+
 @contextmanager
 def substituted(
     module: nn.Module,

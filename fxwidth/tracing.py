@@ -15,6 +15,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
 from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
 from fxwidth.mode_merging import in_both_modes
+from fxwidth.originals import remember_original
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
@@ -32,7 +33,8 @@ def trace(
     and returns what the model returns. Arguments that are left out are fixed at their defaults. It follows `train()`
     and `eval()`; where the model's code does quite different things in the two, the graph is that of the mode the model
     is in, and only dropout and batch norm follow. Parameters are shared with the model, so an optimizer made for the
-    model goes on.
+    model goes on. A resize of the graph resizes the model too, if its own code does the same at the new widths; else
+    the model stays as it is and shares nothing from then on. It is not kept alive by the graph.
 
     Args:
         model: a module in the mode (train or eval) whose code path is wanted, or a GraphModule traced by anyone.
@@ -52,6 +54,8 @@ def trace(
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
     )
+    if module is not model:
+        remember_original(module, model, arguments_of(model, call))
     _drop_postponed_annotations(module)
     for node in module.graph.nodes:
         value = analysis.node_values.get(node.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +13,7 @@ from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.moments import Moments, moments_from_data
 from fxwidth.rotations import Rotation, rotated
 from fxwidth.tracing import analyze_module
+from fxwidth.transactions import Transaction
 from tests.nets import tokens, trained_like
 
 
@@ -159,9 +159,8 @@ def change(name: str) -> float:
     """Return by how much a rotation changes what a network computes."""
     gm, x, graph, found, moments = turned(name)
     expected = gm(x)
-    with ExitStack() as undo:
-        rotated(graph, found, moments, undo)
-        return relative(gm(x), expected)
+    rotated(graph, found, moments, Transaction())
+    return relative(gm(x), expected)
 
 
 @torch.no_grad()

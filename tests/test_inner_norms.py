@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -35,6 +34,7 @@ from fxwidth.moments import moments_from_data
 from fxwidth.origins import Place
 from fxwidth.rotations import rotated
 from fxwidth.tracing import analyze_module
+from fxwidth.transactions import Transaction
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -45,18 +45,19 @@ def test_a_rotation_changes_no_function(name: str) -> None:
     (turn,) = found.turns
     assert (len(found.norms), len(turn.basis.sights)) == (writers, readers)
     before, expected = copy.deepcopy(gm.state_dict()), gm(x)
-    with ExitStack() as undo:
-        after = rotated(graph, found, moments, undo)
-        assert relative(gm(x), expected) < 1e-12
-        changed = {key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])}
-        scales = {scale for norm in found.norms for scale in norm.scales}
-        assert changed == {place.parameter for place in turn.basis.places} | scales
-        # The moments are those of the network as it is now.
-        again = moments_from_data(graph, [x])
-        assert again is not None
-        for key in (sight.readers.first.key for sight in turn.basis.sights):
-            new, old = after.contracted[key].covariance, again.contracted[key].covariance
-            torch.testing.assert_close(new, old, rtol=1e-7, atol=1e-8)
+    transaction = Transaction()
+    after = rotated(graph, found, moments, transaction)
+    assert relative(gm(x), expected) < 1e-12
+    changed = {key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])}
+    scales = {scale for norm in found.norms for scale in norm.scales}
+    assert changed == {place.parameter for place in turn.basis.places} | scales
+    # The moments are those of the network as it is now.
+    again = moments_from_data(graph, [x])
+    assert again is not None
+    for key in (sight.readers.first.key for sight in turn.basis.sights):
+        new, old = after.contracted[key].covariance, again.contracted[key].covariance
+        torch.testing.assert_close(new, old, rtol=1e-7, atol=1e-8)
+    transaction.roll_back()
     assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
 
 
@@ -74,7 +75,7 @@ def test_a_batch_norm_may_belong_to_several_bases(make: type[nn.Module], groups:
     turns = [one for one in found if one is not None]
     assert [len(one.turns) for one in turns] == [bases] * groups
     for one in turns:
-        moments = rotated(graph, one, moments, ExitStack())
+        moments = rotated(graph, one, moments, Transaction())
     assert relative(gm(x), expected) < 1e-12
     # Its variances are those of what it is given now.
     variance = gm.get_buffer("norm.running_var").clone()
@@ -156,7 +157,7 @@ def test_in_training_the_network_stays_close(name: str) -> None:
     found = Evidence(graph, moments, rotates=True).rotation(graph[NETS[name][2]])
     assert found is not None
     expected = copy.deepcopy(gm).train()(x)
-    rotated(graph, found, moments, ExitStack())
+    rotated(graph, found, moments, Transaction())
     assert relative(copy.deepcopy(gm).train()(x), expected) < 0.02
     # A batch norm that has another variance than its channels does not train like the old one.
     gm.get_buffer(found.norms[0].variance).fill_(100.0)
@@ -292,7 +293,7 @@ def test_the_whole_of_mobilenet_keeps_its_function() -> None:
         assert len(turns) == 7
         assert sum(len(one.norms) for one in turns) == 17
         for one in turns:
-            moments = rotated(graph, one, moments, ExitStack())
+            moments = rotated(graph, one, moments, Transaction())
         assert relative(gm(x), expected) < 1e-10
 
 
@@ -341,5 +342,5 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(
     assert moments is not None
     found, expected = rotations.rotation(graph, graph["0"], moments), gm(x)
     assert found is not None
-    rotated(graph, found, moments, ExitStack())
+    rotated(graph, found, moments, Transaction())
     assert relative(gm(x), expected) < tolerance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +21,7 @@ from fxwidth.linear_groups import linear_group
 from fxwidth.origins import Place
 from fxwidth.rotations import rotated
 from fxwidth.tracing import analyze_module
+from fxwidth.transactions import Transaction
 
 
 class Bottleneck(nn.Module):
@@ -185,21 +185,22 @@ def test_a_rotation_changes_no_function(name: str) -> None:
     before = {key: value.clone() for key, value in gm.state_dict().items()}
     with torch.no_grad():
         expected = gm(x)
-        with ExitStack() as undo:
-            moments = rotated(graph, turned, evidence.moments, undo)
-            torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
-            changed = [key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])]
-            bases = [turn.basis for turn in turned.turns]
-            assert set(changed) == {place.parameter for basis in bases for place in basis.places}
-            # The moments are those of the network as it is now.
-            again = gather_evidence(graph, [x]).moments
-            assert again is not None
-            assert_close = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-8)
-            for key in (sight.readers.first.key for basis in bases for sight in basis.sights):
-                assert_close(moments.contracted[key].covariance, again.contracted[key].covariance)
-            for product in (basis.product for basis in bases if basis.product is not None):
-                for key in ((product.call.index, side.argument) for side in (product.left, product.right)):
-                    assert_close(moments.products[key], again.products[key])
+        transaction = Transaction()
+        moments = rotated(graph, turned, evidence.moments, transaction)
+        torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
+        changed = [key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])]
+        bases = [turn.basis for turn in turned.turns]
+        assert set(changed) == {place.parameter for basis in bases for place in basis.places}
+        # The moments are those of the network as it is now.
+        again = gather_evidence(graph, [x]).moments
+        assert again is not None
+        assert_close = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-8)
+        for key in (sight.readers.first.key for basis in bases for sight in basis.sights):
+            assert_close(moments.contracted[key].covariance, again.contracted[key].covariance)
+        for product in (basis.product for basis in bases if basis.product is not None):
+            for key in ((product.call.index, side.argument) for side in (product.left, product.right)):
+                assert_close(moments.products[key], again.products[key])
+        transaction.roll_back()
     assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
 
 
@@ -315,11 +316,12 @@ def test_bare_parameters_are_readers_or_keep_the_basis(make: Callable[[], nn.Mod
     moments = evidence.moments
     assert moments is not None
     assert graph.free
-    with ExitStack() as undo:
-        for group in graph.free:
-            found = evidence.rotation(group)
-            moments = moments if found is None else rotated(graph, found, moments, undo)
-        torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
+    transaction = Transaction()
+    for group in graph.free:
+        found = evidence.rotation(group)
+        moments = moments if found is None else rotated(graph, found, moments, transaction)
+    torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
+    transaction.roll_back()
 
 
 @pytest.mark.parametrize("name", ["attention", "fused", "windows"])
@@ -337,6 +339,7 @@ def test_a_wrong_order_of_heads_is_seen(name: str, monkeypatch: pytest.MonkeyPat
         return right(tensor, replace(place, positions=positions), one)
 
     monkeypatch.setattr(rotations, "_turned_place", wrong)
-    with ExitStack() as undo:
-        rotated(graph, found, evidence.moments, undo)
-        assert float((gm(x) - expected).abs().max()) > 1e-3
+    transaction = Transaction()
+    rotated(graph, found, evidence.moments, transaction)
+    assert float((gm(x) - expected).abs().max()) > 1e-3
+    transaction.roll_back()

@@ -149,8 +149,19 @@ class AttributeEdits:
             for module, name, value in now:
                 setattr(module, name, value)
 
-    def undo(self) -> None:
-        """Set every attribute back."""
-        while self._undo:
+    def mark(self) -> int:
+        """Return a place to go back to by `undo`."""
+        return len(self._undo)
+
+    def undo(self, mark: int = 0) -> None:
+        """Set every attribute back that was set since a mark."""
+        while len(self._undo) > mark:
             module, name, value = self._undo.pop()
             setattr(module, name, value)
+
+    def take_back(self, modules: Iterable[nn.Module]) -> None:
+        """Set the attributes of some modules back."""
+        chosen = {id(module) for module in modules}
+        for module, name, value in reversed(self._undo):
+            if id(module) in chosen:
+                setattr(module, name, value)

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fxwidth.folding import fold, variance_ratio
 from fxwidth.groups import WidthGraph
 from fxwidth.growth_values import new_entries
-from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.index_maps import IndexMaps, Indices
 from fxwidth.moments import Moments
 from fxwidth.normed_weights import settle, weight_values
+from fxwidth.rewriting.successors import gather
 from fxwidth.tape import OpCall
 
 _NORMS = ("layer norm", "RMS norm")
-
-
-def gather(tensor: Tensor, indices: Sequence[Indices | None]) -> Tensor:
-    """Return the old entries of a tensor in their new places, zero where there was none.
-
-    Args:
-        tensor: any shape.
-        indices: for each dim the old position of each new one, `NEW` for none, or None for a dim that stays.
-    """
-    for dim, kept in enumerate(indices):
-        if kept is None:
-            continue
-        places = torch.from_numpy(np.maximum(kept, 0)).to(tensor.device)
-        tensor = tensor.index_select(dim, places)
-        new = np.flatnonzero(kept == NEW)
-        if len(new):
-            tensor = tensor.index_fill(dim, torch.from_numpy(new).to(tensor.device), 0)
-    return tensor
 
 
 def dim_maps(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices | None]:

@@ -1,0 +1,81 @@
+"""What an optimizer must be to be carried over a resize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxwidth.errors import FxwidthError
+
+_NEW_ONE = "call resize without optimizer= and make a new optimizer for gm.parameters()."
+# Of nested containers in an optimizer's attributes, how many levels are looked through for parameters.
+_DEPTH = 4
+
+
+def optimizers_in(optimizer: Any) -> list[Optimizer]:
+    """Return an optimizer and those that it is made of, as that of sharpness-aware minimisation is; none of others."""
+    found: list[Optimizer] = [optimizer] if isinstance(optimizer, Optimizer) else []
+    for one in found:
+        inner = [value for value in vars(one).values() if isinstance(value, Optimizer)]
+        # A wrapper may give out the state of the one that it wraps.
+        found += [other for other in inner if all(other.state is not known.state for known in found)]
+    return found
+
+
+def check_optimizer(optimizer: Any, module: nn.Module) -> None:
+    """Check that an optimizer is one, and that it trains a module, or a part of it.
+
+    Raises:
+        FxwidthError: it is something else, or was made for another model.
+    """
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        remedy = "pass its .optimizer" if isinstance(inner, Optimizer) else "pass the one that trains gm"
+        raise FxwidthError(
+            f"optimizer= takes a torch.optim.Optimizer, but received {type(optimizer).__name__}; {remedy}."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise FxwidthError(f"LBFGS keeps one history for all parameters together, which cannot be resized; {_NEW_ONE}")
+    own = {id(parameter) for parameter in module.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if own and not any(id(parameter) in own for parameter in held):
+        raise FxwidthError(
+            f"optimizer= is {type(optimizer).__name__} with {len(held)} parameters, none of which is in the graph: it "
+            "was made for another model, such as a copy. Make it for gm.parameters()."
+        )
+
+
+def refuse_kept_parameters(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Check that an optimizer keeps parameters in its groups and its state alone.
+
+    Args:
+        optimizer: the optimizer.
+        names: those of the parameters that are about to be replaced, by `id`.
+
+    Raises:
+        FxwidthError: it keeps one of them in an attribute, where the new one would not get.
+    """
+    managed = ("param_groups", "state")
+    for attribute, value in vars(optimizer).items():
+        found = None if attribute in managed or isinstance(value, Optimizer) else _kept(value, names, _DEPTH)
+        if found is not None:
+            raise FxwidthError(
+                f"{type(optimizer).__name__} keeps parameter {found!r} in its attribute {attribute!r}, beside its "
+                f"groups and its state, so that it would go on with the old one; {_NEW_ONE}"
+            )
+
+
+def _kept(value: Any, names: Mapping[int, str], depth: int) -> str | None:
+    """Return the name of a parameter in a nested value, or None."""
+    if isinstance(value, Tensor):
+        return names.get(id(value))
+    if depth == 0 or not isinstance(value, (Mapping, Sequence, set)) or isinstance(value, (str, bytes)):
+        return None
+    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    return next((found for part in parts if (found := _kept(part, names, depth - 1)) is not None), None)

@@ -1,0 +1,127 @@
+"""Ctrl-C at any call on the way of a piece of work, and what must be as it was before."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import fxwidth
+
+_PACKAGE = str(Path(fxwidth.__file__).parent)
+
+
+class Counter:
+    """Counts the calls of the package's functions, and interrupts one of them.
+
+    Args:
+        at: which one is interrupted; none by default.
+        since: the name of a function from whose first call on calls are counted.
+    """
+
+    def __init__(self, at: int | None = None, since: str = "") -> None:
+        self.count = 0
+        self.functions: dict[str, list[int]] = {}
+        self._at = at
+        self._since = since
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        """See one call; resumed generators, such as contexts that are left, are calls too."""
+        # Python ignores what is raised in a generator expression that it drops.
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(_PACKAGE) or code.co_name == "<genexpr>":
+            return
+        if self.count == 0 and self._since not in ("", code.co_name):
+            return
+        self.count += 1
+        if self._at is None:
+            name = f"{code.co_filename}:{code.co_firstlineno}"
+            self.functions.setdefault(name, []).append(self.count)
+        elif self.count == self._at:
+            raise KeyboardInterrupt
+
+
+def counted(work: Callable[[], object], at: int | None = None, since: str = "") -> Counter:
+    """Run a piece of work, interrupted at its n-th call or not at all, and return what was counted."""
+    counter = Counter(at, since)
+    before = sys.gettrace()
+    sys.settrace(counter)
+    try:
+        work()
+    except KeyboardInterrupt:
+        assert at is not None
+    else:
+        assert at is None, f"call {at} was not interrupted, of {counter.count}"
+    finally:
+        sys.settrace(before)
+    return counter
+
+
+def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: Iterable[object] = ()) -> dict[str, Any]:
+    """Return all that a resize could change, in a form that can be compared by `differences`."""
+    result: dict[str, Any] = {}
+    for number, module in enumerate(modules):
+        for path, part in module.named_modules():
+            place = f"{number}:{path}"
+            for name, value in part.__dict__.items():
+                result[f"{place}.{name}"] = _seen(value)
+            for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+                if tensor is not None:
+                    hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+                    result[f"{place}.{name} values"] = [_bits(tensor), _bits(tensor.grad), tensor.requires_grad]
+                    result[f"{place}.{name} hooks"] = [_seen(hook) for hook in hooks]
+                    result[f"{place}.{name} attributes"] = _seen(vars(tensor))
+            if isinstance(part, fx.GraphModule):
+                result[f"{place} code"] = part.code, str(part.graph), id(type(part).forward)
+    if optimizer is not None:
+        result["groups"] = [
+            (id(group["params"]), _seen(group), _seen(group["params"])) for group in optimizer.param_groups
+        ]
+        result["state"] = (
+            _seen(optimizer.state),
+            [(_seen(own), [_bits(value) for value in own.values()]) for own in optimizer.state.values()],
+        )
+    for number, one in enumerate(objects):
+        result[f"object {number}"] = {name: _seen(value) for name, value in vars(one).items()}
+    result["torch"] = (
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.backends.mha.get_fastpath_enabled(),
+        torch.batch_norm, functional.scaled_dot_product_attention, torch.autograd.Function.apply,
+        len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack()), gc.isenabled(),
+    )  # fmt: skip
+    return result
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the names of what is not as it was."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _seen(value: Any) -> Any:
+    """Return a value such that it equals another only if that is the same object, with the same contents."""
+    if isinstance(value, dict):
+        return id(value), [(id(key) if isinstance(key, Tensor) else key, _inner(part)) for key, part in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return id(value), [_inner(part) for part in value]
+    return _inner(value)
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    return id(value), (len(value) if isinstance(value, (list, dict)) else None)
+
+
+def _bits(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return str(value.layout), value.stride() if value.layout == torch.strided else None, str(value.detach().tolist())
