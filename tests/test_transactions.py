@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import Optimizer
 
 import fxwidth
+from fxwidth import transactions
+from fxwidth.transactions import Transaction
 from tests.interruptions import counted, differences, state_of
 
 
@@ -173,3 +176,38 @@ def test_an_interruption_of_any_function_changes_nothing(make: Callable[[], Work
     work = make()
     assert_undone(work, sorted(random.Random(0).choice(points) for points in functions.values()))
     assert_undone(work, range(1, committing + 1), COMMIT)
+
+
+def overwritten(transaction: Transaction, tensor: Tensor) -> None:
+    transaction.overwrite(tensor, torch.zeros_like(tensor))
+    raise RuntimeError("planted")
+
+
+def test_ctrl_c_waits_until_all_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(3, 2)
+    before, transaction = state_of(layer), Transaction(layer)
+    real, handler = transactions.overwrite, signal.getsignal(signal.SIGINT)
+
+    def interrupted(tensor: Tensor, values: Tensor) -> None:
+        if bool(values.any()):
+            signal.raise_signal(signal.SIGINT)
+        real(tensor, values)
+
+    monkeypatch.setattr(transactions, "overwrite", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        transaction.run(lambda: overwritten(transaction, layer.weight.data))
+    assert not differences(before, state_of(layer))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_failure_while_things_are_put_back_does_not_end_that() -> None:
+    layer = nn.Linear(3, 2)
+    before, transaction = state_of(layer), Transaction(layer)
+
+    def failing() -> None:
+        raise ValueError("planted too")
+
+    transaction.undo.callback(failing)
+    with pytest.raises((RuntimeError, ValueError), match="planted"):
+        transaction.run(lambda: overwritten(transaction, layer.weight))
+    assert not differences(before, state_of(layer))
