@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
-from fxwidth.input_shapes import VALUES
+from fxwidth.notes import VALUES, notes_of
 from fxwidth.probes import Measure, Probe
 from fxwidth.structures import Structure, flatten, rebuild, sample_count
 from fxwidth.tape import OpCall
@@ -111,7 +111,7 @@ def products_per_sample(analysis: Analysis) -> float:
 
 def _counts(analysis: Analysis) -> list[Tensor | None]:
     """Return the integers among the inputs that a graph which looks at values was traced with, None for the others."""
-    known: list[Tensor | None] = analysis.module.meta.get(VALUES, (None, None, []))[2]
+    known: list[Tensor | None] = notes_of(analysis.module).get(VALUES, (None, None, []))[2]
     return known if analysis.record is not None else []
 
 

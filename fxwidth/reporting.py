@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from fxwidth.resizing import HISTORY
+from fxwidth.notes import HISTORY, notes_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Report:
 
 def report(gm: fx.GraphModule) -> Report:
     """Return what `resize`, `evolve` and `Evolver` have done to a graph."""
-    return Report(tuple(gm.meta.get(HISTORY, ())))
+    return Report(tuple(notes_of(gm).get(HISTORY, ())))
 
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:

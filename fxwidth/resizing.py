@@ -18,18 +18,17 @@ from fxwidth.evidence import Evidence, gather_evidence, select
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.moments import Moments
+from fxwidth.notes import HISTORY, notes_of
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
-from fxwidth.rewriting.parameters import dim_maps, gather, resized_tensors
+from fxwidth.rewriting.parameters import dim_maps, gather, ratios_by_gain, resized_tensors
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
 from fxwidth.tensor_slots import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
-
-HISTORY = "fxwidth_history"
 
 
 def resize(
@@ -98,11 +97,13 @@ def resize_analyzed(
     fold: bool = True,
     exact: bool = True,
     blind: bool = False,
+    norms: Mapping[str, float] | None = None,
 ) -> fx.GraphModule:
     """Carry out a plan on a graph that has just been analysed; see `resize`.
 
     With `evidence`, the moments and the selection are its own, and data serve recalibration alone. With `blind`, the
-    first channels of each group are kept without a look at values, which are about to be loaded.
+    first channels of each group are kept without a look at values, which are about to be loaded; `norms` are the
+    variance ratios of norms that were found with values, by the names of their gains.
     """
     module = width_graph.analysis.module
     check_selection(selection)
@@ -129,14 +130,14 @@ def resize_analyzed(
         # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
         # what follows: the network is run as it was before that.
         recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
-        change = _prepare(evidence, moments, groups, kept, optimizer, fold, edits)
+        change = _prepare(evidence, moments, groups, kept, optimizer, fold, norms, edits)
         change.put_in_place(module, undo)
         if recalibration is not None:
             change.recalibrate(module, recalibration)
         undo.pop_all()
     if change.update is not None:
         change.update.commit()
-    module.meta.setdefault(HISTORY, []).append(change.record)
+    notes_of(module).setdefault(HISTORY, []).append(change.record)
     return module
 
 
@@ -244,12 +245,13 @@ def _prepare(
     kept: Mapping[ChannelGroup, Indices],
     optimizer: Optimizer | None,
     folds: bool,
+    norms: Mapping[str, float] | None,
     edits: AttributeEdits,
 ) -> _Change:
     width_graph = evidence.width_graph
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
-    tensors, maps = resized_tensors(width_graph, maps, moments, folds)
+    tensors, maps = resized_tensors(width_graph, maps, moments, folds, norms)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: analysis.mode.from_tensor(replacement.new) for name, replacement in replacements.items()}
     graph = rewrite_graph(analysis, maps, fakes, edits)
@@ -261,6 +263,7 @@ def _prepare(
         "selection": evidence.selection,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
+        "norms": ratios_by_gain(width_graph, maps),
     }
     return _Change(graph, tensors, replacements, update, record)
 

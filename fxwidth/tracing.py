@@ -13,8 +13,9 @@ from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
-from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
+from fxwidth.input_shapes import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
 from fxwidth.mode_merging import in_both_modes
+from fxwidth.notes import INPUTS, VALUES, notes_of
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
@@ -81,13 +82,13 @@ def analyze_module(
         if doubled is None:
             raise
         analysis = _analyze(module, specs, call)
-    module.meta[INPUTS] = specs
+    notes_of(module)[INPUTS] = specs
     return analysis
 
 
 def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
     """Analyse a graph; where what it does depends on values, with those of one run on real inputs."""
-    known_for, record, _ = module.meta.get(VALUES, (None, None, None))
+    known_for, record, _ = notes_of(module).get(VALUES, (None, None, None))
     if record is not None and call is None and known_for == specs:
         analysis = analyze_axes(module, specs, record)
         pin_what_is_written_in(analysis)
@@ -104,7 +105,7 @@ def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Ana
     record = record_values(module, values)
     analysis = analyze_axes(module, specs, record)
     pin_what_is_written_in(analysis)
-    module.meta[VALUES] = (specs, record, whole_numbers(values))
+    notes_of(module)[VALUES] = (specs, record, whole_numbers(values))
     return analysis
 
 
