@@ -21,6 +21,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
 from fxwidth.notes import HISTORY, NOTES, notes_of
 from fxwidth.resizing import resize_analyzed
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.tensor_slots import tensor_slots
 from fxwidth.tracing import analyze_module, trace
 
@@ -83,6 +84,7 @@ def _beside(path: Path) -> Iterator[Path]:
         target.unlink(missing_ok=True)
 
 
+@plain_surroundings()
 def load(
     path: str | Path,
     model: nn.Module | None = None,

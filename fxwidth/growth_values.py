@@ -204,7 +204,7 @@ def new_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tens
 
     Source: the orthogonal complement of the row space, as in SVD evolutive CNN, Jérome Dejaegher, 2021.
     """
-    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64).to(rows)
+    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
     basis = _row_space(rows)
     room = min(count, rows.shape[1] - basis.shape[1])
     made = random[:room]

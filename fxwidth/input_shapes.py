@@ -88,9 +88,9 @@ def whole_numbers(values: Sequence[Any]) -> list[Tensor | None]:
 
 def _real(spec: TensorSpec, known: Tensor | None, generator: torch.Generator) -> Tensor:
     if known is None and spec.dtype.is_floating_point:
-        known = torch.rand(spec.shape, generator=generator)
+        known = torch.rand(spec.shape, generator=generator, dtype=torch.float32, device="cpu")
     elif known is None:
-        known = torch.zeros(spec.shape)
+        known = torch.zeros(spec.shape, device="cpu")
     if tuple(known.shape) != spec.shape:
         known = known.repeat(2, *[1] * (known.dim() - 1))
     return known.detach().to(spec.device, spec.dtype)

@@ -23,6 +23,7 @@ from fxwidth.plans import Plan
 from fxwidth.polynomials import Polynomial
 from fxwidth.readers import wiring_of
 from fxwidth.rehearsals import has_inputs, output_errors
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.thresholds import Thresholds, by_thresholds
 from fxwidth.tracing import refuse_nan
 
@@ -33,6 +34,7 @@ _Options = ParamSpec("_Options")
 _CLEARLY = 0.5
 
 
+@plain_surroundings()
 def plan_with_evidence(
     width_graph: WidthGraph,
     *,

@@ -71,7 +71,8 @@ class Probe:
             return moved.reshape(count, moved.shape[-1])
         # One row at a random place of each stretch: an even stride may fall on the same image column every time.
         generator = torch.Generator().manual_seed(count)
-        places = (torch.arange(limit) + torch.rand(limit, generator=generator, dtype=torch.float64)) * (count / limit)
+        within = torch.rand(limit, generator=generator, dtype=torch.float64, device="cpu")
+        places = (torch.arange(limit, device="cpu") + within) * (count / limit)
         flat = places.long().clamp_max(count - 1).to(tensor.device)
         return moved[torch.unravel_index(flat, moved.shape[:-1])]
 

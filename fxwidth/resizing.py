@@ -27,10 +27,12 @@ from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan
 from fxwidth.rewriting.parameters import dim_maps, gather, ratios_by_gain, resized_tensors
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.tensor_slots import set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
 
 
+@plain_surroundings()
 def resize(
     gm: fx.GraphModule,
     plan: Plan | Mapping[str, int],
@@ -84,6 +86,7 @@ def resize(
     )
 
 
+@plain_surroundings()
 def resize_analyzed(
     width_graph: WidthGraph,
     plan: Plan | Mapping[str, int],

@@ -48,7 +48,7 @@ def rotation(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     if linear is None or not all(is_sound(width_graph, norm) for norm in linear.norms):
         return None
     turns, ends = [], []
-    lost = torch.zeros(group.width + 1, dtype=torch.float64)
+    lost = torch.zeros(group.width + 1, dtype=torch.float64, device="cpu")
     for basis in linear.bases:
         ends.append(ends_of(width_graph, group.factor, basis))
         pairs = [end.pairs(moments) for end in ends[-1]]

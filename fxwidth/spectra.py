@@ -32,7 +32,7 @@ def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
     """
     writers = list(writer_matrices(width_graph, group))
     if not writers or writers[0].device.type == "meta":
-        return torch.ones(group.width, dtype=torch.float64)
+        return torch.ones(group.width, dtype=torch.float64, device="cpu")
     columns = sum(writer.shape[1] for writer in writers)
     if group.width * columns <= _STACKED_ENTRIES:
         values = torch.linalg.svdvals(torch.cat([writer.to(accumulation_dtype(writer)) for writer in writers], 1))

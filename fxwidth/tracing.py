@@ -17,12 +17,14 @@ from fxwidth.input_shapes import device_of, input_specs, real_inputs, whole_numb
 from fxwidth.mode_merging import in_both_modes
 from fxwidth.notes import INPUTS, VALUES, notes_of
 from fxwidth.rewriting.trials import pin_what_is_written_in
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
 from fxwidth.value_record import VALUE_ERRORS
 from fxwidth.value_runs import record_values
 
 
+@plain_surroundings()
 def trace(
     model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> fx.GraphModule:
@@ -61,6 +63,7 @@ def trace(
     return module
 
 
+@plain_surroundings()
 def analyze_module(
     module: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> Analysis:

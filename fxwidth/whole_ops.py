@@ -156,7 +156,7 @@ def _real_counts(batch_sizes: Tensor) -> Tensor:
     """Return how many of packed sequences go on at each step: the ops' code reads them from memory."""
     counts = [size.item() for size in batch_sizes.unbind()]
     with _disable_current_modes():
-        return torch.tensor(counts)
+        return torch.tensor(counts, device="cpu")
 
 
 def _gate_by_gate(function: Callable[..., Any]) -> Callable[..., Any]:
