@@ -126,6 +126,9 @@ def _fold_set(
             centred, matched = absorber is not None, readers.variance is None
             constant, share = _fold_block(blocks[group], part, K, d, reader.outputs, centred=centred, matched=matched)
             constants[group], shares[group] = constant / reader.strides, share
+    if not all(_fits(part, weight.dtype) for part in (blocks, constants, shares)):
+        # Its dtype has no number for what it would take over: it keeps what it reads of the channels that stay.
+        return
     weight.copy_(reader.operand(blocks, weight))
     if absorber is not None:
         vector = absorber.view.of(_working_copy(width_graph, absorber.view.parameter, folded))
@@ -133,6 +136,11 @@ def _fold_set(
     if readers.variance is not None:
         vector = readers.variance.of(_working_copy(width_graph, readers.variance.parameter, folded))
         vector.mul_(shares.view(-1).to(vector.dtype))
+
+
+def _fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether values are finite, and stay so in another dtype; NaN is not."""
+    return bool((values.abs() <= torch.finfo(dtype).max).all())
 
 
 def _fold_block(

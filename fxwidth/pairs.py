@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxwidth.factors import Factor, FactorSpace
 from fxwidth.groups import ChannelGroup, WidthGraph
-from fxwidth.moments import Moments
+from fxwidth.moments import Moment, Moments
 from fxwidth.occurrences import channel_positions
 from fxwidth.probes import Key
 from fxwidth.reader_sets import ReaderSet, reader_sets
@@ -183,7 +183,7 @@ def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, mo
     if moment is None or values is None or factor not in space.factors(reader.axis):
         return None
     # Values from single precision are worked on in single precision where that is much faster.
-    narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2
+    narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2 and _fits_single(moment)
     S = moment.covariance.float() if narrow else moment.covariance
     if readers.absorber is None:
         mean = moment.mean.to(S.dtype)
@@ -194,6 +194,12 @@ def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, mo
     seen, wanted = (_together(parts) for parts in zip(*found, strict=True))
     rows = torch.full((len(seen),), effective_rows(moment), dtype=seen.dtype, device=seen.device)
     return Pairs(seen, wanted, moment.precision, rows)
+
+
+def _fits_single(moment: Moment) -> bool:
+    """Tell whether products of second moments with weights are within the range of single precision."""
+    largest = float(moment.squares().amax()) if len(moment.mean) else 0.0
+    return largest == 0 or 1e-20 < largest < 1e20
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from fxwidth.rewriting.parameters import dim_maps, gather, ratios_by_gain, resiz
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
 from fxwidth.surroundings import plain_surroundings
-from fxwidth.tensor_slots import set_slot, tensor_slots
+from fxwidth.tensor_slots import is_sound, set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
 
 
@@ -255,6 +255,7 @@ def _prepare(
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
     tensors, maps = resized_tensors(width_graph, maps, moments, folds, norms)
+    _refuse_infinite(width_graph, tensors)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: analysis.mode.from_tensor(replacement.new) for name, replacement in replacements.items()}
     graph = rewrite_graph(analysis, maps, fakes, edits)
@@ -269,6 +270,18 @@ def _prepare(
         "norms": ratios_by_gain(width_graph, maps),
     }
     return _Change(graph, tensors, replacements, update, record)
+
+
+def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        old = width_graph.analysis.parameters[name].tensor
+        if is_sound(old) and not is_sound(
+            nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        ):
+            raise FxwidthError(
+                f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range of "
+                f"{old.dtype}. Resize other groups, keep this one with keep=, or bring its weights to a common scale."
+            )
 
 
 def _kept(evidence: Evidence, group: ChannelGroup, width: int) -> Indices:

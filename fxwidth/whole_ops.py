@@ -34,7 +34,9 @@ def _(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps
 def _rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    precise = torch.finfo(input.dtype).eps if eps is None else eps
+    # Half precision is worked on, and normalised, in single precision.
+    work = torch.float32 if torch.finfo(input.dtype).bits < 32 else input.dtype
+    precise = torch.finfo(work).eps if eps is None else eps
     result: Tensor = torch.ops.fxwidth.rms_norm.default(input, list(normalized_shape), weight, precise)
     return result
 
