@@ -275,12 +275,11 @@ def _prepare(
 def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         old = width_graph.analysis.parameters[name].tensor
-        if is_sound(old) and not is_sound(
-            nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
-        ):
+        new = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        if is_sound(old) and not is_sound(new):
             raise FxwidthError(
-                f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range of "
-                f"{old.dtype}. Resize other groups, keep this one with keep=, or bring its weights to a common scale."
+                f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range "
+                f"of {old.dtype}. Resize other groups, keep this one with keep=, or bring its weights to a common scale."
             )
 
 
