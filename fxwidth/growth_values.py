@@ -200,8 +200,9 @@ def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name
 def _bounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rows no longer than the root of the largest number of a dtype: their products with inputs as long fit."""
     longest = torch.finfo(dtype).max ** 0.5
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows * (longest / lengths.clamp_min(longest))
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    bounded: Tensor = rows * (longest / lengths.clamp_min(longest))
+    return bounded
 
 
 def new_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -31,7 +31,7 @@ class Limits:
 
     def nearest(self, group: ChannelGroup, width: int) -> int:
         """Return the allowed width for a group that is to have some width: rounded up, and never across its own."""
-        rounded = self._up(max(width, self.least))
+        rounded = self._up(max(width, self.least, group.least.width))
         if width <= group.width:
             rounded = min(rounded, group.width)
         return rounded if self.most is None else min(rounded, self._widest)
@@ -39,7 +39,7 @@ class Limits:
     def smaller(self, group: ChannelGroup) -> list[int]:
         """Return the widths that a group may shrink to or stay at, ascending."""
         top = group.width if self.most is None else min(group.width, self.most)
-        widths = list(range(self._up(self.least), top + 1, self.align))
+        widths = list(range(self._up(max(self.least, group.least.width)), top + 1, self.align))
         if group.width == top and top not in widths:
             widths.append(top)
         return widths or [group.width]

@@ -17,6 +17,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence, select
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.least_widths import why_too_narrow
 from fxwidth.moments import Moments
 from fxwidth.notes import HISTORY, notes_of
 from fxwidth.planning import Plan
@@ -117,6 +118,7 @@ def resize_analyzed(
         return module
     if not blind:
         refuse_nan(module)
+        _refuse_too_narrow(width_graph, groups)
     data = replayed(data)
     edits = AttributeEdits()
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
@@ -217,6 +219,19 @@ def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: boo
     return result
 
 
+def _refuse_too_narrow(width_graph: WidthGraph, groups: Mapping[ChannelGroup, int]) -> None:
+    for group, width in groups.items():
+        if width < min(group.width, group.least.width):
+            raise FxwidthError(
+                f"group {group.name!r} cannot shrink from {group.width} to {width}: {group.least.reason}. "
+                f"Its least width is {group.least.width}."
+            )
+    narrow = why_too_narrow(width_graph.analysis, {group.factor: width for group, width in groups.items()})
+    if narrow is not None:
+        names = ", ".join(repr(group.name) for group in groups)
+        raise FxwidthError(f"these widths do not go together: {narrow}. Keep one of {names} wider.")
+
+
 def _evidence(
     width_graph: WidthGraph,
     groups: Mapping[ChannelGroup, int],
@@ -279,7 +294,7 @@ def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> 
         if is_sound(old) and not is_sound(new):
             raise FxwidthError(
                 f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range "
-                f"of {old.dtype}. Resize other groups, keep this one with keep=, or bring its weights to a common scale."
+                f"of {old.dtype}. Resize other groups, or bring the weights of this one's layers to a common scale."
             )
 
 

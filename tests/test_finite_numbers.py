@@ -79,9 +79,7 @@ def test_a_resize_that_would_write_infinity_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr("fxwidth.growth_values._bounded", lambda rows, dtype: rows * 1e30)
     gm = fxwidth.trace(dense().half().eval(), torch.randn(4, 6).half())
     state = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
-    with pytest.raises(
-        FxwidthError, match=r"0\.weight would hold values that are not .* range of torch\.float16"
-    ):
+    with pytest.raises(FxwidthError, match=r"0\.weight would hold values that are not .* range of torch\.float16"):
         fxwidth.resize(gm, {"0": 12})
     assert all(torch.equal(tensor, state[name]) for name, tensor in gm.state_dict().items())
 
