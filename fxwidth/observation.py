@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fxwidth.analysis import Analysis
 from fxwidth.probes import Key, Measure, Probe
 from fxwidth.tape import OpCall, TapeRecorder
-from fxwidth.tensor_slots import accumulation_dtype
+from fxwidth.tensor_slots import accumulation_dtype, real_rows
 
 ROWS_PER_BATCH = 65_536
 # How many channels are multiplied with all at a time.
@@ -79,7 +79,8 @@ class _Sum:
         self._origin: Tensor | None = None
 
     def add(self, rows: Tensor, samples: int) -> None:
-        """Take in rows, [rows, channels], of so many samples."""
+        """Take in rows, [rows, channels], of so many samples; real and imaginary parts are seen one by one."""
+        rows = real_rows(rows)
         wide = accumulation_dtype(rows)
         work = rows if rows.dtype == torch.float64 else rows.float()
         if self._origin is None:

@@ -19,6 +19,7 @@ from fxwidth.reader_sets import ReaderSet, reader_sets
 from fxwidth.readers import Reader, wiring_of
 from fxwidth.regression import effective_rows
 from fxwidth.tape import OpCall
+from fxwidth.tensor_slots import real_rows
 
 # More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
 _ENTRIES, _PRODUCTS = 2**27, 1e11
@@ -188,7 +189,7 @@ def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, mo
     if readers.absorber is None:
         mean = moment.mean.to(S.dtype)
         S = S.addr_(mean, mean) if S is not moment.covariance else torch.addr(S, mean, mean)
-    found = list(_reader_pairs(space, reader, factor, S, values.to(S.dtype), moment.precision))
+    found = list(_reader_pairs(space, reader, factor, S, values, moment.precision))
     if not found:
         return None
     seen, wanted = (_together(parts) for parts in zip(*found, strict=True))
@@ -218,7 +219,7 @@ def _reader_pairs(
     occurrences = channel_positions(space, reader.axis, factor)
     if not occurrences:
         return
-    blocks = reader.blocks(weight)
+    blocks = real_rows(reader.blocks(weight)).to(S.dtype)
     size = blocks.shape[2]
     D = torch.bmm(blocks.transpose(1, 2), blocks)
     inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)

@@ -98,8 +98,7 @@ def plan_with_evidence(
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
-    least = min(2, max_width or 2) if min_width is None else min_width
-    limits = Limits(least, max_width, align)
+    limits = Limits(1 if min_width is None else min_width, max_width, align, alone=min_width is not None)
     thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
     bound = budget_of(budget, params)
     units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)

@@ -78,6 +78,7 @@ class Probe:
 
     def squares(self, tensor: Tensor) -> tuple[Tensor, int]:
         """Return the sum of squares along the dims, or of products in each head, and of how many terms each is one."""
+        tensor = tensor.abs() if tensor.is_complex() else tensor
         if self.side is not None:
             heads = self.side.rows(tensor.to(accumulation_dtype(tensor)))
             return heads.mT @ heads, heads.shape[1]

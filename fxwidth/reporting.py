@@ -18,7 +18,8 @@ class Report:
         resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels
             were chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the
             method), recalibrated (whether batch norm statistics were corrected), lowered (nodes replaced by ATen ops,
-            with the reason).
+            with the reason), norms (by what gains' norms have their variances multiplied), not_refitted (readers that
+            lost channels without taking over what they read from them, with the reason).
     """
 
     resizes: tuple[dict[str, Any], ...]
@@ -42,4 +43,7 @@ def _paragraph(number: int, record: dict[str, Any]) -> str:
     lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){evidence}"]
     lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
+    lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
+    alone = [name for name, (_, new) in record["widths"].items() if new == 1]
+    lines += [f"  {name} is of width 1: no group any more, so it cannot grow again" for name in alone]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fxwidth.calibration import replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence, select
+from fxwidth.folding import not_refitted
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.least_widths import why_too_narrow
@@ -283,6 +284,7 @@ def _prepare(
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(width_graph, maps),
+        "not_refitted": not_refitted(width_graph, maps, moments) if folds and moments is not None else {},
     }
     return _Change(graph, tensors, replacements, update, record)
 

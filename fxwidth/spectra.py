@@ -106,7 +106,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
                 scale = torch.stack(scales).mean(0)
                 # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
                 rows = rows * (scale if scale.shape == index.shape else scale.mean(1, keepdim=True))[:, :, None]
-            yield rows.flatten(1)
+            yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
 
 
 def _writes(call: OpCall, tensor: Tensor, lineage: Lineage, dim: Dim) -> bool:
