@@ -3,8 +3,9 @@
     python benchmarks/coverage.py torchvision --jobs 2              # or timm, transformers
     python benchmarks/coverage.py torchvision --only 'swin*'        # a part, put into the last result
 
-Every model with random weights: trace, analyse, halve every free group, run, compare with the replay oracle. Beside
-it Torch-Pruning's first example. Each model has a process of its own with a bound on time and memory. Writes a JSON
+Every model with random weights: trace, analyse, halve every free group, run, compare with the replay oracle; the graph
+beside the model in both modes and at another batch size, and the model's state before and after. Beside it
+Torch-Pruning's first example. Each model has a process of its own with a bound on time and memory. Writes a JSON
 and a markdown table to benchmarks/results/; a model that was right in the last result and is no more is a failure.
 """
 
@@ -20,6 +21,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.coverage_cases import names
 from benchmarks.coverage_check import check_to_file
+from benchmarks.coverage_modes import COLUMNS, RIGHT, summed_up
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = ("fxwidth", "torch-pruning")
@@ -135,6 +138,12 @@ def _summary(rows: dict[str, Row]) -> str:
         good = sum(result["status"] == GOOD[tool] for result in results)
         if results:
             lines.append(f"{tool}: {good} of {len(results)} {GOOD[tool]}")
+    checked = [row["fxwidth"]["checks"] for row in rows.values() if "checks" in row.get("fxwidth", {})]
+    for column in COLUMNS if checked else ():
+        counts = Counter(summed_up(words, column) for words in checked)
+        wrong = sum(count for cell, count in counts.items() if cell.startswith("wrong"))
+        others = [f"{count} {cell}" for cell, count in sorted(counts.items()) if cell and not cell.startswith("wrong")]
+        lines.append(f"{column}: {', '.join([*others, f'{wrong} wrong'])}")
     return "\n".join(lines)
 
 
@@ -153,20 +162,31 @@ def _write(suite: str, rows: dict[str, Row]) -> None:
 
 
 def _markdown(suite: str, rows: dict[str, Row], machine: str, versions: dict[str, str]) -> str:
+    ours = ("fxwidth", "parameters left", "difference", "analyze, s", "pinned groups", *COLUMNS)
+    columns = ("model", *ours, "Torch-Pruning", "left")
     head = [
         f"# Coverage: {suite}",
         "",
         f"{machine}; {', '.join(f'{package} {version}' for package, version in versions.items())}.",
         "Every free group halved, random weights. *right*: runs, keeps the shapes of its outputs and agrees with the",
-        "replay oracle; detectors scale images to 256 pixels. Torch-Pruning: the first example of its README; *runs*",
-        "says nothing of values.",
+        "replay oracle, and all checks hold; detectors scale images to 256 pixels. Torch-Pruning: the first example of",
+        "its README; *runs* says nothing of values.",
+        "",
+        "- *state*: `trace` and `analyze` leave every tensor, attribute, container and random state of the model as it",
+        "  was, and the graph has all its parameters and buffers by their names.",
+        "- *modes*: the graph is the model in `eval()` (twice: equal to the bit) and in `train()` (outputs with the",
+        "  same noise, buffers written), traced in eval and traced in train; the resized graph has finite gradients.",
+        "- *other batch*: three rows instead of two: before the resize the graph is the model, after it each row is as",
+        "  it is in another batch.",
+        "- *model itself*: the model does not run so, or is not the same twice. *told*: `trace` warned of it.",
         "",
         *(f"- {line}" for line in _summary(rows).splitlines()),
         "",
-        "| model | fxwidth | parameters left | difference | analyze, s | pinned groups | Torch-Pruning | left |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
     ]
-    return "\n".join([*head, *(_line(name, row) for name, row in rows.items()), *_pins(rows)]) + "\n"
+    lines = [_line(name, row) for name, row in rows.items()]
+    return "\n".join([*head, *lines, *_pins(rows), *_exceptions(rows)]) + "\n"
 
 
 def _line(name: str, row: Row) -> str:
@@ -175,7 +195,8 @@ def _line(name: str, row: Row) -> str:
     difference = f"{ours['difference']:.0e}" if "difference" in ours else ""
     analyze = ours.get("seconds", {}).get("analyze", "")
     pinned = f"{ours['pinned']} of {ours['pinned'] + ours['free']}" if "pinned" in ours else ""
-    cells = [name, ours["status"], left[0], difference, analyze, pinned, theirs["status"], left[1]]
+    checks = [summed_up(ours.get("checks", {}), column) for column in COLUMNS]
+    cells = [name, ours["status"], left[0], difference, analyze, pinned, *checks, theirs["status"], left[1]]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -190,6 +211,15 @@ def _pins(rows: dict[str, Row]) -> list[str]:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in ours["pinned_reasons"])
             lines.append(f"- {name}: {_share(ours):.1%} left, Torch-Pruning {_share(theirs):.1%}; pinned: {reasons}")
     return ["", "## Refused, or with more left than by Torch-Pruning", "", *lines] if lines else []
+
+
+def _exceptions(rows: dict[str, Row]) -> list[str]:
+    """Return what the checks say of models that are right, but not held to all of them."""
+    lines = []
+    for name, row in rows.items():
+        words = row.get("fxwidth", {}).get("checks", {}) if _was_right(row) else {}
+        lines += [f"- {name}: {check}: {word}" for check, word in words.items() if word != RIGHT]
+    return ["", "## Not held to every check", "", *lines] if lines else []
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,19 @@ from torch.utils import _pytree as pytree
 
 import fxwidth
 from benchmarks.coverage_cases import Call, case
+from benchmarks.coverage_modes import ModeChecks, holds, warnings_of
+from benchmarks.coverage_values import TOLERANCE, cast, leaves_of, of_the_signal, rounding_of, runs_in_float64
+from benchmarks.coverage_values import difference as difference_of
 from fxwidth import calls
 from fxwidth.calls import bound_to_placeholders
 from fxwidth.evidence import Evidence
 from fxwidth.index_maps import IndexMaps
 from fxwidth.stepwise_verification import prescribed_difference, stepwise_difference
 from fxwidth.structures import deep_tensors
-from fxwidth.verification import largest_difference, reference_outputs
+from fxwidth.verification import reference_outputs
 
-# In float64 an index map that is wrong anywhere stands far above rounding; the giants are run in float32.
+# Parameters from which on a model is run in float32.
 GIANT = 150_000_000
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 # Where rounding is a larger part of what depends on the input, agreement would say nothing.
 BLIND = 0.2
 
@@ -70,22 +72,36 @@ def check(tool: str, suite: str, name: str) -> dict[str, Any]:
 
 
 def check_fxwidth(model: nn.Module, call: Call) -> dict[str, Any]:
-    """Trace, analyse, halve every free group, run, and compare shapes and values with the replay oracle."""
+    """Hold a model to all checks: the values after every free group was halved, both modes, another batch size."""
     parameters = count_parameters(model)
-    dtype = torch.float64 if parameters < GIANT and _runs_in_float64(model, call) else torch.float32
-    model, call = model.to(dtype), _cast(call, dtype)
+    dtype = torch.float64 if parameters < GIANT and runs_in_float64(model, call) else torch.float32
+    model, call = model.to(dtype), cast(call, dtype)
+    checks = ModeChecks(model, call)
+    result = {"parameters": parameters} | _halved(model, call, dtype, checks)
+    faults = [f"{name}: {word}" for name, word in checks.words.items() if not holds(word)]
+    if faults and result["status"] in ("right", "pinned"):
+        result |= {"status": "wrong", "reason": "; ".join(faults)[:1000]}
+    return result | {"checks": checks.words}
+
+
+def _halved(model: nn.Module, call: Call, dtype: torch.dtype, checks: ModeChecks) -> dict[str, Any]:
+    """Trace, analyse, halve every free group, run, and compare shapes and values with the replay oracle."""
     with torch.no_grad():
-        before = _leaves(model(*call.args, **call.kwargs))
+        before = leaves_of(model(*call.args, **call.kwargs))
     seconds: dict[str, float] = {}
-    result: dict[str, Any] = {"status": "refused", "parameters": parameters, "seconds": seconds}
+    told: list[str] = []
+    result: dict[str, Any] = {"status": "refused", "seconds": seconds}
     try:
-        with _timed(seconds, "trace"):
+        with _timed(seconds, "trace"), checks.looking("state", model), warnings_of(told):
             gm = fxwidth.trace(model, call.args, call.kwargs)
         with torch.no_grad():
-            traced = _difference(_leaves(gm(*call.args, **call.kwargs)), before)
+            traced = difference_of(leaves_of(gm(*call.args, **call.kwargs)), before)
         if not traced < TOLERANCE[dtype]:
             return result | {"status": "wrong", "reason": f"the traced graph differs by {traced:.1e}"}
-        with _timed(seconds, "analyze"):
+        with _timed(seconds, "modes"):
+            checks.traced(gm, told)
+            checks.traced_in_training()
+        with _timed(seconds, "analyze"), checks.looking("state, analysed", model):
             graph = fxwidth.analyze(gm)
         free = graph.free
         pinned = [group for group in graph.groups if group.pinned is not None]
@@ -99,21 +115,25 @@ def check_fxwidth(model: nn.Module, call: Call) -> dict[str, Any]:
         values = bound_to_placeholders(gm, calls.Call(call.args, call.kwargs))
         maps = IndexMaps(graph.analysis.space, kept)
         if graph.analysis.record is not None:
-            return result | _check_by_steps(gm, graph, plan, maps, values, call)
+            result |= _check_by_steps(gm, graph, plan, maps, values, call)
+            checks.resized(gm)
+            return result
         with _timed(seconds, "oracle"):
             reference = reference_outputs(graph.analysis, maps, values, dtype)
         with _timed(seconds, "resize"), _as_the_oracle_keeps():
             fxwidth.resize(gm, plan, fold=False)
         with torch.no_grad():
             answer = gm(*call.args, **call.kwargs)
-        after = _leaves(answer)
+        after = leaves_of(answer)
+        with _timed(seconds, "modes, resized"):
+            checks.resized(gm)
         # Caches are compared, too, but may have other sizes.
-        difference = _of_the_signal(deep_tensors(answer), reference)
-        rounding = _rounding(reference, dtype)
+        difference = of_the_signal(deep_tensors(answer), reference)
+        rounding = rounding_of(reference, dtype)
         if difference >= max(TOLERANCE[dtype], rounding):
             # Some models compute in float32 whatever they are given: what that alone changes is no fault.
             own = reference_outputs(graph.analysis, maps, values, None)
-            rounding = max(rounding, 10 * _of_the_signal(own, reference))
+            rounding = max(rounding, 10 * of_the_signal(own, reference))
     except fxwidth.FxwidthError as error:
         return result | {"reason": str(error)[:1000]}
     result |= {
@@ -134,7 +154,7 @@ def _check_by_steps(
     seconds: dict[str, float] = {}
     dtype = next(gm.parameters()).dtype
     with torch.no_grad():
-        before = _leaves(gm(*call.args, **call.kwargs))
+        before = leaves_of(gm(*call.args, **call.kwargs))
     with _timed(seconds, "oracle"):
         difference, place = stepwise_difference(graph.analysis, maps, values, dtype)
     with _timed(seconds, "resize"), _as_the_oracle_keeps():
@@ -142,7 +162,7 @@ def _check_by_steps(
     # Some models compute in float32 whatever they are given, anchors for instance: so must the oracle then.
     own, compared = prescribed_difference(gm, graph.analysis, maps, values, None)
     with torch.no_grad():
-        after = _leaves(gm(*call.args, **call.kwargs))
+        after = leaves_of(gm(*call.args, **call.kwargs))
         # Another number of things found, in images of other sizes.
         others = pytree.tree_map_only(Tensor, lambda image: torch.rand_like(image[..., 3:, :-5]), call.args)
         gm(*others, **call.kwargs)
@@ -167,7 +187,7 @@ def check_torch_pruning(model: nn.Module, call: Call) -> dict[str, Any]:
 
     parameters = count_parameters(model)
     with torch.no_grad():
-        before = _leaves(model(*call.args, **call.kwargs))
+        before = leaves_of(model(*call.args, **call.kwargs))
     example = call.args if not call.kwargs else dict(call.kwargs)
     if isinstance(example, tuple) and len(example) == 1:
         example = example[0]
@@ -184,7 +204,7 @@ def check_torch_pruning(model: nn.Module, call: Call) -> dict[str, Any]:
         )
         pruner.step()
         with torch.no_grad():
-            after = _leaves(model(*call.args, **call.kwargs))
+            after = leaves_of(model(*call.args, **call.kwargs))
     except Exception as error:
         return result | {"reason": f"{type(error).__name__}: {error}"[:500]}
     same = [t.shape for t in after] == [t.shape for t in before]
@@ -212,7 +232,7 @@ def _as_the_oracle_keeps() -> Iterator[None]:
     """Keep the channels the oracle keeps, and leave gains alone, which it does not rescale either."""
     with (
         mock.patch("fxwidth.resizing.select", lambda _graph, group, width, _moments: _some(group.width, width)),
-        mock.patch("fxwidth.resizing._evidence", lambda graph, *_: Evidence(graph, None)),
+        mock.patch("fxwidth.resizing.gather_evidence", lambda graph, *_: Evidence(graph, None)),
         mock.patch("fxwidth.rewriting.parameters.variance_ratio", return_value=1.0),
     ):
         yield
@@ -258,59 +278,6 @@ def _settle_batch_norms(model: nn.Module, call: Call) -> None:
 
 # Vector -> whether it is a scale; others, such as frequencies, mean something unless they start as one number.
 _VECTORS = {"weight": True, "gamma": True, "running_var": True, "bias": False, "running_mean": False}
-
-
-def _cast(call: Call, dtype: torch.dtype) -> Call:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return Call(pytree.tree_map(cast, call.args), pytree.tree_map(cast, call.kwargs))
-
-
-def _runs_in_float64(model: nn.Module, call: Call) -> bool:
-    """Tell whether a model makes no float32 tensors of its own."""
-    wide = _cast(call, torch.float64)
-    try:
-        with torch.no_grad():
-            model.double()(*wide.args, **wide.kwargs)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _leaves(output: Any) -> list[Tensor]:
-    """Return the tensors of a model's output, in order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [leaf for value in output.values() for leaf in _leaves(value)]
-    if isinstance(output, (list, tuple)):
-        return [leaf for value in output for leaf in _leaves(value)]
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _of_the_signal(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference relative to what of an output depends on the input: a bias must hide nothing."""
-    if [t.shape for t in actual] != [t.shape for t in expected]:
-        return float("inf")
-    pairs = zip(actual, expected, strict=True)
-    return max((largest_difference([own], [other]) * _size_per_signal(other) for own, other in pairs), default=0.0)
-
-
-def _rounding(expected: list[Tensor], dtype: torch.dtype) -> float:
-    """Return what rounding makes of an output at most, relative to what of it depends on the input."""
-    return 100 * torch.finfo(dtype).eps * max(map(_size_per_signal, expected), default=1.0)
-
-
-def _size_per_signal(output: Tensor) -> float:
-    if not output.is_floating_point() or output.dim() == 0 or output.shape[0] < 2 or not output.isfinite().all():
-        return 1.0
-    signal = (output - output.mean(0, keepdim=True)).abs().max().item()
-    return output.abs().max().item() / signal if signal else 1.0
-
-
-def _difference(one: list[Tensor], other: list[Tensor]) -> float:
-    return largest_difference(one, other) if len(one) == len(other) else float("inf")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, c
 from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.forgotten import watching_gradients
 from fxwidth.garbage import without_collections
+from fxwidth.graph_state import GraphState
 from fxwidth.module_parts import watching_parts
 from fxwidth.module_state import restored, walk
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
@@ -60,7 +61,8 @@ class Analysis:
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
-    the inputs are one sample, without a batch.
+    the inputs are one sample, without a batch. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module
+    was.
     """
 
     module: fx.GraphModule
@@ -81,6 +83,8 @@ class Analysis:
     is_single: bool = False
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    seen: GraphState | None = None
 
     def samples_in(self, values: Any) -> int:
         """Return how many samples there are in one value per placeholder."""
@@ -98,6 +102,13 @@ class Analysis:
         """Say of what a tensor is made; it is kept alive, since it is known by its identity."""
         self.axes[id(tensor)] = tuple(axes)
         self.kept_alive.append(tensor)
+
+    def in_memory_of(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors seen so far that are in the memory of one: what it is a view of, and other views."""
+        place = tensor.untyped_storage()._cdata
+        known = [entry.fake for entry in self.parameters.values()] + deep_tensors(self.inputs)
+        known += [output for call in self.calls for output in call.outputs]
+        return [other for other in known if other is not tensor and other.untyped_storage()._cdata == place]
 
     def known_values(self, finds: int | None = None) -> ValueReader | None:
         """Return a new reader of what is on record for ops that depend on values, or None where there are none."""
@@ -209,6 +220,7 @@ def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueReco
             for factor in space.factors(axis):
                 if not factor.is_batch:
                     space.pin(((factor,),), OUTPUT)
+    analysis.seen = GraphState.of(module, slots)
     return analysis
 
 
@@ -302,8 +314,9 @@ def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -
     judge = rule_for(call.func)
     if judge is None:
         return None, NO_RULE
+    context = RuleContext(call, analysis.space, analysis.axes_of, analysis.in_memory_of)
     try:
-        result = [tuple(axes) for axes in judge(RuleContext(call, analysis.space, analysis.axes_of))]
+        result = [tuple(axes) for axes in judge(context)]
     except Exception as error:
         # A rule that does not fit the call must not guess: pinning costs compression, never the model.
         return None, f"{NOT_COVERED}: {error or type(error).__name__}"

@@ -34,14 +34,14 @@ def batch_factor(
     if size < 2:
         return None
     # A list may hold single samples, whose first dims are channels.
-    if isinstance(first, (list, tuple)) and (by_value or not _takes_larger(module, inputs, fakes, mode)):
+    if isinstance(first, (list, tuple)) and (by_value or not takes_larger(module, inputs, fakes, mode)):
         return None
     batch = Factor(size, "batch")
     batch.is_batch = True
     return batch
 
 
-def _takes_larger(
+def takes_larger(
     module: fx.GraphModule, inputs: Sequence[Any], fakes: Mapping[str, Tensor], mode: FakeTensorMode
 ) -> bool:
     """Tell whether a graph runs on inputs whose first dims are all larger by one."""

@@ -84,8 +84,9 @@ def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
     """Return one of the costs that a budget can bound.
 
     Raises:
-        FxwidthError: it cannot be known of this model.
+        FxwidthError: it cannot be known of this model, or the graph has changed since it was analysed.
     """
+    width_graph.refuse_outdated()
     return _COSTS[name](width_graph)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
+from fxwidth.batches import takes_larger
 from fxwidth.errors import FxwidthError
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
+
+# The bytes that the largest result of an op may take for a batch that is cut anew.
+_MEMORY = 2**28
 
 
 def input_names(analysis: Analysis) -> list[str]:
@@ -41,6 +47,82 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
             yield values
         if left is not None and (left := left - size) <= 0:
             return
+
+
+def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) -> Iterator[list[Any]]:
+    """Yield the samples of batches in batches whose sizes do not depend on how the data came.
+
+    What is computed from each batch by itself is then the same however data are cut, and a single sample, for which
+    some ops take another way, is not run alone. There are as many samples in each batch as the largest result of an op
+    allows in memory, at most 512. Batches stay as they are where inputs have no batch, where the graph takes no other
+    batch size, and where what it does depends on values.
+
+    Args:
+        analysis: the graph that takes them.
+        batches: one value per placeholder each.
+        most: about how many samples a batch may have; fewer where the results of ops would take too much memory.
+    """
+    if analysis.batch is None or analysis.record is not None or not _takes_larger_batches(analysis):
+        yield from map(list, batches)
+        return
+    most = min(most, _samples_at_once(analysis, analysis.batch.size))
+    waiting: list[Sequence[Any]] = []
+    for values in batches:
+        if _common_length(values) is None:
+            yield from _cut(waiting, most)
+            yield list(values)
+            waiting = []
+            continue
+        waiting.append(values)
+        if sum(map(_length, waiting)) >= 2 * most:
+            *whole, rest = _pieces(waiting, most)
+            yield from whole
+            waiting = [rest]
+    yield from _cut(waiting, most)
+
+
+def _takes_larger_batches(analysis: Analysis) -> bool:
+    fakes = {name: entry.fake for name, entry in analysis.parameters.items()}
+    return takes_larger(analysis.module, analysis.inputs, fakes, analysis.mode)
+
+
+def _samples_at_once(analysis: Analysis, batch: int) -> int:
+    largest = max((t.numel() * t.element_size() for call in analysis.calls for t in call.outputs), default=1)
+    return max(2, _MEMORY * batch // max(1, largest))
+
+
+def _pieces(batches: Sequence[Sequence[Any]], most: int) -> list[list[Any]]:
+    """Return batches of a size, and what is left over: at least so many samples, and less than twice."""
+    count = sum(map(_length, batches))
+    return _between(batches, [*range(0, count - most + 1, most), count])
+
+
+def _cut(batches: Sequence[Sequence[Any]], most: int) -> list[list[Any]]:
+    """Return nearly equal batches of at most a size."""
+    count = sum(map(_length, batches))
+    pieces = -(-count // most)
+    return _between(batches, [count * i // pieces for i in range(pieces + 1)]) if pieces else []
+
+
+def _between(batches: Sequence[Sequence[Any]], borders: Sequence[int]) -> list[list[Any]]:
+    """Return the batches between some numbers of samples."""
+    opened = [flatten(tuple(values), (Tensor,)) for values in batches]
+    places = zip(*(tensors for tensors, _ in opened), strict=True)
+    whole = [torch.cat(parts) if parts[0].dim() else parts[0] for parts in places]
+    return [
+        list(rebuild(opened[0][1], [part[start:end] if part.dim() else part for part in whole]))
+        for start, end in pairwise(borders)
+    ]
+
+
+def _common_length(values: Sequence[Any]) -> int | None:
+    """Return the size of the first dim that all tensors share."""
+    lengths = {len(tensor) for tensor in deep_tensors(tuple(values)) if tensor.dim()}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _length(values: Sequence[Any]) -> int:
+    return _common_length(values) or 0
 
 
 def _first(size: int, left: int, tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from fxwidth.factors import Axis, Factor
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps
+from fxwidth.memo import per_graph
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.rules.registry import prescribed, rule_name
 from fxwidth.tape import Axes, OpCall, unbind
@@ -24,17 +24,12 @@ from fxwidth.tape import Axes, OpCall, unbind
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]
 
 
+@per_graph
 def parameter_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the number of entries of a graph's parameters, each distinct one counted once; buffers are left out."""
-    found = _PARAMETERS.get(width_graph)
-    if found is None:
-        entries = width_graph.analysis.parameters.values()
-        tensors = [entry.axes for entry in entries if isinstance(entry.tensor, nn.Parameter)]
-        found = _PARAMETERS[width_graph] = entries_polynomial(width_graph.analysis.space, tensors)
-    return found
-
-
-_PARAMETERS: WeakKeyDictionary[WidthGraph, Polynomial] = WeakKeyDictionary()
+    entries = width_graph.analysis.parameters.values()
+    tensors = [entry.axes for entry in entries if isinstance(entry.tensor, nn.Parameter)]
+    return entries_polynomial(width_graph.analysis.space, tensors)
 
 
 def parameter_count(width_graph: WidthGraph, widths: Mapping[Factor, int]) -> int:
@@ -49,20 +44,14 @@ def buffer_count(width_graph: WidthGraph, widths: Mapping[Factor, int]) -> int:
     return int(entries_polynomial(width_graph.analysis.space, tensors)(widths))
 
 
+@per_graph
 def flop_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the floating-point operations of one forward pass on the example inputs, their whole batch.
 
     They are those that `torch.utils.flop_counter` counts: two for each multiplication of matrix products, convolutions
     and attention, none for other ops. Attention is counted as its two matrix products, fused or not.
     """
-    found = _FLOPS.get(width_graph)
-    if found is None:
-        calls = width_graph.analysis.calls
-        found = _FLOPS[width_graph] = Polynomial.sum((1, call_flops(width_graph, call)) for call in calls)
-    return found
-
-
-_FLOPS: WeakKeyDictionary[WidthGraph, Polynomial] = WeakKeyDictionary()
+    return Polynomial.sum((1, call_flops(width_graph, call)) for call in width_graph.analysis.calls)
 
 
 def call_flops(width_graph: WidthGraph, call: OpCall) -> Polynomial:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.analysis import Analysis
 from fxwidth.curves import Errors, logarithmic, lost_share
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import axis_size
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
-from fxwidth.moments import Moment, Moments, has_values, moments_from_data, moments_from_noise
+from fxwidth.moments import Moment, Moments, has_values, moments_from_data
 from fxwidth.occurrences import channel_positions
 from fxwidth.pairs import Pairs, each_pairs, pairs_of
 from fxwidth.probes import Key
 from fxwidth.readers import BATCH_NORMS, wiring_of
+from fxwidth.remembered_noise import noise_moments
 from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
@@ -169,19 +168,30 @@ def gather_evidence(
 
     Raises:
         FxwidthError: the data cannot be used, there is no such method of selection, or a batch norm would take the root
-            of a negative number.
+            of a negative number; or the graph has changed since it was analysed.
     """
+    width_graph.refuse_outdated()
     if check_selection(selection) == PROJECTION:
         return Evidence(width_graph, moments_from_writers(width_graph), selection)
-    _refuse_negative_variances(width_graph)
+    refuse_negative_variances(width_graph)
     if data is not None:
         measured = moments_from_data(width_graph, data)
-        moments = None if measured is None else shrunk(measured, lambda: _noise(width_graph, keeps=False))
+        moments = None if measured is None else shrunk(measured, lambda: noise_moments(width_graph, keeps=False))
         return Evidence(width_graph, moments, selection, rotates)
-    return Evidence(width_graph, _noise(width_graph), selection, rotates)
+    return Evidence(width_graph, noise_moments(width_graph), selection, rotates)
 
 
-def _refuse_negative_variances(width_graph: WidthGraph) -> None:
+def needs_moments(widths: Mapping[ChannelGroup, int], selection: str, folds: bool) -> bool:
+    """Tell whether a resize to some widths asks what readers see: to choose channels by it, or to refit readers."""
+    return any(width < group.width for group, width in widths.items()) and (folds or selection != MAGNITUDE)
+
+
+def refuse_negative_variances(width_graph: WidthGraph) -> None:
+    """Check that no batch norm takes the root of a negative number.
+
+    Raises:
+        FxwidthError: one does.
+    """
     names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
     for call in width_graph.analysis.calls:
         if call.name not in BATCH_NORMS:
@@ -197,36 +207,6 @@ def _refuse_negative_variances(width_graph: WidthGraph) -> None:
                 f"{name}, by whose root batch norm divides at node {call.node!r}, goes down to {least:g}: what the "
                 "network computes in eval mode is no number. Load running statistics that were measured, or train it."
             )
-
-
-def _noise(width_graph: WidthGraph, *, keeps: bool = True) -> Moments | None:
-    # The same graph gives the same evidence as long as nobody has written to it or to its parameters, and so does
-    # another analysis of it, such as that of a resize by the plan that was made with the first.
-    state = _state(width_graph.analysis)
-    known = next((one for one in _KNOWN.values() if one[0] == state), None)
-    if known is None:
-        known = state, moments_from_noise(width_graph)
-        # Beside data it is needed once, and is as large as these.
-        if keeps:
-            _KNOWN[width_graph] = known
-    return known[1]
-
-
-_State = tuple[object, ...]
-_KNOWN: WeakKeyDictionary[WidthGraph, tuple[_State, Moments | None]] = WeakKeyDictionary()
-
-
-def _state(analysis: Analysis) -> _State:
-    """Return what the moments of noise depend on, as long as the analysis keeps its module and parameters alive."""
-    # The graph has the wiring, and the calls of ops what modules make of it: strides, slopes, and sizes of inputs.
-    calls = tuple((call.func, str(call.arguments)) for call in analysis.calls)
-    # Versions do not count what is written through `.data`, and what is made in inference mode has none.
-    tensors = tuple((id(entry.tensor), _checksum(entry.tensor)) for entry in analysis.parameters.values())
-    return id(analysis.module), str(analysis.module.graph), calls, tensors
-
-
-def _checksum(tensor: Tensor) -> object:
-    return None if tensor.device.type == "meta" else tensor.detach().sum().item()
 
 
 def moments_from_writers(width_graph: WidthGraph) -> Moments | None:

@@ -78,7 +78,9 @@ def _planned_and_resized(
         selection=selection,
         evidence=evidence,
         recalibrate=recalibrate,
+        rotate=rotate,
         fold=fold,
+        exact=bool(options.get("exact", True)),
     )
 
 

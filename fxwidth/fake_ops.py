@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         fake.item_memo = tensor.item()
     converter = mode.fake_tensor_converter
     if isinstance(converter, _Converter):
-        converter.stand_ins[id(tensor)] = tensor, fake
+        converter.stand_ins[id(tensor)] = ref(tensor), fake
     else:
         converter.set_tensor_memo(tensor, fake)
     return fake
@@ -116,12 +117,15 @@ class _Converter(FakeTensorConverter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stand_ins: dict[int, tuple[Tensor, FakeTensor]] = {}
+        # By identity, and weakly: a mode and its fakes hold each other, and would hold the weights of old networks.
+        self.stand_ins: dict[int, tuple[ref[Tensor], FakeTensor]] = {}
 
     def from_real_tensor(self, fake_mode: FakeTensorMode, t: Tensor, *args: Any, **kwargs: Any) -> FakeTensor:
         """Return the fake of a real tensor."""
         known = self.stand_ins.get(id(t))
-        return super().from_real_tensor(fake_mode, t, *args, **kwargs) if known is None else known[1]
+        if known is not None and known[0]() is t:
+            return known[1]
+        return super().from_real_tensor(fake_mode, t, *args, **kwargs)
 
 
 @cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 
@@ -74,6 +75,7 @@ class WidthGraph:
     @without_collections()
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
+        self.memo: dict[Any, Any] = {}
         self.roles: Roles = find_roles(analysis)
         _pin_unused(analysis)
         self.groups: list[ChannelGroup] = list(_build_groups(analysis, self.roles))
@@ -123,8 +125,9 @@ class WidthGraph:
             b: likewise.
 
         Raises:
-            FxwidthError: a name is not known.
+            FxwidthError: a name is not known, or the graph has changed since it was analysed.
         """
+        self.refuse_outdated()
         first, second = self._origin(a), self._origin(b)
         common = set(self.analysis.space.leaves(first)) & set(self.analysis.space.leaves(second))
         if not common:
@@ -142,8 +145,9 @@ class WidthGraph:
             group: a group, its name, or a parameter's name and dim as in "conv1.weight:0".
 
         Raises:
-            FxwidthError: a name is not known.
+            FxwidthError: a name is not known, or the graph has changed since it was analysed.
         """
+        self.refuse_outdated()
         name = group if isinstance(group, str) else group.name
         leaves = [self[name].factor] if name in self else self.analysis.space.leaves(self._origin(name))
         return "\n\n".join(self._told(name, leaf) for leaf in dict.fromkeys(leaves))
@@ -152,9 +156,29 @@ class WidthGraph:
         """Draw the groups over the graph, as SVG or PNG by the suffix of `path`; this needs matplotlib.
 
         Raises:
-            FxwidthError: the suffix is another, the folder does not exist, or matplotlib is not installed.
+            FxwidthError: the suffix is another, the folder does not exist, matplotlib is not installed, or the graph
+                has changed since it was analysed.
         """
+        self.refuse_outdated()
         draw(self, path)
+
+    @property
+    def outdated(self) -> str | None:
+        """None, or what has changed of the graph since it was analysed; values of tensors may change."""
+        seen = self.analysis.seen
+        return None if seen is None else seen.change(self.analysis.module)
+
+    def refuse_outdated(self) -> None:
+        """Check that the graph is what was analysed.
+
+        Raises:
+            FxwidthError: it has been resized or changed since.
+        """
+        if (change := self.outdated) is not None:
+            raise FxwidthError(
+                f"the graph has changed since it was analysed: {change}. Call fxwidth.analyze(gm) again; "
+                "plans and groups are those of the graph as it was."
+            )
 
     def _told(self, name: str, leaf: Factor) -> str:
         pin = _pin_of(leaf)
@@ -186,7 +210,7 @@ class WidthGraph:
         return origin
 
     def __str__(self) -> str:
-        """Return a table of the groups."""
+        """Return a table of the groups, and first whether the graph has changed since."""
         rows = [("group", "width", "writers", "readers", "notes")]
         for group in self.groups:
             notes = [f"pinned: {group.pinned}"] if group.pinned else []
@@ -198,6 +222,8 @@ class WidthGraph:
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
         ]
+        if (change := self.outdated) is not None:
+            lines.insert(0, f"outdated: {change}; call fxwidth.analyze(gm) again")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -269,13 +295,14 @@ def _name(parameter: str, dim: int, number: int | None) -> str:
 
 
 def refuse_other_than_groups(value: object) -> None:
-    """Check that a value is what `fxwidth.analyze` returns.
+    """Check that a value is what `fxwidth.analyze` returns, of a graph as it is now.
 
     Raises:
-        FxwidthError: it is something else, such as the module itself.
+        FxwidthError: it is something else, such as the module itself, or the graph has changed since.
     """
     if not isinstance(value, WidthGraph):
         raise FxwidthError(
             f"the channel groups of a graph are needed, but received {type(value).__name__}; "
             "pass what fxwidth.analyze(gm) returns."
         )
+    value.refuse_outdated()

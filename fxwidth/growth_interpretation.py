@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -13,6 +12,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.growth_pointwise import pass_pointwise
 from fxwidth.growth_states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, CallView, RefusedError, State, States
+from fxwidth.memo import per_graph
 from fxwidth.roles import Roles
 from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
 from fxwidth.tape import OpCall
@@ -73,16 +73,10 @@ def _live_calls(analysis: Analysis) -> list[OpCall]:
     return live[::-1]
 
 
-# By the space and not by the analysis, which compares by value: an index does not keep its space alive.
-_INDEXES: WeakKeyDictionary[FactorSpace, TapeIndex] = WeakKeyDictionary()
-
-
+@per_graph
 def tape_index(analysis: Analysis) -> TapeIndex:
     """Return the index of an analysis, made once."""
-    found = _INDEXES.get(analysis.space)
-    if found is None:
-        found = _INDEXES[analysis.space] = TapeIndex(analysis)
-    return found
+    return TapeIndex(analysis)
 
 
 class Interpretation:

@@ -33,6 +33,7 @@ class IndexMaps:
         self._kept = dict(kept)
         self._variance_ratios = dict(variance_ratios or {})
         self._batch_growth = batch_growth
+        self._found: dict[Axis, Indices] = {}
 
     @property
     def space(self) -> FactorSpace:
@@ -62,7 +63,10 @@ class IndexMaps:
 
     def indices(self, axis: Axis) -> Indices:
         """Return, for each new position of a dimension, its old position or `NEW`."""
-        return self._indices(self._space.normalise(axis))
+        axis = self._space.normalise(axis)
+        if axis not in self._found:
+            self._found[axis] = self._indices(axis)
+        return self._found[axis]
 
     def changes(self, axis: Axis) -> bool:
         """Tell whether a dimension is different after the resize."""

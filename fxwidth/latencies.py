@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.factors import Factor
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import IndexMaps
+from fxwidth.memo import per_graph
 from fxwidth.noise import noise_draws
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.replays import ResizedReplay
@@ -41,15 +41,15 @@ class LatencyTable:
     """Measured seconds of single ops, by device, op, shapes and literals; `LATENCIES` is the one that plans use."""
 
     seconds: dict[str, float]
+    clearings: int = 0
 
     def clear(self) -> None:
         """Forget all measurements, e.g. after the machine's load has changed."""
         self.seconds.clear()
-        _POLYNOMIALS.clear()
+        self.clearings += 1
 
 
 LATENCIES = LatencyTable({})
-_POLYNOMIALS: WeakKeyDictionary[WidthGraph, Polynomial] = WeakKeyDictionary()
 
 
 def latency_polynomial(width_graph: WidthGraph) -> Polynomial:
@@ -65,13 +65,11 @@ def latency_polynomial(width_graph: WidthGraph) -> Polynomial:
     Source: the form is the roofline's, S. Williams, A. Waterman and D. Patterson, Roofline: An Insightful Visual
         Performance Model for Multicore Architectures (2009), with a sum for its maximum.
     """
-    found = _POLYNOMIALS.get(width_graph)
-    if found is None:
-        found = _POLYNOMIALS[width_graph] = _measured(width_graph)
-    return found
+    return _measured(width_graph, LATENCIES.clearings)
 
 
-def _measured(width_graph: WidthGraph) -> Polynomial:
+@per_graph
+def _measured(width_graph: WidthGraph, _clearings: int) -> Polynomial:
     analysis = width_graph.analysis
     inputs = _inputs(analysis)
     times: dict[int, list[float]] = {}

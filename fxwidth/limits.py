@@ -129,15 +129,21 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
     """Return the groups that may change, put together where a pattern says that they are to have one width.
 
     Raises:
-        FxwidthError: a pattern matches no group, two share a group, or groups that must stay have other widths.
+        FxwidthError: a pattern matches no group, in a flat list one group alone, two share a group, or groups that must
+            stay have other widths.
     """
     free = list(free)
     result: list[Class] = []
     taken: dict[ChannelGroup, str | Sequence[str]] = {}
     if same_width is not None and not isinstance(same_width, Iterable):
         raise FxwidthError(f"same_width= takes patterns of groups, but received {same_width!r}.")
-    for pattern in [same_width] if isinstance(same_width, str) else same_width or []:
+    patterns = [same_width] if isinstance(same_width, str) else list(same_width or ())
+    # In a flat list of names each is a class of its own, which is hardly what was meant.
+    is_flat = all(isinstance(pattern, str) for pattern in patterns)
+    for pattern in patterns:
         members = matching(width_graph, pattern, "same_width")
+        if len(members) == 1 and is_flat:
+            raise FxwidthError(_asks_nothing(members[0], patterns))
         for group in members:
             if group in taken:
                 raise FxwidthError(
@@ -147,6 +153,14 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
             taken[group] = pattern
         result += _class(members, set(free), pattern)
     return result + [Class((group,)) for group in free if group not in taken]
+
+
+def _asks_nothing(group: ChannelGroup, patterns: Sequence[str | Sequence[str]]) -> str:
+    meant = [patterns if len(patterns) > 1 else [*patterns, "..."]]
+    return (
+        f"same_width={list(patterns)!r} asks nothing of group {group.name!r}: each entry of the list is for groups "
+        f"that get one width, and one of them matches it alone. For one width for all write same_width={meant!r}."
+    )
 
 
 def _class(members: Sequence[ChannelGroup], free: set[ChannelGroup], pattern: str | Sequence[str]) -> list[Class]:

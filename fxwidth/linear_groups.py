@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from fxwidth.factors import Factor
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import Indices
 from fxwidth.inner_norms import InnerNorm, inner_norms
+from fxwidth.memo import per_graph
 from fxwidth.normed_weights import normed_weights
 from fxwidth.occurrences import channel_positions
 from fxwidth.origins import Origins, Place, origins
@@ -72,32 +72,9 @@ class LinearGroup:
     norms: tuple[InnerNorm, ...]
 
 
+@per_graph
 def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
     """Return where the channels of a group are, if any basis is as good as the one they have; else None."""
-    known = _GROUPS.setdefault(width_graph, {})
-    if group.name not in known:
-        known[group.name] = _find(width_graph, group)
-    return known[group.name]
-
-
-_GROUPS: WeakKeyDictionary[WidthGraph, dict[str, LinearGroup | None]] = WeakKeyDictionary()
-
-
-def linear_products(width_graph: WidthGraph) -> Iterator[Product]:
-    """Yield the products over the channels of linear groups."""
-    for group in width_graph.free:
-        found = linear_group(width_graph, group)
-        yield from (basis.product for basis in (found.bases if found else ()) if basis.product is not None)
-
-
-def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
-    """Yield the batch norms that are part of the way of a linear group."""
-    for group in width_graph.free:
-        found = linear_group(width_graph, group)
-        yield from found.norms if found else ()
-
-
-def _find(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
     analysis, factor = width_graph.analysis, group.factor
     calls = _calls_by_factor(analysis).get(factor, [])
     if not _is_plain(width_graph, group) or not all(_is_linear(analysis, call, factor) for call in calls):
@@ -126,6 +103,20 @@ def _find(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
     return LinearGroup(tuple(merged), tuple(norms)) if _cover(analysis, group, merged, norms) else None
 
 
+def linear_products(width_graph: WidthGraph) -> Iterator[Product]:
+    """Yield the products over the channels of linear groups."""
+    for group in width_graph.free:
+        found = linear_group(width_graph, group)
+        yield from (basis.product for basis in (found.bases if found else ()) if basis.product is not None)
+
+
+def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
+    """Yield the batch norms that are part of the way of a linear group."""
+    for group in width_graph.free:
+        found = linear_group(width_graph, group)
+        yield from found.norms if found else ()
+
+
 def _is_plain(width_graph: WidthGraph, group: ChannelGroup) -> bool:
     """Tell whether nothing but the ops on its way can keep a group from another basis."""
     if group.pinned is not None or group.mixed is not None:
@@ -135,19 +126,15 @@ def _is_plain(width_graph: WidthGraph, group: ChannelGroup) -> bool:
     return not names & set(normed_weights(width_graph)) and dtypes <= {torch.float32, torch.float64}
 
 
+@per_graph
 def _calls_by_factor(analysis: Analysis) -> dict[Factor, list[OpCall]]:
     """Return the ops that take or make each factor, in order."""
-    known = _CALLS.get(analysis)
-    if known is None:
-        known = _CALLS[analysis] = {}
-        for call in analysis.calls:
-            axes = [axis for own in (*call.axes.values(), *call.output_axes) for axis in own]
-            for factor in dict.fromkeys(factor for axis in axes for factor in analysis.space.factors(axis)):
-                known.setdefault(factor, []).append(call)
-    return known
-
-
-_CALLS: WeakKeyDictionary[Analysis, dict[Factor, list[OpCall]]] = WeakKeyDictionary()
+    result: dict[Factor, list[OpCall]] = {}
+    for call in analysis.calls:
+        axes = [axis for own in (*call.axes.values(), *call.output_axes) for axis in own]
+        for factor in dict.fromkeys(factor for axis in axes for factor in analysis.space.factors(axis)):
+            result.setdefault(factor, []).append(call)
+    return result
 
 
 def _scales(analysis: Analysis, calls: Sequence[OpCall]) -> set[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxwidth.analysis import Analysis
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps
+from fxwidth.memo import per_graph
 from fxwidth.roles import WEIGHT_NORMS
 from fxwidth.rules.normalization import weight_norm_dim
 from fxwidth.rules.registry import prescribed
@@ -54,24 +54,24 @@ class NormedWeight:
         return [call.outputs[0] for call in self.calls]
 
 
+@per_graph
 def normed_weights(width_graph: WidthGraph) -> dict[str, NormedWeight]:
     """Return the normed weights of a graph by the names of their parameters."""
-    found = _FOUND.get(width_graph)
-    if found is None:
-        found = _FOUND[width_graph] = _find(width_graph.analysis)
-    return found
-
-
-_FOUND: WeakKeyDictionary[WidthGraph, dict[str, NormedWeight]] = WeakKeyDictionary()
+    return _find(width_graph.analysis)
 
 
 def weight_values(width_graph: WidthGraph, name: str) -> Tensor:
     """Return the values of a parameter, or of the normed weight that is computed from it; of its shape either way."""
-    normed = normed_weights(width_graph).get(name)
-    tensor = width_graph.analysis.parameters[name].tensor.detach()
+    return own_values(width_graph.analysis, normed_weights(width_graph), name)
+
+
+def own_values(analysis: Analysis, found: Mapping[str, NormedWeight], name: str) -> Tensor:
+    """Return the values of a parameter, or of the one among these normed weights that is computed from it."""
+    normed = found.get(name)
+    tensor = analysis.parameters[name].tensor.detach()
     if normed is None or tensor.is_meta:
         return tensor
-    return computed_values(width_graph.analysis, normed.results[0]).to(tensor.dtype)
+    return computed_values(analysis, normed.results[0]).to(tensor.dtype)
 
 
 def computed_values(analysis: Analysis, tensor: Tensor) -> Tensor:

@@ -254,4 +254,5 @@ def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) 
         axis = call.axes[id(contraction.left)][contraction.left_dims[0]]
         product = moments.squares[keys[0]] * moments.squares[keys[-1]]
         for positions in channel_positions(width_graph.analysis.space, axis, factor):
-            yield product[torch.from_numpy(positions).to(product.device)].sum(1)
+            # Where both are divided into groups, these are samples of one and the same channels.
+            yield product[torch.from_numpy(positions % len(product)).to(product.device)].sum(1)

@@ -69,6 +69,7 @@ GATHERED = "gather takes only the first positions of the dimension"
 POSITIONS_RETURNED = "positions along the dimension are returned"
 LARGEST = "the largest along the dimension are chosen"
 TAKEN_APART = "the dimension is taken apart into a fixed number of tensors"
+BY_STRIDES = "a view that is given by its strides"
 STRIDED = "a strided slice that does not divide the dimension"
 WINDOWS = "windows are cut along the dimension"
 SHUFFLED_GROUPS = "the number of shuffled groups is a literal"
@@ -121,6 +122,7 @@ REMEDIES = {
     POSITIONS_RETURNED: "Use the values instead of the positions, if the model can.",
     LARGEST: "Nothing: which entries are chosen depends on all that are there.",
     TAKEN_APART: "Use split or chunk: the sizes of their pieces follow a resize, the number of tensors does not.",
+    BY_STRIDES: "Take the view with view, transpose and slices: these follow a resize.",
     STRIDED: "Make the size of the dimension a multiple of the step.",
     WINDOWS: _BY_PLACE,
     SHUFFLED_GROUPS: "Write the shuffle as a view, a transpose and a view.",

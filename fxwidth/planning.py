@@ -78,7 +78,8 @@ def plan_with_evidence(
             of width 1 can no more be told from dims of size one, so that it is no group and cannot grow again.
         max_width: no group stays or grows above this.
         align: new widths are rounded up to multiples of this.
-        same_width: a pattern (fnmatch), or several, each a pattern or a list of them, whose groups get one width.
+        same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
+            patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
         only: names or patterns of the groups that may change.
         keep: names or patterns of groups that must not.
         exact: whether to leave alone groups that cannot grow without changing the function.

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis
 from fxwidth.groups import WidthGraph
 from fxwidth.linear_groups import linear_products
+from fxwidth.memo import per_graph
 from fxwidth.product_sides import Side
 from fxwidth.reader_sets import reader_sets
 from fxwidth.readers import Reader, argument_name, storage_of
@@ -49,6 +49,8 @@ class Probe:
         keys: every (op index, argument) that the numbers are for.
         places: in how many places they are measured, to be taken together.
         side: how the heads of one side of a product are told apart, for products.
+        period: after how many positions of the dim its channels begin again, in groups that are samples too; 0 for
+            never. A convolution by weights of each sample's own has as many groups as samples.
     """
 
     call: OpCall
@@ -60,6 +62,7 @@ class Probe:
     keys: tuple[Key, ...]
     places: int = 1
     side: Side | None = None
+    period: int = 0
 
     def rows(self, tensor: Tensor, limit: int) -> Tensor:
         """Return the vectors of channels in a tensor, [rows, channels]; evenly spread ones where there are too many."""
@@ -82,8 +85,11 @@ class Probe:
         if self.side is not None:
             heads = self.side.rows(tensor.to(accumulation_dtype(tensor)))
             return heads.mT @ heads, heads.shape[1]
-        others = [dim for dim in range(tensor.dim()) if dim not in self.dims]
         wide = tensor.to(accumulation_dtype(tensor))
+        if self.period:
+            wide = wide.movedim(self.dims[0], -1).reshape(-1, self.period)
+            return wide.square().sum(0), len(wide)
+        others = [dim for dim in range(tensor.dim()) if dim not in self.dims]
         if self.centred:
             wide = wide - wide.mean(self.dims, keepdim=True)
         count = tensor.numel()
@@ -92,25 +98,19 @@ class Probe:
         return wide.square().sum(others) if others else wide.square(), count
 
 
+@per_graph
 def find_probes(width_graph: WidthGraph) -> list[Probe]:
     """Return what must be measured to shrink any group of a width graph."""
-    found = _PROBES.get(width_graph)
-    if found is None:
-        found = _PROBES[width_graph] = [
-            *_moments(width_graph),
-            *_squares(width_graph),
-            *_products(width_graph),
-            *_deviations(width_graph),
-        ]
-    return found
-
-
-_PROBES: WeakKeyDictionary[WidthGraph, list[Probe]] = WeakKeyDictionary()
+    return [*_moments(width_graph), *_squares(width_graph), *_products(width_graph), *_deviations(width_graph)]
 
 
 def resizable(analysis: Analysis, axes: Sequence[Axis]) -> bool:
     """Tell whether any of the axes can change; the batch can not."""
     return any(not factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
+
+
+def _holds_batch(analysis: Analysis, axis: Axis) -> bool:
+    return any(factor.is_batch for factor in analysis.space.factors(axis))
 
 
 def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
@@ -120,8 +120,8 @@ def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
     first: dict[object, Probe] = {}
     keys_of: dict[tuple[object, ...], list[Key]] = {}
     for readers in reader_sets(width_graph):
-        if not resizable(analysis, [readers.first.axis]):
-            continue
+        if not resizable(analysis, [readers.first.axis]) or _holds_batch(analysis, readers.first.axis):
+            continue  # with as many groups as samples, each sees its own sample: no batch is like another
         places: dict[object, None] = {}
         for reader in readers.readers:
             place = _place(reader, writes)
@@ -164,10 +164,13 @@ def _squares(width_graph: WidthGraph) -> Iterator[Probe]:
             if roles.is_parameter(contraction.left) or roles.is_parameter(contraction.right):
                 continue
             sides = ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims))
+            groups = call.arguments.get("groups", 1)
+            period = contraction.left.shape[1] // groups if groups > 1 else 0
             for tensor, dims in sides:
-                if len(dims) == 1 and resizable(analysis, [call.axes[id(tensor)][dims[0]]]):
+                axis = call.axes[id(tensor)][dims[0]]
+                if len(dims) == 1 and resizable(analysis, [axis]) and (period or not _holds_batch(analysis, axis)):
                     name = argument_name(call, tensor)
-                    yield Probe(call, name, Measure.SQUARES, dims, 1, False, ((call.index, name),))
+                    yield Probe(call, name, Measure.SQUARES, dims, 1, False, ((call.index, name),), period=period)
 
 
 def _products(width_graph: WidthGraph) -> Iterator[Probe]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from fxwidth.groups import WidthGraph
+from fxwidth.memo import per_graph
 from fxwidth.readers import ParameterView, Reader, Wiring, wiring_of
 from fxwidth.tape import OpCall
 
@@ -51,15 +51,10 @@ class ReaderSet:
         return self.readers[0]
 
 
+@per_graph
 def reader_sets(width_graph: WidthGraph) -> list[ReaderSet]:
     """Return the readers of a width graph, put together where they share a weight."""
-    found = _SETS.get(width_graph)
-    if found is None:
-        found = _SETS[width_graph] = list(_find(wiring_of(width_graph)))
-    return found
-
-
-_SETS: WeakKeyDictionary[WidthGraph, list[ReaderSet]] = WeakKeyDictionary()
+    return list(_find(wiring_of(width_graph)))
 
 
 def _find(wiring: Wiring) -> Iterator[ReaderSet]:

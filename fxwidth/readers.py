@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 from fxwidth.factors import Axis, Factor, axis_size
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import Indices
-from fxwidth.normed_weights import computed_values, normed_weights, weight_values
+from fxwidth.memo import per_graph
+from fxwidth.normed_weights import computed_values, normed_weights, own_values
 from fxwidth.occurrences import occupied_positions, without_minor
 from fxwidth.tape import OpCall
 
@@ -142,7 +142,7 @@ class Wiring:
     """How the parameters of a width graph meet its activations, looked up by op, tensor and parameter."""
 
     def __init__(self, width_graph: WidthGraph) -> None:
-        self._width_graph = width_graph
+        # Not the width graph itself, which remembers its wiring: it is to go as soon as nobody holds it.
         self._analysis = width_graph.analysis
         self._lineage = width_graph.roles.lineage
         self._normed = normed_weights(width_graph)
@@ -213,7 +213,7 @@ class Wiring:
             return None
         view = self.view(tensor)
         if view is not None:
-            return view.of(weight_values(self._width_graph, view.parameter))
+            return view.of(own_values(self._analysis, self._normed, view.parameter))
         return computed_values(self._analysis, tensor)
 
     def following_batch_norm(self, call: OpCall) -> OpCall | None:
@@ -274,15 +274,10 @@ class Wiring:
         return Reader(call, source, dim, own, weight_dim, axis, minor, groups, outputs, view)
 
 
-_WIRINGS: WeakKeyDictionary[WidthGraph, Wiring] = WeakKeyDictionary()
-
-
+@per_graph
 def wiring_of(width_graph: WidthGraph) -> Wiring:
     """Return the wiring of a width graph, found once."""
-    found = _WIRINGS.get(width_graph)
-    if found is None:
-        found = _WIRINGS[width_graph] = Wiring(width_graph)
-    return found
+    return Wiring(width_graph)
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.analysis import Analysis
-from fxwidth.calibration import batches_from
+from fxwidth.calibration import batches_from, cut_anew
 from fxwidth.index_maps import NEW, Indices
 from fxwidth.readers import BATCH_NORMS
 from fxwidth.real_runs import looking_on
@@ -80,7 +80,8 @@ class Recalibration:
 
     def __init__(self, analysis: Analysis, data: Iterable[Any]) -> None:
         self._module = analysis.module
-        self._batches = list(batches_from(analysis, data, SAMPLES))
+        # Each batch is normalised by itself after the resize, so results would depend on how the data are cut.
+        self._batches = list(cut_anew(analysis, batches_from(analysis, data, SAMPLES), SAMPLES))
         self._tensors = {name: tensor.detach().clone() for name, (tensor, _) in _buffers(self._module).items()}
         self._before = [self._run(values, None, {}) for values in self._batches]
 

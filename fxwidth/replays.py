@@ -1,4 +1,7 @@
-"""The recorded tape run again on real numbers: removed channels once zeroed and once cut out."""
+"""The recorded tape run again on real numbers: removed channels once zeroed and once cut out.
+
+The first run is the judge: it runs the ops as they were recorded, at their old sizes, and believes no prescription.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, axis_size
 from fxwidth.index_maps import NEW, IndexMaps
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import Prescribed, prescribed, revised
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import Axes, OpCall, functional_name, tensors_in, unbind
 
@@ -143,6 +147,15 @@ class _Replay(ABC):
         # What an empty tensor holds is chance, and must be the same in two runs.
         return [tensor.zero_() for tensor in results] if "empty" in functional_name(func) else results
 
+    def laid_out(self, call: OpCall, tensor: Tensor) -> Tensor:
+        """Return the value of an operand, as it lay in memory when it was recorded for a view by strides."""
+        value = self.value(tensor)
+        if call.name != "as_strided" or call.layouts[id(tensor)] == (value.stride(), value.storage_offset()):
+            return value
+        stride, offset = call.layouts[id(tensor)]
+        memory = value.new_zeros(offset + 1 + sum((n - 1) * step for n, step in zip(value.shape, stride, strict=True)))
+        return memory.as_strided(value.shape, stride, offset).copy_(value)
+
     def rewrite(self, call: OpCall, results: Iterable[Tensor]) -> list[Tensor]:
         """Return results computed on copies, those of an in-place op written to its target."""
         written = {id(tensor) for tensor in call.inputs} if call.func._schema.is_mutable else set()
@@ -219,15 +232,11 @@ class ZeroedReplay(_Replay):
         """Run one op at its old sizes, and write zeros to what is removed of its results."""
         if self._mixes_resized_dims(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
-            func, arguments = prescribed(call, self.maps)
-            results = self.call_op(func, arguments, lambda leaf: self._compact(call, leaf))
+            results = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
             scattered = (self.places.scatter(*pair) for pair in zip(results, call.output_axes, strict=True))
             return self.rewrite(call, scattered)
-        func, arguments = call.func, call.arguments
-        if call.name == "as_strided" and list(arguments["size"]) == [*tensors_in(arguments["self"])[0].shape]:
-            func, arguments = prescribed(call, self.maps)
         with _seeded(call):
-            results = self.call_op(func, arguments, self.value)
+            results = self.call_op(call.func, call.arguments, lambda leaf: self.laid_out(call, leaf))
         return [self._erased(call, *pair) for pair in zip(results, call.output_axes, strict=True)]
 
     def answer(self, output: Tensor) -> Tensor:
@@ -239,6 +248,20 @@ class ZeroedReplay(_Replay):
             mixing.kind != "sum" and self.maps.changes(call.axes[id(mixing.tensor)][mixing.dim])
             for mixing in call.mixings
         )
+
+    def _on_kept(self, call: OpCall) -> Prescribed:
+        """Return the call on the kept channels alone; sizes are those of its operands, no prescription is believed."""
+        if call.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
+            count = len(call.arguments["normalized_shape"])
+            kept = self._compact(call, call.arguments["input"]).shape
+            return revised(call, normalized_shape=list(kept[len(kept) - count :]))
+        if call.name == "native_group_norm":
+            signal, old = call.arguments["input"], call.arguments
+            samples, channels, *positions = self._compact(call, signal).shape
+            places, _ = self.places.of(call.axes[id(signal)][1], signal.device)
+            group = len((places // (old["C"] // old["group"])).unique())
+            return revised(call, N=samples, C=channels, HxW=prod(positions), group=group)
+        return prescribed(call, self.maps)
 
     def _compact(self, call: OpCall, tensor: Tensor) -> Tensor:
         return self.places.gather(self.value(tensor), call.axes[id(tensor)])
@@ -274,7 +297,7 @@ class ResizedReplay(_Replay):
                 call, (self.places.gather(*pair) for pair in zip(full, call.output_axes, strict=True))
             )
         else:
-            results = self.call_op(*prescribed(call, self.maps), self.value)
+            results = self.call_op(*prescribed(call, self.maps), lambda leaf: self.laid_out(call, leaf))
         for result, axes in zip(results, call.output_axes, strict=True):
             wanted = tuple(self.maps.size(axis) for axis in axes)
             if tuple(result.shape) != wanted:

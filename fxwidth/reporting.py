@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxwidth.notes import HISTORY, notes_of
+from fxwidth.selection import MAGNITUDE
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,10 @@ class Report:
     Attributes:
         resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels
             were chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the
-            method), recalibrated (whether batch norm statistics were corrected), lowered (nodes replaced by ATen ops,
-            with the reason), norms (by what gains' norms have their variances multiplied), not_refitted (readers that
-            lost channels without taking over what they read from them, with the reason).
+            method), folded (whether readers were refitted), recalibrated (whether batch norm statistics were
+            corrected), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
+            variances multiplied), not_refitted (readers that lost channels without taking over what they read from
+            them, with the reason).
     """
 
     resizes: tuple[dict[str, Any], ...]
@@ -38,12 +40,24 @@ def report(gm: fx.GraphModule) -> Report:
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:
     before, after = record["parameters"]
-    evidence = f", readers refitted from {record['evidence']}" if record["evidence"] else ""
-    evidence += ", batch norm recalibrated" if record.get("recalibrated") else ""
-    lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){evidence}"]
+    lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){_done(record)}"]
     lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
     lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
     alone = [name for name, (_, new) in record["widths"].items() if new == 1]
     lines += [f"  {name} is of width 1: no group any more, so it cannot grow again" for name in alone]
     return "\n".join(lines)
+
+
+def _done(record: dict[str, Any]) -> str:
+    """Tell how channels were dropped: by what they were chosen, and what became of their readers."""
+    evidence, selection = record["evidence"], record["selection"]
+    # A record of an earlier version does not say; all that had evidence were refitted then.
+    folded = record.get("folded", evidence is not None)
+    parts = []
+    if any(new < old for old, new in record["widths"].values()):
+        source = f" from {evidence}" if evidence is not None and selection != MAGNITUDE and not folded else ""
+        parts += [f"channels chosen by {selection}{source}"] if evidence is not None or selection == MAGNITUDE else []
+        parts.append(f"readers refitted from {evidence}" if folded else "readers not refitted")
+    parts += ["batch norm recalibrated"] if record.get("recalibrated") else []
+    return "".join(f", {part}" for part in parts)

@@ -14,17 +14,21 @@ from torch.optim import Optimizer
 
 from fxwidth.calibration import replayed
 from fxwidth.errors import FxwidthError
-from fxwidth.evidence import Evidence, gather_evidence, select
+from fxwidth.evidence import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
+from fxwidth.fake_ops import fake_like
 from fxwidth.folding import not_refitted
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.least_widths import why_too_narrow
-from fxwidth.moments import Moments
+from fxwidth.moments import Moments, has_values
 from fxwidth.notes import HISTORY, notes_of
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
+from fxwidth.remembered_noise import forget_noise
+from fxwidth.rewriting.additions import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
+from fxwidth.rewriting.metadata import renew_metadata
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.rewriting.parameters import dim_maps, gather, ratios_by_gain, resized_tensors
 from fxwidth.rotations import rotated
@@ -114,6 +118,7 @@ def resize_analyzed(
     check_selection(selection)
     if recalibrate and data is None:
         raise FxwidthError("recalibrate=True needs data= to run the network on.")
+    width_graph.refuse_outdated()
     groups = _checked(width_graph, plan, exact)
     if not groups:
         return module
@@ -125,14 +130,18 @@ def resize_analyzed(
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
     with torch.inference_mode(False), ExitStack() as undo:
         undo.callback(edits.undo)
-        if evidence is None:
-            known = Evidence(width_graph, None, selection) if blind else None
-            rotates = rotate and fold and optimizer is None
-            evidence = known or _evidence(width_graph, groups, data, selection, rotates)
+        selection = selection if evidence is None else evidence.selection
+        drops = any(width < group.width for group, width in groups.items())
+        if drops and not blind:
+            refuse_negative_variances(width_graph)
+        if blind or not needs_moments(groups, selection, fold):
+            evidence = Evidence(width_graph, None, selection)
+        elif evidence is None:
+            evidence = gather_evidence(width_graph, data, selection, rotate and fold and optimizer is None)
         # Channels are chosen by the weights that the moments belong to.
         kept = {group: _kept(evidence, group, width) for group, width in groups.items()}
         moments = _turned(evidence, groups, undo)
-        wanted = recalibrate is not False and moments is not None
+        wanted = recalibrate is not False and drops and not blind and has_values(width_graph)
         # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
         # what follows: the network is run as it was before that.
         recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
@@ -143,6 +152,7 @@ def resize_analyzed(
         undo.pop_all()
     if change.update is not None:
         change.update.commit()
+    forget_noise(module)
     notes_of(module).setdefault(HISTORY, []).append(change.record)
     return module
 
@@ -160,10 +170,10 @@ class _Change:
     def put_in_place(self, module: fx.GraphModule, undo: ExitStack) -> None:
         """Give the module its new graph and tensors, in a way that can be undone."""
         slots = tensor_slots(module)
-        for name, constant in self.graph.constants.items():
+        for name, constant in self.graph.additions.constants.items():
             module.register_buffer(name, constant)
             undo.callback(delattr, module, name)
-        for path, part in self.graph.modules.items():
+        for path, part in self.graph.additions.modules.items():
             owner = module.get_submodule(path.rpartition(".")[0])
             module.add_submodule(path, part.train(owner.training))
             undo.callback(module.delete_submodule, path)
@@ -178,6 +188,7 @@ class _Change:
             for holder, attribute in places:
                 undo.callback(set_slot, holder, attribute, old)
                 set_slot(holder, attribute, self.replacements[name].new)
+        remove_unused(module, undo)
 
     def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration) -> None:
         """Correct the running statistics of the module, which has been resized."""
@@ -233,19 +244,6 @@ def _refuse_too_narrow(width_graph: WidthGraph, groups: Mapping[ChannelGroup, in
         raise FxwidthError(f"these widths do not go together: {narrow}. Keep one of {names} wider.")
 
 
-def _evidence(
-    width_graph: WidthGraph,
-    groups: Mapping[ChannelGroup, int],
-    data: Iterable[Any] | None,
-    selection: str,
-    rotates: bool,
-) -> Evidence:
-    """Return what is known of the channels; nothing where none are to be dropped."""
-    if all(width > group.width for group, width in groups.items()):
-        return Evidence(width_graph, None, selection)
-    return gather_evidence(width_graph, data, selection, rotates)
-
-
 def _turned(evidence: Evidence, groups: Mapping[ChannelGroup, int], undo: ExitStack) -> Moments | None:
     """Bring linear groups that lose channels to their new bases, and return the moments in these."""
     # All of them are found before any weight changes: readers of one group write another.
@@ -273,14 +271,16 @@ def _prepare(
     tensors, maps = resized_tensors(width_graph, maps, moments, folds, norms)
     _refuse_infinite(width_graph, tensors)
     replacements = _replacements(width_graph, maps, tensors)
-    fakes = {name: analysis.mode.from_tensor(replacement.new) for name, replacement in replacements.items()}
+    fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
     graph = rewrite_graph(analysis, maps, fakes, edits)
+    renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
     update = None if optimizer is None else plan_optimizer_update(optimizer, list(replacements.values()))
     record = {
         "widths": {group.name: [group.width, width] for group, width in groups.items()},
         "parameters": _count_after(width_graph, replacements),
         "evidence": moments.source if moments is not None else None,
         "selection": evidence.selection,
+        "folded": folds and moments is not None,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(width_graph, maps),

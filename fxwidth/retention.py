@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +13,7 @@ from fxwidth.analysis import Analysis, judge
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.groups import WidthGraph
+from fxwidth.memo import per_graph
 from fxwidth.pins import Pin
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.readers import storage_of
@@ -34,21 +34,20 @@ def activation_polynomial(width_graph: WidthGraph) -> Polynomial:
     Raises:
         FxwidthError: nothing would be kept, or the graph does not run in training mode.
     """
-    found = _POLYNOMIALS.get(width_graph)
-    if found is None:
-        kept = list(_kept(width_graph.analysis))
-        if not kept:
-            raise FxwidthError(
-                "training keeps no activations: no parameter of this graph requires a gradient. "
-                "Call requires_grad_() on what is to be trained, or leave activation_memory out of the budget."
-            )
-        space = width_graph.analysis.space
-        parts = [(piece.itemsize, entries_polynomial(space, [piece.axes])) for piece in kept]
-        found = _POLYNOMIALS[width_graph] = Polynomial.sum(parts)
-    return found
+    entries = width_graph.analysis.parameters.items()
+    return _kept_bytes(width_graph, frozenset(name for name, entry in entries if entry.tensor.requires_grad))
 
 
-_POLYNOMIALS: WeakKeyDictionary[WidthGraph, Polynomial] = WeakKeyDictionary()
+@per_graph
+def _kept_bytes(width_graph: WidthGraph, trained: Set[str]) -> Polynomial:
+    kept = list(_kept(width_graph.analysis)) if trained else []
+    if not kept:
+        raise FxwidthError(
+            "training keeps no activations: no parameter of this graph requires a gradient. "
+            "Call requires_grad_() on what is to be trained, or leave activation_memory out of the budget."
+        )
+    space = width_graph.analysis.space
+    return Polynomial.sum((piece.itemsize, entries_polynomial(space, [piece.axes])) for piece in kept)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def writer_norms(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
     for writer in writer_matrices(width_graph, group):
         if writer.device.type == "meta":
             return None
-        own = writer.to(accumulation_dtype(writer)).square().sum(1)
+        # Without a copy of the whole in a wider dtype.
+        real = writer.abs() if writer.is_complex() else writer
+        own = torch.linalg.vector_norm(real, dim=1, dtype=accumulation_dtype(real)).square()
         squares = own if squares is None else squares + own
     return None if squares is None else squares.sqrt()
 
@@ -94,7 +96,8 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         dim = site.parameter, site.dim
         uses = wiring.uses.get(site.parameter, [])
         calls = [call for call, tensor in uses if _writes(call, tensor, lineage[id(tensor)], dim)]
-        if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions:
+        # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
+        if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue
         weight = weight_values(width_graph, site.parameter).movedim(site.dim, 0).flatten(1)
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):

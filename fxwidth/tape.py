@@ -49,7 +49,8 @@ class OpCall:
     """One ATen op with its bound arguments, its results, and the axes its tensors had when it ran.
 
     `inputs` and `outputs` are the tensors among the arguments and the results; `recorded` is what a run on real tensors
-    has found, for ops that depend on values; `part` is the path of the module inside of the node's that ran the op.
+    has found, for ops that depend on values; `part` is the path of the module inside of the node's that ran the op;
+    `layouts` are the strides and offsets that the inputs had before it, by `id`, for ops that go by them.
     """
 
     index: int
@@ -66,9 +67,12 @@ class OpCall:
     part: str = ""
     inputs: list[Tensor] = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
+    layouts: dict[int, tuple[tuple[int, ...], int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = tensors_in(self.arguments)
+        by_layout = torch.Tag.inplace_view in self.func.tags or self.name == "as_strided"
+        self.layouts = {id(t): (t.stride(), int(t.storage_offset())) for t in self.inputs} if by_layout else {}
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ class ResizeWidths(PassBase):
         data: Iterable[Any] | None = None,
         selection: str = "greedy",
         recalibrate: bool | None = None,
+        rotate: bool = True,
         fold: bool = True,
         exact: bool = True,
     ) -> None:
@@ -35,6 +36,7 @@ class ResizeWidths(PassBase):
         self._data = data
         self._selection = check_selection(selection)
         self._recalibrate = recalibrate
+        self._rotate = rotate
         self._fold = fold
         self._exact = exact
 
@@ -50,6 +52,7 @@ class ResizeWidths(PassBase):
             data=self._data,
             selection=self._selection,
             recalibrate=self._recalibrate,
+            rotate=self._rotate,
             fold=self._fold,
             exact=self._exact,
         )

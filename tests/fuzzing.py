@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxwidth.groups import WidthGraph
+from fxwidth.pins import BY_STRIDES
 from fxwidth.roles import Role
-from tests.fuzz_ops import OPS, POSITIONS, Choices
+from tests.fuzz_odd_ops import ODD_OPS
+from tests.fuzz_ops import OPS as PLAIN_OPS
+from tests.fuzz_ops import POSITIONS, Choices, Op
 
+OPS: dict[str, Op] = {**PLAIN_OPS, **ODD_OPS}
 BATCH, INPUTS, OUTPUTS = 3, 10, 3
 WIDEST = 100
 
@@ -42,12 +47,12 @@ class Program:
         return [*self.stems, *(width for step in self.steps for width in step.widths)]
 
 
-def draw_program(choose: Choices, longest: int = 12) -> Program:
-    """Return a random program."""
+def draw_program(choose: Choices, longest: int = 12, ops: Sequence[str] = tuple(OPS)) -> Program:
+    """Return a random program of some ops."""
     stems = tuple(choose.one_of([8, 12, 12, 16, 24]) for _ in range(choose.between(2, 3)))
     widths, steps = list(stems), []
     for _ in range(choose.between(3, longest)):
-        step = _draw_step(choose, widths)
+        step = _draw_step(choose, widths, ops)
         if step is not None:
             steps.append(step)
             widths += step.widths
@@ -56,8 +61,8 @@ def draw_program(choose: Choices, longest: int = 12) -> Program:
     return Program(stems, tuple(steps), heads)
 
 
-def _draw_step(choose: Choices, widths: list[int]) -> Step | None:
-    name = choose.one_of(list(OPS))
+def _draw_step(choose: Choices, widths: list[int], ops: Sequence[str]) -> Step | None:
+    name = choose.one_of(ops)
     op = OPS[name]
     first = choose.between(0, len(widths) - 1)
     sources = (first,)
@@ -78,9 +83,9 @@ def programs(draw: Any) -> Program:
     return draw_program(Choices(lambda count: draw(st.integers(0, count - 1))))
 
 
-def seeded_program(seed: int) -> Program:
+def seeded_program(seed: int, ops: Sequence[str] = tuple(OPS)) -> Program:
     """Return the random program of a seed: these are less alike than hypothesis's."""
-    return draw_program(Choices(random.Random(seed).randrange))
+    return draw_program(Choices(random.Random(seed).randrange), ops=ops)
 
 
 class RandomNetwork(nn.Module):
@@ -115,18 +120,32 @@ class Tally:
 
     networks: int = 0
     free: int = 0
+    by_strides: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, width_graph: WidthGraph) -> None:
         self.networks += 1
         for group in width_graph.groups:
-            # What is only read has the pins of what writes it; the widths of the outputs are fixed from the start.
-            if not any(not site.parameter.startswith("heads.") for site in group.sites_as(Role.WRITER)):
+            # What is only read has the pins of what writes it; the widths of the outputs are fixed from the start. The
+            # network is one node where no tracer gets through it.
+            if not any("heads." not in site.parameter for site in group.sites_as(Role.WRITER)):
                 continue
             if group.pinned is None:
                 self.free += 1
             else:
-                self.reasons[re.sub(r" at node \w+", "", group.pinned)] += 1
+                self.reasons[re.sub(r" at node \w+|, in [\w.]+", "", group.pinned)] += 1
+                self.by_strides += BY_STRIDES in group.pinned
+
+    def merge(self, other: Tally) -> None:
+        """Add what was found in other networks."""
+        self.networks += other.networks
+        self.free += other.free
+        self.by_strides += other.by_strides
+        self.reasons.update(other.reasons)
+
+    def needless(self) -> int:
+        """Count the pinned groups, but for those of which a view by strides shows the numbers in memory."""
+        return self.reasons.total() - self.by_strides
 
     def __str__(self) -> str:
         pinned = self.reasons.total()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
-from nets import tokens, trained_like
 from torch import Tensor, fx, nn
 
 import fxwidth
@@ -15,6 +14,7 @@ from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.moments import Moments, moments_from_data
 from fxwidth.rotations import Rotation, rotated
 from fxwidth.tracing import analyze_module
+from tests.nets import tokens, trained_like
 
 
 class Inverted(nn.Module):

@@ -19,7 +19,7 @@ from fxwidth.index_maps import IndexMaps, Indices
 from fxwidth.resizing import resize_analyzed
 from fxwidth.tape import tensors_in
 from fxwidth.tracing import analyze_module
-from fxwidth.verification import largest_difference, reference_outputs, replay_difference
+from fxwidth.verification import largest_difference, reference_outputs, replay_difference, resized_outputs
 
 # Rounding of float64 over some hundred layers; the smallest planted fault is ten orders above it.
 ROUNDING = 1e-9
@@ -94,6 +94,15 @@ def assert_replays(analysis: Analysis, inputs: Sequence[Any], ratios: Sequence[f
         assert difference < ROUNDING, f"kept {ratio} of every group: outputs differ by {difference:.1e}"
     # What is coupled, cut or fixed is decided by the analysis; a resize must not decide again.
     assert len(analysis.space.links) == links
+
+
+def assert_replays_unchanged(analysis: Analysis, model: nn.Module, inputs: Sequence[Any]) -> None:
+    """Assert that both replays give what the model does where nothing is removed."""
+    with torch.no_grad():
+        expected = tensors_in(model(*inputs))
+    maps = IndexMaps(analysis.space, {})
+    for outputs in (reference_outputs(analysis, maps, inputs), resized_outputs(analysis, maps, inputs)):
+        assert largest_difference(outputs, expected) < ROUNDING, "the tape is not the model"
 
 
 def assert_rewrites(model: nn.Module, inputs: Sequence[Any], ratio: float = 0.5, seed: int = 0) -> fx.GraphModule:

@@ -10,20 +10,21 @@ from nets import images, trained_like
 from torch import fx, nn
 
 import fxwidth
-from fxwidth import evidence
+from fxwidth import remembered_noise
+from fxwidth.moments import Moments
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[fxwidth.WidthGraph]:
     """The graphs that noise was sent through."""
     found: list[fxwidth.WidthGraph] = []
-    gather = evidence.moments_from_noise
+    gather = remembered_noise.moments_from_noise
 
-    def counted(width_graph: fxwidth.WidthGraph) -> evidence.Moments | None:
+    def counted(width_graph: fxwidth.WidthGraph) -> Moments | None:
         found.append(width_graph)
         return gather(width_graph, work=1e6)
 
-    monkeypatch.setattr(evidence, "moments_from_noise", counted)
+    monkeypatch.setattr(remembered_noise, "moments_from_noise", counted)
     return found
 
 

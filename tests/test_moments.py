@@ -43,10 +43,10 @@ def by_parameter(graph: Any, moments: Moments) -> dict[str, list[Moment]]:
 
 
 @pytest.mark.parametrize("name", ["conv", "grouped", "tile", "in place", "attention", "shared"])
-@pytest.mark.parametrize("batches", [1, 3])
-def test_moments_are_those_of_the_layers_inputs(name: str, batches: int) -> None:
+@pytest.mark.parametrize("sizes", [(64,), (22, 22, 20), (1, 40, 23)])
+def test_moments_are_those_of_the_layers_inputs(name: str, sizes: tuple[int, ...]) -> None:
     graph, x = build(name)
-    moments = moments_from_data(graph, x.chunk(batches))
+    moments = moments_from_data(graph, x.split(sizes))
     assert moments is not None
     assert not moments.missed
     assert moments.samples == len(x)
@@ -67,6 +67,25 @@ def test_moments_are_those_of_the_layers_inputs(name: str, batches: int) -> None
             torch.testing.assert_close(moment.mean, mean, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(moment.covariance, covariance, rtol=1e-11, atol=1e-12)
             torch.testing.assert_close(moment.second, rows.T @ rows / len(rows), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_how_the_data_are_cut_does_not_matter(name: str) -> None:
+    graph, x = build(name)
+    one, other = moments_from_data(graph, [x]), moments_from_data(graph, x.split((1, 40, 23)))
+    assert one is not None
+    assert other is not None
+    assert one.samples == other.samples
+    for field in ("contracted", "squares", "deviations", "products"):
+        known, again = getattr(one, field), getattr(other, field)
+        assert known.keys() == again.keys()
+        for key, value in known.items():
+            pairs = [(value, again[key])]
+            if isinstance(value, Moment):
+                pairs = [(value.mean, again[key].mean), (value.covariance, again[key].covariance)]
+                assert (value.rows, value.samples) == (again[key].rows, again[key].samples)
+            for mine, others in pairs:
+                torch.testing.assert_close(mine, others, rtol=1e-10, atol=1e-12)
 
 
 def test_flattened_positions_count_as_samples() -> None:
@@ -111,11 +130,12 @@ def test_norm_deviations_and_products_of_activations() -> None:
     torch.testing.assert_close(right, k, rtol=1e-12, atol=0)
 
 
-def test_float32_sums_in_float64() -> None:
+def test_float32_sums_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxwidth.moments._AT_ONCE", 16)  # several batches to be summed up
     model = trained_like(conv())
     x = images()
     wide = moments_from_data(width_graph(model, x), [x])
-    narrow = moments_from_data(width_graph(model.float(), x.float()), x.float().chunk(4))
+    narrow = moments_from_data(width_graph(model.float(), x.float()), [x.float()])
     assert wide is not None
     assert narrow is not None
     for one, other in zip(wide.contracted.values(), narrow.contracted.values(), strict=True):

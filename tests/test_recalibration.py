@@ -12,6 +12,7 @@ from nets import images, trained_like
 from torch import Tensor, nn
 
 import fxwidth
+from fxwidth import calibration
 from fxwidth.errors import FxwidthError
 
 
@@ -57,16 +58,37 @@ def seen(gm: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("batch", [64, 16])
-def test_statistics_are_those_of_the_resized_network(batch: int) -> None:
+@pytest.mark.parametrize("sizes", [(64,), (16, 16, 16, 16), (1, 30, 2, 31)])
+def test_statistics_are_those_of_the_resized_network(sizes: tuple[int, ...]) -> None:
     x = images()
     gm = fxwidth.trace(calibrated(x), x[:4])
-    fxwidth.resize(gm, {"0": 4, "3": 3, "7": 4}, data=x.split(batch))
+    fxwidth.resize(gm, {"0": 4, "3": 3, "7": 4}, data=x.split(sizes))
     for norm, (mean, variance) in zip(norms(gm), seen(gm, x), strict=True):
-        # With several batches each is normalised by itself on the way.
-        loose = 1e-10 if batch == 64 else 0.2
-        torch.testing.assert_close(norm.running_mean, mean, rtol=loose, atol=loose)
-        torch.testing.assert_close(norm.running_var, variance, rtol=loose, atol=1e-9)
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [100, 160, 161])
+def test_how_the_data_are_cut_does_not_matter(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More data than are run at once, in one batch and in batches of unequal sizes."""
+    monkeypatch.setattr(calibration, "_samples_at_once", lambda *_: 40)
+    x = images(count)
+    found = []
+    for data in ([x], x.split((count - 70, 3, 1, 60, 6))):
+        gm = fxwidth.trace(calibrated(x), x[:4])
+        fxwidth.resize(gm, {"0": 4, "3": 3, "7": 4}, data=data)
+        found.append(gm.state_dict())
+    for one, other in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_graph_that_takes_batches_of_one_size_alone() -> None:
+    x = images(32)
+    program = torch.export.export(calibrated(x), (x[:8],)).module()
+    gm = fxwidth.trace(program, x[:8])
+    plan = {group.name: group.width // 2 for group in fxwidth.analyze(gm).free[:1]}
+    fxwidth.resize(gm, plan, data=x.split(8))
+    assert gm.meta["fxwidth_history"][-1]["recalibrated"] is True
 
 
 def test_without_it_they_are_not() -> None:

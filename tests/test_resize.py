@@ -24,7 +24,7 @@ ALL = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL_SIZ
 @pytest.fixture(autouse=True)
 def _little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped here is dead, so that little evidence is enough; convolutions in float64 are slow."""
-    monkeypatch.setattr("fxwidth.evidence.moments_from_noise", partial(moments_from_noise, work=1e6))
+    monkeypatch.setattr("fxwidth.remembered_noise.moments_from_noise", partial(moments_from_noise, work=1e6))
 
 
 def traced(name: str, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, Tensor]:
@@ -87,7 +87,7 @@ def select_even(wg: fxwidth.WidthGraph, group: fxwidth.ChannelGroup, width: int,
 @pytest.mark.parametrize("name", ALL)
 def test_halving_every_group_matches_the_replay_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxwidth.resizing.select", select_even)
-    monkeypatch.setattr("fxwidth.resizing._evidence", lambda graph, *_: Evidence(graph, None))
+    monkeypatch.setattr("fxwidth.resizing.gather_evidence", lambda graph, *_: Evidence(graph, None))
     gm, x = traced(name)
     wg = fxwidth.analyze(gm, x)
     plan = {group.name: max(1, group.width // 2) for group in wg.free}

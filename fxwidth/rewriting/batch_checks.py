@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, fx
 
 from fxwidth.analysis import Analysis
+from fxwidth.factors import Axis
 from fxwidth.index_maps import IndexMaps
+from fxwidth.module_state import unchanged
 from fxwidth.rewriting.signatures import differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors, map_leaves
-from fxwidth.tape import plain_kernels
+from fxwidth.tape import Axes, OpCall, plain_kernels
 
 
 def differs_in_batch(analysis: Analysis, name: str) -> str | None:
@@ -36,7 +40,47 @@ def differs_in_batch(analysis: Analysis, name: str) -> str | None:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"not run: {lines[0]}"
+    lost = _lost_batch(analysis, larger, node)
+    if lost is not None:
+        return lost
     return differ(observed, prescribed_signatures(analysis.calls_of(name), larger))
+
+
+def _lost_batch(analysis: Analysis, larger: IndexMaps, node: fx.Node) -> str | None:
+    """Return None, or what a node takes at a larger batch where its axes do not say so.
+
+    An op without a rule makes dims of fixed sizes, though they may be those of the batch.
+    """
+    if analysis.record is not None or not any(_ends_batch(analysis, call) for call in analysis.calls):
+        return None
+    taken = [source for source in node.all_input_nodes if deep_tensors(analysis.node_values[source.name])]
+    inputs = (map_leaves(lambda t: _enlarged(t, analysis.axes_of(t), larger), value) for value in analysis.inputs)
+    run = fx.Interpreter(analysis.module, garbage_collect_values=False)
+    try:
+        with unchanged(analysis.module), plain_kernels(), analysis.mode:
+            run.args_iter = iter(tuple(inputs))
+            for before in takewhile(lambda other: other is not node, analysis.module.graph.nodes):
+                run.env[before] = run.run_node(before)
+    except Exception as error:
+        return f"not run: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    for source in taken:
+        found = [list(tensor.shape) for tensor in deep_tensors(run.env[source])]
+        known = [[larger.size(axis) for axis in axes] for axes in analysis.node_axes[source.name]]
+        if found != known:
+            return f"take tensors of shapes {found} from {source.name!r} where {known} is known"
+    return None
+
+
+def _ends_batch(analysis: Analysis, call: OpCall) -> bool:
+    """Tell whether an op takes tensors that have the batch and returns some that have not."""
+    dims = [axis for axes in call.axes.values() for axis in axes]
+    results = [axis for axes in call.output_axes for axis in axes]
+    holds = partial(_holds_batch, analysis)
+    return any(map(holds, dims)) and bool(results) and not any(map(holds, results))
+
+
+def _holds_batch(analysis: Analysis, axis: Axis) -> bool:
+    return any(factor.is_batch for factor in analysis.space.factors(axis))
 
 
 class _LargerBatch:
@@ -66,15 +110,17 @@ class _LargerBatch:
         value = self._analysis.node_values[node.name]
         if deep_tensors(value):
             axes = iter(self._analysis.node_axes[node.name])
-            return map_leaves(lambda tensor: self._enlarged(tensor, next(axes)), value)
+            return map_leaves(lambda tensor: _enlarged(tensor, next(axes), self._maps), value)
         if node.op == "placeholder":
             return value
         return self.run_with(node, self.arguments(node))
 
-    def _enlarged(self, tensor: Tensor, axes: Any) -> Tensor:
-        shape = [self._maps.size(axis) for axis in axes]
-        if list(tensor.shape) == shape:
-            return tensor
-        # Which ops a linear layer runs depends on the order of the dims in memory.
-        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        return tensor.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])
+
+def _enlarged(tensor: Tensor, axes: Axes, maps: IndexMaps) -> Tensor:
+    """Return a tensor of the sizes that maps give its axes."""
+    shape = [maps.size(axis) for axis in axes]
+    if list(tensor.shape) == shape:
+        return tensor
+    # Which ops a linear layer runs depends on the order of the dims in memory.
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])

@@ -14,11 +14,12 @@ from fxwidth.errors import FxwidthError
 from fxwidth.index_maps import IndexMaps
 from fxwidth.mode_merging import TrainingFlag
 from fxwidth.module_state import unchanged
+from fxwidth.rewriting.additions import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
 from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
-from fxwidth.rewriting.modes import Dropout, Step, UnexplainedError, training_steps
+from fxwidth.rewriting.modes import Step, UnexplainedError, training_steps
 from fxwidth.rewriting.signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import evaluating, plain_kernels, quiet
@@ -28,13 +29,21 @@ from fxwidth.value_pins import nodes_behind_values
 
 @dataclass
 class RewrittenGraph:
-    """A graph for the new sizes, checked under fake tensors and not yet in use."""
+    """A graph for the new sizes, checked under fake tensors and not yet in use.
+
+    Attributes:
+        graph: the graph.
+        additions: what the module must have beside it.
+        patched: the nodes whose literals have changed.
+        lowered: the nodes that became ATen ops, and why.
+        values: what each node is on the inputs of the analysis, as fake tensors.
+    """
 
     graph: fx.Graph
-    constants: dict[str, Tensor]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    additions: Additions
     patched: list[str] = field(default_factory=list)
     lowered: dict[str, str] = field(default_factory=dict)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
 
 
 def rewrite_graph(
@@ -62,13 +71,14 @@ class _Rewriter:
         self._edits = edits
         self._fakes = {name: fakes.get(name, entry.fake) for name, entry in analysis.parameters.items()}
         self._changed = set(fakes)
-        self._result = RewrittenGraph(copy.deepcopy(self._module.graph), {})
+        self._result = RewrittenGraph(copy.deepcopy(self._module.graph), Additions(self._module))
         self._graph = self._result.graph
-        self._values: dict[fx.Node, Any] = {}
+        self._values = self._result.values
+        additions = self._result.additions
         self._old_values: dict[fx.Node, Any] = {}
         # What one run has found must not become a number in the graph.
         self._behind_values = frozenset(nodes_behind_values(analysis))
-        self._lowering = Lowering(analysis, maps, self._graph, self._add_constant, self._add_dropout)
+        self._lowering = Lowering(analysis, maps, self._graph, additions.constant, additions.dropout)
 
     def run(self) -> RewrittenGraph:
         analysis = self._analysis
@@ -86,6 +96,7 @@ class _Rewriter:
                     self._check_outputs(node)
                 else:
                     self._rewrite(node)
+        drop_unread_constants(self._graph)
         self._graph.lint()
         return self._result
 
@@ -189,9 +200,9 @@ class _Rewriter:
 
     def _lower(self, node: fx.Node, problem: str) -> None:
         name = node.name
-        if not deep_tensors(self._old_values[node]):
+        if not deep_tensors(self._old_values[node]) and not self._writes(name):
             # A number computed from a size: whoever uses it is patched.
-            self._values[node] = self._run(node)[0]
+            self._values[node] = self._run_inserted(node, name, problem)
             return
         whole = "what it does depends on values" if name in self._behind_values else None
         whole = "it has a gradient of its own" if name in self._analysis.own_gradients else whole
@@ -210,6 +221,10 @@ class _Rewriter:
             raise FxwidthError(f"node {name!r} cannot be rewritten: {wrong}. Keep its groups with keep=.")
         self._graph.erase_node(node)
         self._result.lowered[name] = problem
+
+    def _writes(self, name: str) -> bool:
+        """Tell whether a node writes to a tensor: what it is there for may not be what it returns."""
+        return any(call.func._schema.is_mutable for call in self._analysis.calls_of(name))
 
     def _check_batch(self, name: str, problem: str) -> None:
         """Refuse what would write a number that depends on the batch into the graph."""
@@ -267,33 +282,18 @@ class _Rewriter:
         return self._callee(node)(*args, **kwargs)
 
     def _run_inserted(self, node: fx.Node, lowered: str, problem: str) -> Any:
-        if node.op == "get_attr" and str(node.target) in self._result.constants:
-            return self._analysis.mode.from_tensor(self._result.constants[str(node.target)])
-        if node.op == "call_module" and str(node.target) in self._result.modules:
+        additions = self._result.additions
+        if node.op == "get_attr" and str(node.target) in additions.constants:
+            return self._analysis.mode.from_tensor(additions.constants[str(node.target)])
+        if node.op == "call_module" and str(node.target) in additions.modules:
             return self._values[node.all_input_nodes[0]]
         try:
             return self._run(node)[0]
         except Exception as error:
             raise FxwidthError(
-                f"node {lowered!r} cannot be rewritten for the new sizes: {problem}; taken apart into ATen ops, "
-                f"{node.name!r} fails: {error}. Keep its groups with keep=."
+                f"node {lowered!r} cannot be rewritten for the new sizes: {problem.rstrip('.')}; taken apart into ATen "
+                f"ops, {node.name!r} fails: {str(error).rstrip('.')}. Keep its groups with keep=."
             ) from error
-
-    def _add_constant(self, value: Tensor) -> str:
-        name = f"_fxwidth_constant_{len(self._result.constants)}"
-        while hasattr(self._module, name):
-            name += "_"
-        self._result.constants[name] = value
-        return name
-
-    def _add_dropout(self, dropout: Dropout) -> str:
-        """Add a dropout module below the module whose mode it must follow."""
-        number = len(self._result.modules)
-        while hasattr(self._module.get_submodule(dropout.owner), f"fxwidth_dropout_{number}"):
-            number += 1
-        path = ".".join(part for part in (dropout.owner, f"fxwidth_dropout_{number}") if part)
-        self._result.modules[path] = dropout.kind(dropout.p)
-        return path
 
     def _check_outputs(self, node: fx.Node) -> None:
         values = deep_tensors(fx.node.map_arg(node.args, lambda source: self._values[source]))

@@ -57,6 +57,8 @@ def patch(state: NodeState) -> bool:
     node = state.node
     before = (node.args, node.kwargs, node.target, node.op)
     name = _function_name(node)
+    if name.startswith("__"):
+        name = name.strip("_")  # a method by which Python spells an operator
     if _is_one_op(state):
         _patch_aten(state)
     elif name in _PATCHES:
@@ -208,10 +210,12 @@ def _split(state: NodeState) -> None:
 
 
 def _getitem(state: NodeState) -> None:
+    """Patch the index of what is read from a tensor, or written to a part of it."""
     node = state.node
-    source, index = node.args
+    source, index = node.args[:2]
     tensor = state.before(source)
-    if not isinstance(tensor, Tensor) or not isinstance(state.old_value, Tensor):
+    is_read = len(node.args) == 2
+    if not isinstance(tensor, Tensor) or (is_read and not isinstance(state.old_value, Tensor)):
         return
     items = list(index) if isinstance(index, (tuple, list)) else [index]
     if any(isinstance(state.before(item), (Tensor, list, bool)) for item in items):
@@ -291,6 +295,7 @@ _PATCHES: dict[str, Callable[[NodeState], None]] = {
     "chunk": _split,
     "split_with_sizes": _split,
     "getitem": _getitem,
+    "setitem": _getitem,
     "scaled_dot_product_attention": _attention,
     "layer_norm": _norm(1, "normalized_shape", "native_layer_norm", 4),
     "rms_norm": _norm(1, "normalized_shape", "rms_norm", 3),

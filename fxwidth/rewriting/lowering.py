@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
@@ -27,6 +26,10 @@ _AS_RESHAPE = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 def as_tuple(*values: Any) -> tuple[Any, ...]:
     """Return the arguments as a tuple: the result of a lowered node with several outputs."""
     return values
+
+
+def nothing() -> None:
+    """Return nothing: the result of a lowered node that only writes."""
 
 
 class Lowering:
@@ -198,10 +201,12 @@ class Lowering:
         return known
 
     def _result(self, value: Any, name: str) -> fx.Node:
+        if value is None:
+            return self._graph.call_function(nothing)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, (tuple, list)):
-            parts = [self._result(part, name) if pytree.tree_leaves(part) != [None] else None for part in value]
+            parts = [None if part is None else self._result(part, name) for part in value]
             return self._graph.call_function(as_tuple, tuple(parts))
         raise FxwidthError(
             f"node {name!r} returns a {type(value).__name__}, which cannot be rebuilt from ATen ops; "

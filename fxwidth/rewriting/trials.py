@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
@@ -21,6 +21,7 @@ from fxwidth.factors import Factor
 from fxwidth.index_maps import IndexMaps
 from fxwidth.module_state import unchanged
 from fxwidth.pins import WRITTEN_IN
+from fxwidth.rewriting.additions import Additions
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.tape import evaluating, quiet
@@ -50,7 +51,7 @@ class _Trials:
     analysis: Analysis
 
     def __post_init__(self) -> None:
-        unchanged_graph = RewrittenGraph(self.analysis.module.graph, {})
+        unchanged_graph = RewrittenGraph(self.analysis.module.graph, Additions(self.analysis.module))
         finds = _FINDS if self.analysis.record is not None else ()
         self._finds = [count for count in finds if self._fails_with(count, unchanged_graph, {}) is None]
 
@@ -115,9 +116,9 @@ class _Trials:
             with ExitStack() as stack:
                 for context in (evaluating(module), unchanged(module), substituted(module, known), quiet()):
                     stack.enter_context(context)
-                graph = _with_parts(module, rewritten)
+                stack.enter_context(rewritten.additions.in_place())
                 stack.enter_context(analysis.mode)
-                run_with(graph, graph.graph, analysis.inputs, values)
+                run_with(module, rewritten.graph, analysis.inputs, values)
         except FxwidthError as error:
             return f"with {finds} things found, {error}"
         return None
@@ -125,15 +126,3 @@ class _Trials:
 
 def _about_half(size: int, number: int) -> int:
     return max(1, size // 2 - number % max(1, size // 4))
-
-
-def _with_parts(module: fx.GraphModule, rewritten: RewrittenGraph) -> fx.GraphModule:
-    """Return a module like another with the parts that its rewritten graph asks for."""
-    if not rewritten.constants and not rewritten.modules:
-        return module
-    shell = fx.GraphModule(module, rewritten.graph)
-    for name, constant in rewritten.constants.items():
-        shell.register_buffer(name, constant)
-    for path, part in rewritten.modules.items():
-        shell.add_submodule(path, part)
-    return shell

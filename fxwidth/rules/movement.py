@@ -9,11 +9,27 @@ import torch
 
 from fxwidth.factors import ONE, Axis, axis_size
 from fxwidth.index_maps import IndexMaps
-from fxwidth.pins import ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
+from fxwidth.pins import BY_STRIDES, ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 from fxwidth.tape import OpCall
 
-_VIEWS = ("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy")
+_VIEWS = ("view", "_unsafe_view", "_reshape_copy", "view_copy")
+
+
+@rule("_reshape_alias")
+def _reshaped_by_strides(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    if not _is_reshape(c.call):
+        raise RuleDeclinedError("a view by strides")
+    return _view(c)
+
+
+def _is_reshape(call: OpCall) -> bool:
+    """Tell whether the strides of a `_reshape_alias` are those of a view of that size."""
+    size, given = call.arguments["size"], call.arguments["stride"]
+    try:
+        return _same_strides(size, given, call.arguments["self"].view(size).stride())
+    except RuntimeError:
+        return False  # no view has that size
 
 
 @rule(*_VIEWS)
@@ -63,11 +79,13 @@ def _sizes_of_result(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
 
 
-prescription(*(name for name in _VIEWS if name != "_reshape_alias"))(_sizes_of_result)
+prescription(*_VIEWS)(_sizes_of_result)
 
 
 @prescription("_reshape_alias")
 def _reshape(call: OpCall, maps: IndexMaps) -> Prescribed:
+    if not _is_reshape(call):
+        return revised(call)
     # Its strides are those of the old sizes.
     sizes = [maps.size(axis) for axis in call.output_axes[0]]
     return torch.ops.aten.reshape.default, {"self": call.arguments["self"], "shape": sizes}
@@ -319,14 +337,40 @@ prescription("slice_scatter")(_slice_literals)
 
 @rule("as_strided")
 def _as_strided(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    # Adaptive pooling on channels-last tensors restrides its result: the same size is the same tensor.
-    if list(c["size"]) != c.shape("self"):
-        raise RuleDeclinedError("a view by strides")
+    if not _is_alias(c.call, c.shape("self")):
+        c.pin([axis for tensor in c.in_memory_of("self") for axis in c.axes(tensor)], BY_STRIDES)
+        result = [c.fixed(size, BY_STRIDES) for size in c.outputs[0].shape]
+        return [[c.axes("self")[0], *result[1:]] if _is_inside_samples(c) else result]
     return [c.axes("self")]
+
+
+def _is_inside_samples(c: RuleContext) -> bool:
+    """Tell whether a view by strides shows a part of each entry of the first dim, such as a sample, in their order."""
+    shape, size, given = c.shape("self"), c["size"], c["stride"]
+    stride, own_offset = c.call.layouts[id(c["self"])]
+    if not size or not shape or (size[0], given[0]) != (shape[0], stride[0]):
+        return False
+    first = 0 if c["storage_offset"] is None else c["storage_offset"] - own_offset
+    last = first + sum((n - 1) * step for n, step in zip(size[1:], given[1:], strict=True))
+    return bool(0 <= first <= last < stride[0])
+
+
+def _is_alias(call: OpCall, shape: Sequence[int]) -> bool:
+    """Tell whether a view by strides shows what its operand does: adaptive pooling restrides dims of size one."""
+    stride, own_offset = call.layouts[id(call.arguments["self"])]
+    size, given, offset = (call.arguments[name] for name in ("size", "stride", "storage_offset"))
+    return offset in (None, own_offset) and list(size) == list(shape) and _same_strides(size, given, stride)
+
+
+def _same_strides(size: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
+    """Tell whether strides lead to the same places; that of a single position says nothing."""
+    return all(n == 1 or one == other for n, one, other in zip(size, first, second, strict=True))
 
 
 @prescription("as_strided")
 def _as_alias(call: OpCall, maps: IndexMaps) -> Prescribed:
+    if not _is_alias(call, [axis_size(axis) for axis in call.axes[id(call.arguments["self"])]]):
+        return revised(call)
     return torch.ops.aten.alias.default, {"self": call.arguments["self"]}
 
 

@@ -104,11 +104,18 @@ def keeps(func: OpOverload) -> bool:
 class RuleContext:
     """One op call as its rule sees it: arguments by name, axes of tensors, and the verbs that relate axes."""
 
-    def __init__(self, call: OpCall, space: FactorSpace, axes_of: Callable[[Tensor], Axes]) -> None:
+    def __init__(
+        self,
+        call: OpCall,
+        space: FactorSpace,
+        axes_of: Callable[[Tensor], Axes],
+        in_memory_of: Callable[[Tensor], Iterable[Tensor]],
+    ) -> None:
         self.call = call
         self.space = space
         self.outputs = call.outputs
         self._axes_of = axes_of
+        self._in_memory_of = in_memory_of
 
     def __getitem__(self, name: str) -> Any:
         return self.call.arguments[name]
@@ -123,6 +130,10 @@ class RuleContext:
     def shape(self, operand: str | Tensor) -> list[int]:
         """Return an operand's shape from before the op."""
         return [axis_size(axis) for axis in self.axes(operand)]
+
+    def in_memory_of(self, operand: str) -> list[Tensor]:
+        """Return an operand and all tensors before it that share its memory, each of which says how that is divided."""
+        return [self[operand], *self._in_memory_of(self[operand])]
 
     def dim(self, value: int, rank: int) -> int:
         """Return a dim counted from the front."""

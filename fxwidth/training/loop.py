@@ -98,7 +98,7 @@ def fit(
 ) -> TrainingResult:
     """Train `gm` on `data`, both on one device, and evolve it on the way; `gm` is changed in place.
 
-    A stop request ends the training after the step under way.
+    A stop request ends the training after the step under way, or in the evaluation under way.
 
     Raises:
         FxwidthError: the loss is no longer finite, or the target is out of reach.
@@ -189,7 +189,7 @@ class _Training:
             if self.stop.count:
                 break
             self._evaluate_epoch(epoch)
-            if self.clock.progress >= 1:
+            if self.stop.count or self.clock.progress >= 1:
                 break
         return self._result()
 
