@@ -110,7 +110,7 @@ def _halved(model: nn.Module, call: Call, dtype: torch.dtype, checks: ModeChecks
             "pinned": len(pinned),
             "pinned_reasons": Counter(str(group.pinned) for group in pinned).most_common(),
         }
-        plan = {group.name: max(1, group.width // 2) for group in free}
+        plan = {group.name: max(group.least.width, group.width // 2) for group in free}
         kept = {graph[name].factor: _some(graph[name].width, width) for name, width in plan.items()}
         values = bound_to_placeholders(gm, calls.Call(call.args, call.kwargs))
         maps = IndexMaps(graph.analysis.space, kept)

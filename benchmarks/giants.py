@@ -57,7 +57,7 @@ def measure(layers: int) -> dict[str, Any]:
     clock.ends("trace")
     graph = fxwidth.analyze(gm)
     clock.ends("analyze")
-    halves = {group.name: max(1, group.width // 2) for group in graph.free}
+    halves = {group.name: max(group.least.width, group.width // 2) for group in graph.free}
     result |= {"ops": len(graph.analysis.calls), "groups": len(graph.groups), "free": len(graph.free)}
     del graph
     clock.starts()

@@ -33,7 +33,7 @@ def random_plans(wg: fxwidth.WidthGraph, count: int, smallest: float) -> list[di
     """Return plans in which each group has a share of its channels drawn evenly from the smallest to all."""
     generator = np.random.default_rng(0)
     return [
-        {group.name: max(1, round(group.width * generator.uniform(smallest, 1.0))) for group in wg.free}
+        {group.name: max(group.least.width, round(group.width * generator.uniform(smallest, 1.0))) for group in wg.free}
         for _ in range(count)
     ]
 

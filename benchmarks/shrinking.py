@@ -82,7 +82,7 @@ def uniform(graph: fxwidth.WidthGraph, budget: int) -> fxwidth.Plan:
     low, high, best = 0.0, 1.0, fxwidth.Plan({})
     for _ in range(_BISECTIONS):
         ratio = (low + high) / 2
-        plan = fxwidth.Plan({group.name: max(1, int(ratio * group.width)) for group in graph.free})
+        plan = fxwidth.Plan({group.name: max(group.least.width, int(ratio * group.width)) for group in graph.free})
         if costs.parameter_count(graph, {graph[name].factor: width for name, width in plan.items()}) <= budget:
             low, best = ratio, plan
         else:

@@ -22,7 +22,7 @@ from fxwidth.module_parts import watching_parts
 from fxwidth.module_state import restored, walk
 from fxwidth.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
-from fxwidth.structures import deep_tensors, map_leaves, states_in
+from fxwidth.structures import deep_tensors, map_leaves, sample_count, states_in
 from fxwidth.tape import Axes, OpCall, TapeRecorder, evaluating, plain_kernels, quiet
 from fxwidth.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.unification import unify
@@ -60,8 +60,9 @@ class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
-    `own_gradients` are the nodes in which functions with a gradient of their own were applied. `memo` is for
-    `fxwidth.memo.per_graph`, and `seen` is what the module was.
+    `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
+    the inputs are one sample, without a batch. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module
+    was.
     """
 
     module: fx.GraphModule
@@ -79,10 +80,15 @@ class Analysis:
     outputs: list[Tensor] = field(default_factory=list)
     states: set[int] = field(default_factory=set)
     own_gradients: set[str] = field(default_factory=set)
+    is_single: bool = False
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     seen: GraphState | None = None
+
+    def samples_in(self, values: Any) -> int:
+        """Return how many samples there are in one value per placeholder."""
+        return 1 if self.is_single else sample_count(values)
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor; one that was never seen has fixed dims."""
@@ -171,14 +177,27 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
     Raises:
         FxwidthError: the graph does not run on these inputs.
     """
+    analysis = _analyzed(module, examples, record, is_single=False)
+    # A first dim of the inputs that must have the size of a parameter is no batch.
+    if analysis.batch is not None and _reaches_parameters(analysis):
+        return _analyzed(module, examples, record, is_single=True)
+    return analysis
+
+
+def _reaches_parameters(analysis: Analysis) -> bool:
+    axes = {axis for entry in analysis.parameters.values() for axis in entry.axes}
+    return any(factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
+
+
+def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:
     mode = fake_mode()
     space = FactorSpace()
     inputs = tuple(map_leaves(partial(_fake_input, mode), value, TensorSpec, Tensor) for value in examples)
     slots = tensor_slots(module)
     parameters = _parameters(slots, mode, space)
     fakes = {name: entry.fake for name, entry in parameters.items()}
-    batch = batch_factor(module, inputs, fakes, mode, record is not None)
-    analysis = Analysis(module, space, mode, parameters, inputs, batch, record)
+    batch = None if is_single else batch_factor(module, inputs, fakes, mode, record is not None)
+    analysis = Analysis(module, space, mode, parameters, inputs, batch, record, is_single=is_single)
     for entry in analysis.parameters.values():
         analysis.set_axes(entry.fake, entry.axes)
     names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]

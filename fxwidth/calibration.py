@@ -39,7 +39,8 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
     left = limit
     for number, batch in enumerate(data):
         values = _fitted(analysis, batch, number)
-        size = max((len(tensor) for tensor in deep_tensors(values) if tensor.dim()), default=1)
+        lengths = (len(tensor) for tensor in deep_tensors(values) if tensor.dim())
+        size = 1 if analysis.is_single else max(lengths, default=1)
         if left is not None and size > left:
             values = [map_leaves(partial(_first, size, left), value) for value in values]
         if size:
@@ -246,12 +247,17 @@ def _all_checked(analysis: Analysis, value: Any, example: Any, place: str) -> An
         raise FxwidthError(
             f"{place} holds {len(given)} tensors, the graph was analysed with {len(expected)}; pass inputs like those."
         )
-    checked = [_checked(*pair, place) for pair in zip(given, expected, strict=True)]
+    checked = [_checked(analysis, *pair, place) for pair in zip(given, expected, strict=True)]
     return rebuild(flatten(example, (Tensor,))[1], checked)
 
 
-def _checked(tensor: Tensor, example: Tensor, place: str) -> Tensor:
+def _checked(analysis: Analysis, tensor: Tensor, example: Tensor, place: str) -> Tensor:
     shape, expected = tuple(tensor.shape), tuple(example.shape)
+    if analysis.is_single and shape != expected:
+        raise FxwidthError(
+            f"{place} has shape {shape}, the graph takes one sample of shape {expected} at a time; pass an iterable of "
+            "such samples."
+        )
     if len(shape) != len(expected) or shape[1:] != expected[1:]:
         raise FxwidthError(
             f"{place} has shape {shape}, the graph was analysed with {expected}; "

@@ -3,44 +3,88 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups import WidthGraph
-from fxwidth.input_shapes import INPUTS, VALUES
-from fxwidth.resizing import HISTORY, resize_analyzed
+from fxwidth.notes import HISTORY, NOTES, notes_of
+from fxwidth.resizing import resize_analyzed
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.tensor_slots import tensor_slots
 from fxwidth.tracing import analyze_module, trace
 
-_FORMAT = "fxwidth.resizes"
+_FORMAT, _NORMS = "fxwidth.resizes", "fxwidth.norms"
 
 
 def save(gm: fx.GraphModule, path: str | Path) -> None:
     """Write an evolved graph to a file.
 
-    A path that ends in ".safetensors" gets the tensors and the widths, and is loaded into a fresh model of the
-    original architecture; any other gets the whole module as Python's pickle, which `load` brings back without the
-    model's code.
+    A path that ends in ".safetensors" gets the tensors, the widths and what resizes have made of the scales of norms,
+    and is loaded into a fresh model of the original architecture; any other gets the whole module as Python's pickle,
+    which `load` brings back without the model's code. A file that is there already is replaced once the new one is
+    complete, and stays as it is if that fails.
+
+    Raises:
+        FxwidthError: there is no folder for it, or the module cannot be pickled.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        # Pickling a GraphModule keeps its code but not its notes: shapes and history travel beside it.
-        torch.save(
-            {"module": gm, "meta": {key: gm.meta[key] for key in (INPUTS, VALUES, HISTORY) if key in gm.meta}}, path
+    if not Path(path).resolve().parent.is_dir():
+        raise FxwidthError(f"there is no folder {Path(path).parent} to write {Path(path).name} to; make it first.")
+    if Path(path).suffix != ".safetensors":
+        _refuse_parametrized(gm)
+    with _beside(Path(path)) as target:
+        if Path(path).suffix != ".safetensors":
+            notes = notes_of(gm)
+            torch.save({"module": gm, "meta": {key: notes[key] for key in NOTES if key in notes}}, target)
+            return
+        tensors = {name: tensor.detach().contiguous() for name, (tensor, _) in tensor_slots(gm).items()}
+        history = notes_of(gm).get(HISTORY, [])
+        widths = [{name: new for name, (_, new) in record["widths"].items()} for record in history]
+        norms = [record.get("norms", {}) for record in history]
+        save_file(tensors, target, metadata={_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms)})
+
+
+def _refuse_parametrized(gm: fx.GraphModule) -> None:
+    name = next((name for name, part in gm.named_modules() if parametrize.is_parametrized(part)), None)
+    if name is not None:
+        raise FxwidthError(
+            f"torch does not pickle modules with parametrizations, as {name!r} has them; save to a path that ends in "
+            "'.safetensors'."
         )
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file that takes the place of another once it is complete."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        # A pipe or a device cannot be replaced.
+        yield path
         return
-    tensors = {name: tensor.detach().contiguous() for name, (tensor, _) in tensor_slots(gm).items()}
-    widths = [{name: new for name, (_, new) in record["widths"].items()} for record in gm.meta.get(HISTORY, [])]
-    save_file(tensors, path, metadata={_FORMAT: json.dumps(widths)})
+    target = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        yield target
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, target)
+        target.replace(path)
+    finally:
+        target.unlink(missing_ok=True)
 
 
+@plain_surroundings()
 def load(
     path: str | Path,
     model: nn.Module | None = None,
@@ -67,7 +111,7 @@ def load(
         if not isinstance(saved, dict) or not isinstance(saved.get("module"), fx.GraphModule):
             raise FxwidthError(f"{path} holds a {type(saved).__name__}, not a graph written by fxwidth.save.")
         module: fx.GraphModule = saved["module"]
-        module.meta.update(saved["meta"])
+        notes_of(module).update(saved["meta"])
         return module
     if model is None:
         raise FxwidthError(f"{path} holds tensors only; pass model=, a fresh model of the original architecture.")
@@ -79,8 +123,12 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         metadata = file.metadata() or {}
         if _FORMAT not in metadata:
             raise FxwidthError(f"{path} was not written by fxwidth.save.")
-        for widths in json.loads(metadata[_FORMAT]):
-            resize_analyzed(WidthGraph(analyze_module(module)), widths, exact=False, blind=True)
+        widths = json.loads(metadata[_FORMAT])
+        # Files from before norms were noted lack them; the sizes alone tell then.
+        norms = json.loads(metadata[_NORMS]) if _NORMS in metadata else [None] * len(widths)
+        for plan, ratios in zip(widths, norms, strict=True):
+            graph = WidthGraph(analyze_module(module))
+            resize_analyzed(graph, plan, exact=False, blind=True, norms=ratios)
         slots = tensor_slots(module)
         if set(slots) != set(file.keys()):
             odd = sorted(set(slots) ^ set(file.keys()))[:3]

@@ -23,6 +23,7 @@ from fxwidth.remembered_noise import noise_moments
 from fxwidth.rotations import Rotation, rotation
 from fxwidth.selection import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.shrinkage import shrunk
+from fxwidth.silent_channels import silent_channels, silent_last
 from fxwidth.spectra import singular_values, tail_share, writer_gram
 from fxwidth.tensor_slots import accumulation_dtype
 
@@ -138,7 +139,10 @@ class Evidence:
 
     def _found_order(self, group: ChannelGroup, count: int, pairs: Pairs | None) -> Tensor:
         pairs = None if self.selection == MAGNITUDE else pairs
-        return channel_order(self.width_graph, group, count, pairs, self.selection)
+        order = channel_order(self.width_graph, group, count, pairs, self.selection)
+        if pairs is None or self.moments is None:
+            return order
+        return silent_last(order, silent_channels(self.width_graph, group, self.moments))
 
 
 def select(width_graph: WidthGraph, group: ChannelGroup, width: int, evidence: Evidence) -> Indices:

@@ -17,6 +17,7 @@ from fxwidth.probes import NORMS
 from fxwidth.reader_sets import ReaderSet, reader_sets
 from fxwidth.regression import regression
 from fxwidth.tape import OpCall
+from fxwidth.tensor_slots import complex_rows, real_rows
 
 # How many rows of a weight are folded at a time.
 _ROWS = 512
@@ -57,6 +58,28 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
         if moment is not None:
             _fold_set(width_graph, readers, kept[kept != NEW], moment, folded)
     return folded
+
+
+def not_refitted(width_graph: WidthGraph, maps: IndexMaps, moments: Moments) -> dict[str, str]:
+    """Return the readers that lose channels without taking over what they read from them, and why."""
+    result: dict[str, str] = {}
+    for readers in reader_sets(width_graph):
+        reader = readers.first
+        if not maps.changes(reader.axis) or np.count_nonzero(maps.indices(reader.axis) != NEW) == axis_size(
+            reader.axis
+        ):
+            continue
+        name = reader.view.parameter if reader.view is not None else f"node {reader.call.node}"
+        if reader.view is None:
+            result[name] = "its weight is computed from parameters"
+        elif not readers.foldable:
+            result[name] = "its weight is used for something else too"
+        elif _common_moment(readers, moments) is None:
+            result[name] = next(
+                (moments.missed[one.call.node] for one in readers.readers if one.call.node in moments.missed),
+                "nothing is known of what it reads",
+            )
+    return result
 
 
 def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, call: OpCall) -> float:
@@ -113,7 +136,7 @@ def _fold_set(
     assert view is not None
     weight = view.of(_working_copy(width_graph, view.parameter, folded))
     # Contiguous, so that the blocks of a transposed weight can be written to in place.
-    blocks = reader.blocks(weight).clone(memory_format=torch.contiguous_format)
+    blocks = real_rows(reader.blocks(weight)).clone(memory_format=torch.contiguous_format)
     groups, _, size = blocks.shape
     constants = moment.mean.new_zeros(groups, reader.outputs)
     shares = moment.mean.new_ones(groups, reader.outputs)
@@ -126,13 +149,21 @@ def _fold_set(
             centred, matched = absorber is not None, readers.variance is None
             constant, share = _fold_block(blocks[group], part, K, d, reader.outputs, centred=centred, matched=matched)
             constants[group], shares[group] = constant / reader.strides, share
-    weight.copy_(reader.operand(blocks, weight))
+    if not all(_fits(part, weight.dtype) for part in (blocks, constants, shares)):
+        # Its dtype has no number for what it would take over: it keeps what it reads of the channels that stay.
+        return
+    weight.copy_(reader.operand(complex_rows(blocks) if weight.is_complex() else blocks, weight))
     if absorber is not None:
         vector = absorber.view.of(_working_copy(width_graph, absorber.view.parameter, folded))
         vector.add_(absorber.sign * constants.view(-1).to(vector.dtype))
     if readers.variance is not None:
         vector = readers.variance.of(_working_copy(width_graph, readers.variance.parameter, folded))
         vector.mul_(shares.view(-1).to(vector.dtype))
+
+
+def _fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether values are finite, and stay so in another dtype; NaN is not."""
+    return bool((values.abs() <= torch.finfo(dtype).max).all())
 
 
 def _fold_block(

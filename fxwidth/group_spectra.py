@@ -15,6 +15,7 @@ from fxwidth.loss_probes import Loss, calibrated
 from fxwidth.moments import has_values
 from fxwidth.ranks import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.spectra import singular_values, writer_columns
+from fxwidth.surroundings import plain_surroundings
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class GroupSpectrum:
         return asdict(self)
 
 
+@plain_surroundings()
 def spectrum(
     width_graph: WidthGraph,
     *,

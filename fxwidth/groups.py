@@ -18,6 +18,7 @@ from fxwidth.explanations import told_pin
 from fxwidth.factors import Factor, term_size
 from fxwidth.garbage import without_collections
 from fxwidth.growth import Growth, find_growth
+from fxwidth.least_widths import Least, least_widths
 from fxwidth.pins import BATCH, STRUCTURAL, UNUSED, Pin
 from fxwidth.roles import Role, Roles, find_roles
 
@@ -41,6 +42,7 @@ class ChannelGroup:
         sites: where the group occurs in parameters and buffers.
         pinned: why the width must stay, or None.
         mixed: the op that reduces over the channels (norm, softmax, mean), so that removing some changes the others.
+        least: below which width no resize goes, and why: a variance, a norm or a softmax over fewer tells nothing.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ChannelGroup:
     mixed: str | None
     factor: Factor
     find_growth: Callable[[], Growth]
+    least: Least
 
     @cached_property
     def growth(self) -> Growth:
@@ -250,6 +253,7 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
                 if role == Role.WRITER and leaf not in names:
                     names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)
     taken: set[str] = set()
+    least = least_widths(analysis)
     for leaf, places in sites.items():
         if leaf.size == 1 or (leaf.pinned is not None and leaf.pinned.reason in STRUCTURAL):
             continue
@@ -260,7 +264,9 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
         pin = _pin_of(leaf)
         pinned = None if pin is None else str(pin)
         recipe = partial(Growth, inexact=f"pinned: {pinned}") if pinned else partial(find_growth, analysis, roles, leaf)
-        yield ChannelGroup(name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe)
+        yield ChannelGroup(
+            name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe, least.get(leaf, Least(1, ""))
+        )
 
 
 def _pin_of(leaf: Factor) -> Pin | None:

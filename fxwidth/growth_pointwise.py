@@ -65,7 +65,7 @@ def _trial(c: CallView, zero: set[int]) -> list[Tensor]:
         if not isinstance(leaf, Tensor):
             return leaf
         other = 0.5 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else 1
-        return torch.full((1,), 0 if id(leaf) in zero else other, dtype=leaf.dtype)
+        return torch.full((1,), 0 if id(leaf) in zero else other, dtype=leaf.dtype, device="cpu")
 
     arguments = {name: pytree.tree_map(number, value) for name, value in c.call.arguments.items()}
     args, kwargs = unbind(c.call.func, arguments)

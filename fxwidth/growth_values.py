@@ -14,6 +14,7 @@ from torch import Tensor
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.growth import Fill, Growth
 from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.tensor_slots import accumulation_dtype
 
 if TYPE_CHECKING:
     from fxwidth.groups import WidthGraph
@@ -186,10 +187,22 @@ def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name
     present = torch.from_numpy(np.intersect1d(old[dim], np.flatnonzero(filling.at.channels >= 0))).to(device)
     fresh = torch.from_numpy(np.flatnonzero(filling.at.new)).to(device)
     precision = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    known = block[present].flatten(1).to(accumulation_dtype(tensor))
+    # Squares of entries may be beyond the range of their dtype: lengths are taken in units of the largest.
+    unit = known.abs().amax() if known.numel() else known.new_zeros(())
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{len(present)}".encode()))
-    directions = new_directions(block[present].flatten(1).to(precision), len(fresh), generator)
+    directions = new_directions((known / unit).to(precision), len(fresh), generator).to(known.dtype) * unit
     grid = torch.meshgrid(fresh, *places, indexing="ij")
-    rows[grid] = directions.reshape(grid[0].shape).to(tensor.dtype)
+    rows[grid] = _bounded(directions, tensor.dtype).reshape(grid[0].shape).to(tensor.dtype)
+
+
+def _bounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows no longer than the root of the largest number of a dtype: their products with inputs as long fit."""
+    longest = torch.finfo(dtype).max ** 0.5
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    bounded: Tensor = rows * (longest / lengths.clamp_min(longest))
+    return bounded
 
 
 def new_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -204,7 +217,7 @@ def new_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tens
 
     Source: the orthogonal complement of the row space, as in SVD evolutive CNN, Jérome Dejaegher, 2021.
     """
-    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64).to(rows)
+    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
     basis = _row_space(rows)
     room = min(count, rows.shape[1] - basis.shape[1])
     made = random[:room]

@@ -88,10 +88,12 @@ class _Ways:
 
     def lost(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return minus how far outputs have gone, in units of how much they differ between samples."""
-        lost = torch.zeros(())
+        lost = torch.zeros((), dtype=torch.float32, device="cpu")
         for place, output in enumerate(output for output in outputs if output.is_floating_point()):
             if place not in self._drawn:
-                self._drawn[place] = torch.randn(output.shape, generator=self._generator).to(output.device)
+                self._drawn[place] = torch.randn(
+                    output.shape, generator=self._generator, dtype=torch.float32, device="cpu"
+                ).to(output.device)
             spread = output.detach().to(accumulation_dtype(output)).std(0, correction=0)
             # What never differs has no unit to go by.
             weights = torch.where(spread > 0, self._drawn[place] / spread, 0.0)

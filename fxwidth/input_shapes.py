@@ -12,10 +12,9 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.analysis import TensorSpec, analyze_axes
 from fxwidth.calls import Call, bound_to_placeholders
 from fxwidth.errors import FxwidthError
+from fxwidth.notes import INPUTS, notes_of
 from fxwidth.structures import deep_tensors, flatten, map_leaves, rebuild
 from fxwidth.tensor_slots import tensor_slots
-
-INPUTS, VALUES = "fxwidth_inputs", "fxwidth_values"
 
 
 def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
@@ -29,8 +28,9 @@ def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
         device = device_of(module)
         given = bound_to_placeholders(module, call)
         return [map_leaves(lambda leaf: TensorSpec(tuple(leaf.shape), leaf.dtype, device), value) for value in given]
-    if len(module.meta.get(INPUTS, ())) == len(placeholders):
-        return list(module.meta.get(INPUTS, ()))
+    noted = notes_of(module).get(INPUTS, ())
+    if len(noted) == len(placeholders):
+        return list(noted)
     carried = [_carried_spec(node) for node in placeholders]
     if all(spec is not None for spec in carried):
         return [spec[0] for spec in carried if spec is not None]
@@ -88,9 +88,9 @@ def whole_numbers(values: Sequence[Any]) -> list[Tensor | None]:
 
 def _real(spec: TensorSpec, known: Tensor | None, generator: torch.Generator) -> Tensor:
     if known is None and spec.dtype.is_floating_point:
-        known = torch.rand(spec.shape, generator=generator)
+        known = torch.rand(spec.shape, generator=generator, dtype=torch.float32, device="cpu")
     elif known is None:
-        known = torch.zeros(spec.shape)
+        known = torch.zeros(spec.shape, device="cpu")
     if tuple(known.shape) != spec.shape:
         known = known.repeat(2, *[1] * (known.dim() - 1))
     return known.detach().to(spec.device, spec.dtype)

@@ -13,11 +13,12 @@ from fxwidth.groups import ChannelGroup, WidthGraph
 
 @dataclass(frozen=True)
 class Limits:
-    """What widths a group may take."""
+    """What widths a group may take; one alone where that is asked for, since it is no group then."""
 
     least: int
     most: int | None
     align: int
+    alone: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("min_width", self.least), ("align", self.align), ("max_width", self.most)):
@@ -31,7 +32,7 @@ class Limits:
 
     def nearest(self, group: ChannelGroup, width: int) -> int:
         """Return the allowed width for a group that is to have some width: rounded up, and never across its own."""
-        rounded = self._up(max(width, self.least))
+        rounded = self._up(max(width, self._least_of(group)))
         if width <= group.width:
             rounded = min(rounded, group.width)
         return rounded if self.most is None else min(rounded, self._widest)
@@ -39,10 +40,13 @@ class Limits:
     def smaller(self, group: ChannelGroup) -> list[int]:
         """Return the widths that a group may shrink to or stay at, ascending."""
         top = group.width if self.most is None else min(group.width, self.most)
-        widths = list(range(self._up(self.least), top + 1, self.align))
+        widths = list(range(self._up(self._least_of(group)), top + 1, self.align))
         if group.width == top and top not in widths:
             widths.append(top)
         return widths or [group.width]
+
+    def _least_of(self, group: ChannelGroup) -> int:
+        return max(self.least, group.least.width, 1 if self.alone or self.most == 1 else 2)
 
     def _up(self, width: int) -> int:
         return -(-width // self.align) * self.align

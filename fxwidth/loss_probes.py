@@ -193,7 +193,7 @@ def _losses(
     # Every group is judged by the same state: what a model keeps of one run must not be there in the next.
     with left_as_it_is(module), torch.no_grad(), substituted(module, tensors):
         for values, targets in pairs:
-            size = sample_count(values)
+            size = evidence.width_graph.analysis.samples_in(values)
             output = fx.Interpreter(module).run(*values, enable_io_processing=False)
             for count, part in _divided((module.graph.process_outputs(output), targets), size):
                 result = _called(loss, *part)

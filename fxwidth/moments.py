@@ -24,7 +24,7 @@ from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
 from fxwidth.real_runs import looking_on
 from fxwidth.rules.registry import keeps
-from fxwidth.structures import deep_tensors, map_leaves, sample_count
+from fxwidth.structures import deep_tensors, map_leaves
 from fxwidth.tape import TapeRecorder, bind, functional_name
 from fxwidth.tensor_slots import is_sound
 
@@ -153,7 +153,7 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
     samples = 0
     with looking_on(analysis.module):
         for number, values in enumerate(batches):
-            size = sample_count(values)
+            size = analysis.samples_in(values)
             observer.samples = size
             try:
                 with recorder:

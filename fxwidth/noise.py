@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
-from fxwidth.input_shapes import VALUES
+from fxwidth.notes import VALUES, notes_of
 from fxwidth.probes import Measure, Probe
-from fxwidth.structures import Structure, flatten, rebuild, sample_count
+from fxwidth.structures import Structure, flatten, rebuild
 from fxwidth.tape import OpCall
 
 # How many rows a covariance of n channels should come from: enough of them, and several times n. Moving them takes ten
@@ -66,7 +66,7 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
     known = _counts(analysis) or [None] * len(leaves)
     has_counts = any(count is not None for count in known)
-    recorded = sample_count(analysis.inputs)
+    recorded = analysis.samples_in(analysis.inputs)
     smooth = tuple(map(_is_image, leaves))
     places = tuple(
         is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)
@@ -99,19 +99,19 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
 
 def _largest_batch(analysis: Analysis) -> int:
     """Return of how many samples all activations can be kept at once."""
-    recorded = sample_count(analysis.inputs)
+    recorded = analysis.samples_in(analysis.inputs)
     sizes = [max(1, tensor.numel() // recorded) for call in analysis.calls for tensor in call.outputs] or [1]
     return max(16, min(_LARGEST_ACTIVATION // max(sizes), _KEPT // sum(sizes)))
 
 
 def products_per_sample(analysis: Analysis) -> float:
     """Return how many multiplications the contractions of a graph take for one sample."""
-    return sum(map(_products, analysis.calls)) / sample_count(analysis.inputs)
+    return sum(map(_products, analysis.calls)) / analysis.samples_in(analysis.inputs)
 
 
 def _counts(analysis: Analysis) -> list[Tensor | None]:
     """Return the integers among the inputs that a graph which looks at values was traced with, None for the others."""
-    known: list[Tensor | None] = analysis.module.meta.get(VALUES, (None, None, []))[2]
+    known: list[Tensor | None] = notes_of(analysis.module).get(VALUES, (None, None, []))[2]
     return known if analysis.record is not None else []
 
 
@@ -129,7 +129,7 @@ def _samples_wanted(probes: Sequence[Probe], recorded: int, most: int | None) ->
 
 def _products_in_all(analysis: Analysis, probes: Sequence[Probe]) -> float:
     """Return how many multiplications a sample takes, with the second moments that are asked for; one at least."""
-    moments = sum(map(_products_of_moment, probes)) / sample_count(analysis.inputs)
+    moments = sum(map(_products_of_moment, probes)) / analysis.samples_in(analysis.inputs)
     return max(1.0, products_per_sample(analysis) + moments)
 
 

@@ -142,9 +142,11 @@ def _length(tensor: Tensor, dim: int | None) -> Tensor:
     """Return the norm of each slice along a dim, or of all, with as many dims as a weight norm's gain."""
     wide = tensor.to(accumulation_dtype(tensor))
     if dim is None:
-        return torch.as_tensor(torch.linalg.vector_norm(wide))
+        whole: Tensor = torch.linalg.vector_norm(wide)
+        return whole
     others = [d for d in range(tensor.dim()) if d != dim]
-    return torch.as_tensor(torch.linalg.vector_norm(wide, dim=others, keepdim=True)) if others else wide.abs()
+    slices: Tensor = torch.linalg.vector_norm(wide, dim=others, keepdim=True) if others else wide.abs()
+    return slices
 
 
 def _settled_vector(

@@ -13,11 +13,14 @@ from torch import Tensor, fx
 from fxwidth.analysis import Analysis
 from fxwidth.probes import Key, Measure, Probe
 from fxwidth.tape import OpCall, TapeRecorder
-from fxwidth.tensor_slots import accumulation_dtype
+from fxwidth.tensor_slots import accumulation_dtype, real_rows
 
 ROWS_PER_BATCH = 65_536
 # How many channels are multiplied with all at a time.
 _CHANNELS = 512
+
+# Between these, sums of squares are far from the ends of single precision.
+_LEAST, _MOST = 1e-14, 1e15
 
 OTHER_OPS = "it ran other ops than when it was analysed"
 NOT_FINITE = "its inputs are not finite"
@@ -76,14 +79,17 @@ class _Sum:
         self._origin: Tensor | None = None
 
     def add(self, rows: Tensor, samples: int) -> None:
-        """Take in rows, [rows, channels], of so many samples."""
+        """Take in rows, [rows, channels], of so many samples; real and imaginary parts are seen one by one."""
+        rows = real_rows(rows)
         wide = accumulation_dtype(rows)
-        work = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        work = rows if rows.dtype == torch.float64 else rows.float()
         if self._origin is None:
             self._precision = torch.finfo(work.dtype).eps
             self._origin = work.to(wide).mean(0)
             self._first = torch.zeros_like(self._origin)
             self._second = self._first.new_zeros(len(self._origin), len(self._origin))
+        if work.dtype != wide and not _has_squares(work):
+            work = work.to(wide)
         shifted = work - self._origin.to(work.dtype)
         self._first += shifted.to(wide).sum(0)
         # Part by part: where the sum is as large as the model, another of its size is too much.
@@ -99,6 +105,13 @@ class _Sum:
         covariance = self._second.div_(self.rows).addr_(shift, shift, alpha=-1)
         del self._second
         return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
+
+
+def _has_squares(rows: Tensor) -> bool:
+    """Tell whether the squares of the largest entries are within the range of single precision."""
+    low, high = rows.aminmax()
+    largest = max(-float(low), float(high))
+    return largest == 0 or _LEAST < largest < _MOST
 
 
 class _Average:

@@ -74,7 +74,7 @@ def origins(analysis: Analysis, factor: Factor, parameter: str, dim: int) -> Ori
         None where an op on the way is not one of those that a linear group may have.
     """
     entry = analysis.parameters[parameter]
-    numbers = torch.arange(entry.tensor.shape[dim])
+    numbers = torch.arange(entry.tensor.shape[dim], device="cpu")
     of = {id(entry.fake): _along(numbers, dim, entry.tensor.shape)}
     for call in analysis.calls:
         known = {id(tensor): of[id(tensor)] for tensor in call.inputs if id(tensor) in of}
@@ -151,7 +151,7 @@ def _batch_norm(call: OpCall, known: Known) -> Sequence[Tensor]:
         if name not in ("input", "bias", "running_mean"):
             raise ValueError("channels are scaled, each by itself")
         found.append(own if name == "input" else _along(own, 1, call.outputs[0].shape))
-    return [_only(found), *(torch.zeros(output.shape, dtype=torch.int64) for output in call.outputs[1:])]
+    return [_only(found), *(torch.zeros(output.shape, dtype=torch.int64, device="cpu") for output in call.outputs[1:])]
 
 
 def _operands(call: OpCall, known: Known) -> list[tuple[str, Tensor]]:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fxwidth.factors import Factor, FactorSpace
 from fxwidth.groups import ChannelGroup, WidthGraph
-from fxwidth.moments import Moments
+from fxwidth.moments import Moment, Moments
 from fxwidth.occurrences import channel_positions
 from fxwidth.probes import Key
 from fxwidth.reader_sets import ReaderSet, reader_sets
 from fxwidth.readers import Reader, wiring_of
 from fxwidth.regression import effective_rows
 from fxwidth.tape import OpCall
+from fxwidth.tensor_slots import real_rows
 
 # More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
 _ENTRIES, _PRODUCTS = 2**27, 1e11
@@ -183,17 +184,23 @@ def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, mo
     if moment is None or values is None or factor not in space.factors(reader.axis):
         return None
     # Values from single precision are worked on in single precision where that is much faster.
-    narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2
+    narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2 and _fits_single(moment)
     S = moment.covariance.float() if narrow else moment.covariance
     if readers.absorber is None:
         mean = moment.mean.to(S.dtype)
         S = S.addr_(mean, mean) if S is not moment.covariance else torch.addr(S, mean, mean)
-    found = list(_reader_pairs(space, reader, factor, S, values.to(S.dtype), moment.precision))
+    found = list(_reader_pairs(space, reader, factor, S, values, moment.precision))
     if not found:
         return None
     seen, wanted = (_together(parts) for parts in zip(*found, strict=True))
     rows = torch.full((len(seen),), effective_rows(moment), dtype=seen.dtype, device=seen.device)
     return Pairs(seen, wanted, moment.precision, rows)
+
+
+def _fits_single(moment: Moment) -> bool:
+    """Tell whether products of second moments with weights are within the range of single precision."""
+    largest = float(moment.squares().amax()) if len(moment.mean) else 0.0
+    return largest == 0 or 1e-20 < largest < 1e20
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:
@@ -212,7 +219,7 @@ def _reader_pairs(
     occurrences = channel_positions(space, reader.axis, factor)
     if not occurrences:
         return
-    blocks = reader.blocks(weight)
+    blocks = real_rows(reader.blocks(weight)).to(S.dtype)
     size = blocks.shape[2]
     D = torch.bmm(blocks.transpose(1, 2), blocks)
     inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)

@@ -23,6 +23,7 @@ from fxwidth.plans import Plan
 from fxwidth.polynomials import Polynomial
 from fxwidth.readers import wiring_of
 from fxwidth.rehearsals import has_inputs, output_errors
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.thresholds import Thresholds, by_thresholds
 from fxwidth.tracing import refuse_nan
 
@@ -33,6 +34,7 @@ _Options = ParamSpec("_Options")
 _CLEARLY = 0.5
 
 
+@plain_surroundings()
 def plan_with_evidence(
     width_graph: WidthGraph,
     *,
@@ -44,7 +46,7 @@ def plan_with_evidence(
     shrink_energy: float = 0.05,
     grow_energy: float = 0.5,
     grow_step: int = 0,
-    min_width: int = 1,
+    min_width: int | None = None,
     max_width: int | None = None,
     align: int = 1,
     same_width: SameWidth | None = None,
@@ -72,7 +74,8 @@ def plan_with_evidence(
         shrink_energy: in [0, 1); 0 for no shrinking.
         grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.
         grow_step: channels to add; 0 for no growing.
-        min_width: no group shrinks below this.
+        min_width: no group shrinks below this; None for 2, or for 1 where a budget is out of reach otherwise: a group
+            of width 1 can no more be told from dims of size one, so that it is no group and cannot grow again.
         max_width: no group stays or grows above this.
         align: new widths are rounded up to multiples of this.
         same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
@@ -96,12 +99,14 @@ def plan_with_evidence(
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
-    limits = Limits(min_width, max_width, align)
+    limits = Limits(1 if min_width is None else min_width, max_width, align, alone=min_width is not None)
     thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
     bound = budget_of(budget, params)
     units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
     if bound is not None:
         problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
+        if min_width is None and not problem.is_in_reach():
+            problem = _Problem(width_graph, units, Limits(1, max_width, align), problem.bounds)
         return problem.solved(data, loss, selection, rotate)
     if loss is not None:
         raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
@@ -151,7 +156,8 @@ def refuse_out_of_reach(width_graph: WidthGraph, budget: Budget, options: Mappin
     Raises:
         FxwidthError: it cannot, or the options are out of range or contradict each other.
     """
-    limits = Limits(options.get("min_width", 1), options.get("max_width"), options.get("align", 1))
+    least = options.get("min_width")
+    limits = Limits(1 if least is None else least, options.get("max_width"), options.get("align", 1))
     chosen = chosen_groups(width_graph, options.get("only"), options.get("keep"))
     units = classes(width_graph, chosen, options.get("same_width"))
     _Problem(width_graph, units, limits, bounds_of(width_graph, budget)).refuse_out_of_reach()
@@ -179,7 +185,7 @@ class _Problem:
         self, width_graph: WidthGraph, units: Sequence[Class], limits: Limits, bounds: Sequence[Bound]
     ) -> None:
         self._width_graph = width_graph
-        self._bounds = bounds
+        self.bounds = bounds
         self._allowed = {unit: unit.widths(limits) for unit in units}
         self._groups = [group for unit in units for group in unit.groups]
         # Groups that go together are one to the solver: the first stands for all.
@@ -194,13 +200,17 @@ class _Problem:
             FxwidthError: a bound is out of reach, or the data or the loss cannot be used.
         """
         largest = {group: widths[-1] for unit, widths in self._allowed.items() for group in unit.groups}
-        if all(bound.met(_by_factor(largest)) for bound in self._bounds):
+        if all(bound.met(_by_factor(largest)) for bound in self.bounds):
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
-            return _noted(self._width_graph, largest, self._bounds, errors, None), None
+            return _noted(self._width_graph, largest, self.bounds, errors, None), None
         self.refuse_out_of_reach()
         evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
         widths = self._rehearsed(evidence, errors)
-        return _noted(self._width_graph, widths, self._bounds, errors, evidence), evidence
+        return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
+
+    def is_in_reach(self) -> bool:
+        """Tell whether the smallest widths meet all bounds."""
+        return all(bound.met(_by_factor(self._smallest)) for bound in self.bounds)
 
     def refuse_out_of_reach(self) -> None:
         """Check that the smallest widths meet all bounds.
@@ -208,17 +218,21 @@ class _Problem:
         Raises:
             FxwidthError: they do not; it tells how far down the cost can go, and what holds it up.
         """
-        smallest = {group: widths[0] for unit, widths in self._allowed.items() for group in unit.groups}
-        for bound in self._bounds:
-            if not bound.met(_by_factor(smallest)):
-                raise FxwidthError(out_of_reach(self._width_graph, self._groups, _by_factor(smallest), bound))
+        smallest = _by_factor(self._smallest)
+        for bound in self.bounds:
+            if not bound.met(smallest):
+                raise FxwidthError(out_of_reach(self._width_graph, self._groups, smallest, bound))
+
+    @property
+    def _smallest(self) -> dict[ChannelGroup, int]:
+        return {group: widths[0] for unit, widths in self._allowed.items() for group in unit.groups}
 
     def _allocated(self, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
         choices = []
         for unit, widths in self._allowed.items():
             summed = sum((errors[group][widths] for group in unit.groups), np.zeros(len(widths)))
             choices.append(Choice(unit.groups[0].factor, np.array(widths), summed))
-        result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self._bounds])
+        result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self.bounds])
         return {group: result[self._heads[group.factor]] for group in self._groups}
 
     def _rehearsed(self, evidence: Evidence, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:

@@ -74,12 +74,14 @@ class Probe:
             return moved.reshape(count, moved.shape[-1])
         # One row at a random place of each stretch: an even stride may fall on the same image column every time.
         generator = torch.Generator().manual_seed(count)
-        places = (torch.arange(limit) + torch.rand(limit, generator=generator, dtype=torch.float64)) * (count / limit)
+        within = torch.rand(limit, generator=generator, dtype=torch.float64, device="cpu")
+        places = (torch.arange(limit, device="cpu") + within) * (count / limit)
         flat = places.long().clamp_max(count - 1).to(tensor.device)
         return moved[torch.unravel_index(flat, moved.shape[:-1])]
 
     def squares(self, tensor: Tensor) -> tuple[Tensor, int]:
         """Return the sum of squares along the dims, or of products in each head, and of how many terms each is one."""
+        tensor = tensor.abs() if tensor.is_complex() else tensor
         if self.side is not None:
             heads = self.side.rows(tensor.to(accumulation_dtype(tensor)))
             return heads.mT @ heads, heads.shape[1]

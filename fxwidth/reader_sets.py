@@ -65,7 +65,9 @@ def _find(wiring: Wiring) -> Iterator[ReaderSet]:
     for readers in by_weight.values():
         view = readers[0].view
         foldable = view is not None and _used_only_by(wiring, view, [reader.call for reader in readers])
-        if foldable and all(reader.weight in _RIGHT for reader in readers):
+        # What is known of complex channels are products of one part with the same of another, no means.
+        is_real = not readers[0].call.arguments[readers[0].weight].is_complex()
+        if foldable and is_real and all(reader.weight in _RIGHT for reader in readers):
             yield ReaderSet(tuple(readers), True, *_following_vectors(wiring, readers))
         else:
             yield ReaderSet(tuple(readers), foldable, None, None)

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from fxwidth.analysis import Analysis
 from fxwidth.groups import WidthGraph
-from fxwidth.input_shapes import VALUES
 from fxwidth.module_state import stores
 from fxwidth.moments import Moments, moments_from_noise
+from fxwidth.notes import VALUES, notes_of
 from fxwidth.structures import deep_tensors
 
 # Of each module those that were found last. They are tensors alone, and so do not keep their module alive.
@@ -73,7 +73,9 @@ def _tensors(analysis: Analysis) -> Iterator[tuple[str, Tensor]]:
         if name not in part._buffers:
             yield from ((path, tensor) for tensor in deep_tensors(part.__dict__[name]))
     # Integers of the example that a graph was traced with, where what it does depends on values.
-    yield from (("", tensor) for tensor in analysis.module.meta.get(VALUES, (None, None, ()))[2] if tensor is not None)
+    yield from (
+        ("", tensor) for tensor in notes_of(analysis.module).get(VALUES, (None, None, ()))[2] if tensor is not None
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

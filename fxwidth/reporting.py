@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from fxwidth.resizing import HISTORY
+from fxwidth.notes import HISTORY, notes_of
 from fxwidth.selection import MAGNITUDE
 
 
@@ -19,9 +19,10 @@ class Report:
         resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels
             were chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the
             method), folded (whether readers were refitted), recalibrated (whether batch norm statistics were
-            corrected), lowered (nodes replaced by ATen ops, with the reason), original (what has become of the model
-            that was traced: "resized", "untouched", or None where there is none, or none any more that shares
-            parameters).
+            corrected), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
+            variances multiplied), not_refitted (readers that lost channels without taking over what they read from
+            them, with the reason), original (what has become of the model that was traced: "resized", "untouched", or
+            None where there is none, or none any more that shares parameters).
     """
 
     resizes: tuple[dict[str, Any], ...]
@@ -35,7 +36,7 @@ class Report:
 
 def report(gm: fx.GraphModule) -> Report:
     """Return what `resize`, `evolve` and `Evolver` have done to a graph."""
-    return Report(tuple(gm.meta.get(HISTORY, ())))
+    return Report(tuple(notes_of(gm).get(HISTORY, ())))
 
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:
@@ -43,6 +44,9 @@ def _paragraph(number: int, record: dict[str, Any]) -> str:
     lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){_done(record)}"]
     lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
+    lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
+    alone = [name for name, (_, new) in record["widths"].items() if new == 1]
+    lines += [f"  {name} is of width 1: no group any more, so it cannot grow again" for name in alone]
     return "\n".join(lines)
 
 

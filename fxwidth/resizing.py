@@ -15,9 +15,12 @@ from fxwidth.calibration import replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
 from fxwidth.fake_ops import fake_like
+from fxwidth.folding import not_refitted
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.least_widths import why_too_narrow
 from fxwidth.moments import Moments, has_values
+from fxwidth.notes import HISTORY, notes_of
 from fxwidth.originals import RESIZED, UNTOUCHED, detach_original, goes_along, original_of, resized_together
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration
@@ -28,17 +31,17 @@ from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.metadata import renew_metadata
 from fxwidth.rewriting.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.rewriting.optimizers import check_optimizer
-from fxwidth.rewriting.parameters import dim_maps, resized_tensors
+from fxwidth.rewriting.parameters import dim_maps, ratios_by_gain, resized_tensors
 from fxwidth.rewriting.successors import successor
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
-from fxwidth.tensor_slots import set_slot, tensor_slots
+from fxwidth.surroundings import plain_surroundings
+from fxwidth.tensor_slots import is_sound, set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
 from fxwidth.transactions import Transaction
 
-HISTORY = "fxwidth_history"
 
-
+@plain_surroundings()
 def resize(
     gm: fx.GraphModule,
     plan: Plan | Mapping[str, int],
@@ -102,11 +105,12 @@ def resize(
 
 @dataclass(frozen=True)
 class _Options:
-    """Those of `resize`, and two more.
+    """Those of `resize`, and three more.
 
     Attributes:
         evidence: moments and a selection that are known already; data serve recalibration alone then.
         blind: whether the first channels of each group are kept without a look at values, which are about to be loaded.
+        norms: the variance ratios of norms that were found with values, by the names of their gains.
     """
 
     optimizer: Optimizer | None = None
@@ -118,8 +122,10 @@ class _Options:
     fold: bool = True
     exact: bool = True
     blind: bool = False
+    norms: Mapping[str, float] | None = None
 
 
+@plain_surroundings()
 def resize_analyzed(
     width_graph: WidthGraph,
     plan: Plan | Mapping[str, int],
@@ -133,7 +139,7 @@ def resize_analyzed(
         width_graph: the analysed graph.
         plan: as for `resize`.
         transaction: that of which this is a part, which takes everything back on failure; by default one of its own.
-        options: those of `resize`, and `evidence` and `blind`; see `_Options`.
+        options: those of `resize`, and `evidence`, `blind` and `norms`; see `_Options`.
 
     Raises:
         FxwidthError: the plan or the data cannot be used.
@@ -159,6 +165,7 @@ def _resize(
         return module
     if not options.blind:
         refuse_nan(module)
+        _refuse_too_narrow(width_graph, groups)
     data = replayed(options.data)
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
     with torch.inference_mode(False):
@@ -180,7 +187,8 @@ def _resize(
         if change.update is not None:
             change.update.commit()
         forget_noise(module)
-        module.meta[HISTORY] = [*module.meta.get(HISTORY, ()), change.record]
+        notes = notes_of(module)
+        notes[HISTORY] = [*notes.get(HISTORY, ()), change.record]
     return module
 
 
@@ -266,6 +274,19 @@ def _evidence(
     return gather_evidence(width_graph, data, selection, rotates)
 
 
+def _refuse_too_narrow(width_graph: WidthGraph, groups: Mapping[ChannelGroup, int]) -> None:
+    for group, width in groups.items():
+        if width < min(group.width, group.least.width):
+            raise FxwidthError(
+                f"group {group.name!r} cannot shrink from {group.width} to {width}: {group.least.reason}. "
+                f"Its least width is {group.least.width}."
+            )
+    narrow = why_too_narrow(width_graph.analysis, {group.factor: width for group, width in groups.items()})
+    if narrow is not None:
+        names = ", ".join(repr(group.name) for group in groups)
+        raise FxwidthError(f"these widths do not go together: {narrow}. Keep one of {names} wider.")
+
+
 def _turned(evidence: Evidence, groups: Mapping[ChannelGroup, int], transaction: Transaction) -> Moments | None:
     """Bring linear groups that lose channels to their new bases, and return the moments in these."""
     # All of them are found before any weight changes: readers of one group write another.
@@ -287,7 +308,8 @@ def _prepare(
     width_graph = evidence.width_graph
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
-    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold)
+    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold, options.norms)
+    _refuse_infinite(width_graph, tensors)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
     edits = AttributeEdits()
@@ -308,9 +330,22 @@ def _prepare(
         "folded": options.fold and moments is not None,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
+        "norms": ratios_by_gain(width_graph, maps),
+        "not_refitted": not_refitted(width_graph, maps, moments) if options.fold and moments is not None else {},
         "original": original,
     }
     return _Change(graph, tensors, replacements, update, edits, record)
+
+
+def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        old = width_graph.analysis.parameters[name].tensor
+        new = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        if is_sound(old) and not is_sound(new):
+            raise FxwidthError(
+                f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range "
+                f"of {old.dtype}. Resize other groups, or bring the weights of this one's layers to a common scale."
+            )
 
 
 def _kept(evidence: Evidence, group: ChannelGroup, width: int) -> Indices:

@@ -47,8 +47,11 @@ def rotation(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> 
     linear = linear_group(width_graph, group)
     if linear is None or not all(is_sound(width_graph, norm) for norm in linear.norms):
         return None
+    if any(width_graph.analysis.parameters[site.parameter].tensor.is_complex() for site in group.sites):
+        # Of these no more is known than products of one part with the same of another.
+        return None
     turns, ends = [], []
-    lost = torch.zeros(group.width + 1, dtype=torch.float64)
+    lost = torch.zeros(group.width + 1, dtype=torch.float64, device="cpu")
     for basis in linear.bases:
         ends.append(ends_of(width_graph, group.factor, basis))
         pairs = [end.pairs(moments) for end in ends[-1]]

@@ -99,7 +99,9 @@ def by_magnitude(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
     Without values (meta device, nothing that writes the group but biases) the order is that of the channels.
     """
     norms = writer_norms(width_graph, group)
-    return torch.arange(group.width) if norms is None else torch.argsort(norms, descending=True, stable=True)
+    return (
+        torch.arange(group.width, device="cpu") if norms is None else torch.argsort(norms, descending=True, stable=True)
+    )
 
 
 def _sorted(channels: Tensor) -> Indices:

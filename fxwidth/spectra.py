@@ -32,7 +32,7 @@ def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
     """
     writers = list(writer_matrices(width_graph, group))
     if not writers or writers[0].device.type == "meta":
-        return torch.ones(group.width, dtype=torch.float64)
+        return torch.ones(group.width, dtype=torch.float64, device="cpu")
     columns = sum(writer.shape[1] for writer in writers)
     if group.width * columns <= _STACKED_ENTRIES:
         values = torch.linalg.svdvals(torch.cat([writer.to(accumulation_dtype(writer)) for writer in writers], 1))
@@ -109,7 +109,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
                 scale = torch.stack(scales).mean(0)
                 # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
                 rows = rows * (scale if scale.shape == index.shape else scale.mean(1, keepdim=True))[:, :, None]
-            yield rows.flatten(1)
+            yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
 
 
 def _writes(call: OpCall, tensor: Tensor, lineage: Lineage, dim: Dim) -> bool:

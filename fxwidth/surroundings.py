@@ -1,53 +1,30 @@
-"""What of torch itself is set while a graph is run to be looked at, and has to be what it was afterwards."""
+"""Working as outside of whatever the caller has switched on around the call."""
 
 from __future__ import annotations
 
-import gc
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch.nn import functional
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as pop_function_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
 
-# Where other functions are put for a while.
-_PATCHED: tuple[tuple[Any, str], ...] = (
-    (torch, "batch_norm"),
-    (functional, "scaled_dot_product_attention"),
-    (functional, "_verify_batch_size"),
-    (torch.autocast, "__enter__"),
-    (torch.autocast, "__exit__"),
-    (torch.autograd.Function, "apply"),
-)
-_MISSING = object()
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "mtia", "hpu")
 
 
-class Surroundings:
-    """The state of torch as it is now; contexts that are left half way may change it."""
+@contextmanager
+def plain_surroundings() -> Iterator[None]:
+    """Switch autocast and inference mode off for a while.
 
-    def __init__(self) -> None:
-        self._gradients = torch.is_grad_enabled()
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        self._functions = [vars(owner).get(name, _MISSING) for owner, name in _PATCHED]
-        self._collects = gc.isenabled()
-        self._depths = len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack())
-
-    def put_back(self) -> None:
-        """Make it what it was."""
-        while len(_get_current_function_mode_stack()) > self._depths[0]:
-            pop_function_mode()
-        while len(_get_current_dispatch_mode_stack()) > self._depths[1]:
-            pop_dispatch_mode()
-        for (owner, name), function in zip(_PATCHED, self._functions, strict=True):
-            if vars(owner).get(name, _MISSING) is function:
-                continue
-            if function is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, function)
-        torch.backends.mha.set_fastpath_enabled(self._fastpath)
-        torch.set_grad_enabled(self._gradients)
-        if self._collects:
-            gc.enable()
+    Under autocast a model is other ops, in other precision; in inference mode ops are not taken apart, and what is made
+    can never be trained.
+    """
+    casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        for device in casting:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+    if casting:
+        # Autocast keeps the weights that it has cast, and some of them may have been written to.
+        torch.clear_autocast_cache()

@@ -28,7 +28,7 @@ def tensor_slots(module: nn.Module) -> Slots:
 
 def is_sound(tensor: Tensor) -> bool:
     """Tell whether a parameter is finite; a buffer may be infinite in places, as masks and bounds are."""
-    if not tensor.is_floating_point() or tensor.device.type == "meta":
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
         return True
     # A sum is finite only if all its terms are, and costs a fraction of looking at each.
     if bool(tensor.detach().sum().isfinite()):
@@ -40,6 +40,20 @@ def is_sound(tensor: Tensor) -> bool:
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Return the widest floating dtype that a tensor's device computes in."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def real_rows(matrices: Tensor) -> Tensor:
+    """Return the rows of complex matrices [..., rows, columns] as two real ones each; real matrices as they are."""
+    if not matrices.is_complex():
+        return matrices
+    parts = torch.view_as_real(matrices.resolve_conj()).movedim(-1, -2)
+    return parts.reshape(*matrices.shape[:-2], 2 * matrices.shape[-2], matrices.shape[-1])
+
+
+def complex_rows(matrices: Tensor) -> Tensor:
+    """Return the complex matrices of which `real_rows` has made these."""
+    parts = matrices.reshape(*matrices.shape[:-2], matrices.shape[-2] // 2, 2, matrices.shape[-1])
+    return torch.view_as_complex(parts.movedim(-2, -1).contiguous())
 
 
 def set_slot(module: nn.Module, attribute: str, tensor: Tensor) -> None:

@@ -13,16 +13,19 @@ from fxwidth.analysis import Analysis, analyze_axes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
-from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
+from fxwidth.input_shapes import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
 from fxwidth.mode_merging import in_both_modes
+from fxwidth.notes import INPUTS, VALUES, notes_of
 from fxwidth.originals import remember_original
 from fxwidth.rewriting.trials import pin_what_is_written_in
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
 from fxwidth.value_record import VALUE_ERRORS
 from fxwidth.value_runs import record_values
 
 
+@plain_surroundings()
 def trace(
     model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> fx.GraphModule:
@@ -64,6 +67,7 @@ def trace(
     return module
 
 
+@plain_surroundings()
 def analyze_module(
     module: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> Analysis:
@@ -85,13 +89,13 @@ def analyze_module(
         if doubled is None:
             raise
         analysis = _analyze(module, specs, call)
-    module.meta[INPUTS] = specs
+    notes_of(module)[INPUTS] = specs
     return analysis
 
 
 def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
     """Analyse a graph; where what it does depends on values, with those of one run on real inputs."""
-    known_for, record, _ = module.meta.get(VALUES, (None, None, None))
+    known_for, record, _ = notes_of(module).get(VALUES, (None, None, None))
     if record is not None and call is None and known_for == specs:
         analysis = analyze_axes(module, specs, record)
         pin_what_is_written_in(analysis)
@@ -108,7 +112,7 @@ def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Ana
     record = record_values(module, values)
     analysis = analyze_axes(module, specs, record)
     pin_what_is_written_in(analysis)
-    module.meta[VALUES] = (specs, record, whole_numbers(values))
+    notes_of(module)[VALUES] = (specs, record, whole_numbers(values))
     return analysis
 
 

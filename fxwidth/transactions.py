@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from fxwidth.global_state import GlobalState
 from fxwidth.module_state import walk
 from fxwidth.rewriting.optimizers import optimizers_in
-from fxwidth.surroundings import Surroundings
 from fxwidth.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")
@@ -37,7 +37,7 @@ class Transaction:
     """
 
     def __init__(self, *modules: nn.Module, optimizer: Optimizer | None = None, objects: Iterable[object] = ()) -> None:
-        self._surroundings = Surroundings()
+        self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         parts = {id(part): part for module in modules for _, part in walk(module)}
@@ -80,7 +80,7 @@ class Transaction:
             for tensor, values in self._values.values():
                 steps.callback(overwrite, tensor, values)
             steps.callback(self.undo.close)
-            steps.callback(self._surroundings.put_back)
+            steps.callback(self._global_state.put_back)
 
 
 @dataclass

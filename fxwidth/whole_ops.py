@@ -34,7 +34,9 @@ def _(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps
 def _rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    precise = torch.finfo(input.dtype).eps if eps is None else eps
+    # Half precision is worked on, and normalised, in single precision.
+    work = torch.float32 if torch.finfo(input.dtype).bits < 32 else input.dtype
+    precise = torch.finfo(work).eps if eps is None else eps
     result: Tensor = torch.ops.fxwidth.rms_norm.default(input, list(normalized_shape), weight, precise)
     return result
 
@@ -156,7 +158,7 @@ def _real_counts(batch_sizes: Tensor) -> Tensor:
     """Return how many of packed sequences go on at each step: the ops' code reads them from memory."""
     counts = [size.item() for size in batch_sizes.unbind()]
     with _disable_current_modes():
-        return torch.tensor(counts)
+        return torch.tensor(counts, device="cpu")
 
 
 def _gate_by_gate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,8 +101,9 @@ class TestPlans:
         with pytest.MonkeyPatch.context() as patch:
             # What is tried out on noise may be preferred with a larger sum of errors: here it is that sum alone.
             patch.setattr("fxwidth.planning.has_inputs", lambda _: False)
-            together = plan(graph, budget=Budget(**targets))
-            alone = [plan(graph, budget=Budget(**{kind: target})) for kind, target in targets.items()]
+            # All may go as far down, whether the others need it or not.
+            together = plan(graph, budget=Budget(**targets), min_width=1)
+            alone = [plan(graph, budget=Budget(**{kind: target}), min_width=1) for kind, target in targets.items()]
         assert all(cost(graph, kind, together) <= target for kind, target in targets.items())
         # More bounds never allow less error than one of them.
         assert plan_error(graph, together) >= max(plan_error(graph, one) for one in alone) * 0.8 - 1e-9

@@ -204,7 +204,7 @@ class TestBudget:
     @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
     def test_the_target_is_met(self, name: str, share: float, least: int, align: int) -> None:
         graph = GRAPHS[name]
-        least_widths = {g.name: min(g.width, -(-least // align) * align) for g in graph.free}
+        least_widths = {g.name: min(g.width, -(-max(least, g.least.width) // align) * align) for g in graph.free}
         smallest, full = count(graph, least_widths), count(graph, {})
         target = smallest + int(share * (full - smallest))
         chosen = plan(graph, params=target, min_width=least, align=align)

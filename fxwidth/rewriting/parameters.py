@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -26,7 +27,11 @@ def dim_maps(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indice
 
 
 def resized_tensors(
-    width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, folds: bool = True
+    width_graph: WidthGraph,
+    maps: IndexMaps,
+    moments: Moments | None,
+    folds: bool = True,
+    norms: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], IndexMaps]:
     """Return the tensors that change, by name, and the maps completed with the variance ratios of norms.
 
@@ -35,11 +40,12 @@ def resized_tensors(
         maps: the kept and new indices of each resized group.
         moments: what the readers see; None when nothing is dropped or nothing is known.
         folds: whether readers take over what they read from dropped channels.
+        norms: variance ratios by the names of gains, where they are known already.
     """
     analysis = width_graph.analysis
     shrinks = moments is not None and folds
     folded = fold(width_graph, maps, moments) if moments is not None and shrinks else {}
-    ratios = _variance_ratios(width_graph, maps, moments)
+    ratios = _variance_ratios(width_graph, maps, moments, norms or {})
     result = {}
     for name in analysis.parameters:
         old = folded[name] if name in folded else weight_values(width_graph, name)
@@ -49,14 +55,17 @@ def resized_tensors(
             result[name] = new_entries(width_graph, maps, name, gathered)
         elif name in folded:
             result[name] = old
-    for name, ratio in _gain_ratios(width_graph, ratios).items():
+    maps = maps.with_variance_ratios(ratios)
+    for name, ratio in ratios_by_gain(width_graph, maps).items():
         gain = result.get(name, analysis.parameters[name].tensor.detach())
         result[name] = gain * math.sqrt(ratio)
     result |= settle(width_graph, maps, result)
-    return result, maps.with_variance_ratios(ratios)
+    return result, maps
 
 
-def _variance_ratios(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> dict[int, float]:
+def _variance_ratios(
+    width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, known: Mapping[str, float]
+) -> dict[int, float]:
     """Return the variance ratio of each norm whose gain can be rescaled, one for all calls that share a gain."""
     by_gain: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for call in width_graph.analysis.calls:
@@ -65,8 +74,9 @@ def _variance_ratios(width_graph: WidthGraph, maps: IndexMaps, moments: Moments 
         if gain is not None and changed:
             by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
     result: dict[int, float] = {}
-    for entries in by_gain.values():
-        shared = math.exp(sum(math.log(max(ratio, 1e-12)) for _, ratio in entries) / len(entries))
+    for gain, entries in by_gain.items():
+        found = math.exp(sum(math.log(max(ratio, 1e-12)) for _, ratio in entries) / len(entries))
+        shared = known.get(gain, found)
         result |= dict.fromkeys((index for index, _ in entries), shared)
     return result
 
@@ -78,10 +88,12 @@ def _gain(width_graph: WidthGraph, call: OpCall) -> str | None:
     return next((name for name, e in width_graph.analysis.parameters.items() if e.fake is weight), None)
 
 
-def _gain_ratios(width_graph: WidthGraph, ratios: dict[int, float]) -> dict[str, float]:
+def ratios_by_gain(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, float]:
+    """Return by the names of gains by what the variances that their norms see are multiplied in a resize."""
     result = {}
-    for index, ratio in ratios.items():
-        gain = _gain(width_graph, width_graph.analysis.calls[index])
-        if gain is not None and ratio != 1.0:
+    for call in width_graph.analysis.calls:
+        ratio = maps.variance_ratio(call.index)
+        gain = _gain(width_graph, call) if ratio != 1.0 else None
+        if gain is not None:
             result[gain] = ratio
     return result
