@@ -281,7 +281,7 @@ def test_lost_gradients_are_seen(monkeypatch):
         next(module.parameters()).requires_grad_(False)
 
     monkeypatch.setattr(fxwidth, "resize", freezing)
-    with pytest.raises(AssertionError, match="gradients of {'stems"):
+    with pytest.raises(AssertionError, match=r"gradients of \{'stems"):
         check_training(seeded_program(0, ops=("pointwise conv", "relu")))
 
 
