@@ -233,8 +233,8 @@ class ZeroedReplay(_Replay):
         if self._mixes_resized_dims(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
             found = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
-            results = (self._renumbered(call, result) for result in found)
-            scattered = (self.places.scatter(*pair) for pair in zip(results, call.output_axes, strict=True))
+            renumbered = (self._renumbered(call, result) for result in found)
+            scattered = (self.places.scatter(*pair) for pair in zip(renumbered, call.output_axes, strict=True))
             return self.rewrite(call, scattered)
         with _seeded(call):
             results = self.call_op(call.func, call.arguments, lambda leaf: self.laid_out(call, leaf))
