@@ -232,8 +232,9 @@ class ZeroedReplay(_Replay):
         """Run one op at its old sizes, and write zeros to what is removed of its results."""
         if self._mixes_resized_dims(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
-            results = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
-            scattered = (self.places.scatter(*pair) for pair in zip(results, call.output_axes, strict=True))
+            found = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
+            renumbered = (self._renumbered(call, result) for result in found)
+            scattered = (self.places.scatter(*pair) for pair in zip(renumbered, call.output_axes, strict=True))
             return self.rewrite(call, scattered)
         with _seeded(call):
             results = self.call_op(call.func, call.arguments, lambda leaf: self.laid_out(call, leaf))
@@ -262,6 +263,20 @@ class ZeroedReplay(_Replay):
             group = len((places // (old["C"] // old["group"])).unique())
             return revised(call, N=samples, C=channels, HxW=prod(positions), group=group)
         return prescribed(call, self.maps)
+
+    def _renumbered(self, call: OpCall, result: Tensor) -> Tensor:
+        """Return positions among the kept channels as what they were among all; other results as they are."""
+        tensor, dims = call.mixings[0].tensor, [mixing.dim for mixing in call.mixings]
+        if result.dtype != torch.int64 or not tensor.is_floating_point():
+            return result
+        axes = call.axes[id(tensor)]
+        kept = [self.places.of(axes[dim], result.device)[0] for dim in dims]
+        # A position in several dims counts through all of them.
+        places = torch.unravel_index(result, [len(own) for own in kept])
+        old: Tensor = torch.zeros_like(result)
+        for dim, own, place in zip(dims, kept, places, strict=True):
+            old = old * axis_size(axes[dim]) + own[place]
+        return old
 
     def _compact(self, call: OpCall, tensor: Tensor) -> Tensor:
         return self.places.gather(self.value(tensor), call.axes[id(tensor)])

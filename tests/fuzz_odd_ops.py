@@ -157,7 +157,7 @@ def _modulated(choose: Choices, width: int, other: int) -> Proposed:
     return (new, choose.between(0, 1)), (new,)
 
 
-def _applied(layer: Any, n: Numbers, x: Tensor, y: Tensor) -> Tensor:
+def applied(layer: Any, n: Numbers, x: Tensor, y: Tensor) -> Tensor:
     return layer(x)
 
 
@@ -175,7 +175,7 @@ ODD_OPS: dict[str, Op] = {
     "samples of channels": Op(kept, _samples_of_channels),
     "expanded": Op(kept, _expanded, lambda w, n: nn.ParameterList([nn.Parameter(torch.randn(w, 1))])),
     "samples as groups": Op(new_width, _samples_as_groups, lambda w, n: nn.Conv1d(w, n[0], 1, bias=False)),
-    "hypernetwork": Op(new_width, _applied, lambda w, n: Hypernetwork(w, n[0])),
-    "standardised conv": Op(new_width, _applied, lambda w, n: Standardised(w, n[0], 3, padding=1)),
-    "modulated conv": Op(_modulated, _applied, lambda w, n: Modulated(w, n[0], bool(n[1]))),
+    "hypernetwork": Op(new_width, applied, lambda w, n: Hypernetwork(w, n[0])),
+    "standardised conv": Op(new_width, applied, lambda w, n: Standardised(w, n[0], 3, padding=1)),
+    "modulated conv": Op(_modulated, applied, lambda w, n: Modulated(w, n[0], bool(n[1]))),
 }

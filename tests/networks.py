@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from tests import networks_of_channels, networks_of_tokens, networks_of_uses  # noqa: F401 - they fill the table
+from tests import (  # noqa: F401 - they fill the table
+    networks_of_channels,
+    networks_of_tokens,
+    networks_of_uses,
+    networks_of_writes,
+)
 from tests.network_cases import CASES, Case
 
 __all__ = ["CASES", "Case"]

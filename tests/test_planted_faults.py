@@ -10,15 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxwidth
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import constant
-from fxwidth.rules import contraction, movement
+from fxwidth.groups import WidthGraph
+from fxwidth.rules import contraction, movement, normalization
 from fxwidth.rules.registry import PRESCRIPTIONS, RULES, RuleContext, broadcast_all, revised
 from fxwidth.verification import replay_difference
+from tests.fuzzing import seeded_program
 from tests.networks import CASES
 from tests.oracles import analysed, random_maps
 from tests.rule_oracle import check_permutations, check_prescription, coupled_without_need, make_probe, removal
 from tests.samples import ROWS
+from tests.test_literals import check_other_literals
+from tests.value_oracle import assert_samples_apart, check_copies, check_growth, check_training
 
 
 def swapped_groups(c: RuleContext) -> Any:
@@ -83,6 +88,25 @@ def unchanged_literals(call: Any, maps: Any) -> Any:
     return revised(call)
 
 
+def freed(c: RuleContext) -> Any:
+    """A rule that lets any size change."""
+    return [c.axes("self")]
+
+
+def other_eps(call: Any, maps: Any) -> Any:
+    """A prescription of a norm that has another eps."""
+    return normalization._normalized_shape(call, maps)[0], {
+        **normalization._normalized_shape(call, maps)[1],
+        "eps": 0.1,
+    }
+
+
+def one_group(call: Any, maps: Any) -> Any:
+    """A prescription of a group norm that takes all channels together."""
+    func, arguments = normalization._group_norm_sizes(call, maps)
+    return func, {**arguments, "group": 1}
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], name: str, fault: Callable[..., Any]) -> None:
     assert name in table or fault is uncoupled_add
     monkeypatch.setitem(table, name, fault)
@@ -97,6 +121,34 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.into(x).view(-1, 3, 4).sum(1))
+
+
+class Between(nn.Module):
+    """Does something between two layers."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.into, self.middle, self.out = nn.Linear(5, 12), middle, nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.middle(self.into(x)))
+
+
+class _InList(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+class Strided(nn.Module):
+    """Transposes each matrix of 8 x 8 by its strides: a view of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.into(x))
+        return self.out(y.as_strided((x.shape[0], 8, 8), (64, 1, 8)))
 
 
 class Sum(nn.Module):
@@ -120,6 +172,21 @@ REPLAYED = {
     "view reversed": (RULES, "view", reversed_view, lambda: (Split(), [torch.randn(2, 5)])),
     "coupling missing": (RULES, "add", uncoupled_add, lambda: (Sum(), [torch.randn(2, 5)])),
     "literals kept": (PRESCRIPTIONS, "view", unchanged_literals, lambda: (Split(), [torch.randn(2, 5)])),
+    "flip freed": (RULES, "flip", freed, lambda: (Between(lambda h: h.flip(-1)), [torch.randn(2, 5)])),
+    "roll freed": (RULES, "roll", freed, lambda: (Between(lambda h: h.roll(2, -1)), [torch.randn(2, 5)])),
+    "as_strided freed": (RULES, "as_strided", freed, lambda: (Strided(), [torch.randn(2, 8, 6)])),
+    "layer norm with another eps": (
+        PRESCRIPTIONS,
+        "native_layer_norm",
+        other_eps,
+        lambda: (Between(nn.LayerNorm(12)), [torch.randn(2, 5)]),
+    ),
+    "group norm of one group": (
+        PRESCRIPTIONS,
+        "native_group_norm",
+        one_group,
+        lambda: (Between(nn.GroupNorm(3, 12)), [torch.randn(2, 5)]),
+    ),
 }
 
 
@@ -172,6 +239,57 @@ def test_needless_caution_is_seen(name, wrong, equal, monkeypatch):
     probe = make_probe(row, equal)
     assert (len(probe.factors()), probe.fixed_dims()) != (row.free, row.pinned)
     assert coupled_without_need(probe)
+
+
+def test_a_view_by_strides_taken_for_an_alias_is_seen(monkeypatch):
+    monkeypatch.setattr(movement, "_is_alias", lambda call, shape: list(call.arguments["size"]) == list(shape))
+    inputs = [torch.randn(2, 8, 6)]
+    analysis = analysed(Strided(), inputs)
+    assert WidthGraph(analysis)["into"].pinned is None
+    assert replay_difference(analysis, random_maps(analysis, 0.5), inputs) > 1e-2
+    # The sample that its author thought of is right; one with other strides is not.
+    row = _rows_of("as_strided")[0]
+    check_permutations(make_probe(row))
+    with pytest.raises(AssertionError, match="as_strided with stride="):
+        check_other_literals(row)
+
+
+VALUES = {
+    "cat reversed": (check_growth, RULES, "cat", reversed_cat),
+    "copies of a reversed cat": (check_copies, RULES, "cat", reversed_cat),
+}
+
+
+@pytest.mark.parametrize("fault", VALUES)
+def test_the_values_of_random_networks_show(fault, monkeypatch):
+    check, table, name, wrong = VALUES[fault]
+    plant(monkeypatch, table, name, wrong)
+    failed = 0
+    for seed in range(8):
+        try:
+            check(seeded_program(seed, ops=("cat", "pointwise conv")))
+        except (AssertionError, FxwidthError):
+            failed += 1
+    assert failed
+
+
+def test_lost_gradients_are_seen(monkeypatch):
+    resize = fxwidth.resize
+
+    def freezing(module: Any, plan: Any) -> None:
+        resize(module, plan)
+        next(module.parameters()).requires_grad_(False)
+
+    monkeypatch.setattr(fxwidth, "resize", freezing)
+    with pytest.raises(AssertionError, match=r"gradients of \{'stems"):
+        check_training(seeded_program(0, ops=("pointwise conv", "relu")))
+
+
+def test_samples_that_see_each_other_are_seen():
+    middle = nn.Sequential(Between(lambda h: h - h.mean(0)), _InList())
+    module = fxwidth.trace(middle.double().eval(), torch.randn(3, 5).double())
+    with pytest.raises(AssertionError, match="samples beside others"):
+        assert_samples_apart(module, torch.randn(3, 5).double())
 
 
 def test_a_wrong_prescription_is_seen(monkeypatch):
