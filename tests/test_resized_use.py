@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -105,3 +106,53 @@ def test_a_batch_that_is_sorted_may_change() -> None:
     fxwidth.resize(gm, {group.name: group.width // 2 for group in fxwidth.analyze(gm).free})
     assert gm.meta["fxwidth_history"][-1]["lowered"]
     assert gm(torch.randn(3, 5, 6)).shape == (3, 5, 3)
+
+
+def _reshape(q: Tensor, batch: int, heads: int) -> Tensor:
+    return q.reshape(batch * heads, 6, -1)
+
+
+def _packed(q: Tensor, batch: int, heads: int) -> Tensor:
+    return q.reshape((batch * heads, -1, q.shape[2]))
+
+
+def _expanded(q: Tensor, batch: int, heads: int) -> Tensor:
+    return q.reshape(-1, 6, q.shape[2]) + q.new_ones(1).expand(batch * heads, -1).unsqueeze(-1)
+
+
+def _again(q: Tensor, batch: int, heads: int) -> Tensor:
+    q = q.reshape(batch * heads, 6, -1)
+    return (2 * q).view(q.shape)
+
+
+class HeadsInTheBatch(nn.Module):
+    """Attention heads are folded into the batch, in a form in which another size is left open."""
+
+    def __init__(self, fold: Callable[[Tensor, int, int], Tensor], exported: bool) -> None:
+        super().__init__()
+        self.fold, self.exported = fold, exported
+        self.into, self.out = nn.Conv1d(6, 24, 1), nn.Conv1d(24, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exported and x.shape[1] != 6:
+            raise ValueError("the wrong width")
+        q = self.fold(self.into(x), x.shape[0], 4).softmax(1)
+        return self.out(q.reshape(x.shape[0], -1, x.shape[2]))
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
+@pytest.mark.parametrize("fold", [_reshape, _packed, _expanded, _again])
+def test_a_size_of_batch_and_heads_follows_both(fold: Callable[..., Tensor], exported: bool) -> None:
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    gm = fxwidth.trace(HeadsInTheBatch(fold, exported).double().eval(), x)
+    wg = fxwidth.analyze(gm)
+    assert sorted(group.width for group in wg.free) == [4, 6]
+    for widths in ({4: 2}, {6: 4}, {2: 3}):
+        groups = fxwidth.analyze(gm).groups
+        plan = {g.name: widths[g.width] for g in groups if g.pinned is None and g.width in widths}
+        assert plan
+        fxwidth.resize(gm, plan, fold=False, exact=False)
+        with torch.no_grad():
+            rows = gm(x)
+            for batch in (torch.cat([x, x[:1]]), x[:1]):
+                torch.testing.assert_close(gm(batch)[: len(x)], rows[: len(batch)], rtol=1e-9, atol=1e-12)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxwidth.factors import axis_size
 from fxwidth.index_maps import IndexMaps
-from fxwidth.rewriting.numbers import frozen
+from fxwidth.rewriting.numbers import frozen, rescaled
 from fxwidth.rules.registry import prescribed
 from fxwidth.tape import Axes, OpCall
 
@@ -123,7 +123,10 @@ def _patch_aten(state: NodeState) -> None:
 def _merged(state: NodeState, current: Any, wanted: Any) -> Any:
     """Return the wanted value, with those parts of the current one that come out right left as they are."""
     if isinstance(current, fx.Node):
-        return current if state.now(current) == wanted else wanted
+        now = state.now(current)
+        if now == wanted or not isinstance(now, int) or not isinstance(wanted, int):
+            return current if now == wanted else wanted
+        return rescaled(current, wanted, state.node, state, state.maps.space, state.axes_of)
     if isinstance(current, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(current) == len(wanted):
         if any(isinstance(state.now(part), (Tensor, type(None))) for part in current):
             return current
@@ -164,7 +167,10 @@ def _size(state: NodeState, current: Any, position: int, wanted: int, others: Se
     axis = state.axes[position]
     if state.maps.size(axis) != state.maps.with_larger_batch().size(axis):
         # A size that holds the batch must not be baked in.
-        return -1 if all(state.now(other) != -1 for other in others) else wanted
+        if all(state.now(other) != -1 for other in others):
+            return -1
+        if isinstance(current, fx.Node):
+            return rescaled(current, wanted, state.node, state, state.maps.space, state.axes_of)
     return wanted
 
 

@@ -6,6 +6,7 @@ by what the widths in it have lost.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ class _Made:
 
 _ELEMENTS = frozenset({"numel", "sym_numel", "nelement"})
 _SIZES = frozenset({"size", "sym_size", "getattr", "len"})
-_PRODUCTS = frozenset({"mul", "imul", "truediv", "itruediv", "neg", "float", "sqrt", "pow", "prod", "sym_float"})
+_PRODUCTS = frozenset(
+    {"mul", "imul", "truediv", "itruediv", "neg", "float", "sqrt", "pow", "prod", "sym_float", "scaled"}
+)
 
 
 def frozen(
@@ -77,6 +80,38 @@ def frozen(
     known.new_values[product] = now * before
     known.new_values[result] = now * before / now
     return result
+
+
+def rescaled(
+    size: fx.Node, wanted: int, user: fx.Node, known: Numbers, space: FactorSpace, axes_of: Callable[[Tensor], Axes]
+) -> fx.Node | int:
+    """Return what stands for a size that must come out otherwise: a constant, or where it holds the batch, a node.
+
+    Args:
+        size: the node that computes it.
+        wanted: its value at the batch of the tape.
+        user: the node that uses it; what is new comes before it.
+        known: the values of the graph's nodes.
+        space: that of the axes.
+        axes_of: the axes of a tensor of the tape.
+    """
+    if size.target is scaled:
+        size = size.args[0]  # type: ignore[assignment]
+    now, made = known.now(size), _made(size, known, space, axes_of)
+    if now == wanted:
+        return size
+    if not made.of_batch or not made.is_product or not isinstance(now, int) or now == 0:
+        return wanted
+    common = math.gcd(wanted, now)
+    with user.graph.inserting_before(user):
+        result = user.graph.call_function(scaled, (size, wanted // common, now // common))
+    known.new_values[result] = wanted
+    return result
+
+
+def scaled(size: int, new: int, old: int) -> int:
+    """Return a size in which one width has changed."""
+    return size * new // old
 
 
 def _made(number: Any, known: Numbers, space: FactorSpace, axes_of: Callable[[Tensor], Axes]) -> _Made:
