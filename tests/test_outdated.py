@@ -116,7 +116,8 @@ def test_training_in_between_is_no_change() -> None:
     assert graph.outdated is None
     # And the plan is that of the values as they are.
     plans = [fxwidth.plan(one, params=0.5, data=[x]) for one in (graph, fxwidth.analyze(gm))]
-    assert plans[0] == plans[1] and plans[0].notes == plans[1].notes
+    assert plans[0] == plans[1]
+    assert plans[0].notes == plans[1].notes
 
 
 def test_a_refused_resize_leaves_it_up_to_date() -> None:
