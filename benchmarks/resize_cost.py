@@ -4,8 +4,9 @@
 
 Half of the channels of every free group go, without folding. Ours is `trace`, `analyze` and `resize`; Torch-Pruning's
 is `MagnitudePruner` with its dependency graph, and one step at half of the channels. Every run is a process of its own
-with one thread, in turns; the figures are CPU seconds, so that other work on the machine does not count: the first run
-in a process, as a user has it, and the best of those after it. Writes a JSON and a markdown table to benchmarks/results/.
+with one thread, in turns. The figures are CPU seconds, so that other work on the machine does not count: of the first
+run in a process, as a user has it, and the best of those after it. Writes a JSON and a markdown table to
+benchmarks/results/.
 """
 
 from __future__ import annotations
