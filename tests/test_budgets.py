@@ -229,6 +229,10 @@ class TestSameWidth:
         ("options", "text"),
         [
             ({"same_width": "boby"}, "same_width='boby' matches no group; print(width_graph) lists all groups."),
+            ({"same_width": ["0", "5"]}, ("same_width=['0', '5'] asks nothing of group '0': each entry of the list is "
+             "for groups that get one width, and one of them matches it alone. For one width for all write "
+             "same_width=[['0', '5']].")),
+            ({"same_width": "0"}, "same_width=['0'] asks nothing of group '0'"),
             ({"same_width": ["[02]", "[25]"]}, ("same_width='[25]' and same_width='[02]' both match group '2'; "
              "write patterns that have no group in common.")),
             ({"same_width": "[025]", "keep": "2"}, ("same_width='[025]' cannot be: '2' (8) must stay as they are, and "

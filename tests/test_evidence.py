@@ -98,3 +98,58 @@ def test_of_a_network_that_has_changed_it_is_gathered_anew(
     other = network()
     change(other)
     assert torch.equal(gm(x), fxwidth.resize(other, dict(plan))(x))
+
+
+def rows_swapped(gm: fx.GraphModule) -> None:
+    """Give the channels of the first layer another order, by which no sum changes."""
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+            tensor = gm.state_dict()[name]
+            tensor.copy_(tensor.flip(0))
+
+
+def test_an_order_of_channels_is_no_other_one_of_the_same_sum(runs: list[fxwidth.WidthGraph]) -> None:
+    gm = network()
+    with torch.no_grad():
+        for tensor in gm.state_dict().values():
+            # Sums of whole numbers are exact.
+            tensor.copy_((4 * tensor).round() + (tensor.dim() == 1))
+    fxwidth.plan(fxwidth.analyze(gm), params=0.5)
+    sums = [tensor.sum() for tensor in gm.state_dict().values()]
+    rows_swapped(gm)
+    assert [tensor.sum() for tensor in gm.state_dict().values()] == sums
+    fxwidth.plan(fxwidth.analyze(gm), params=0.5)
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"data": [images(4)]}])
+def test_it_is_not_gathered_where_nobody_asks_for_it(
+    options: dict[str, object], runs: list[fxwidth.WidthGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxwidth.evidence.moments_from_data", lambda *_: pytest.fail("data were looked at"))
+    gm, other = network(), network()
+    fxwidth.resize(gm, {"0": 4, "3": 3}, selection="magnitude", fold=False, recalibrate=False, **options)
+    assert not runs
+    text = str(fxwidth.report(gm))
+    assert "channels chosen by magnitude, readers not refitted" in text
+    assert fxwidth.report(gm).resizes[0]["evidence"] is None
+    monkeypatch.undo()
+    # By evidence that is at hand nothing else is done.
+    fxwidth.evolve(other, params=0.5, selection="magnitude", fold=False, data=[images(4)], recalibrate=False)
+    assert "channels chosen by magnitude, readers not refitted" in str(fxwidth.report(other))
+
+
+def test_the_report_says_by_what_channels_were_chosen() -> None:
+    x = [images(4)]
+    texts = []
+    for options in ({}, {"fold": False}, {"selection": "magnitude"}):
+        gm = network()
+        fxwidth.resize(gm, {"0": 4}, data=x, recalibrate=False, **options)
+        texts.append(str(fxwidth.report(gm)).splitlines()[0].split(", ", 1)[1].split("), ", 1)[-1])
+    assert "channels chosen by greedy, readers refitted from data" in texts[0]
+    assert "channels chosen by greedy from data" in texts[1]
+    assert texts[1].endswith("readers not refitted")
+    assert "channels chosen by magnitude, readers refitted from data" in texts[2]
+    gm = network()
+    fxwidth.resize(gm, {"0": 10})
+    assert "readers" not in str(fxwidth.report(gm))

@@ -137,3 +137,27 @@ def test_bad_files(tmp_path: Path) -> None:
         fxwidth.load(tmp_path / "a.safetensors")
     with pytest.raises(FxwidthError, match=r"does not fit this model: 0\.weight has shape \(24, 1, 3, 3\) in the file"):
         fxwidth.load(tmp_path / "a.safetensors", network(8), torch.randn(2, 1, 8, 8))
+
+
+class Merged(nn.Module):
+    """A layer norm over two halves of what one layer writes: growing it changes the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.read = nn.Linear(16, 6), nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the last layer reads of both halves, twice."""
+        x = self.write(x)
+        result: Tensor = self.read(self.norm(torch.cat([x[:, ::2], x[:, 1::2]], -1)))
+        return result
+
+
+def test_an_inexact_growth_that_was_planned_is_carried_out() -> None:
+    options = {"shrink_energy": 0.0, "grow_energy": 0.0, "grow_step": 2, "exact": False}
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 16)
+    gm = fxwidth.evolve(Merged(), x, **options)
+    assert gm.get_parameter("write.weight").shape == (8, 16)
+    evolver = fxwidth.Evolver(fxwidth.trace(Merged(), x), every=1, **options)
+    assert evolver.step(x) == {"write": 8}
