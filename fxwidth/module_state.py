@@ -1,19 +1,24 @@
-"""What modules keep in plain attributes: tensors among them must outlive a run under fake tensors."""
+"""What modules keep: attributes, containers in them, fields of configurations, attributes of their classes.
+
+Tensors among all that must outlive a run under fake tensors, and what code has written to must not stay so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxwidth.kept_objects import Kept
 from fxwidth.whole_ops import is_plain_layer
 
-_MISSING = object()
 # Substitution takes care of these.
 _MANAGED = frozenset({"_parameters", "_modules"})
+# What is noted about a graph is no state that its code writes to.
+_NOTES = frozenset({"meta"})
 
 
 def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -30,60 +35,56 @@ def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(found.values())
 
 
-def undisturbed(module: nn.Module) -> AbstractContextManager[None]:
+def undisturbed(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    return _restoring(module, (True,))
+    return _restoring(_kept_by(module), lambda value: holds(value, FakeTensor))
 
 
-def unchanged(module: nn.Module) -> AbstractContextManager[None]:
+def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
-    return _restoring(module, (False,))
+    return _restoring(_kept_by(module), lambda value: not holds(value, FakeTensor))
 
 
-def restored(module: nn.Module) -> AbstractContextManager[None]:
-    """Give modules back all that their code has overwritten, be it with fake tensors or with anything else."""
-    return _restoring(module, (True, False))
+def restored(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
+
+    The context is the tensors that they keep.
+    """
+    return _restoring(_kept_by(module), lambda _: True)
+
+
+def entirely_restored(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Give a model back all that its code has overwritten, also in layers of torch and in classes of modules.
+
+    The context is all tensors of the model: parameters, buffers and those in attributes.
+    """
+    return _restoring(_kept_by(module, entire=True), lambda _: True)
 
 
 @contextmanager
-def _restoring(module: nn.Module, of_fakes: tuple[bool, ...]) -> Iterator[None]:
-    before = _state(module)
+def _restoring(kept: Kept, judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
     try:
-        yield
+        yield kept.tensors
     finally:
-        for part, attributes, contents in before:
-            for name, value in list(part.__dict__.items()):
-                if name not in _MANAGED and (len(of_fakes) == 2 or holds(value, FakeTensor) in of_fakes):
-                    _put_back(part, name, attributes.get(name, _MISSING), contents)
+        kept.put_back(judge)
 
 
-def _state(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
-    """Return modules whose code may write to them, each with its attributes and copies of its containers."""
-    parts = (part for _, part in walk(module) if not is_plain_layer(part))
-    return [(part, part.__dict__.copy(), _contents(part)) for part in parts]
+def _kept_by(module: nn.Module, *, entire: bool = False) -> Kept:
+    """Return what is kept by the modules whose code may write to it.
 
-
-def _contents(part: nn.Module) -> dict[str, Any]:
-    """Return copies of the containers that a module's code may write to."""
-    return {
-        name: value.copy()
-        for name, value in part.__dict__.items()
-        if isinstance(value, (dict, list)) and name not in _MANAGED
-    }
-
-
-def _put_back(part: nn.Module, name: str, old: Any, contents: dict[str, Any]) -> None:
-    if old is _MISSING:
-        del part.__dict__[name]
-    elif part.__dict__[name] is not old:
-        part.__dict__[name] = old
-    if name not in contents or not (old or contents[name]):
-        return
-    if isinstance(old, list):
-        old[:] = contents[name]
-    else:
-        old.clear()
-        old.update(contents[name])
+    Args:
+        module: the model.
+        entire: whether other code may too: that of one module to another, which is a layer of torch, and to a class.
+    """
+    kept = Kept()
+    for _, part in walk(module):
+        if entire or not is_plain_layer(part):
+            kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
+        if entire:
+            for kind in type(part).__mro__:
+                if not kind.__module__.startswith(("torch.", "builtins")):
+                    kept.add_class(kind)
+    return kept
 
 
 def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
