@@ -5,10 +5,11 @@ Tensors among all that must outlive a run under fake tensors, and what code has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -67,6 +68,27 @@ def _restoring(kept: Kept, judge: Callable[[Any], bool]) -> Iterator[list[Tensor
         yield kept.tensors
     finally:
         kept.put_back(judge)
+
+
+@contextmanager
+def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors back the values that code has written over, as if it had not."""
+    before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in tensors if not tensor.is_meta]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for tensor, values, version in before:
+                if version is None:
+                    tensor.copy_(values)
+                elif tensor._version != version:
+                    tensor.copy_(values)
+                    # What has been kept for a gradient is valid again.
+                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _kept_by(module: nn.Module, *, entire: bool = False) -> Kept:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxwidth.module_state import restored
+from fxwidth.module_state import restored, same_values
 from fxwidth.random_states import same_randomness
 from fxwidth.tape import evaluating, plain_kernels
 from fxwidth.tensor_slots import substituted, tensor_slots
@@ -31,18 +30,5 @@ def left_as_it_is(module: nn.Module) -> Iterator[None]:
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
     with same_randomness(), evaluating(module), restored(module) as kept, substituted(module, buffers):
         known = set(map(id, tensors.values()))
-        with _same_values([tensor for tensor in kept if id(tensor) not in known]):
+        with same_values([tensor for tensor in kept if id(tensor) not in known]):
             yield
-
-
-@contextmanager
-def _same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors in plain attributes back their values; nobody can tell by which name code gets at them."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
-    try:
-        yield
-    finally:
-        with torch.inference_mode():
-            for tensor, values in before:
-                if not torch.equal(tensor, values):
-                    tensor.copy_(values)

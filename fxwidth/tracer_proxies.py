@@ -91,7 +91,7 @@ def _is_property(name: str) -> bool:
 
 
 def _is_held(node: fx.Node) -> bool:
-    """Tell whether a node may give a tensor that the model holds, or a view of one, which is made of a first operand."""
+    """Tell whether a node may give a tensor of the model, or a view of one, which is made of a first operand."""
     while node.op in ("call_function", "call_method"):
         if not node.args or not isinstance(node.args[0], fx.Node):
             return False

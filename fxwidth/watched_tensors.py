@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,6 +68,21 @@ class TensorWatch(TorchDispatchMode):
             if _storage(leaf) not in known:
                 self._made[_storage(leaf)] = leaf
         return result
+
+
+class SetterWatch(TorchFunctionMode):
+    """Ends a trace where another tensor is put into one by an assignment to an attribute, which no graph tells of."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one function of torch."""
+        if func == _SET_DATA:
+            raise UntraceableError("the model sets .data of a tensor, which an exported graph does not")
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _written(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
