@@ -18,7 +18,7 @@ from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
 from fxwidth.forgotten import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
-from fxwidth.module_state import entirely_restored, same_values, stores
+from fxwidth.module_state import restored, same_values, stores
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.tape import quiet
 from fxwidth.watched_tensors import SetterWatch
@@ -76,7 +76,7 @@ def _program(
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
-        held = stack.enter_context(entirely_restored(model))
+        held = stack.enter_context(restored(model))
         registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         # It works on stand-ins for parameters and buffers, but on other tensors themselves.
         stack.enter_context(same_values([tensor for tensor in held if id(tensor) not in registered]))

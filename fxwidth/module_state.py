@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxwidth.kept_objects import Kept
+from fxwidth.random_states import same_randomness
 from fxwidth.whole_ops import is_plain_layer
 
 # Substitution takes care of these.
@@ -46,28 +47,30 @@ def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     return _restoring(_kept_by(module), lambda value: not holds(value, FakeTensor))
 
 
-def restored(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
+@contextmanager
+def restored(module: nn.Module) -> Iterator[list[Tensor]]:
     """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
 
-    The context is the tensors that they keep.
+    The context is all tensors that they hold: parameters, buffers and those in attributes. Their values are in the
+    care of others; that they have been written to is forgotten.
     """
-    return _restoring(_kept_by(module), lambda _: True)
-
-
-def entirely_restored(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
-    """Give a model back all that its code has overwritten, also in layers of torch and in classes of modules.
-
-    The context is all tensors of the model: parameters, buffers and those in attributes.
-    """
-    return _restoring(_kept_by(module, entire=True), lambda _: True)
+    with _restoring(_kept_by(module), lambda _: True) as tensors:
+        versions = list(map(_version, tensors))
+        try:
+            yield tensors
+        finally:
+            for tensor, version in zip(tensors, versions, strict=True):
+                _set_version(tensor, version)
 
 
 @contextmanager
 def _restoring(kept: Kept, judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
-    try:
-        yield kept.tensors
-    finally:
-        kept.put_back(judge)
+    """Leave the global random states as they are, too."""
+    with same_randomness():
+        try:
+            yield kept.tensors
+        finally:
+            kept.put_back(judge)
 
 
 @contextmanager
@@ -79,33 +82,33 @@ def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         with torch.inference_mode():
             for tensor, values, version in before:
-                if version is None:
+                if version is None or tensor._version != version:
                     tensor.copy_(values)
-                elif tensor._version != version:
-                    tensor.copy_(values)
-                    # What has been kept for a gradient is valid again.
-                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+                    _set_version(tensor, version)
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _kept_by(module: nn.Module, *, entire: bool = False) -> Kept:
-    """Return what is kept by the modules whose code may write to it.
+def _set_version(tensor: Tensor, version: int | None) -> None:
+    """Say that a tensor holds again what it held, so that what has been kept of it for a gradient is valid."""
+    if version is not None and tensor._version != version:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
-    Args:
-        module: the model.
-        entire: whether other code may too: that of one module to another, which is a layer of torch, and to a class.
-    """
+
+def _kept_by(module: nn.Module) -> Kept:
+    """Return what is kept by the modules that code of their own, or of another of them, may write to."""
+    parts = [part for _, part in walk(module)]
     kept = Kept()
-    for _, part in walk(module):
-        if entire or not is_plain_layer(part):
-            kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
-        if entire:
-            for kind in type(part).__mro__:
-                if not kind.__module__.startswith(("torch.", "builtins")):
-                    kept.add_class(kind)
+    # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
+    if all(isinstance(part, fx.GraphModule) or type(part) is nn.Module or is_plain_layer(part) for part in parts):
+        parts = [part for part in parts if not is_plain_layer(part)]
+    for part in parts:
+        kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
+        for kind in type(part).__mro__:
+            if not kind.__module__.startswith(("torch.", "builtins")):
+                kept.add_class(kind)
     return kept
 
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from fxwidth.module_state import restored, same_values
-from fxwidth.random_states import same_randomness
 from fxwidth.tape import evaluating, plain_kernels
 from fxwidth.tensor_slots import substituted, tensor_slots
 
@@ -28,7 +27,7 @@ def left_as_it_is(module: nn.Module) -> Iterator[None]:
     """
     tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
-    with same_randomness(), evaluating(module), restored(module) as kept, substituted(module, buffers):
+    with evaluating(module), restored(module) as kept, substituted(module, buffers):
         known = set(map(id, tensors.values()))
         with same_values([tensor for tensor in kept if id(tensor) not in known]):
             yield

@@ -30,7 +30,7 @@ from fxwidth.forgotten import (
     refuse_context,
     refuse_iterators,
 )
-from fxwidth.module_state import entirely_restored, stores
+from fxwidth.module_state import restored, stores
 from fxwidth.structures import flatten, flatten_each, rebuild_each
 from fxwidth.tracer_proxies import BufferProxy, TracerProxy, assigned_buffers
 from fxwidth.watched_tensors import TensorWatch
@@ -59,7 +59,7 @@ def symbolic_graph(
     """
     failed = [] if failed is None else failed
     belongings = Belongings(model)
-    with entirely_restored(model) as held:
+    with restored(model) as held:
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
         with noticing(tracer.autocasts), assigned_buffers(), tracer.watch:
             graph = tracer.trace(model)

@@ -16,7 +16,6 @@ from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
 from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
 from fxwidth.mode_merging import in_both_modes
-from fxwidth.random_states import same_randomness
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.state_names import keep_names
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
@@ -53,10 +52,9 @@ def trace(
     _refuse_scripts(model)
     _refuse_unmade(model)
     refuse_nan(model)
-    with same_randomness():
-        module, analysis = (
-            (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
-        )
+    module, analysis = (
+        (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
+    )
     _drop_postponed_annotations(module)
     for node in module.graph.nodes:
         value = analysis.node_values.get(node.name)
