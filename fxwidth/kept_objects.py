@@ -24,6 +24,11 @@ _CLOSED = (
     *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, weakref.ref),
     *(nn.Module, fx.Graph, fx.Node),
 )
+# Most of what modules hold is of these, or empty: a quicker look is enough.
+_SIMPLE = frozenset(
+    {type(None), bool, int, float, str, torch.dtype, torch.device, types.FunctionType, types.MethodType}
+)
+_EMPTIABLE = frozenset({dict, OrderedDict, list, set})
 # How far objects are followed into objects: a configuration in a configuration, but not all that a trainer holds.
 _DEEPEST = 2
 # The items of longer containers are data.
@@ -43,6 +48,7 @@ class Kept:
         self.tensors: list[Tensor] = []
         self._namespaces: list[_Namespace] = []
         self._containers: list[_Container] = []
+        self._empty: list[Any] = []
         self._seen: set[int] = set()
 
     def add_attributes(self, value: Any, shallow: frozenset[str] = frozenset()) -> None:
@@ -68,9 +74,17 @@ class Kept:
             namespace.put_back(judge)
         for container in self._containers:
             container.put_back(judge)
+        for value in self._empty:
+            if value and judge(value):
+                value.clear()
 
     def _add_parts(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
+            if type(value) in _SIMPLE:
+                continue
+            if type(value) in _EMPTIABLE and not value:
+                self._empty.append(value)
+                continue
             if isinstance(value, _CLOSED) or id(value) in self._seen:
                 continue
             self._seen.add(id(value))
@@ -105,9 +119,9 @@ class _Namespace:
     before: Mapping[str, Any]
 
     def put_back(self, judge: Judge) -> None:
-        now = dict(self.space)
-        if len(now) == len(self.before) and all(map(is_, now.values(), self.before.values())):
+        if len(self.space) == len(self.before) and all(map(is_, self.space.values(), self.before.values())):
             return
+        now = dict(self.space)
         for name in [*self.before, *(name for name in now if name not in self.before)]:
             old, new = self.before.get(name, _MISSING), now.get(name, _MISSING)
             if old is new or not judge(new):

@@ -102,13 +102,13 @@ def _kept_by(module: nn.Module) -> Kept:
     parts = [part for _, part in walk(module)]
     kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
-    if all(isinstance(part, fx.GraphModule) or type(part) is nn.Module or is_plain_layer(part) for part in parts):
-        parts = [part for part in parts if not is_plain_layer(part)]
+    if all(type(part) is nn.Module or isinstance(part, fx.GraphModule) or is_plain_layer(part) for part in parts):
+        return kept
     for part in parts:
         kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
-        for kind in type(part).__mro__:
-            if not kind.__module__.startswith(("torch.", "builtins")):
-                kept.add_class(kind)
+    for kind in {kind for part in parts for kind in type(part).__mro__}:
+        if not kind.__module__.startswith(("torch.", "builtins")):
+            kept.add_class(kind)
     return kept
 
 

@@ -22,13 +22,22 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
     """
     if any(part is model for part in module.children()):
         return
-    for path, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        _keep(module, path, tensor)
+    own = _registered(module)
+    for path, tensor in _registered(model).items():
+        if own.get(path) is not tensor:
+            _keep(module, path, tensor)
     saved = _saved(model)
     for path, _ in list(module.named_buffers(remove_duplicate=False)):
         if path not in saved:
             parent, _, name = path.rpartition(".")
             module.get_submodule(parent)._non_persistent_buffers_set.add(name)
+
+
+def _registered(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _keep(module: fx.GraphModule, path: str, tensor: Tensor) -> None:
