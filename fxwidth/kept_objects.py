@@ -25,9 +25,7 @@ _CLOSED = (
     *(nn.Module, fx.Graph, fx.Node),
 )
 # Most of what modules hold is of these, or empty: a quicker look is enough.
-_SIMPLE = frozenset(
-    {type(None), bool, int, float, str, torch.dtype, torch.device, types.FunctionType, types.MethodType}
-)
+SIMPLE = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, types.FunctionType, types.MethodType})
 _EMPTIABLE = frozenset({dict, OrderedDict, list, set})
 # How far objects are followed into objects: a configuration in a configuration, but not all that a trainer holds.
 _DEEPEST = 2
@@ -80,7 +78,7 @@ class Kept:
 
     def _add_parts(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
-            if type(value) in _SIMPLE:
+            if type(value) in SIMPLE:
                 continue
             if type(value) in _EMPTIABLE and not value:
                 self._empty.append(value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxwidth.kept_objects import Kept
+from fxwidth.kept_objects import SIMPLE, Kept
 from fxwidth.random_states import same_randomness
 from fxwidth.whole_ops import is_plain_layer
 
@@ -114,9 +114,9 @@ def _kept_by(module: nn.Module) -> Kept:
 
 def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
     """Yield the path of each attribute or buffer that holds a value of a kind, and the submodule that keeps it."""
-    for path, part in module.named_modules():
+    for path, part in walk(module):
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
-            if name not in _MANAGED and name != "_buffers" and holds(value, kind):
+            if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
 
 

@@ -34,10 +34,8 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
 
 
 def _registered(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {**dict(parameters), **dict(buffers)}
 
 
 def _keep(module: fx.GraphModule, path: str, tensor: Tensor) -> None:
