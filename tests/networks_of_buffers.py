@@ -65,6 +65,10 @@ def _plain_clamped(m: Scaled, _: Tensor) -> Tensor:
     return m.plain.clamp(min=0.1)
 
 
+def _number_of_plain(m: Scaled, _: Tensor) -> Tensor:
+    return m.n * m.plain[0].item()
+
+
 def _listed_clamped(m: Scaled, _: Tensor) -> Tensor:
     return m.listed[0].clamp(min=0.1)
 
@@ -117,6 +121,12 @@ def _replace(m: Scaled, _: Tensor) -> Tensor:
     old = m.n
     m.n = m.n + 1
     return m.n + old
+
+
+def _replace_by_constant(m: Scaled, _: Tensor) -> Tensor:
+    scale = m.n + 1
+    m.n = torch.full(m.n.shape, 2.0, dtype=m.n.dtype)
+    return scale
 
 
 def _copy(m: Scaled, h: Tensor) -> Tensor:
@@ -172,8 +182,22 @@ def _write_listed(m: Scaled, _: Tensor) -> Tensor:
 
 _SCALES = (
     *(_clamped, _root, _exponential, _repeated, _by_size, _without_gradients, _chosen, _plain, _plain_clamped),
+    _number_of_plain,
     *(_listed_clamped, _fixed, _all_buffers, _detached, _add, _add_by_operator, _add_to_a_view, _add_to_data, _in_data),
-    *(_new_data, _replace, _copy, _set_item, _out, _in_dict, _moving, _lerp, _own_norm, _once, _write_plain),
+    *(
+        _new_data,
+        _replace,
+        _replace_by_constant,
+        _copy,
+        _set_item,
+        _out,
+        _in_dict,
+        _moving,
+        _lerp,
+        _own_norm,
+        _once,
+        _write_plain,
+    ),
     _write_listed,
 )
 BUFFERS = {scale.__name__.strip("_"): lambda scale=scale: Scaled(scale) for scale in _SCALES}
