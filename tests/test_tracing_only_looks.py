@@ -249,7 +249,7 @@ def test_the_graph_reads_and_writes_buffers_as_the_model_does(name: str) -> None
     for one in (model, twin):
         with torch.no_grad():
             for tensor in (*one.buffers(), one.plain, one.listed[0], one.fixed):
-                tensor.mul_(0.7).add_(0.3)
+                tensor.mul_(0.7).add_(0.4)  # ones too become others
     assert largest_difference([gm(rows())], [twin(rows())]) < ROUNDING
 
 
