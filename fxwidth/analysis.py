@@ -15,7 +15,7 @@ from fxwidth.batches import batch_factor
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
 from fxwidth.fake_ops import fake_like, fake_mode
-from fxwidth.forgotten import watching_gradients
+from fxwidth.forgotten import UntraceableError, watching_gradients
 from fxwidth.garbage import without_collections
 from fxwidth.graph_state import GraphState
 from fxwidth.module_parts import watching_parts
@@ -232,6 +232,10 @@ def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Seque
     """
     try:
         return interpreter.run(*inputs, enable_io_processing=False)
+    except UntraceableError as error:
+        raise FxwidthError(
+            f"node {recorder.node!r} cannot be analysed: {error}. Write to the tensor in place, as by copy_."
+        ) from error
     except Exception as error:
         shapes = [map_leaves(lambda leaf: tuple(leaf.shape), value) for value in inputs]
         lines = str(error).strip().splitlines() or [type(error).__name__]

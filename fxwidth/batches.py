@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.factors import Factor
+from fxwidth.module_state import restored
 from fxwidth.structures import deep_tensors, map_leaves
 from fxwidth.tape import evaluating, plain_kernels, quiet
 from fxwidth.tensor_slots import substituted
@@ -46,7 +47,7 @@ def takes_larger(
 ) -> bool:
     """Tell whether a graph runs on inputs whose first dims are all larger by one."""
     try:
-        with evaluating(module), substituted(module, fakes), plain_kernels(), quiet(), mode:
+        with evaluating(module), substituted(module, fakes, restoring=restored), plain_kernels(), quiet(), mode:
             larger = [map_leaves(_one_more, value) for value in inputs]
             fx.Interpreter(module).run(*larger, enable_io_processing=False)
     except Exception:

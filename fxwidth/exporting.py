@@ -18,9 +18,10 @@ from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
 from fxwidth.forgotten import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
-from fxwidth.module_state import stores, unchanged, undisturbed
+from fxwidth.module_state import restored, same_values, stores
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.tape import quiet
+from fxwidth.watched_tensors import SetterWatch
 
 aten = torch.ops.aten
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
@@ -75,7 +76,11 @@ def _program(
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
-        for context in (unchanged(model), undisturbed(model), watching_gradients(refuse_gradient), _no_hooks_left()):
+        held = stack.enter_context(restored(model))
+        registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        # It works on stand-ins for parameters and buffers, but on other tensors themselves.
+        stack.enter_context(same_values([tensor for tensor in held if id(tensor) not in registered]))
+        for context in (watching_gradients(refuse_gradient), _no_hooks_left(), SetterWatch()):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet())
@@ -162,9 +167,7 @@ class _Reassembly:
         self._graph.output(value if plain else self._call(OUTPUTS_MODULE, Outputs(self._answer), result))
         for name, module in self._modules.items():
             self._exported.add_submodule(name, module)
-        module = fx.GraphModule(self._exported, self._graph, "Exported")
-        _mark_constants(module, self._exported)
-        return module
+        return fx.GraphModule(self._exported, self._graph, "Exported")
 
     def _inputs(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         """Return the node of each tensor among the arguments."""
@@ -263,12 +266,3 @@ def _known_shape(value: Any) -> list[int | None] | None:
     if not isinstance(value, Tensor):
         return None
     return [size if isinstance(size, int) else None for size in value.shape]
-
-
-def _mark_constants(module: fx.GraphModule, exported: fx.GraphModule) -> None:
-    """Keep what is no parameter or saved buffer of the model out of the state dict: fx makes all of it buffers."""
-    saved = set(exported.state_dict(keep_vars=True))
-    for name, _ in list(module.named_buffers(remove_duplicate=False)):
-        if name not in saved:
-            path, _, attribute = name.rpartition(".")
-            module.get_submodule(path)._non_persistent_buffers_set.add(attribute)

@@ -50,13 +50,13 @@ def noticing(autocasts: list[Any]) -> Iterator[None]:
         yield
 
 
-def refuse_context(autocasts: list[Any]) -> None:
-    """Check that what is traced runs with gradients, which are on where tracing starts, and under no autocast.
+def refuse_context(autocasts: list[Any], has_gradients: bool) -> None:
+    """Check that what is traced runs with gradients, if it can have any, and under no autocast.
 
     Raises:
         UntraceableError: it does not.
     """
-    if autocasts or not torch.is_grad_enabled():
+    if autocasts or (has_gradients and not torch.is_grad_enabled()):
         context = "under an autocast of its own" if autocasts else "without gradients"
         raise UntraceableError(f"a part of the model runs {context}, which symbolic tracing forgets")
 
@@ -89,6 +89,20 @@ class Belongings:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = {id(part): _held(part) for part in model.modules()}
+        self._registered = [(part, {**part._parameters, **part._buffers}) for part in model.modules()]
+
+    def refuse_replaced(self, failed: list[nn.Module]) -> None:
+        """Check that no module has put another tensor in the place of a parameter or buffer: the graph does not.
+
+        Raises:
+            UntraceableError: one has; it is added to a list.
+        """
+        for part, before in self._registered:
+            now = {**part._parameters, **part._buffers}
+            for name, tensor in before.items():
+                if tensor is not None and now.get(name) is not tensor:
+                    failed.append(part)
+                    raise UntraceableError(f"the model replaces {name!r} of a {type(part).__name__} by another tensor")
 
     def refuse_others(self, part: nn.Module) -> None:
         """Check that a module, which is about to be called as it is, still holds these tensors and no others.
@@ -102,16 +116,6 @@ class Belongings:
                 raise UntraceableError(
                     f"a {type(inner).__name__} is called with tensors in the place of its own, which a graph forgets"
                 )
-
-
-def refuse_computed(value: Any) -> None:
-    """Check that a tensor met in tracing was not computed from parameters: the graph would hold it as a constant.
-
-    Raises:
-        UntraceableError: it was.
-    """
-    if isinstance(value, Tensor) and value.grad_fn is not None:
-        raise UntraceableError("a tensor is computed from parameters in a way that symbolic tracing does not see")
 
 
 def refuse_iterators(answer: Any) -> None:

@@ -1,19 +1,26 @@
-"""What modules keep in plain attributes: tensors among them must outlive a run under fake tensors."""
+"""What modules keep: attributes, containers in them, fields of configurations, attributes of their classes.
+
+Tensors among all that must outlive a run under fake tensors, and what code has written to must not stay so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxwidth.kept_objects import SIMPLE, Kept
+from fxwidth.random_states import same_randomness
 from fxwidth.whole_ops import is_plain_layer
 
-_MISSING = object()
 # Substitution takes care of these.
 _MANAGED = frozenset({"_parameters", "_modules"})
+# What is noted about a graph is no state that its code writes to.
+_NOTES = frozenset({"meta"})
 
 
 def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -30,67 +37,86 @@ def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(found.values())
 
 
-def undisturbed(module: nn.Module) -> AbstractContextManager[None]:
+def undisturbed(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    return _restoring(module, (True,))
+    return _restoring(_kept_by(module), lambda value: holds(value, FakeTensor))
 
 
-def unchanged(module: nn.Module) -> AbstractContextManager[None]:
+def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
-    return _restoring(module, (False,))
-
-
-def restored(module: nn.Module) -> AbstractContextManager[None]:
-    """Give modules back all that their code has overwritten, be it with fake tensors or with anything else."""
-    return _restoring(module, (True, False))
+    return _restoring(_kept_by(module), lambda value: not holds(value, FakeTensor))
 
 
 @contextmanager
-def _restoring(module: nn.Module, of_fakes: tuple[bool, ...]) -> Iterator[None]:
-    before = _state(module)
+def restored(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
+
+    The context is all tensors that they hold: parameters, buffers and those in attributes. Their values are in the
+    care of others; that they have been written to is forgotten.
+    """
+    with _restoring(_kept_by(module), lambda _: True) as tensors:
+        versions = list(map(_version, tensors))
+        try:
+            yield tensors
+        finally:
+            for tensor, version in zip(tensors, versions, strict=True):
+                _set_version(tensor, version)
+
+
+@contextmanager
+def _restoring(kept: Kept, judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
+    """Leave the global random states as they are, too."""
+    with same_randomness():
+        try:
+            yield kept.tensors
+        finally:
+            kept.put_back(judge)
+
+
+@contextmanager
+def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors back the values that code has written over, as if it had not."""
+    before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in tensors if not tensor.is_meta]
     try:
         yield
     finally:
-        for part, attributes, contents in before:
-            for name, value in list(part.__dict__.items()):
-                if name not in _MANAGED and (len(of_fakes) == 2 or holds(value, FakeTensor) in of_fakes):
-                    _put_back(part, name, attributes.get(name, _MISSING), contents)
+        with torch.inference_mode():
+            for tensor, values, version in before:
+                if version is None or tensor._version != version:
+                    tensor.copy_(values)
+                    _set_version(tensor, version)
 
 
-def _state(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
-    """Return modules whose code may write to them, each with its attributes and copies of its containers."""
-    parts = (part for _, part in walk(module) if not is_plain_layer(part))
-    return [(part, part.__dict__.copy(), _contents(part)) for part in parts]
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
-def _contents(part: nn.Module) -> dict[str, Any]:
-    """Return copies of the containers that a module's code may write to."""
-    return {
-        name: value.copy()
-        for name, value in part.__dict__.items()
-        if isinstance(value, (dict, list)) and name not in _MANAGED
-    }
+def _set_version(tensor: Tensor, version: int | None) -> None:
+    """Say that a tensor holds again what it held, so that what has been kept of it for a gradient is valid."""
+    if version is not None and tensor._version != version:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _put_back(part: nn.Module, name: str, old: Any, contents: dict[str, Any]) -> None:
-    if old is _MISSING:
-        del part.__dict__[name]
-    elif part.__dict__[name] is not old:
-        part.__dict__[name] = old
-    if name not in contents or not (old or contents[name]):
-        return
-    if isinstance(old, list):
-        old[:] = contents[name]
-    else:
-        old.clear()
-        old.update(contents[name])
+def _kept_by(module: nn.Module) -> Kept:
+    """Return what is kept by the modules that code of their own, or of another of them, may write to."""
+    parts = [part for _, part in walk(module)]
+    kept = Kept()
+    # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
+    if all(type(part) is nn.Module or isinstance(part, fx.GraphModule) or is_plain_layer(part) for part in parts):
+        return kept
+    for part in parts:
+        kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
+    for kind in {kind for part in parts for kind in type(part).__mro__}:
+        if not kind.__module__.startswith(("torch.", "builtins")):
+            kept.add_class(kind)
+    return kept
 
 
 def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
     """Yield the path of each attribute or buffer that holds a value of a kind, and the submodule that keeps it."""
-    for path, part in module.named_modules():
+    for path, part in walk(module):
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
-            if name not in _MANAGED and name != "_buffers" and holds(value, kind):
+            if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
 
 

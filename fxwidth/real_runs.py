@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fxwidth.module_state import unchanged
+from fxwidth.module_state import restored, same_values
 from fxwidth.tape import evaluating, plain_kernels
 from fxwidth.tensor_slots import substituted, tensor_slots
 
@@ -21,8 +21,13 @@ def looking_on(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_is(module: nn.Module) -> Iterator[None]:
-    """Have a module run in eval mode as it runs anywhere; its buffers and what it keeps stay as they are."""
+    """Have a module run in eval mode as it runs anywhere; its buffers and what it keeps stay as they are.
+
+    So do the states of the global random number generators.
+    """
     tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
-    with evaluating(module), unchanged(module), substituted(module, buffers):
-        yield
+    with evaluating(module), restored(module) as kept, substituted(module, buffers):
+        known = set(map(id, tensors.values()))
+        with same_values([tensor for tensor in kept if id(tensor) not in known]):
+            yield

@@ -14,6 +14,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.groups import WidthGraph
 from fxwidth.memo import per_graph
+from fxwidth.module_state import restored
 from fxwidth.pins import Pin
 from fxwidth.polynomials import Polynomial, entries_polynomial
 from fxwidth.readers import storage_of
@@ -86,7 +87,8 @@ def _kept(analysis: Analysis) -> Iterator[_Piece]:
     recorder = TapeRecorder(keeps, see)
     module = analysis.module
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with training(module), substituted(module, fakes), torch.enable_grad(), quiet(), analysis.mode, hooks, recorder:
+    looked_at = substituted(module, fakes, restoring=restored)
+    with training(module), looked_at, torch.enable_grad(), quiet(), analysis.mode, hooks, recorder:
         try:
             result = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -26,12 +27,13 @@ from fxwidth.forgotten import (
     Belongings,
     UntraceableError,
     noticing,
-    refuse_computed,
     refuse_context,
     refuse_iterators,
 )
-from fxwidth.module_state import stores, unchanged
+from fxwidth.module_state import restored, stores
 from fxwidth.structures import flatten, flatten_each, rebuild_each
+from fxwidth.tracer_proxies import BufferProxy, TracerProxy, assigned_buffers
+from fxwidth.watched_tensors import TensorWatch
 
 _PACKED = "fxwidth_packed"
 
@@ -56,10 +58,13 @@ def symbolic_graph(
         failed: takes the innermost submodule in which tracing ends, if it does.
     """
     failed = [] if failed is None else failed
-    tracer = _Tracer(arguments, live_numbers, leaves, failed, Belongings(model))
-    with unchanged(model), noticing(tracer.autocasts):
-        graph = tracer.trace(model)
+    belongings = Belongings(model)
+    with restored(model) as held:
+        tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
+        with noticing(tracer.autocasts), assigned_buffers(), tracer.watch:
+            graph = tracer.trace(model)
         _refuse_stores(model, failed)
+        belongings.refuse_replaced(failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
     graph._tracer_cls = fx.Tracer
@@ -120,8 +125,10 @@ class _Tracer(fx.Tracer):
         leaves: Collection[nn.Module],
         failed: list[nn.Module],
         belongings: Belongings,
+        watch: TensorWatch,
     ) -> None:
         super().__init__()
+        self.watch = watch
         self._failed = failed
         self.helpers: dict[str, nn.Module] = {}
         self._arguments = arguments
@@ -129,15 +136,48 @@ class _Tracer(fx.Tracer):
         self._leaves = {id(leaf) for leaf in leaves}
         self._belongings = belongings
         self.autocasts: list[Any] = []
+        self._buffers: dict[int, str] = {}
+        self._without_gradients: set[fx.Node] = set()
 
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of a module."""
+        self._buffers = {id(buffer): name for name, buffer in root.named_buffers()}
+        graph = super().trace(root, concrete_args)
+        for node in graph.find_nodes(op="get_attr"):
+            # Of a buffer that code only asks for its shape, or whether it is there.
+            if not node.users and node in self._without_gradients:
+                graph.erase_node(node)
+        return graph
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
         """Add a node to the graph."""
-        refuse_context(self.autocasts)
-        return super().create_node(kind, *args, **kwargs)
+        operands: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), operands.append)
+        is_constant = kind == "get_attr" and target in self._buffers.values()
+        is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
+        refuse_context(self.autocasts, not is_constant)
+        node = super().create_node(kind, target, args, kwargs, *rest, **named)
+        if is_constant:
+            self._without_gradients.add(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what stands for the value of a node."""
+        return TracerProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what stands for an attribute of a module."""
+        name = self._buffers.get(id(attr_val))
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            factory = partial(BufferProxy, tracer=self, buffer=attr_val)
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=factory)
+        return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
         """Return what stands for a value among the arguments of a node."""
-        refuse_computed(a)
+        self.watch.refuse_computed(a)
         if isinstance(a, tuple) and isinstance(a, PackedSequence):
             # Its constructor looks at what it is given, which proxies cannot tell.
             leaves, structure = flatten(a)

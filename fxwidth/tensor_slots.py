@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ def substituted(
     module: nn.Module,
     replacements: Mapping[str, Tensor],
     slots: Slots | None = None,
-    restoring: Callable[[nn.Module], AbstractContextManager[None]] = undisturbed,
+    restoring: Callable[[nn.Module], AbstractContextManager[Any]] = undisturbed,
 ) -> Iterator[None]:
     """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`."""
     slots = tensor_slots(module) if slots is None else slots

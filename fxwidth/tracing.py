@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.parameter import is_lazy
@@ -18,6 +19,7 @@ from fxwidth.mode_merging import in_both_modes
 from fxwidth.notes import INPUTS, VALUES, notes_of
 from fxwidth.originals import remember_original
 from fxwidth.rewriting.trials import pin_what_is_written_in
+from fxwidth.state_names import keep_names
 from fxwidth.surroundings import plain_surroundings
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
@@ -52,6 +54,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise FxwidthError(f"trace takes an nn.Module or a GraphModule, but received {type(model).__name__}.")
     call = call_of(example_inputs, example_kwargs)
+    _refuse_scripts(model)
     _refuse_unmade(model)
     refuse_nan(model)
     module, analysis = (
@@ -137,6 +140,7 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
     for name, front_end in front_ends:
         try:
             module = in_both_modes(model, front_end)
+            keep_names(model, module)
         except Exception as error:
             reasons[name] = error
             continue
@@ -169,6 +173,16 @@ def _drop_postponed_annotations(module: fx.GraphModule) -> None:
         node.type = None
     if annotated:
         module.recompile()
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            place = f"{name!r} of the model" if name else "the model"
+            raise FxwidthError(
+                f"{place} is a module of TorchScript ({part.original_name}), whose code and parameters are out of "
+                "reach; pass the model with the module that it was made of."
+            )
 
 
 def _refuse_unmade(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxwidth.forgotten import UntraceableError
+
 
 @torch.library.custom_op("fxwidth::rms_norm", mutates_args=())
 def _rms_norm_op(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
@@ -211,7 +213,13 @@ class WholeOps(TorchFunctionMode):
         return _WHOLE.get(func, func)(*args, **(kwargs or {}))
 
 
+def _refuse_data(*_: Any) -> None:
+    """Refuse what no op tells of: another tensor put into one by an assignment."""
+    raise UntraceableError("the model sets .data of a tensor, which no op tells of")
+
+
 _WHOLE: dict[Any, Callable[..., Any]] = {
+    Tensor.data.__set__: _refuse_data,  # type: ignore[attr-defined]
     functional.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     torch.ops.aten.rms_norm.default: _rms_norm,

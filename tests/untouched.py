@@ -9,7 +9,7 @@ import hashlib
 import random
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,8 +119,9 @@ class _Walker:
     def _items(self, value: Any, path: str, entry: dict[str, Any]) -> None:
         # By the methods of the base classes: those of a subclass may forbid it, or do otherwise.
         if isinstance(value, dict):
-            entry["keys"] = [_key(key) for key in dict.keys(value)]
-            items = [(_key(key), item) for key, item in dict.items(value)]
+            keys = list(OrderedDict.__iter__(value) if isinstance(value, OrderedDict) else dict.__iter__(value))
+            entry["keys"] = list(map(_key, keys))
+            items = [(_key(key), dict.__getitem__(value, key)) for key in keys]
         elif isinstance(value, (set, frozenset)):
             entry["elements"] = sorted(str(_key(item)) for item in value)
             items = []

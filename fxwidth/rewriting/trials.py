@@ -19,7 +19,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Factor
 from fxwidth.index_maps import IndexMaps
-from fxwidth.module_state import unchanged
+from fxwidth.module_state import restored
 from fxwidth.pins import WRITTEN_IN
 from fxwidth.rewriting.additions import Additions
 from fxwidth.rewriting.attributes import AttributeEdits
@@ -114,7 +114,7 @@ class _Trials:
         known = {name: fakes.get(name, entry.fake) for name, entry in analysis.parameters.items()}
         try:
             with ExitStack() as stack:
-                for context in (evaluating(module), unchanged(module), substituted(module, known), quiet()):
+                for context in (evaluating(module), restored(module), substituted(module, known), quiet()):
                     stack.enter_context(context)
                 stack.enter_context(rewritten.additions.in_place())
                 stack.enter_context(analysis.mode)

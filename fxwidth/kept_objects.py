@@ -1,0 +1,253 @@
+"""What objects hold, remembered and put back: attributes and containers, nested, of any class.
+
+Nothing is put back by an object's own methods, which may forbid it or do more than that, and what still holds the same
+is not touched.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_MISSING = object()
+# What holds no other objects, or none that are a model's own. Modules are gone through one by one.
+_CLOSED = (
+    *(type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Generator),
+    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, weakref.ref),
+    *(nn.Module, fx.Graph, fx.Node),
+)
+# Most of what modules hold is of these, or empty: a quicker look is enough.
+SIMPLE = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, types.FunctionType, types.MethodType})
+_EMPTIABLE = frozenset({dict, OrderedDict, list, set})
+# How far objects are followed into objects: a configuration in a configuration, but not all that a trainer holds.
+_DEEPEST = 2
+# The items of longer containers are data.
+_LONGEST = 4096
+
+Judge = Callable[[Any], bool]
+
+
+class Kept:
+    """What some objects hold, and what the containers and the plain objects among that hold in turn.
+
+    Attributes:
+        tensors: those that were met.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._namespaces: list[_Namespace] = []
+        self._containers: list[_Container] = []
+        self._empty: list[Any] = []
+        self._seen: set[int] = set()
+
+    def add_attributes(self, value: Any, shallow: frozenset[str] = frozenset()) -> None:
+        """Remember the attributes of an object, and what is in them but for some, which are data."""
+        own = vars(value)
+        before = own.copy()
+        self._namespaces.append(_Namespace(own, before))
+        self._add_parts([item for name, item in before.items() if name not in shallow], 0)
+
+    def add_class(self, kind: type) -> None:
+        """Remember the attributes of a class."""
+        if id(kind) in self._seen:
+            return
+        self._seen.add(id(kind))
+        space = _ClassSpace(kind)
+        before = dict(space)
+        self._namespaces.append(_Namespace(space, before))
+        self._add_parts(before.values(), 0)
+
+    def put_back(self, judge: Judge) -> None:
+        """Put back what is held otherwise now, where a judge says so of what is held in its place."""
+        for namespace in self._namespaces:
+            namespace.put_back(judge)
+        for container in self._containers:
+            container.put_back(judge)
+        for value in self._empty:
+            if value and judge(value):
+                value.clear()
+
+    def _add_parts(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            if type(value) in SIMPLE:
+                continue
+            if type(value) in _EMPTIABLE and not value:
+                self._empty.append(value)
+                continue
+            if isinstance(value, _CLOSED) or id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
+            elif isinstance(value, (tuple, frozenset)):
+                self._add_parts(value, depth)
+            else:
+                self._add(value, depth)
+
+    def _add(self, value: Any, depth: int) -> None:
+        kind = next((kind for kind in _KINDS if isinstance(value, kind.base)), None)
+        if kind is not None:
+            container = _Container(value, kind, kind.read(value))
+            self._containers.append(container)
+            if len(container.before) <= _LONGEST:
+                is_mapping = isinstance(container.before, dict)
+                self._add_parts(container.before.values() if is_mapping else container.before, depth)
+        own = getattr(value, "__dict__", None)
+        for space in (own if isinstance(own, dict) else None, _SlotSpace(value) if _slots(type(value)) else None):
+            if space is not None and depth < _DEEPEST:
+                before = dict(space)
+                self._namespaces.append(_Namespace(space, before))
+                self._add_parts(before.values(), depth + 1)
+
+
+@dataclass(frozen=True)
+class _Namespace:
+    """The attributes of an object, and what they were."""
+
+    space: Any
+    before: Mapping[str, Any]
+
+    def put_back(self, judge: Judge) -> None:
+        if len(self.space) == len(self.before) and all(map(is_, self.space.values(), self.before.values())):
+            return
+        now = dict(self.space)
+        for name in [*self.before, *(name for name in now if name not in self.before)]:
+            old, new = self.before.get(name, _MISSING), now.get(name, _MISSING)
+            if old is new or not judge(new):
+                continue
+            if old is _MISSING:
+                del self.space[name]
+            else:
+                self.space[name] = old
+
+
+@dataclass(frozen=True)
+class _Container:
+    """A container, and what was in it."""
+
+    value: Any
+    kind: _Kind
+    before: Any
+
+    def put_back(self, judge: Judge) -> None:
+        now = self.kind.read(self.value)
+        if len(now) != len(self.before):
+            same = False
+        elif isinstance(now, set):
+            same = all(map(is_, sorted(now, key=id), sorted(self.before, key=id)))
+        else:
+            same = all(map(is_, now, self.before))
+            same = same and (not isinstance(now, dict) or all(map(is_, now.values(), self.before.values())))
+        if not same and judge(self.value):
+            self.kind.fill(self.value, self.before)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the base class of a container reads and fills it."""
+
+    base: type
+    read: Callable[[Any], Any]
+    fill: Callable[[Any, Any], object]
+
+
+def _fill_ordered(value: OrderedDict[Any, Any], items: dict[Any, Any]) -> None:
+    OrderedDict.clear(value)
+    for key, item in items.items():
+        OrderedDict.__setitem__(value, key, item)
+
+
+def _fill_dict(value: dict[Any, Any], items: dict[Any, Any]) -> None:
+    dict.clear(value)
+    dict.update(value, items)
+
+
+def _fill_set(value: set[Any], items: set[Any]) -> None:
+    set.clear(value)
+    set.update(value, items)
+
+
+def _fill_deque(value: deque[Any], items: list[Any]) -> None:
+    deque.clear(value)
+    deque.extend(value, items)
+
+
+def _fill_list(value: list[Any], items: list[Any]) -> None:
+    list.__setitem__(value, slice(None), items)
+
+
+def _read_ordered(value: OrderedDict[Any, Any]) -> dict[Any, Any]:
+    return {key: dict.__getitem__(value, key) for key in OrderedDict.__iter__(value)}
+
+
+# The most special ones first.
+_KINDS = (
+    _Kind(OrderedDict, _read_ordered, _fill_ordered),
+    _Kind(dict, lambda value: dict(dict.items(value)), _fill_dict),
+    _Kind(list, lambda value: list(list.__iter__(value)), _fill_list),
+    _Kind(set, lambda value: set(set.__iter__(value)), _fill_set),
+    _Kind(deque, lambda value: list(deque.__iter__(value)), _fill_deque),
+)
+
+
+class _SlotSpace(MutableMapping[str, Any]):
+    """The attributes of an object that are in slots."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._slots = _slots(type(owner))
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._slots[name].__get__(self._owner)
+        except AttributeError as error:
+            raise KeyError(name) from error
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._slots[name].__set__(self._owner, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._slots[name].__delete__(self._owner)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._slots if self.get(name, _MISSING) is not _MISSING)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _slots(kind: type) -> dict[str, Any]:
+    """Return the slots of a class written in Python."""
+    bases = [base for base in kind.__mro__ if "__slots__" in vars(base)]
+    return {n: s for base in bases for n, s in vars(base).items() if isinstance(s, types.MemberDescriptorType)}
+
+
+class _ClassSpace(MutableMapping[str, Any]):
+    """The attributes of a class, but those by which Python itself works."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self._kind)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        type.__setattr__(self._kind, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        type.__delattr__(self._kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in list(vars(self._kind)) if not (name.startswith("__") or name == "_abc_impl"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,63 @@
+"""The names of a model's parameters and buffers: its graph has all of them, so that a state dict fits both."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from fxwidth.forgotten import UntraceableError
+
+
+def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
+    """Give a graph what it lacks of a model's parameters and buffers: what it never uses, and second names.
+
+    Constants of the graph, and tensors that the model does not save, stay out of its state dict. A graph that is one
+    call of the model has the names of the model with "model." before each.
+
+    Args:
+        model: the module.
+        module: its graph, which shares its tensors.
+
+    Raises:
+        UntraceableError: the graph has something else under one of the names.
+    """
+    if any(part is model for part in module.children()):
+        return
+    own = _registered(module)
+    for path, tensor in _registered(model).items():
+        if own.get(path) is not tensor:
+            _keep(module, path, tensor)
+    saved = _saved(model)
+    for path, _ in list(module.named_buffers(remove_duplicate=False)):
+        if path not in saved:
+            parent, _, name = path.rpartition(".")
+            module.get_submodule(parent)._non_persistent_buffers_set.add(name)
+
+
+def _registered(module: nn.Module) -> dict[str, Tensor]:
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {**dict(parameters), **dict(buffers)}
+
+
+def _keep(module: fx.GraphModule, path: str, tensor: Tensor) -> None:
+    *parents, name = path.split(".")
+    holder: nn.Module = module
+    for parent in parents:
+        if not hasattr(holder, parent):
+            holder.add_module(parent, nn.Module())
+        holder = getattr(holder, parent)
+    if not hasattr(holder, name):
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(name, tensor)
+        else:
+            holder.register_buffer(name, tensor)
+    if getattr(holder, name) is not tensor:
+        raise UntraceableError(f"the graph has something else in the place of the model's {path}")
+
+
+def _saved(model: nn.Module) -> set[str]:
+    """Return the paths of the buffers that are in a model's state dict; `state_dict` itself may do more than tell."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in model.named_modules(remove_duplicate=False)
+        for name in part._buffers.keys() - part._non_persistent_buffers_set
+    }
