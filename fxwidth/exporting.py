@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
+from fxwidth.draws import refusing_draws
 from fxwidth.forgotten import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
 from fxwidth.module_state import stores, unchanged, undisturbed
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
@@ -75,7 +76,13 @@ def _program(
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
-        for context in (unchanged(model), undisturbed(model), watching_gradients(refuse_gradient), _no_hooks_left()):
+        for context in (
+            unchanged(model),
+            undisturbed(model),
+            watching_gradients(refuse_gradient),
+            _no_hooks_left(),
+            refusing_draws(),
+        ):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet())

@@ -22,6 +22,7 @@ from fxwidth.calls import (
     invoke,
     native,
 )
+from fxwidth.draws import Generators, refusing_draws
 from fxwidth.forgotten import (
     Belongings,
     UntraceableError,
@@ -57,7 +58,7 @@ def symbolic_graph(
     """
     failed = [] if failed is None else failed
     tracer = _Tracer(arguments, live_numbers, leaves, failed, Belongings(model))
-    with unchanged(model), noticing(tracer.autocasts):
+    with unchanged(model), refusing_draws(), noticing(tracer.autocasts):
         graph = tracer.trace(model)
         _refuse_stores(model, failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
@@ -74,13 +75,18 @@ def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
         raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
-def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.GraphModule:
+def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module]) -> fx.GraphModule:
     """Return the graph of a model, in which parts that cannot be traced are called as they are.
 
     A part is the innermost module at which tracing ends. Where that is the model itself, the graph is one call of it,
     as `model`.
+
+    Args:
+        model: the module.
+        arguments: those of its forward, with examples or defaults.
+        leaves: submodules that are called as they are; takes those that are found.
     """
-    leaves: list[nn.Module] = []
+    known = len(leaves)
     while True:
         failed: list[nn.Module] = []
         try:
@@ -88,6 +94,7 @@ def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.Gra
         except Exception:
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
+                del leaves[known:]
                 return _one_call(model)
         leaves.append(failed[0])
 
@@ -156,7 +163,11 @@ class _Tracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, ""):
                 self._belongings.refuse_others(m)
-            return super().call_module(m, forward, args, kwargs)
+                return super().call_module(m, forward, args, kwargs)
+            generators = Generators()
+            result = super().call_module(m, forward, args, kwargs)
+            generators.refuse_draws()
+            return result
         except Exception:
             if not self._failed and id(m) not in self._leaves:
                 self._failed.append(m)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
 from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
-from fxwidth.mode_merging import in_both_modes
+from fxwidth.mode_merging import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
@@ -119,25 +119,39 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
     arguments = arguments_of(model, call)
     reasons: dict[str, Exception] = {}
     unusable: FxwidthError | None = None
-    front_ends: list[tuple[str, Callable[[], fx.GraphModule]]] = [
-        (_SYMBOLIC, lambda: symbolic_graph(model, arguments)),
-        (_SYMBOLIC, lambda: symbolic_graph(model, arguments, live_numbers=False)),
+    front_ends: list[tuple[str, Tracer]] = [
+        (_SYMBOLIC, lambda leaves, failed: symbolic_graph(model, arguments, leaves=leaves, failed=failed)),
+        (
+            _SYMBOLIC,
+            lambda leaves, failed: symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed),
+        ),
     ]
     if call is not None:
-        front_ends.append((_EXPORT, lambda: exported_graph(model, arguments, device_of(model))))
-        front_ends.append((_LEAVES, lambda: graph_with_leaves(model, arguments)))
+        front_ends.append((_EXPORT, lambda _, __: exported_graph(model, arguments, device_of(model))))
+        front_ends.append((_LEAVES, lambda leaves, _: graph_with_leaves(model, arguments, leaves)))
+    partial: tuple[Traced, Analysis] | None = None
     for name, front_end in front_ends:
+        if partial is not None and name != _EXPORT:
+            continue  # it would follow no more
         try:
-            module = in_both_modes(model, front_end)
+            traced = in_both_modes(model, front_end, takes_leaves=name != _EXPORT)
         except Exception as error:
             reasons[name] = error
             continue
         try:
-            return module, analyze_module(module, call)
+            analysis = analyze_module(traced.module, call)
         except FxwidthError as error:
             reasons[name] = error
             if name != _LEAVES:
                 unusable = unusable or error
+            continue
+        if not traced.untraceable:
+            warn_of_modes(model, traced.unfollowed)
+            return traced.module, analysis
+        partial = partial or (traced, analysis)
+    if partial is not None:
+        warn_of_modes(model, partial[0].unfollowed)
+        return partial[0].module, partial[1]
     if unusable is not None:
         raise unusable
     raise _untraceable(model, reasons, call) from list(reasons.values())[-1]
