@@ -27,7 +27,7 @@ class Generators:
 
     @staticmethod
     def _now() -> tuple[Any, ...]:
-        kind, keys, *rest = np.random.get_state(legacy=True)
+        kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - a model may draw from it
         return random.getstate(), torch.get_rng_state(), (kind, keys.tolist(), *rest)
 
     def refuse_draws(self) -> None:
@@ -44,7 +44,7 @@ class Generators:
         """Put the generators back."""
         random.setstate(self._states[0])
         torch.set_rng_state(self._states[1])
-        np.random.set_state(self._states[2])
+        np.random.set_state(self._states[2])  # noqa: NPY002
 
 
 @contextmanager

@@ -7,20 +7,17 @@ of one value of evaluation.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 
 from fxwidth.calls import Inputs, Outputs
 from fxwidth.exporting import Region
+from fxwidth.node_arguments import leaves_of, named_arguments, replaced
 from fxwidth.structures import difference
-from fxwidth.tape import bind
 
 # How many nodes that evaluation alone runs are looked past in search of the next one that both run.
 _REACH = 16
@@ -271,44 +268,6 @@ def is_counter(node: fx.Node) -> bool:
         return False
     buffer, step = node.args
     return isinstance(buffer, fx.Node) and buffer.op == "get_attr" and isinstance(step, int)
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return a node's arguments by name, defaults filled in where a signature is known."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bind(node.target, node.args, node.kwargs)
-    signature = _signature(node.target) if node.op == "call_function" else None
-    if signature is not None:
-        try:
-            bound = signature.bind(*node.args, **node.kwargs)
-        except TypeError:
-            bound = None
-        if bound is not None:
-            bound.apply_defaults()
-            return dict(bound.arguments)
-    return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
-
-
-@cache
-def _signature(function: Any) -> inspect.Signature | None:
-    """Return the signature of a Python function all of whose arguments can be passed by name."""
-    if not inspect.isfunction(function):
-        return None
-    signature = inspect.signature(function)
-    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    return signature if all(p.kind in plain for p in signature.parameters.values()) else None
-
-
-def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a value with a function applied to what is in it, containers and slices taken apart."""
-    return map_aggregate(value, change)
-
-
-def leaves_of(arguments: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield what is in the arguments of a node, containers and slices taken apart."""
-    found: list[Any] = []
-    map_aggregate(dict(arguments), found.append)
-    yield from found
 
 
 def _same_module(own: nn.Module, other: nn.Module) -> bool:

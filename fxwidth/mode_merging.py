@@ -1,34 +1,15 @@
-"""One graph for `train()` and `eval()`: tracing writes down one mode, and what the other does otherwise is added."""
+"""Adds to a graph of evaluation what the model does otherwise in training: numbers by mode, and parts that are run."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.calls import Inputs, Outputs
-from fxwidth.draws import ALMOST_ONE, drawing
-from fxwidth.errors import FxwidthWarning
-from fxwidth.exporting import Region
-from fxwidth.mode_alignment import (
-    Alignment,
-    Choice,
-    DifferentError,
-    TrainingRegion,
-    align,
-    attribute,
-    is_counter,
-    named_arguments,
-    path_of,
-    replaced,
-)
-from fxwidth.tape import evaluating, training, unbind
-from fxwidth.tensor_slots import tensor_slots
+from fxwidth.mode_alignment import Alignment, Choice, TrainingRegion, attribute, is_counter
+from fxwidth.node_arguments import named_arguments, replaced, set_named_arguments
 
 FLAG_MODULE = "fxwidth_training"
 _FLAGS = ("train", "training")
@@ -61,153 +42,7 @@ def by_mode(flag: bool, in_training: Any, in_eval: Any) -> Any:
     return in_training if flag else in_eval
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A graph, and what of a mode it does not follow.
-
-    Attributes:
-        module: the graph.
-        unfollowed: what it does not follow, in words; None where it follows both modes.
-        untraceable: whether that is for want of a trace of the other mode, so that another front end may do better.
-    """
-
-    module: fx.GraphModule
-    unfollowed: str | None = None
-    untraceable: bool = False
-
-
-# Takes the submodules that are to be called as they are, to which it may add, and a list for the one in which it fails.
-Tracer = Callable[[list[nn.Module], list[nn.Module]], fx.GraphModule]
-
-
-def in_both_modes(model: nn.Module, trace: Tracer, *, takes_leaves: bool) -> Traced:
-    """Return a traced graph that follows `train()` and `eval()`.
-
-    The model is traced in both modes. Where the two graphs differ in numbers and flags (dropout, batch norm), the graph
-    chooses them by its mode; where training does more with a value on its way, that is a part of the graph which runs
-    in training alone. A module without tensors of its own that differs by more than numbers is called as it is, if the
-    front end can do that, and so is the innermost one in which the graphs differ by more, or one mode cannot be traced.
-    Otherwise the graph is that of the model's present mode, in which only dropout and batch norm follow its mode.
-
-    Args:
-        model: the module. Its training mode is the modes its parts are in, where it is in training mode itself.
-        trace: traces the model in the mode it is in.
-        takes_leaves: whether submodules can be called as they are.
-    """
-    leaves: list[nn.Module] = []
-    while True:
-        known = len(leaves)
-        traced, wanted = _merged(model, trace, leaves, takes_leaves)
-        leaves += [part for part in wanted if takes_leaves and all(part is not leaf for leaf in leaves)]
-        if len(leaves) == known:
-            break
-    traced.module.training = model.training
-    for part in traced.module.children():
-        if isinstance(part, (TrainingFlag, InTraining, Inputs, Outputs)):
-            part.train(model.training)
-        elif isinstance(part, Region):
-            part.training = model.training
-    return traced
-
-
-def _merged(
-    model: nn.Module, trace: Tracer, leaves: list[nn.Module], takes_leaves: bool
-) -> tuple[Traced, list[nn.Module]]:
-    """Return a graph for both modes as far as that goes, and the submodules that had better be called as they are."""
-    failed: list[nn.Module] = []
-    present, drawn = _in_mode(model, model.training, lambda: trace(leaves, []), takes_leaves)
-    try:
-        other, drawn_otherwise = _in_mode(model, not model.training, lambda: trace(leaves, failed), takes_leaves)
-    except Exception as error:
-        _follow_flags(present, model.training)
-        told = f"in {_NAMES[not model.training]} it cannot be traced ({_first_line(error)})"
-        return Traced(present, told, untraceable=True), [part for part in failed if part is not model]
-    evaluated, trained = (other, present) if model.training else (present, other)
-    try:
-        alignment = align(evaluated, trained)
-    except DifferentError as error:
-        _follow_flags(present, model.training)
-        owners = [_owner(model, node) for node in error.nodes]
-        place = path_of(error.nodes[1])
-        inner = [] if owners[0] is None or owners[0] is not owners[1] else [owners[0]]
-        return Traced(present, f"{error}{f', in {place}' if place else ''}"), inner
-    parts = [_owner(model, *region.nodes) for region in alignment.regions if region.nodes]
-    _Writer(evaluated, trained, alignment).run()
-    without = [part for part in parts if part is not None and not tensor_slots(part)]
-    return Traced(evaluated, drawn or drawn_otherwise), without
-
-
-_NAMES = {True: "training", False: "evaluation"}
-
-
-def _in_mode(
-    model: nn.Module, mode: bool, trace: Callable[[], fx.GraphModule], takes_leaves: bool
-) -> tuple[fx.GraphModule, str | None]:
-    """Trace a model in a mode; where it cannot be since single random numbers decide what is run, as if these were high.
-
-    Returns the graph, and what it does not follow, in words.
-    """
-    with nullcontext() if mode == model.training else training(model) if mode else evaluating(model):
-        try:
-            return trace(), None
-        except Exception:
-            if takes_leaves:
-                raise
-            with drawing(ALMOST_ONE) as drawers:
-                graph = _or_none(trace)
-            if graph is None or not drawers:
-                raise
-        with drawing(0.0):
-            low = _or_none(trace)
-    if low is not None and low.code == graph.code:
-        return graph, None
-    names = {id(part): f"{type(part).__name__} {name!r}" for name, part in model.named_modules()}
-    place = names.get(id(drawers[0]), type(model).__name__)
-    told = f"in {_NAMES[mode]} a random number decides what {place} runs (layer drop), and the graph always runs all"
-    return graph, told
-
-
-def _or_none(trace: Callable[[], fx.GraphModule]) -> fx.GraphModule | None:
-    try:
-        return trace()
-    except Exception:
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-
-
-def _owner(model: nn.Module, *nodes: fx.Node) -> nn.Module | None:
-    """Return the innermost submodule whose code made all of some nodes, or None where that is the model itself."""
-    paths = [path_of(node).split(".") for node in nodes]
-    common = []
-    for names in zip(*paths, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    path = ".".join(common)
-    try:
-        return model.get_submodule(path) if path else None
-    except AttributeError:
-        return None
-
-
-def warn_of_modes(model: nn.Module, unfollowed: str | None) -> None:
-    """Warn where a graph does not follow `train()` and `eval()` as its model does."""
-    if unfollowed is not None:
-        warnings.warn(
-            f"The graph of {type(model).__name__} does not follow train() and eval() in all: {unfollowed}. It is that of "
-            f"the mode that the model is in, {_NAMES[model.training]}, beside dropout and batch norm. Trace the model in "
-            "the mode that is wanted, switch off what is random there, or put it into a submodule of its own that takes "
-            "a tensor and returns one.",
-            FxwidthWarning,
-            stacklevel=4,
-        )
-
-
-class _Writer:
+class Writer:
     """Adds to a graph of evaluation what one of training does otherwise."""
 
     def __init__(self, evaluated: fx.GraphModule, trained: fx.GraphModule, alignment: Alignment) -> None:
@@ -308,7 +143,7 @@ class _Chooser:
     def set_arguments(self, node: fx.Node, arguments: Mapping[str, Any]) -> None:
         """Give a node arguments with choices in them."""
         filled = replaced(dict(arguments), lambda leaf: self.node(leaf) if isinstance(leaf, Choice) else leaf)
-        _set_named_arguments(node, filled)
+        set_named_arguments(node, filled)
 
     def done(self) -> None:
         """Make the changed graph the code of its module."""
@@ -316,7 +151,7 @@ class _Chooser:
         self._module.recompile()
 
 
-def _follow_flags(module: fx.GraphModule, present: bool) -> None:
+def follow_flags(module: fx.GraphModule, present: bool) -> None:
     """Let the flags of dropout and batch norm, and the counters of the latter, follow the mode."""
     changes = []
     for node in module.graph.nodes:
@@ -337,17 +172,6 @@ def _follow_flags(module: fx.GraphModule, present: bool) -> None:
 def _is_stochastic(node: fx.Node) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     return "dropout" in name or "norm" in name
-
-
-def _set_named_arguments(node: fx.Node, arguments: dict[str, Any]) -> None:
-    if isinstance(node.target, torch._ops.OpOverload):
-        node.args, node.kwargs = unbind(node.target, arguments)
-        return
-    # Named in order: what was positional stays so, and a default is written out only where it has become a choice.
-    names, count = list(arguments), len(node.args)
-    named = {name: arguments[name] for name in names[count:]}
-    node.args = tuple(arguments[name] for name in names[:count])
-    node.kwargs = {name: value for name, value in named.items() if name in node.kwargs or isinstance(value, fx.Node)}
 
 
 def _share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:

@@ -10,11 +10,11 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.parameter import is_lazy
 
 from fxwidth.analysis import Analysis, analyze_axes
+from fxwidth.both_modes import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
 from fxwidth.input_shapes import INPUTS, VALUES, device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
-from fxwidth.mode_merging import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots

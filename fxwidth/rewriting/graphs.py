@@ -22,7 +22,7 @@ from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.modes import Step, UnexplainedError, training_steps
 from fxwidth.rewriting.signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import evaluating, plain_kernels, quiet
+from fxwidth.tape import evaluating, plain_kernels, quiet, training
 from fxwidth.tensor_slots import substituted, tensor_slots
 from fxwidth.value_pins import nodes_behind_values
 
@@ -124,6 +124,7 @@ class _Rewriter:
         wanted = prescribed_signatures(calls, self._maps)
         problem = self._try(node, wanted)
         if problem is None:
+            self._check_training(node)
             return
         if patch(self._state(node)):
             problem = self._try(node, wanted)
@@ -131,6 +132,24 @@ class _Rewriter:
             self._result.patched.append(node.name)
             return
         self._lower(node, problem)
+
+    def _check_training(self, node: fx.Node) -> None:
+        """Check that a node which does nothing in evaluation does in training what is prescribed for it."""
+        calls = self._analysis.training_calls.get(node.name)
+        if not calls:
+            return
+        wanted = prescribed_signatures(calls, self._maps)
+        module = self._module.get_submodule(str(node.target))
+        try:
+            with quiet(), training(module):
+                problem = differ(self._run(node)[1], wanted)
+        except Exception as error:
+            problem = str(error).strip().partition("\n")[0]
+        if problem is not None:
+            raise FxwidthError(
+                f"node {node.name!r} has a size written into what it does in training: {problem}. Keep its groups with "
+                "keep=, or take the size from a tensor."
+            )
 
     def _touched(self, node: fx.Node) -> bool:
         """Tell whether anything a node works with has changed."""
