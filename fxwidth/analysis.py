@@ -140,14 +140,18 @@ class NodeInterpreter(fx.Interpreter):
         else:
             value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
-        args, kwargs = self.fetch_args_kwargs_from_env(n) if module is not None else ((), {})
-        if may_act_in_training(module, len(self._recorder.calls) - first, args, value):
-            in_training = follow_training(self._analysis, self._recorder, module, args, kwargs)
-            self._analysis.training_calls[n.name] = in_training
+        if module is not None:
+            self._follow_training(n, module, value)
         self._analysis.node_values[n.name] = value
         # As they are now: a later op may give the tensor other dims in place.
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
+
+    def _follow_training(self, node: fx.Node, module: nn.Module, value: Any) -> None:
+        analysis, (args, kwargs) = self._analysis, self.fetch_args_kwargs_from_env(node)
+        if may_act_in_training(module, len(analysis.node_calls[node.name]), args, value):
+            calls = follow_training(analysis, self._recorder, module, args, kwargs, value)
+            analysis.training_calls[node.name] = calls
 
     def _run_plainly(self, node: fx.Node) -> Any:
         # As the base class does, without its book-keeping of stack traces.

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -27,8 +28,8 @@ class Generators:
 
     @staticmethod
     def _now() -> tuple[Any, ...]:
-        kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - a model may draw from it
-        return random.getstate(), torch.get_rng_state(), (kind, keys.tolist(), *rest)
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - a model may draw from it
+        return random.getstate(), torch.get_rng_state(), (kind, np.asarray(keys).tolist(), *rest)
 
     def refuse_draws(self) -> None:
         """Check that no number has been drawn since.
@@ -105,10 +106,10 @@ def drawing(number: float) -> Iterator[list[nn.Module | None]]:
 
 def _module_at_work() -> nn.Module | None:
     """Return the innermost module whose method is running."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             return owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

@@ -22,32 +22,42 @@ if TYPE_CHECKING:
     from fxwidth.analysis import Analysis
 
 
-def may_act_in_training(module: nn.Module | None, calls: int, args: tuple[Any, ...], value: Any) -> bool:
+def may_act_in_training(module: nn.Module, calls: int, args: tuple[Any, ...], value: Any) -> bool:
     """Tell whether a module that ran so many ops in evaluation, and returned a value, was only passed through."""
-    if module is None or calls or is_plain_layer(module):
+    if calls or is_plain_layer(module):
         return False
     given, returned = deep_tensors(args), deep_tensors(value)
     return bool(returned) and {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
 
 
 def follow_training(
-    analysis: Analysis, recorder: TapeRecorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    analysis: Analysis,
+    recorder: TapeRecorder,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    value: Any,
 ) -> list[OpCall]:
     """Couple what a module works with as its ops in training do, and return these.
 
     Where that cannot be, or it returns something of another size, all that it works with is pinned.
+
+    Args:
+        analysis: takes the couplings.
+        recorder: the tape, which is at work on the module's node.
+        module: what is run.
+        args: its positional arguments.
+        kwargs: those by name.
+        value: what it returns in evaluation: some of these.
     """
-    given = deep_tensors((args, kwargs))
+    given, evaluated = deep_tensors((args, kwargs)), deep_tensors(value)
     with recorder.aside() as calls, training(module), restored(module):
         try:
             returned = deep_tensors(module(*args, **kwargs))
         except Exception:
             returned = []
     analysis.space.context = f"node {recorder.node}"
-    # In evaluation it returns what it is given first.
-    evaluated = given[: len(returned)]
-    same = [tensor.shape for tensor in returned] == [tensor.shape for tensor in evaluated]
-    if not returned or not same:
+    if [tensor.shape for tensor in returned] != [tensor.shape for tensor in evaluated]:
         for tensor in given:
             for axis in analysis.axes_of(tensor):
                 analysis.space.pin(axis, IN_TRAINING)
