@@ -101,6 +101,11 @@ class _BothModes:
             mode, reason = (False, error) if evaluated is None else (True, other_error)
             assert reason is not None
             return self._present(evaluated, trained, f"in {_NAMES[mode]} it cannot be traced ({_first_line(reason)})")
+        whole = [_is_one_call(graph, self._model) for graph in (evaluated, trained)]
+        if whole[self._model.training]:
+            return Traced(trained if self._model.training else evaluated)
+        if any(whole):
+            return self._present(evaluated, trained, f"in {_NAMES[whole[True]]} it can only be called as a whole")
         try:
             alignment = align(evaluated, trained)
         except DifferentError as different:
@@ -121,7 +126,9 @@ class _BothModes:
     def _present(self, evaluated: fx.GraphModule | None, trained: fx.GraphModule | None, told: str) -> Traced:
         module = trained if self._model.training else evaluated
         assert module is not None
-        follow_flags(module, self._model.training)
+        mode = self._model.training
+        follow_flags(module, mode)
+        told = f"{told}; the graph is that of {_NAMES[mode]}, in which only dropout and batch norm follow the mode"
         return Traced(module, told, untraceable=evaluated is None or trained is None)
 
     def _in_mode(
@@ -158,6 +165,11 @@ class _BothModes:
 _NAMES = {True: "training", False: "evaluation"}
 
 
+def _is_one_call(graph: fx.GraphModule, model: nn.Module) -> bool:
+    """Tell whether a graph calls the model itself, which knows its mode."""
+    return any(child is model for child in graph.children())
+
+
 def _or_none(trace: Callable[[], fx.GraphModule]) -> fx.GraphModule | None:
     try:
         return trace()
@@ -190,9 +202,8 @@ def warn_of_modes(model: nn.Module, unfollowed: str | None) -> None:
     if unfollowed is not None:
         warnings.warn(
             f"The graph of {type(model).__name__} does not do in train() and eval() all that the model does there: "
-            f"{unfollowed}. The graph is that of {_NAMES[model.training]}, the mode that the model is in; beside it, "
-            "dropout and batch norm follow the mode. Trace the model in the mode that is wanted, switch off what "
-            "differs, or put it into a submodule of its own that takes a tensor and returns one.",
+            f"{unfollowed}. Trace the model in the mode that is wanted, switch off what differs, or put it into a "
+            "submodule of its own that takes a tensor and returns one.",
             FxwidthWarning,
             stacklevel=4,
         )

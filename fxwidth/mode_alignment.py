@@ -39,7 +39,7 @@ class TrainingRegion:
         nodes: those of the graph of training, in order; none where training uses an earlier value as it is.
         result: the node of training, in the region or before it, whose value is used afterwards.
         instead_of: the node of evaluation whose place it takes.
-        before: the node of evaluation that is the first to use it.
+        before: the node of evaluation before which it is run.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -105,6 +105,8 @@ class _Aligner:
         self._supposed: list[_Supposed] = []
         self._nodes = [node for node in evaluated.graph.nodes if node.op != "get_attr"]
         self._place = 0
+        # Where in evaluation the open region ends.
+        self._end = 0
 
     def run(self) -> Alignment:
         attributes = {node.target: node for node in self._evaluated.graph.find_nodes(op="get_attr")}
@@ -114,11 +116,25 @@ class _Aligner:
                 if partner is not None and self._same_attribute(str(node.target)):
                     self._found.partner[node] = partner
             elif not self._advance(node) and not self._count(node):
-                self._pending.append(node)
-        if self._pending or self._place != len(self._nodes):
-            ours = self._nodes[min(self._place, len(self._nodes) - 1)]
-            raise DifferentError(ours, self._pending[0] if self._pending else ours)
+                self._hold(node)
+        if self._pending:
+            raise DifferentError(self._nodes[min(self._place, len(self._nodes) - 1)], self._pending[0])
         return self._found
+
+    def _hold(self, node: fx.Node) -> None:
+        """Let a node of training wait for the value that its region is there for."""
+        passed = self._nodes[self._end : self._place] if self._pending else []
+        self._pending.append(node)
+        self._end = self._place
+        # The region is run as one, behind what both modes run in between.
+        if any(self._writes_elsewhere(one) for one in (*passed, *self._pending)) and passed:
+            raise DifferentError(passed[0], node)
+
+    def _writes_elsewhere(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self._evaluated if node.graph is self._evaluated.graph else self._trained
+            return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+        return _writes(node) and node.args[0] not in self._pending
 
     def _count(self, node: fx.Node) -> bool:
         if not is_counter(node) or self._place == len(self._nodes):
@@ -135,8 +151,8 @@ class _Aligner:
                 arguments, supposed = self._match(own, node, skipped)
             except _UnequalError:
                 continue
-            if supposed is None and (self._pending or skipped):
-                continue  # what was run in between must be of some use, or is done for its effects
+            if supposed is None and (skipped or (self._pending and path_of(own) != path_of(node))):
+                continue  # what evaluation runs in between must be of some use, or is done for its effects
             if supposed is not None and not self._open_region(own, skipped, supposed, arguments):
                 continue
             if any(isinstance(leaf, (Choice, TrainingRegion)) for leaf in leaves_of(arguments)):
@@ -153,9 +169,12 @@ class _Aligner:
         result, value = supposed.result, supposed.value
         if not _one_value(self._pending, result) or not _one_value(skipped, value) or any(map(_writes, skipped)):
             return False
-        if not all(map(self._movable, self._pending)):
+        if not all(self._movable(self._trained, node) for node in self._pending):
             return False
-        region = TrainingRegion(tuple(self._pending), result, value, own)
+        if not all(self._movable(self._evaluated, node) for node in skipped):
+            return False
+        early = not skipped and value in self._nodes[: self._end] and self._pending
+        region = TrainingRegion(tuple(self._pending), result, value, self._nodes[self._end] if early else own)
         self._found.regions.append(region)
         self._instead[result, value] = region
         self._pending = []
@@ -163,11 +182,11 @@ class _Aligner:
             arguments[name] = replaced(argument, lambda leaf: region if leaf == supposed else leaf)
         return True
 
-    def _movable(self, node: fx.Node) -> bool:
-        """Tell whether a node can be run by a module of ours: the parts that it calls have no tensors of their own."""
+    def _movable(self, module: fx.GraphModule, node: fx.Node) -> bool:
+        """Tell whether a node can be run in one mode alone: the parts that it calls have no tensors of their own."""
         if node.op != "call_module":
             return node.op != "placeholder"
-        part = self._trained.get_submodule(str(node.target))
+        part = module.get_submodule(str(node.target))
         return not isinstance(part, (Inputs, Outputs)) and not list(part.parameters()) and not list(part.buffers())
 
     def _same_attribute(self, name: str) -> bool:
@@ -243,7 +262,8 @@ def _writes(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (node.op == "call_method" and name.endswith("_")) or name in _IN_PLACE
+    in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or bool(node.kwargs.get("inplace"))
 
 
 _IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})

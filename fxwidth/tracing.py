@@ -29,11 +29,11 @@ def trace(
 
     A GraphModule is taken as it is. Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export`
     (non-strict, any batch size) where that fails. The graph takes the arguments of the model, by position or by name,
-    and returns what the model returns. Arguments that are left out are fixed at their defaults. It does in `train()` and
-    `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose two modes no graph can
-    hold are called as they are; where that cannot be, the graph is that of the mode the model is in, in which only
-    dropout and batch norm follow, and an `FxwidthWarning` names the place. Parameters are shared with the model, so an optimizer made for the
-    model goes on.
+    and returns what the model returns. Arguments that are left out are fixed at their defaults. It does in `train()`
+    and `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose two modes no graph
+    can hold are called as they are; where that cannot be, the graph is that of the mode the model is in, in which only
+    dropout and batch norm follow, and an `FxwidthWarning` names the place. Parameters are shared with the model, so an
+    optimizer made for the model goes on.
 
     Args:
         model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.

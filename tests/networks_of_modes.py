@@ -76,7 +76,7 @@ def AttentionDropout(self: nn.Module, x: Tensor) -> Tensor:  # noqa: N802
 @by_forward
 def AttentionInOrder(self: nn.Module, x: Tensor) -> Tensor:  # noqa: N802
     """Attention whose result lies otherwise in memory where it has dropout, as the exporter sees it."""
-    q = x.view(1, x.shape[0], 2, -1).transpose(1, 2)
+    q = x.view(x.shape[0], 3, 2, -1).transpose(1, 2)
     out = functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if self.training else 0.0, scale=0.3)
     return out.transpose(1, 2).contiguous().reshape(x.shape[0], -1)
 
@@ -154,10 +154,10 @@ class TwoValues(nn.Module):
 class LayerDrop(nn.Module):
     """Layers that are skipped at random, as the numbers of a generator decide."""
 
-    def __init__(self, draw: Callable[[], Any], rate: float = 0.5) -> None:
+    def __init__(self, draw: Callable[[], Any], rate: float = 0.5, p: float = 0.1) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
-        self.draw, self.rate = draw, rate
+        self.draw, self.rate, self.p = draw, rate, p
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -165,7 +165,7 @@ class LayerDrop(nn.Module):
                 drawn = self.draw()
                 if drawn < self.rate:
                     continue
-            x = x + functional.dropout(layer(x), 0.1, self.training)
+            x = x + functional.dropout(layer(x), self.p, self.training)
         return x
 
 
@@ -197,7 +197,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "called in training": CalledInTraining,
     "two values": TwoValues,
     "batch norm": lambda: nn.BatchNorm1d(HIDDEN),
-    "layers dropped at no rate": lambda: LayerDrop(of_torch, 0.0),
+    "layers dropped at no rate": lambda: LayerDrop(of_torch, 0.0, 0.0),
 }
 LAYER_DROPS: dict[str, Callable[[], nn.Module]] = {
     "layers dropped by torch": lambda: LayerDrop(of_torch),
