@@ -38,13 +38,13 @@ class TrainingRegion:
     Attributes:
         nodes: those of the graph of training, in order; none where training uses an earlier value as it is.
         result: the node of training, in the region or before it, whose value is used afterwards.
-        instead_of: the node of evaluation whose place it takes.
+        instead_of: the node of evaluation whose place it takes; None where both modes may run it.
         before: the node of evaluation before which it is run.
     """
 
     nodes: tuple[fx.Node, ...]
     result: fx.Node
-    instead_of: fx.Node
+    instead_of: fx.Node | None
     before: fx.Node
 
 
@@ -115,11 +115,18 @@ class _Aligner:
                 partner = attributes.get(node.target)
                 if partner is not None and self._same_attribute(str(node.target)):
                     self._found.partner[node] = partner
-            elif not self._advance(node) and not self._count(node):
+            elif not self._advance(node) and not self._count(node) and not self._measure(node):
                 self._hold(node)
         if self._pending:
             raise DifferentError(self._nodes[min(self._place, len(self._nodes) - 1)], self._pending[0])
         return self._found
+
+    def _measure(self, node: fx.Node) -> bool:
+        """Take a size of a tensor into both modes: many regions may use it."""
+        if node.target is not torch.ops.aten.sym_size.int or node.args[0] in self._pending:
+            return False
+        self._found.regions.append(TrainingRegion((node,), node, None, self._nodes[self._place]))
+        return True
 
     def _hold(self, node: fx.Node) -> None:
         """Let a node of training wait for the value that its region is there for."""

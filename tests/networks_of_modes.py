@@ -180,6 +180,7 @@ def of_python() -> float:
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "drop path": DropPath,
     "drop connect": DropConnect,
+    "drop connects": lambda: nn.Sequential(DropConnect(), nn.Linear(HIDDEN, HIDDEN), DropConnect()),
     "stochastic depth": lambda: StochasticDepth(0.3, "row"),
     "noise": GaussianNoise,
     "noise in place": InPlaceNoise,

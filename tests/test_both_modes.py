@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 from typing import Any
 
@@ -202,8 +203,20 @@ def test_a_size_written_into_the_training_of_a_part_is_refused() -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, gm.parameters(), strict=True))
 
 
+def test_what_runs_in_training_is_copied_and_pickled() -> None:
+    gm = fxwidth.trace(model_of(LAYERS["drop connect"](), "export", False), rows())
+    assert [part for part in gm.modules() if isinstance(part, InTraining)]
+    stored = io.BytesIO()
+    torch.save(halved(gm), stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(gm), torch.load(stored, weights_only=False)):
+        for mode in (False, True):
+            assert torch.equal(answer(other, mode, 5), answer(gm, mode, 5))
+    assert is_random(gm, True)
+
+
 def test_tracing_draws_no_random_numbers() -> None:
-    for front_end in FRONT_ENDS:
+    for front_end in ("symbolic", "export"):
         for layer in ("drop connect", "constant noise", "layers dropped at no rate"):
             model = model_of(LAYERS[layer](), front_end, True)
             torch.manual_seed(7)
