@@ -162,7 +162,8 @@ class OtherPathInTraining(Modes):
         if self.training:
             noise = torch.rand_like(h[:1])
             first, second = first * noise, second * (1 - noise)
-        return self.down(functional.dropout(first - second, 0.2, training=self.training))
+        first, second = (self.down(functional.dropout(h, 0.2, training=self.training)) for h in (first, second))
+        return first - second
 
 
 class Regions(Network):
