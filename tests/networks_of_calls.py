@@ -162,6 +162,8 @@ class OtherPathInTraining(Modes):
         if self.training:
             noise = torch.rand_like(h[:1])
             first, second = first * noise, second * (1 - noise)
+        for _ in range(10):  # longer than what is taken for one region
+            first, second = first.sin(), second.cos()
         first, second = (self.down(functional.dropout(h, 0.2, training=self.training)) for h in (first, second))
         return first - second
 
