@@ -252,7 +252,7 @@ class _Aligner:
             return own
         if (other, own) in self._instead:
             return self._instead[other, own]
-        if other in self._pending or own in skipped:
+        if other in self._pending or other in self._found.partner:
             self._supposed.append(_Supposed(other, own))
             return self._supposed[-1]
         raise _UnequalError

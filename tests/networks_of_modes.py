@@ -99,7 +99,7 @@ def Gumbel(self: nn.Module, x: Tensor) -> Tensor:  # noqa: N802
 @by_forward
 def ConstantNoise(self: nn.Module, x: Tensor) -> Tensor:  # noqa: N802
     """Noise of a fixed width in both modes, which symbolic tracing would draw once."""
-    return x + torch.randn(HIDDEN, dtype=x.dtype)
+    return x + torch.randn(HIDDEN, dtype=torch.float64)
 
 
 class TrainedNoise(nn.Module):
@@ -273,3 +273,29 @@ class NeedsTargets(WithHead):
         if self.training and targets is None:
             raise ValueError("targets are missing")
         return self.down(self.drop(self.up(x).relu()))
+
+
+class OwnNoise(Around):
+    """Noise of a fixed width that the model itself draws, in both modes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(OUT, dtype=torch.float64)
+
+
+class Other(nn.Module):
+    """Returns one operand in evaluation and the other in training."""
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return other if self.training else one
+
+
+class Exchanged(nn.Module):
+    """Two layers of which each mode uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.exchange = Other()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.exchange(self.one(x), self.other(x)))

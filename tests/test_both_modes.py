@@ -23,7 +23,9 @@ from tests.networks_of_modes import (
     WIDTH,
     Around,
     Checked,
+    Exchanged,
     NeedsTargets,
+    OwnNoise,
     WithHead,
     by_forward,
 )
@@ -96,6 +98,12 @@ def test_growth_is_exact_in_both_modes(layer: str, front_end: str) -> None:
     fxwidth.resize(gm, growing)
     for mode in (False, True):
         assert largest_difference([answer(gm, mode, 5)], [answer(model, mode, 5)]) < EXACT
+
+
+def test_noise_that_the_model_draws_itself() -> None:
+    torch.manual_seed(0)
+    model = OwnNoise(nn.Identity()).double()
+    assert_follows(fxwidth.trace(copy.deepcopy(model), rows()), model)
 
 
 def test_a_part_without_tensors_keeps_a_mode_of_its_own() -> None:
@@ -180,6 +188,14 @@ def test_a_width_that_training_alone_needs_is_pinned(layer: Any, front_end: str)
     assert not width_graph.free
     halved(gm)
     gm.train()(rows())
+
+
+def test_what_stands_for_a_value_in_training_has_its_width() -> None:
+    model = Exchanged().double()
+    gm = fxwidth.trace(copy.deepcopy(model), rows())
+    assert_follows(gm, model)
+    halved(gm)
+    assert gm.train()(rows()).shape == gm.eval()(rows()).shape
 
 
 class Folding(nn.Module):
