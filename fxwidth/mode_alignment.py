@@ -155,7 +155,7 @@ class _Aligner:
             own = self._nodes[place]
             skipped = self._nodes[self._place : place]
             try:
-                arguments, supposed = self._match(own, node, skipped)
+                arguments, supposed = self._match(own, node)
             except _UnequalError:
                 continue
             if supposed is None and (skipped or (self._pending and path_of(own) != path_of(node))):
@@ -203,9 +203,7 @@ class _Aligner:
         both = isinstance(own, Tensor) and isinstance(other, Tensor) and own.shape == other.shape
         return both and not own.is_meta and torch.equal(own, other)
 
-    def _match(
-        self, node: fx.Node, other: fx.Node, skipped: Sequence[fx.Node]
-    ) -> tuple[dict[str, Any], _Supposed | None]:
+    def _match(self, node: fx.Node, other: fx.Node) -> tuple[dict[str, Any], _Supposed | None]:
         """Return the arguments of a node for both modes, and which value must be the one that comes out of a region.
 
         Raises:
@@ -219,7 +217,7 @@ class _Aligner:
         if own.keys() != others.keys():
             raise _UnequalError
         self._supposed = []
-        merged = {name: self._merge(value, others[name], skipped) for name, value in own.items()}
+        merged = {name: self._merge(value, others[name]) for name, value in own.items()}
         if len(set(self._supposed)) > 1 or (self._supposed and path_of(node) != path_of(other)):
             raise _UnequalError
         return merged, self._supposed[0] if self._supposed else None
@@ -227,27 +225,27 @@ class _Aligner:
     def _same_module(self, name: str) -> bool:
         return _same_module(self._evaluated.get_submodule(name), self._trained.get_submodule(name))
 
-    def _merge(self, own: Any, other: Any, skipped: Sequence[fx.Node]) -> Any:
+    def _merge(self, own: Any, other: Any) -> Any:
         """Return an argument of a node, with choices for numbers and regions for values that differ."""
         if isinstance(own, fx.Node) or isinstance(other, fx.Node):
             if not isinstance(own, fx.Node) or not isinstance(other, fx.Node):
                 raise _UnequalError
-            return self._merge_nodes(own, other, skipped)
+            return self._merge_nodes(own, other)
         if isinstance(own, (list, tuple)) and isinstance(other, (list, tuple)) and len(own) == len(other):
-            parts = [self._merge(one, two, skipped) for one, two in zip(own, other, strict=True)]
+            parts = [self._merge(one, two) for one, two in zip(own, other, strict=True)]
             return tuple(parts) if isinstance(own, tuple) else parts
         if isinstance(own, dict) and isinstance(other, dict) and own.keys() == other.keys():
-            return {key: self._merge(value, other[key], skipped) for key, value in own.items()}
+            return {key: self._merge(value, other[key]) for key, value in own.items()}
         if isinstance(own, slice) and isinstance(other, slice):
             ends = [(own.start, other.start), (own.stop, other.stop), (own.step, other.step)]
-            return slice(*(self._merge(one, two, skipped) for one, two in ends))
+            return slice(*(self._merge(one, two) for one, two in ends))
         if type(own) is type(other) and own == other:
             return own
         if isinstance(own, (bool, int, float)) and isinstance(other, (bool, int, float)):
             return Choice(other, own)
         raise _UnequalError
 
-    def _merge_nodes(self, own: fx.Node, other: fx.Node, skipped: Sequence[fx.Node]) -> Any:
+    def _merge_nodes(self, own: fx.Node, other: fx.Node) -> Any:
         if self._found.partner.get(other) is own:
             return own
         if (other, own) in self._instead:
