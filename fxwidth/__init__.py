@@ -10,7 +10,7 @@ from torch import fx
 from fxwidth import rules  # noqa: F401  (fills the table of op rules)
 from fxwidth.budgets import Budget
 from fxwidth.checkpoint import load, save
-from fxwidth.errors import FxwidthError
+from fxwidth.errors import FxwidthError, FxwidthWarning
 from fxwidth.evolution import Evolver, evolve
 from fxwidth.group_spectra import GroupSpectrum, spectrum
 from fxwidth.groups import ChannelGroup, Site, WidthGraph
@@ -27,6 +27,7 @@ __all__ = [
     "ChannelGroup",
     "Evolver",
     "FxwidthError",
+    "FxwidthWarning",
     "GroupSpectrum",
     "Plan",
     "Replacement",

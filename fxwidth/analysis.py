@@ -25,6 +25,7 @@ from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.structures import deep_tensors, map_leaves, sample_count, states_in
 from fxwidth.tape import Axes, OpCall, TapeRecorder, evaluating, plain_kernels, quiet
 from fxwidth.tensor_slots import Slots, substituted, tensor_slots
+from fxwidth.training_calls import follow_training, may_act_in_training
 from fxwidth.unification import unify
 from fxwidth.value_pins import pin_other_ways
 from fxwidth.value_record import ValueReader, ValueRecord
@@ -61,8 +62,8 @@ class Analysis:
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
-    the inputs are one sample, without a batch. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module
-    was.
+    the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
+    evaluation. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
     """
 
     module: fx.GraphModule
@@ -81,6 +82,7 @@ class Analysis:
     states: set[int] = field(default_factory=set)
     own_gradients: set[str] = field(default_factory=set)
     is_single: bool = False
+    training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -143,10 +145,18 @@ class NodeInterpreter(fx.Interpreter):
         else:
             value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
+        if module is not None:
+            self._follow_training(n, module, value)
         self._analysis.node_values[n.name] = value
         # As they are now: a later op may give the tensor other dims in place.
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
+
+    def _follow_training(self, node: fx.Node, module: nn.Module, value: Any) -> None:
+        analysis, (args, kwargs) = self._analysis, self.fetch_args_kwargs_from_env(node)
+        if may_act_in_training(module, len(analysis.node_calls[node.name]), args, value):
+            calls = follow_training(analysis, self._recorder, module, args, kwargs, value)
+            analysis.training_calls[node.name] = calls
 
     def _run_plainly(self, node: fx.Node) -> Any:
         # As the base class does, without its book-keeping of stack traces.
@@ -269,9 +279,10 @@ def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[
 
 
 def _pin_what_is_used(analysis: Analysis) -> None:
-    used = {id(tensor) for call in analysis.calls for tensor in call.inputs}
+    calls = [*analysis.calls, *(call for calls in analysis.training_calls.values() for call in calls)]
+    used = {id(tensor) for call in calls for tensor in call.inputs}
     used |= {id(tensor) for tensor in analysis.outputs}
-    for call in analysis.calls:
+    for call in calls:
         for result, axis, reason in call.pins_if_used:
             if id(result) in used:
                 analysis.space.context = call.place

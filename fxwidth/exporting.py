@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.calls import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
+from fxwidth.draws import refusing_draws
 from fxwidth.forgotten import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
 from fxwidth.module_state import restored, same_values, stores
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
@@ -80,7 +81,7 @@ def _program(
         registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         # It works on stand-ins for parameters and buffers, but on other tensors themselves.
         stack.enter_context(same_values([tensor for tensor in held if id(tensor) not in registered]))
-        for context in (watching_gradients(refuse_gradient), _no_hooks_left(), SetterWatch()):
+        for context in (watching_gradients(refuse_gradient), _no_hooks_left(), SetterWatch(), refusing_draws()):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet())

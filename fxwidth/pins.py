@@ -81,6 +81,7 @@ BRANCHED = "it is used after the code has branched on a value, or may have"
 ON_EMPTY = "it is used on an empty tensor"
 OTHER_WAY = "a part was followed along one way"
 WRITTEN_IN = "a size is written into code that cannot be taken apart"
+IN_TRAINING = "what a part does with it in training cannot be followed"
 SORTED_ROWS = "rows are sorted by the matrix they are multiplied by"
 SCALE = "the attention scale is computed from it"
 NO_RULE = "no rule for this op"
@@ -134,6 +135,8 @@ REMEDIES = {
     ON_EMPTY: "Pass example_inputs in which more is found.",
     OTHER_WAY: "Pass example_inputs with which all parameters of the part are used.",
     WRITTEN_IN: "Take the size from a tensor or a parameter: x.shape[1] in the place of a number.",
+    IN_TRAINING: "Let the part return in training a tensor of the shape that it returns in evaluation, and branch on "
+    "no values.",
     SORTED_ROWS: "Nothing: rows and matrices belong together by their numbers.",
     SCALE: "Pass scale= to the attention, so that it does not depend on a width.",
     NOT_COVERED: _REWRITE,

@@ -23,6 +23,7 @@ from fxwidth.calls import (
     invoke,
     native,
 )
+from fxwidth.draws import refuse_draws, refusing_draws
 from fxwidth.forgotten import (
     Belongings,
     UntraceableError,
@@ -31,6 +32,7 @@ from fxwidth.forgotten import (
     refuse_iterators,
 )
 from fxwidth.module_state import restored, stores
+from fxwidth.random_states import Generators
 from fxwidth.structures import flatten, flatten_each, rebuild_each
 from fxwidth.tracer_proxies import BufferProxy, TracerProxy, assigned_buffers
 from fxwidth.watched_tensors import TensorWatch
@@ -61,7 +63,7 @@ def symbolic_graph(
     belongings = Belongings(model)
     with restored(model) as held:
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
-        with noticing(tracer.autocasts), assigned_buffers(), tracer.watch:
+        with refusing_draws(), noticing(tracer.autocasts), assigned_buffers(), tracer.watch:
             graph = tracer.trace(model)
         _refuse_stores(model, failed)
         belongings.refuse_replaced(failed)
@@ -79,13 +81,18 @@ def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
         raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
-def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.GraphModule:
+def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module]) -> fx.GraphModule:
     """Return the graph of a model, in which parts that cannot be traced are called as they are.
 
     A part is the innermost module at which tracing ends. Where that is the model itself, the graph is one call of it,
     as `model`.
+
+    Args:
+        model: the module.
+        arguments: those of its forward, with examples or defaults.
+        leaves: submodules that are called as they are; takes those that are found.
     """
-    leaves: list[nn.Module] = []
+    known = len(leaves)
     while True:
         failed: list[nn.Module] = []
         try:
@@ -93,6 +100,7 @@ def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument]) -> fx.Gra
         except Exception:
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
+                del leaves[known:]
                 return _one_call(model)
         leaves.append(failed[0])
 
@@ -196,7 +204,11 @@ class _Tracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, ""):
                 self._belongings.refuse_others(m)
-            return super().call_module(m, forward, args, kwargs)
+                return super().call_module(m, forward, args, kwargs)
+            generators = Generators()
+            result = super().call_module(m, forward, args, kwargs)
+            refuse_draws(generators)
+            return result
         except Exception:
             if not self._failed and id(m) not in self._leaves:
                 self._failed.append(m)

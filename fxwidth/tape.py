@@ -177,6 +177,15 @@ class TapeRecorder(TorchDispatchMode):
         if self._values is not None:
             self._values.begin(node)
 
+    @contextmanager
+    def aside(self) -> Iterator[list[OpCall]]:
+        """Record what is run on a list of its own for a while, and not on the tape."""
+        tape, self.calls = self.calls, []
+        try:
+            yield self.calls
+        finally:
+            self.calls = tape
+
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

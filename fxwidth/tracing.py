@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.parameter import is_lazy
 
 from fxwidth.analysis import Analysis, analyze_axes
+from fxwidth.both_modes import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
 from fxwidth.input_shapes import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
-from fxwidth.mode_merging import in_both_modes
 from fxwidth.notes import INPUTS, VALUES, notes_of
 from fxwidth.originals import remember_original
 from fxwidth.rewriting.trials import pin_what_is_written_in
@@ -35,14 +35,17 @@ def trace(
 
     A GraphModule is taken as it is. Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export`
     (non-strict, any batch size) where that fails. The graph takes the arguments of the model, by position or by name,
-    and returns what the model returns. Arguments that are left out are fixed at their defaults. It follows `train()`
-    and `eval()`; where the model's code does quite different things in the two, the graph is that of the mode the model
-    is in, and only dropout and batch norm follow. Parameters are shared with the model, so an optimizer made for the
-    model goes on. A resize of the graph resizes the model too, if its own code does the same at the new widths; else
-    the model stays as it is and shares nothing from then on. It is not kept alive by the graph.
+    and returns what the model returns. Arguments that are left out are fixed at their defaults. It does in `train()`
+    and `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose two modes no graph
+    can hold are called as they are; where that cannot be, the graph is that of the mode the model is in, in which only
+    dropout and batch norm follow, and an `FxwidthWarning` names the place.
+
+    Parameters are shared with the model, so an optimizer made for the model goes on. A resize of the graph resizes the
+    model too, if its own code does the same at the new widths; else the model stays as it is and shares nothing from
+    then on. It is not kept alive by the graph.
 
     Args:
-        model: a module in the mode (train or eval) whose code path is wanted, or a GraphModule traced by anyone.
+        model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.
         example_inputs: a tensor; a tuple of positional arguments; or a dict of arguments by name. Arguments may be
             lists, dicts and other objects with tensors in them. Of tensors only shapes and dtypes matter, and only the
             first dim, the batch, may differ later. Needless when the graph carries shapes or its first layers tell.
@@ -130,26 +133,40 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
     arguments = arguments_of(model, call)
     reasons: dict[str, Exception] = {}
     unusable: FxwidthError | None = None
-    front_ends: list[tuple[str, Callable[[], fx.GraphModule]]] = [
-        (_SYMBOLIC, lambda: symbolic_graph(model, arguments)),
-        (_SYMBOLIC, lambda: symbolic_graph(model, arguments, live_numbers=False)),
+    front_ends: list[tuple[str, Tracer]] = [
+        (_SYMBOLIC, lambda leaves, failed: symbolic_graph(model, arguments, leaves=leaves, failed=failed)),
+        (
+            _SYMBOLIC,
+            lambda leaves, failed: symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed),
+        ),
     ]
     if call is not None:
-        front_ends.append((_EXPORT, lambda: exported_graph(model, arguments, device_of(model))))
-        front_ends.append((_LEAVES, lambda: graph_with_leaves(model, arguments)))
+        front_ends.append((_EXPORT, lambda _, __: exported_graph(model, arguments, device_of(model))))
+        front_ends.append((_LEAVES, lambda leaves, _: graph_with_leaves(model, arguments, leaves)))
+    partial: tuple[Traced, Analysis] | None = None
     for name, front_end in front_ends:
+        if partial is not None and name != _EXPORT:
+            continue  # it would follow no more
         try:
-            module = in_both_modes(model, front_end)
-            keep_names(model, module)
+            traced = in_both_modes(model, front_end, takes_leaves=name != _EXPORT)
+            keep_names(model, traced.module)
         except Exception as error:
             reasons[name] = error
             continue
         try:
-            return module, analyze_module(module, call)
+            analysis = analyze_module(traced.module, call)
         except FxwidthError as error:
             reasons[name] = error
             if name != _LEAVES:
                 unusable = unusable or error
+            continue
+        if not traced.untraceable:
+            warn_of_modes(model, traced.unfollowed)
+            return traced.module, analysis
+        partial = partial or (traced, analysis)
+    if partial is not None:
+        warn_of_modes(model, partial[0].unfollowed)
+        return partial[0].module, partial[1]
     if unusable is not None:
         raise unusable
     raise _untraceable(model, reasons, call) from list(reasons.values())[-1]

@@ -152,15 +152,20 @@ class Modes(nn.Module):
 
 
 class OtherPathInTraining(Modes):
-    """Noise on one path in training alone: a graph of one mode cannot follow the other."""
+    """Noise on two paths in training alone: a graph of one mode cannot follow the other."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.exported and x.shape[-1] != WIDTH:
             raise ValueError("the wrong width")
         h = self.norm(self.up(x))
+        first, second = h.sin(), h.cos()
         if self.training:
-            h = h * torch.rand_like(h[:1])
-        return self.down(functional.dropout(h, 0.2, training=self.training))
+            noise = torch.rand_like(h[:1])
+            first, second = first * noise, second * (1 - noise)
+        for _ in range(10):  # longer than what is taken for one region
+            first, second = first.sin(), second.cos()
+        first, second = (self.down(functional.dropout(h, 0.2, training=self.training)) for h in (first, second))
+        return first - second
 
 
 class Regions(Network):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxwidth
-from fxwidth import FxwidthError
+from fxwidth import FxwidthError, FxwidthWarning
 from fxwidth.calls import bound_to_placeholders, call_of
 from fxwidth.index_maps import IndexMaps
 from fxwidth.structures import deep_tensors, difference, flatten, map_leaves
@@ -233,12 +233,15 @@ def test_frozen_batch_norms_stay_frozen() -> None:
 @by_front_end
 def test_where_the_modes_are_two_networks_the_present_one_is_traced(exported: bool) -> None:
     model = OtherPathInTraining(exported).double()
-    evaluated = fxwidth.trace(copy.deepcopy(model).eval(), _x(4, WIDTH))
+    told = "OtherPathInTraining does not do in train.. and eval.. all that the model does there: in training it runs"
+    with pytest.warns(FxwidthWarning, match=told):
+        evaluated = fxwidth.trace(copy.deepcopy(model).eval(), _x(4, WIDTH))
     difference_in_eval, difference_in_training = same_in_both_modes(model, evaluated)
     assert difference_in_eval < EXACT < difference_in_training
     evaluated.train()
     assert not torch.equal(evaluated(_x(4, WIDTH)), evaluated(_x(4, WIDTH))), "its dropout follows"
-    trained = fxwidth.trace(copy.deepcopy(model).train(), _x(4, WIDTH))
+    with pytest.warns(FxwidthWarning, match=told):
+        trained = fxwidth.trace(copy.deepcopy(model).train(), _x(4, WIDTH))
     assert same_in_both_modes(model, trained)[1] < EXACT
 
 

@@ -19,12 +19,13 @@ from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_b
 from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
-from fxwidth.rewriting.modes import Step, UnexplainedError, training_steps
+from fxwidth.rewriting.modes import Step, UnexplainedError, any_batch, training_steps
 from fxwidth.rewriting.signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import evaluating, plain_kernels, quiet
+from fxwidth.tape import evaluating, plain_kernels, quiet, training
 from fxwidth.tensor_slots import substituted, tensor_slots
 from fxwidth.value_pins import nodes_behind_values
+from fxwidth.whole_ops import is_plain_layer
 
 
 @dataclass
@@ -124,6 +125,7 @@ class _Rewriter:
         wanted = prescribed_signatures(calls, self._maps)
         problem = self._try(node, wanted)
         if problem is None:
+            self._check_training(node)
             return
         if patch(self._state(node)):
             problem = self._try(node, wanted)
@@ -131,6 +133,39 @@ class _Rewriter:
             self._result.patched.append(node.name)
             return
         self._lower(node, problem)
+
+    def _check_training(self, node: fx.Node) -> None:
+        """Check that a module does at the new sizes in training what is prescribed for it, or runs as it did."""
+        module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is None or is_plain_layer(module):
+            return
+        calls = self._analysis.training_calls.get(node.name)
+        observed, problem = self._in_training_mode(node, module)
+        if problem is None and calls:
+            problem = differ(observed, prescribed_signatures(calls, self._maps))
+        if problem is not None and (calls or self._trained_before(node, module)):
+            raise FxwidthError(
+                f"node {node.name!r} has a size written into what it does in training: {problem}. Keep its groups with "
+                "keep=, or take the size from a tensor."
+            )
+
+    def _in_training_mode(self, node: fx.Node, module: nn.Module) -> tuple[list[Signature], str | None]:
+        """Run a module in training; return what it did, and what went wrong if anything did."""
+        try:
+            with quiet(), training(module), any_batch():
+                return self._run(node)[1], None
+        except Exception as error:
+            return [], str(error).strip().partition("\n")[0] or type(error).__name__
+
+    def _trained_before(self, node: fx.Node, module: nn.Module) -> bool:
+        """Tell whether a module could be run in training at the old sizes: some need targets, or look at values."""
+        old = {name: entry.fake for name, entry in self._analysis.parameters.items()}
+        values, self._values = self._values, self._old_values
+        try:
+            with self._edits.suspended(), substituted(self._module, old):
+                return self._in_training_mode(node, module)[1] is None
+        finally:
+            self._values = values
 
     def _touched(self, node: fx.Node) -> bool:
         """Tell whether anything a node works with has changed."""

@@ -26,6 +26,7 @@ from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.tape import evaluating, quiet
 from fxwidth.tensor_slots import substituted
+from fxwidth.training_calls import works_across_channels
 from fxwidth.value_pins import nodes_behind_values
 from fxwidth.value_runs import run_with
 
@@ -34,7 +35,7 @@ _FINDS = (0, 2)
 
 def pin_what_is_written_in(analysis: Analysis) -> None:
     """Pin the factors with which a node that cannot be taken apart does not do what is prescribed."""
-    if analysis.record is None and not analysis.own_gradients:
+    if analysis.record is None and not analysis.own_gradients and not any(analysis.training_calls.values()):
         return
     trials = _Trials(analysis)
     factors = trials.resizable()
@@ -56,14 +57,17 @@ class _Trials:
         self._finds = [count for count in finds if self._fails_with(count, unchanged_graph, {}) is None]
 
     def resizable(self) -> list[Factor]:
-        """Return the free factors of all that nodes which cannot be taken apart work with."""
+        """Return the free factors of all that nodes which cannot be taken apart work with, in training too."""
         space = self.analysis.space
         found: dict[Factor, None] = {}
+        in_training = (call for calls in self.analysis.training_calls.values() for call in calls)
+        calls = [call for call in in_training if works_across_channels(call)]
         for node in {**dict.fromkeys(nodes_behind_values(self.analysis)), **dict.fromkeys(self.analysis.own_gradients)}:
-            for call in self.analysis.calls_of(node):
-                for axes in (*call.axes.values(), *call.output_axes):
-                    for axis in axes:
-                        found |= dict.fromkeys(factor for factor in space.factors(axis) if not factor.is_batch)
+            calls += self.analysis.calls_of(node)
+        for call in calls:
+            for axes in (*call.axes.values(), *call.output_axes):
+                for axis in axes:
+                    found |= dict.fromkeys(factor for factor in space.factors(axis) if not factor.is_batch)
         of_parameters = {
             factor
             for entry in self.analysis.parameters.values()
