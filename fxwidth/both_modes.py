@@ -205,5 +205,5 @@ def warn_of_modes(model: nn.Module, unfollowed: str | None) -> None:
             f"{unfollowed}. Trace the model in the mode that is wanted, switch off what differs, or put it into a "
             "submodule of its own that takes a tensor and returns one.",
             FxwidthWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

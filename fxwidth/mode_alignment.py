@@ -2,7 +2,7 @@
 
 Each node of training is paired with the node of evaluation that does the same to the same; numbers and flags may
 differ. What only one of the two does is a *region*: nodes of which one value is used afterwards, which takes the place
-of one value of evaluation.
+of one value of evaluation; or none, where training does nothing more than write to buffers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class TrainingRegion:
 
     Attributes:
         nodes: those of the graph of training, in order; none where training uses an earlier value as it is.
-        result: the node of training, in the region or before it, whose value is used afterwards.
+        result: the node of training, in the region or before it, whose value is used afterwards; None where it is run
+            for what it writes to buffers.
         instead_of: the node of evaluation whose place it takes; None where both modes may run it.
         before: the node of evaluation before which it is run.
     """
 
     nodes: tuple[fx.Node, ...]
-    result: fx.Node
+    result: fx.Node | None
     instead_of: fx.Node | None
     before: fx.Node
 
@@ -158,6 +159,9 @@ class _Aligner:
                 arguments, supposed = self._match(own, node)
             except _UnequalError:
                 continue
+            if supposed is None and not skipped and self._is_for_effects():
+                self._found.regions.append(TrainingRegion(tuple(self._pending), None, None, own))
+                self._pending = []
             if supposed is None and (skipped or (self._pending and path_of(own) != path_of(node))):
                 continue  # what evaluation runs in between must be of some use, or is done for its effects
             if supposed is not None and not self._open_region(own, skipped, supposed, arguments):
@@ -168,6 +172,14 @@ class _Aligner:
             self._place = place + 1
             return True
         return False
+
+    def _is_for_effects(self) -> bool:
+        """Tell whether the nodes that wait do nothing more than write to buffers, right where they stand."""
+        inside = set(self._pending)
+        used = any(user not in inside for node in self._pending for user in node.users)
+        writes = any(map(self._writes_elsewhere, self._pending))
+        movable = all(self._movable(self._trained, node) for node in self._pending)
+        return writes and movable and not used and self._end == self._place
 
     def _open_region(
         self, own: fx.Node, skipped: Sequence[fx.Node], supposed: _Supposed, arguments: dict[str, Any]

@@ -26,11 +26,17 @@ class TrainingFlag(nn.Module):
 
 
 class InTraining(nn.Module):
-    """A part of a graph that is run in training alone."""
+    """A part of a graph that is run in training alone.
 
-    def __init__(self, body: fx.GraphModule) -> None:
+    Args:
+        body: the part.
+        for_effects: whether it is run for what it writes to: no dead code then, although nobody uses its result.
+    """
+
+    def __init__(self, body: fx.GraphModule, *, for_effects: bool = False) -> None:
         super().__init__()
         self.body = body
+        self._is_impure = for_effects
 
     def forward(self, value: Any, *operands: Any) -> Any:
         """Return what the part makes of the operands in training, and in evaluation the value as it is."""
@@ -55,11 +61,11 @@ class Writer:
     def run(self) -> None:
         """Change the graph of evaluation."""
         found = self._alignment
-        if not found.arguments and not found.counters:
+        if not found.arguments and not found.counters and all(region.result is not None for region in found.regions):
             return  # sizes that nobody uses
         chooser = _Chooser(self._evaluated)
         for region in found.regions:
-            self._written[region] = self._write(region)
+            self._written[region] = self._write(region, region.result)
         for node, arguments in found.arguments.items():
             filled = replaced(arguments, self._filled)
             chooser.set_arguments(node, filled)
@@ -74,12 +80,13 @@ class Writer:
     def _filled(self, leaf: Any) -> Any:
         return self._written[leaf] if isinstance(leaf, TrainingRegion) else leaf
 
-    def _write(self, region: TrainingRegion) -> fx.Node:
+    def _write(self, region: TrainingRegion, result: fx.Node | None) -> fx.Node:
         """Insert the nodes of a region; return that of its value."""
         with self._graph.inserting_before(region.before):
-            if region.instead_of is None or (region.nodes and all(node.target in _NEUTRAL for node in region.nodes)):
-                return self._graph.node_copy(region.result, self._value)
-            if not region.nodes and region.instead_of.target in _NEUTRAL:
+            both = region.instead_of is None or (region.nodes and all(node.target in _NEUTRAL for node in region.nodes))
+            if result is not None and both:
+                return self._graph.node_copy(result, self._value)
+            if not region.nodes and region.instead_of is not None and region.instead_of.target in _NEUTRAL:
                 return region.instead_of
             body = fx.Graph()
             known: dict[fx.Node, fx.Node] = {}
@@ -89,10 +96,11 @@ class Writer:
                 known[source] = body.placeholder(source.name)
             for node in region.nodes:
                 known[node] = body.node_copy(node, known.__getitem__)
-            body.output(known[region.result])
+            body.output(None if result is None else known[result])
             number = sum(isinstance(part, InTraining) for part in self._evaluated.children())
             name = f"fxwidth_in_training_{number}"
-            self._evaluated.add_submodule(name, InTraining(fx.GraphModule(self._trained, body, "Body")))
+            part = InTraining(fx.GraphModule(self._trained, body, "Body"), for_effects=result is None)
+            self._evaluated.add_submodule(name, part)
             return self._graph.call_module(name, (region.instead_of, *operands))
 
     def _value(self, source: fx.Node) -> fx.Node:
@@ -106,7 +114,7 @@ class Writer:
 def _operands(region: TrainingRegion) -> list[fx.Node]:
     """Return what the nodes of a region take from outside of it."""
     if not region.nodes:
-        return [region.result]
+        return [] if region.result is None else [region.result]
     inside = set(region.nodes)
     sources = (source for node in region.nodes for source in node.all_input_nodes)
     return list(dict.fromkeys(source for source in sources if source not in inside))

@@ -61,6 +61,6 @@ def _done(record: dict[str, Any]) -> str:
         parts += [f"channels chosen by {selection}{source}"] if evidence is not None or selection == MAGNITUDE else []
         parts.append(f"readers refitted from {evidence}" if folded else "readers not refitted")
     parts += ["batch norm recalibrated"] if record.get("recalibrated") else []
-    told = {"resized": "and so was the model", "untouched": "the model that was traced stayed as it was"}
+    told = {"resized": "the traced model resized too", "untouched": "the traced model left as it was"}
     parts += [told[record["original"]]] if record.get("original") else []
     return "".join(f", {part}" for part in parts)

@@ -35,13 +35,11 @@ from fxwidth.rewriting.parameters import dim_maps, ratios_by_gain, resized_tenso
 from fxwidth.rewriting.successors import successor
 from fxwidth.rotations import rotated
 from fxwidth.selection import check_selection
-from fxwidth.surroundings import plain_surroundings
 from fxwidth.tensor_slots import is_sound, set_slot, tensor_slots
 from fxwidth.tracing import analyze_module, refuse_nan
 from fxwidth.transactions import Transaction
 
 
-@plain_surroundings()
 def resize(
     gm: fx.GraphModule,
     plan: Plan | Mapping[str, int],
@@ -125,7 +123,6 @@ class _Options:
     norms: Mapping[str, float] | None = None
 
 
-@plain_surroundings()
 def resize_analyzed(
     width_graph: WidthGraph,
     plan: Plan | Mapping[str, int],

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from fxwidth.global_state import GlobalState
 from fxwidth.module_state import walk
 from fxwidth.rewriting.optimizers import optimizers_in
+from fxwidth.surroundings import plain_surroundings
 from fxwidth.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")
@@ -54,7 +55,8 @@ class Transaction:
     def run(self, work: Callable[[], _Result]) -> _Result:
         """Return what the work returns; if it is ended by an exception or by Ctrl-C, nothing has changed."""
         try:
-            return work()
+            with plain_surroundings():
+                return work()
         except BaseException:
             self.roll_back()
             raise

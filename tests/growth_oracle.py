@@ -119,7 +119,7 @@ def change_by_recipe(wg: WidthGraph, group: ChannelGroup, width: int, recipe: Re
         and group.factor in analysis.space.factors(call.axes[id(mixing.tensor)][mixing.dim])
     ]
     forced = ChannelGroup(
-        **{name: getattr(group, name) for name in ("name", "width", "sites", "pinned", "mixed", "factor")},
+        **{name: getattr(group, name) for name in ("name", "width", "sites", "pinned", "mixed", "factor", "least")},
         find_growth=lambda: replace(Growth(recipe, None, fills), norms=tuple(norms)),
     )
     groups = wg.groups

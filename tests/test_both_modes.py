@@ -69,7 +69,7 @@ def assert_follows(gm: fx.GraphModule, model: nn.Module) -> None:
 
 def halved(gm: fx.GraphModule) -> fx.GraphModule:
     free = fxwidth.analyze(gm).free
-    fxwidth.resize(gm, {group.name: max(1, group.width // 2) for group in free}, fold=False)
+    fxwidth.resize(gm, {group.name: max(group.least.width, group.width // 2) for group in free}, fold=False)
     return gm
 
 

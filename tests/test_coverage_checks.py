@@ -70,6 +70,7 @@ class RowsTogether(Network):
         return super().forward(x - x.mean(0))
 
 
+@pytest.mark.filterwarnings("ignore:The graph of NoTraining does not do")
 @pytest.mark.parametrize(
     ("model", "names", "reason"),
     [

@@ -81,7 +81,7 @@ ROWS: dict[str, Row] = {
     "budget": Row(_of(fxwidth.Budget(flops=0.5)), dict),
     "params": Row(_of(0.5), dict),
     "data": Row(_of(labelled())),
-    "loss": Row(_of(F.cross_entropy), lambda: {**HALF, "data": labelled()}),
+    "loss": Row(_of(F.cross_entropy), lambda: {"params": 0.45, "data": labelled()}),
     "selection": Row(_of("magnitude")),
     "shrink_energy": Row(_of(0.4), dict),
     "grow_energy": Row(_of(0.0), lambda: {"grow_step": 2, "shrink_energy": 0.0}),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import fxwidth
@@ -84,6 +83,7 @@ class Attentive(nn.Module):
 
 
 def image_transformer() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
         num_labels=3,
@@ -92,6 +92,7 @@ def image_transformer() -> nn.Module:
 
 
 def language_model() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2,
@@ -145,6 +146,7 @@ def halved(gm: Any, **options: Any) -> str | None:
     return told
 
 
+@pytest.mark.filterwarnings("ignore:The graph of Auxiliary does not do")
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_is_the_resized_one_or_as_it_was(name: str) -> None:
     make, inputs, expected = CASES[name]
@@ -171,6 +173,7 @@ def test_the_model_is_the_resized_one_or_as_it_was(name: str) -> None:
     assert sum(p.numel() for p in gm.parameters()) < sum(p.numel() for p in twin.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:The graph of Auxiliary does not do")
 @pytest.mark.parametrize("name", CASES)
 def test_an_optimizer_made_for_the_model_trains_the_graph(name: str) -> None:
     make, inputs, _ = CASES[name]
