@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,9 +39,11 @@ class Counter:
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         """See one call; resumed generators, such as contexts that are left, are calls too."""
-        # Python ignores what is raised in a generator expression that it drops.
+        # Python ignores what is raised in a generator that it drops: of generators only contexts count.
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(_PACKAGE) or code.co_name == "<genexpr>":
+        if event != "call" or not code.co_filename.startswith(_PACKAGE):
+            return
+        if code.co_flags & inspect.CO_GENERATOR and not _is_of_contextlib(frame.f_back):
             return
         if self.count == 0 and self._since not in ("", code.co_name):
             return
@@ -49,6 +53,10 @@ class Counter:
             self.functions.setdefault(name, []).append(self.count)
         elif self.count == self._at:
             raise KeyboardInterrupt
+
+
+def _is_of_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_code.co_filename == contextlib.__file__
 
 
 def counted(work: Callable[[], object], at: int | None = None, since: str = "") -> Counter:

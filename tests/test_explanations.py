@@ -48,7 +48,7 @@ class ManyReasons(nn.Module):
         total = total + torch.cumsum(parts["places"](x), 1).mean(1) + parts["looked_up"](x)[:, self.order].sum(1)
         total = total + halves_swapped(parts["unknown"](x)).sum(1)
         total = total + self.norm(parts["unaligned"](x)).view(-1, 8, 3).softmax(1).amax((1, 2))
-        total = total + torch.as_strided_scatter(parts["declined"](x), torch.ones(2, 2), (2, 2), (4, 2)).sum(1)
+        total = total + torch.slice_scatter(parts["declined"](x), torch.ones(2, 2), 1, 0, 4, 2).sum(1)
         return total + parts["free"](x).sum(1)
 
 
@@ -89,7 +89,7 @@ to free it: A rule, which says of what axes the op's results are made (README, "
         return [c.axes(...)]  # if the result has the axes of this operand""",
     "declined": """\
 'parts.declined' keeps its width of 4 (parts.declined.weight dim 0, parts.declined.bias dim 0)
-reason: its rule does not cover this call: a strided scatter, in as_strided_scatter at node as_strided_scatter
+reason: its rule does not cover this call: a strided scatter, in slice_scatter at node slice_scatter
 to free it: Write this step of the model with ops whose rules cover it, and report this text to fxwidth.""",
     "free": "'parts.free' is free: its width of 24 can change.",
 }

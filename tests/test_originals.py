@@ -201,7 +201,7 @@ def test_an_untouched_model_is_resized_no_more_and_can_be_trained_itself() -> No
     old = answer(model, x, False)
     assert halved(gm) is None
     assert torch.equal(answer(model, x, False), old)
-    assert "the model that was traced stayed as it was" in str(fxwidth.report(gm))
+    assert "the traced model left as it was" in str(fxwidth.report(gm))
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
