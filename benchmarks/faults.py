@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.fault_cases import FAULTS, Fault
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 _COPIED = ("fxwidth", "passes", "tests", "benchmarks", "pyproject.toml", "README.md", "docs")
 _FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -104,11 +104,11 @@ def _told(outcome: Outcome) -> Outcome:
 def render(outcomes: list[Outcome]) -> str:
     """Return the outcomes as markdown."""
     found = sum(outcome.found_by is not None for outcome in outcomes)
+    versions = f"torch {version('torch')}, Python {sys.version.split()[0]}"
     lines = [
         "# Faults planted by hand, one at a time",
         "",
-        f"torch {version('torch')}, Python {sys.version.split()[0]}. {found} of {len(outcomes)} are found by the tests "
-        "that are not slow.",
+        f"{versions}. {found} of {len(outcomes)} are found by the tests that are not slow.",
         "",
         "| file | fault | found by |",
         "|---|---|---|",
