@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxwidth.mode_alignment import Alignment, Choice, TrainingRegion, attribute, is_counter
 from fxwidth.node_arguments import named_arguments, replaced, set_named_arguments
+from fxwidth.tensor_slots import register_at
 
 FLAG_MODULE = "fxwidth_training"
 _FLAGS = ("train", "training")
@@ -186,18 +187,8 @@ def _share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:
     """Let a module hold a tensor that another has; return the path at which it does."""
     tensor = attribute(source, name)
     path, _, last = name.rpartition(".")
-    holder: nn.Module = target
-    for part in path.split(".") if path else []:
-        if not hasattr(holder, part):
-            holder.add_module(part, nn.Module())
-        holder = getattr(holder, part)
-    if not hasattr(holder, last):
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(last, tensor)
-        else:
-            persistent = last not in source.get_submodule(path)._non_persistent_buffers_set
-            holder.register_buffer(last, tensor, persistent=persistent)
-    elif getattr(holder, last) is not tensor and not _same_values(getattr(holder, last), tensor):
+    held = register_at(target, name, tensor, last not in source.get_submodule(path)._non_persistent_buffers_set)
+    if held is not tensor and not _same_values(held, tensor):
         number = 0
         while hasattr(target, f"fxwidth_training_constant_{number}"):
             number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 
 from fxwidth.forgotten import UntraceableError
+from fxwidth.tensor_slots import register_at
 
 
 def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
@@ -25,7 +26,8 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
     own = _registered(module)
     for path, tensor in _registered(model).items():
         if own.get(path) is not tensor:
-            _keep(module, path, tensor)
+            if register_at(module, path, tensor) is not tensor:
+                raise UntraceableError(f"the graph has something else in the place of the model's {path}")
     saved = _saved(model)
     for path, _ in list(module.named_buffers(remove_duplicate=False)):
         if path not in saved:
@@ -36,22 +38,6 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
 def _registered(module: nn.Module) -> dict[str, Tensor]:
     parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     return {**dict(parameters), **dict(buffers)}
-
-
-def _keep(module: fx.GraphModule, path: str, tensor: Tensor) -> None:
-    *parents, name = path.split(".")
-    holder: nn.Module = module
-    for parent in parents:
-        if not hasattr(holder, parent):
-            holder.add_module(parent, nn.Module())
-        holder = getattr(holder, parent)
-    if not hasattr(holder, name):
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(name, tensor)
-        else:
-            holder.register_buffer(name, tensor)
-    if getattr(holder, name) is not tensor:
-        raise UntraceableError(f"the graph has something else in the place of the model's {path}")
 
 
 def _saved(model: nn.Module) -> set[str]:

@@ -73,6 +73,22 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
+def register_at(module: nn.Module, path: str, tensor: Tensor, persistent: bool = True) -> object:
+    """Put a parameter or buffer at a path of a module where there is nothing yet; return what is there then."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(module, parent):
+            module.add_module(parent, nn.Module())
+        module = getattr(module, parent)
+    if not hasattr(module, name):
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor, persistent=persistent)
+    found: object = getattr(module, name)
+    return found
+
+
 @contextmanager
 def substituted(
     module: nn.Module,
