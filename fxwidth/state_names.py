@@ -25,9 +25,8 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
         return
     own = _registered(module)
     for path, tensor in _registered(model).items():
-        if own.get(path) is not tensor:
-            if register_at(module, path, tensor) is not tensor:
-                raise UntraceableError(f"the graph has something else in the place of the model's {path}")
+        if own.get(path) is not tensor and register_at(module, path, tensor) is not tensor:
+            raise UntraceableError(f"the graph has something else in the place of the model's {path}")
     saved = _saved(model)
     for path, _ in list(module.named_buffers(remove_duplicate=False)):
         if path not in saved:
