@@ -27,7 +27,9 @@ _SMALLEST_SHARE = 0.05
 _MATCHING, _LEAST_MATCHED = 0.6, 0.25
 
 
-def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> dict[str, Tensor]:
+def fold(
+    width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, missed: dict[str, str] | None = None
+) -> dict[str, Tensor]:
     """Return the parameters and buffers that change when dropped channels are folded into their readers.
 
     A reader's weight W [rows, channels], with K kept and d dropped, becomes W_K + W_d R on its kept columns, with
@@ -40,6 +42,7 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
         width_graph: the graph; its parameters are read, not changed.
         maps: which channels are kept.
         moments: the evidence; nothing is folded without.
+        missed: takes the readers that lose channels without taking over what they read from them, and why.
 
     Returns:
         New tensors of the old shapes by parameter name, their kept entries ready to be indexed.
@@ -51,35 +54,29 @@ def fold(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None) -> d
     if moments is None:
         return folded
     for readers in reader_sets(width_graph):
-        if not readers.foldable or not maps.changes(readers.first.axis):
+        reader = readers.first
+        if not maps.changes(reader.axis):
             continue
-        kept = maps.indices(readers.first.axis)
-        moment = _common_moment(readers, moments)
-        if moment is not None:
-            _fold_set(width_graph, readers, kept[kept != NEW], moment, folded)
+        indices = maps.indices(reader.axis)
+        kept = indices[indices != NEW]
+        reason = _why_not(readers, moments)
+        if reason is None and not _fold_set(width_graph, readers, kept, moments, folded):
+            reason = "what it would take over is beyond the range of its dtype"
+        if reason is not None and missed is not None and len(kept) < axis_size(reader.axis):
+            missed[reader.view.parameter if reader.view is not None else f"node {reader.call.node}"] = reason
     return folded
 
 
-def not_refitted(width_graph: WidthGraph, maps: IndexMaps, moments: Moments) -> dict[str, str]:
-    """Return the readers that lose channels without taking over what they read from them, and why."""
-    result: dict[str, str] = {}
-    for readers in reader_sets(width_graph):
-        reader = readers.first
-        if not maps.changes(reader.axis) or np.count_nonzero(maps.indices(reader.axis) != NEW) == axis_size(
-            reader.axis
-        ):
-            continue
-        name = reader.view.parameter if reader.view is not None else f"node {reader.call.node}"
-        if reader.view is None:
-            result[name] = "its weight is computed from parameters"
-        elif not readers.foldable:
-            result[name] = "its weight is used for something else too"
-        elif _common_moment(readers, moments) is None:
-            result[name] = next(
-                (moments.missed[one.call.node] for one in readers.readers if one.call.node in moments.missed),
-                "nothing is known of what it reads",
-            )
-    return result
+def _why_not(readers: ReaderSet, moments: Moments) -> str | None:
+    """Return why readers cannot take over what they read from dropped channels; None where they can."""
+    if readers.first.view is None:
+        return "its weight is computed from parameters"
+    if not readers.foldable:
+        return "its weight is used for something else too"
+    if _common_moment(readers, moments) is not None:
+        return None
+    known = (moments.missed[one.call.node] for one in readers.readers if one.call.node in moments.missed)
+    return next(known, "nothing is known of what it reads")
 
 
 def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, call: OpCall) -> float:
@@ -129,11 +126,17 @@ def _common_moment(readers: ReaderSet, moments: Moments) -> Moment | None:
 
 
 def _fold_set(
-    width_graph: WidthGraph, readers: ReaderSet, kept: Indices, moment: Moment, folded: dict[str, Tensor]
-) -> None:
-    """Fold what is not kept into one weight, the constant into what absorbs it, lost variance into a batch norm."""
+    width_graph: WidthGraph, readers: ReaderSet, kept: Indices, moments: Moments, folded: dict[str, Tensor]
+) -> bool:
+    """Fold what is not kept into one weight, the constant into what absorbs it, lost variance into a batch norm.
+
+    Returns:
+        Whether the weight's dtype has numbers for all of it; else nothing has changed.
+    """
     reader, view, absorber = readers.first, readers.first.view, readers.absorber
+    moment = _common_moment(readers, moments)
     assert view is not None
+    assert moment is not None
     weight = view.of(_working_copy(width_graph, view.parameter, folded))
     # Contiguous, so that the blocks of a transposed weight can be written to in place.
     blocks = real_rows(reader.blocks(weight)).clone(memory_format=torch.contiguous_format)
@@ -150,8 +153,7 @@ def _fold_set(
             constant, share = _fold_block(blocks[group], part, K, d, reader.outputs, centred=centred, matched=matched)
             constants[group], shares[group] = constant / reader.strides, share
     if not all(_fits(part, weight.dtype) for part in (blocks, constants, shares)):
-        # Its dtype has no number for what it would take over: it keeps what it reads of the channels that stay.
-        return
+        return False
     weight.copy_(reader.operand(complex_rows(blocks) if weight.is_complex() else blocks, weight))
     if absorber is not None:
         vector = absorber.view.of(_working_copy(width_graph, absorber.view.parameter, folded))
@@ -159,6 +161,7 @@ def _fold_set(
     if readers.variance is not None:
         vector = readers.variance.of(_working_copy(width_graph, readers.variance.parameter, folded))
         vector.mul_(shares.view(-1).to(vector.dtype))
+    return True
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:

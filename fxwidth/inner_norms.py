@@ -115,7 +115,9 @@ def _sole_parameter(width_graph: WidthGraph, call: OpCall, argument: str) -> str
     """Return the parameter that an op is given under a name, if all of it is, and it is used nowhere else."""
     wiring, tensor = wiring_of(width_graph), call.arguments.get(argument)
     view = None if tensor is None else wiring.view(tensor)
-    if tensor is None or view is None or len(wiring.uses.get(view.parameter, [])) != 1:
+    if tensor is None or view is None:
+        return None
+    if len(wiring.uses.get(view.parameter, [])) != 1 or view.parameter in wiring.shown:
         return None
     whole = width_graph.analysis.parameters[view.parameter].tensor
     return view.parameter if tensor.numel() == whole.numel() else None

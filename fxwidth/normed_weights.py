@@ -185,11 +185,12 @@ def _find(analysis: Analysis) -> dict[str, NormedWeight]:
         found = _weight_norm(call, names) or _spectral_norm(call, names, makers, analysis)
         if found is not None:
             by_name.setdefault(found.parameter, []).append(found)
-    result = {}
+    result, shown = {}, analysis.outputs
     for name, several in by_name.items():
         inner = frozenset().union(*(one.inner for one in several))
         used = [users.get(id(analysis.parameters[own].fake), []) for own in (name, several[0].companion)]
         alone = all(call.index in inner for calls in used for call in calls)
+        alone &= not any(analysis.parameters[own].fake is one for own in (name, several[0].companion) for one in shown)
         if alone and len({(one.companion, one.product is None) for one in several}) == 1:
             calls = tuple(call for one in several for call in one.calls)
             result[name] = NormedWeight(name, several[0].companion, calls, several[0].product, inner)

@@ -74,17 +74,18 @@ def _find(wiring: Wiring) -> Iterator[ReaderSet]:
 
 
 def _used_only_by(wiring: Wiring, view: ParameterView, calls: list[OpCall]) -> bool:
-    """Tell whether the entries of a view reach no other op, and these ops only as this view."""
+    """Tell whether the entries of a view reach no other op, and these ops only once, as this view."""
     own = {call.index for call in calls}
-    for call, tensor in wiring.uses.get(view.parameter, []):
+
+    def leaves_alone(call: OpCall, tensor: Tensor) -> bool:
         other = wiring.view(tensor)
         if other is None or other.parameter != view.parameter:
             return False
         if other == view and call.index in own:
-            continue
-        if other.overlaps(view):
-            return False
-    return True
+            return sum(one is tensor for one in call.inputs) == 1
+        return not other.overlaps(view)
+
+    return wiring.used_only(view.parameter, leaves_alone)
 
 
 def _following_vectors(wiring: Wiring, readers: list[Reader]) -> tuple[Absorber | None, ParameterView | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -163,15 +163,42 @@ class Wiring:
         result: dict[str, list[tuple[OpCall, Tensor]]] = {}
         inner = {index for normed in self._normed.values() for index in normed.inner}
         for call in self._analysis.calls:
-            inputs = call.inputs
-            if all(id(tensor) in self._lineage for tensor in inputs) and not call.contractions:
+            if call.index in inner or self._is_inside(call):
                 continue
-            if call.index in inner:
-                continue
-            for tensor in inputs:
-                for name in {name for dims in self._lineage.get(id(tensor), ()) for name, _ in dims}:
+            for tensor in call.inputs:
+                for name in self._made_of.get(id(tensor), ()):
                     result.setdefault(name, []).append((call, tensor))
         return result
+
+    @cached_property
+    def shown(self) -> frozenset[str]:
+        """The parameters that a model's output holds, itself or something that is made of parameters alone."""
+        return frozenset(name for tensor in self._analysis.outputs for name in self._made_of.get(id(tensor), ()))
+
+    @cached_property
+    def _made_of(self) -> dict[int, frozenset[str]]:
+        """Of which parameters each tensor that is made of parameters alone is made, numbers without dims included."""
+        result = {id(entry.fake): frozenset({name}) for name, entry in self._analysis.parameters.items()}
+        for call in self._analysis.calls:
+            inputs = call.inputs
+            if not inputs or any(id(tensor) not in self._lineage for tensor in inputs):
+                continue
+            names = frozenset().union(*(result.get(id(tensor), frozenset()) for tensor in inputs))
+            for output in call.outputs:
+                result[id(output)] = result.get(id(output), frozenset()) | names
+        return result
+
+    def _is_inside(self, call: OpCall) -> bool:
+        """Tell whether an op makes tensors of parameters alone, which count where they are used.
+
+        Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
+        """
+        of_parameters = all(id(tensor) in self._lineage for tensor in call.inputs)
+        return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
+
+    def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
+        """Tell whether all uses of a parameter are of one kind: then other values in it change nothing else."""
+        return name not in self.shown and all(accepts(call, tensor) for call, tensor in self.uses.get(name, ()))
 
     @cached_property
     def audience(self) -> dict[Factor, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.analysis import Analysis
 from fxwidth.calibration import batches_from, cut_anew
+from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import NEW, Indices
-from fxwidth.readers import BATCH_NORMS
+from fxwidth.readers import BATCH_NORMS, wiring_of
 from fxwidth.real_runs import looking_on
-from fxwidth.tape import bind, functional_name
+from fxwidth.tape import OpCall, bind, functional_name
 from fxwidth.tensor_slots import tensor_slots
 
 # Differences between two runs on the same inputs take few of these to be seen well.
 SAMPLES = 512
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ class Recalibration:
     Args:
         analysis: the graph before the resize.
         data: batches as for `fxwidth.resize`, of which the first `SAMPLES` inputs are kept in memory.
+        others: the names of running statistics that stay as they are, with their batch norms.
 
     Raises:
         FxwidthError: the data cannot be used.
     """
 
-    def __init__(self, analysis: Analysis, data: Iterable[Any]) -> None:
+    def __init__(self, analysis: Analysis, data: Iterable[Any], others: Collection[str] = ()) -> None:
         self._module = analysis.module
+        self._others = frozenset(others)
         # Each batch is normalised by itself after the resize, so results would depend on how the data are cut.
         self._batches = list(cut_anew(analysis, batches_from(analysis, data, SAMPLES), SAMPLES))
         self._tensors = {name: tensor.detach().clone() for name, (tensor, _) in _buffers(self._module).items()}
@@ -119,11 +123,29 @@ class Recalibration:
         """Run the module and return what its batch norms are given, by the names of their running statistics."""
         with looking_on(self._module):
             # By their addresses while the module runs on copies of them.
-            names = {tensor.data_ptr(): name for name, (tensor, _) in _buffers(self._module).items() if tensor.numel()}
+            buffers = {name: slot for name, slot in _buffers(self._module).items() if name not in self._others}
+            names = {tensor.data_ptr(): name for name, (tensor, _) in buffers.items() if tensor.numel()}
             watch = _Watch(names, before, running)
             with watch:
                 fx.Interpreter(self._module).run(*values, enable_io_processing=False)
         return watch.seen
+
+
+def statistics_used_elsewhere(width_graph: WidthGraph) -> dict[str, str]:
+    """Return the running statistics of batch norms that are not to be corrected, since others use them, and why."""
+    wiring = wiring_of(width_graph)
+    names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
+
+    def as_statistic(call: OpCall, tensor: Tensor) -> bool:
+        return call.name in BATCH_NORMS and any(call.arguments.get(name) is tensor for name in _STATISTICS)
+
+    norms = [call for call in width_graph.analysis.calls if call.name in BATCH_NORMS]
+    found = {names.get(id(call.arguments.get(name))) for call in norms for name in _STATISTICS} - {None}
+    return {
+        name: "it is used for something else too"
+        for name in sorted(map(str, found))
+        if not wiring.used_only(name, as_statistic)
+    }
 
 
 def _buffers(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:

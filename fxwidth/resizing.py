@@ -15,7 +15,6 @@ from fxwidth.calibration import replayed
 from fxwidth.errors import FxwidthError
 from fxwidth.evidence import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
 from fxwidth.fake_ops import fake_like
-from fxwidth.folding import not_refitted
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
 from fxwidth.least_widths import why_too_narrow
@@ -23,7 +22,7 @@ from fxwidth.moments import Moments, has_values
 from fxwidth.notes import HISTORY, notes_of
 from fxwidth.originals import RESIZED, UNTOUCHED, detach_original, goes_along, original_of, resized_together
 from fxwidth.planning import Plan
-from fxwidth.recalibration import Recalibration
+from fxwidth.recalibration import Recalibration, statistics_used_elsewhere
 from fxwidth.remembered_noise import forget_noise
 from fxwidth.rewriting.additions import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
@@ -176,11 +175,14 @@ def _resize(
         wanted = options.recalibrate is not False and drops and not options.blind and has_values(width_graph)
         # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
         # what follows: the network is run as it was before that.
-        recalibration = Recalibration(width_graph.analysis, data) if wanted and data is not None else None
+        recalibration = None
+        if wanted and data is not None:
+            recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(width_graph))
         change = _prepare(evidence, moments, groups, kept, options)
         change.put_in_place(module, transaction)
         if recalibration is not None:
             change.recalibrate(module, recalibration, transaction)
+            change.record["not_refitted"] |= statistics_used_elsewhere(width_graph)
         if change.update is not None:
             change.update.commit()
         forget_noise(module)
@@ -305,7 +307,8 @@ def _prepare(
     width_graph = evidence.width_graph
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
-    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold, options.norms)
+    missed: dict[str, str] = {}
+    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold, options.norms, missed)
     _refuse_infinite(width_graph, tensors)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
@@ -328,7 +331,7 @@ def _prepare(
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(width_graph, maps),
-        "not_refitted": not_refitted(width_graph, maps, moments) if options.fold and moments is not None else {},
+        "not_refitted": missed,
         "original": original,
     }
     return _Change(graph, tensors, replacements, update, edits, record)

@@ -14,6 +14,7 @@ from fxwidth.growth_values import new_entries
 from fxwidth.index_maps import IndexMaps, Indices
 from fxwidth.moments import Moments
 from fxwidth.normed_weights import settle, weight_values
+from fxwidth.readers import wiring_of
 from fxwidth.rewriting.successors import gather
 from fxwidth.tape import OpCall
 
@@ -32,6 +33,7 @@ def resized_tensors(
     moments: Moments | None,
     folds: bool = True,
     norms: Mapping[str, float] | None = None,
+    missed: dict[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], IndexMaps]:
     """Return the tensors that change, by name, and the maps completed with the variance ratios of norms.
 
@@ -41,10 +43,12 @@ def resized_tensors(
         moments: what the readers see; None when nothing is dropped or nothing is known.
         folds: whether readers take over what they read from dropped channels.
         norms: variance ratios by the names of gains, where they are known already.
+        missed: takes the readers and gains that were not fitted to what is dropped, and why.
     """
     analysis = width_graph.analysis
-    shrinks = moments is not None and folds
-    folded = fold(width_graph, maps, moments) if moments is not None and shrinks else {}
+    missed = {} if missed is None else missed
+    folded = fold(width_graph, maps, moments, missed) if moments is not None and folds else {}
+    missed |= gains_kept(width_graph, maps)
     ratios = _variance_ratios(width_graph, maps, moments, norms or {})
     result = {}
     for name in analysis.parameters:
@@ -68,10 +72,11 @@ def _variance_ratios(
 ) -> dict[int, float]:
     """Return the variance ratio of each norm whose gain can be rescaled, one for all calls that share a gain."""
     by_gain: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    shared_gains = gains_kept(width_graph, maps).keys() - known.keys()
     for call in width_graph.analysis.calls:
         gain = _gain(width_graph, call)
         changed = [m for m in call.mixings if maps.changes(call.axes[id(m.tensor)][m.dim])]
-        if gain is not None and changed:
+        if gain is not None and gain not in shared_gains and changed:
             by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
     result: dict[int, float] = {}
     for gain, entries in by_gain.items():
@@ -86,6 +91,22 @@ def _gain(width_graph: WidthGraph, call: OpCall) -> str | None:
         return None
     weight = call.arguments.get("weight")
     return next((name for name, e in width_graph.analysis.parameters.items() if e.fake is weight), None)
+
+
+def gains_kept(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, str]:
+    """Return the gains of norms over channels that change which keep their values all the same, and why."""
+    wiring = wiring_of(width_graph)
+
+    def as_gain(call: OpCall, tensor: Tensor) -> bool:
+        return call.arguments.get("weight") is tensor and any(mixing.kind in _NORMS for mixing in call.mixings)
+
+    result = {}
+    for call in width_graph.analysis.calls:
+        gain = _gain(width_graph, call)
+        changed = any(maps.changes(call.axes[id(mixing.tensor)][mixing.dim]) for mixing in call.mixings)
+        if gain is not None and changed and not wiring.used_only(gain, as_gain):
+            result[gain] = "it is used for something else too"
+    return result
 
 
 def ratios_by_gain(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, float]:
