@@ -148,11 +148,13 @@ def halved(
 ) -> tuple[list[Tensor], list[Tensor], dict[str, str]] | None:
     """Return what a model gives before and after channels are dropped, and what was not refitted; None if pinned."""
     gm = fxwidth.trace(model, x)
-    if fxwidth.analyze(gm)["layers.into"].pinned:
+    groups = [group for group in fxwidth.analyze(gm).free if group.width == WIDTH]
+    names = [g.name for g in groups if any((s.parameter, s.dim) == ("layers.into.weight", 0) for s in g.sites)]
+    if not names:
         return None
     with torch.no_grad():
         before = [value.clone() for value in gm(x)]
-        fxwidth.resize(gm, {"layers.into": width}, **options)
+        fxwidth.resize(gm, {names[0]: width}, **options)
         return before, list(gm(x)), fxwidth.report(gm).resizes[-1]["not_refitted"]
 
 
@@ -178,17 +180,25 @@ def test_one_use_takes_over_everything(make: Callable[[], nn.ModuleDict], option
     torch.testing.assert_close(after[0], before[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("term", "shown"), [*((term, "returned") for term in TERMS), *(("sum", how) for how in SHOWN)])
-@pytest.mark.parametrize(("options", "width"), [("data", 4), ("data", 2), ("unrotated", 2), ("noise", 2)])
-def test_the_other_use_stays_as_it_was(options: str, term: str, shown: str, width: int) -> None:
-    changed = {}
+@pytest.mark.parametrize(
+    ("term", "shown", "options", "width"),
+    [
+        *(("sum", "returned", options, width) for options in OPTIONS for width in (4, 2)),
+        *((term, "returned", "data", 2) for term in list(TERMS)[1:]),
+        *(("sum", shown, "data", 2) for shown in list(SHOWN)[1:]),
+    ],
+)
+def test_the_other_use_stays_as_it_was(term: str, shown: str, options: str, width: int) -> None:
+    changed, checked = {}, 0
     for make, name in CASES:
         model = TwoUses(dependent(make()), name, term, shown)
         results = halved(model, rows(), width, **OPTIONS[options](rows()))
         if results is None:
             continue
         before, after, _ = results
+        checked += 1
         difference = largest_difference([after[1]], [before[1]])
         if not difference < ROUNDING:
             changed[make.__name__, name] = difference
     assert not changed
+    assert checked >= 3
