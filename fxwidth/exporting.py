@@ -22,6 +22,7 @@ from fxwidth.forgotten import UntraceableError, refuse_gradient, refuse_iterator
 from fxwidth.module_state import restored, same_values, stores
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.tape import quiet
+from fxwidth.tracer_proxies import CodeTracer
 from fxwidth.watched_tensors import SetterWatch
 
 aten = torch.ops.aten
@@ -156,7 +157,7 @@ class _Reassembly:
         self._arguments = arguments
         self._structures = structures
         self._answer = answer
-        self._graph = fx.Graph()
+        self._graph = fx.Graph(tracer_cls=CodeTracer)
         self._modules: dict[str, nn.Module] = {}
 
     def run(self) -> fx.GraphModule:

@@ -15,7 +15,7 @@ from fxwidth.growth_states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, Call
 from fxwidth.memo import per_graph
 from fxwidth.roles import Roles
 from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
-from fxwidth.tape import OpCall
+from fxwidth.tape import OpCall, storage_of
 
 Slot = tuple[str, int]
 """A dim of a parameter or buffer."""
@@ -63,13 +63,13 @@ class TapeIndex:
 def _live_calls(analysis: Analysis) -> list[OpCall]:
     """Return the calls that the model's outputs depend on, in order."""
     # By storage, so that what is written in place through a view counts for all that show the same memory.
-    wanted = {_storage(tensor) for tensor in analysis.outputs}
+    wanted = {storage_of(tensor) for tensor in analysis.outputs}
     live = []
     for call in reversed(analysis.calls):
         written = [*call.outputs, *(call.inputs if call.func._schema.is_mutable else ())]
-        if not wanted.isdisjoint(map(_storage, written)):
+        if not wanted.isdisjoint(map(storage_of, written)):
             live.append(call)
-            wanted.update(map(_storage, call.inputs))
+            wanted.update(map(storage_of, call.inputs))
     return live[::-1]
 
 
@@ -187,7 +187,7 @@ class Interpretation:
             return None
         for name, _ in {slot for dims in self._roles.lineage[id(scale)] for slot in dims}:
             entry = self._analysis.parameters[name]
-            is_view = _storage(entry.fake) == _storage(scale) and entry.fake.dtype == scale.dtype
+            is_view = storage_of(entry.fake) == storage_of(scale) and entry.fake.dtype == scale.dtype
             bare = [axis for axis in entry.axes if self._facts.is_bare(axis)]
             if is_view and bare and entry.fake.numel() == self._factor.size:
                 return name
@@ -224,7 +224,7 @@ class Interpretation:
     def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
         self.states[id(tensor)] = states
         self.sources[id(tensor)] = origins
-        self._by_storage.setdefault(_storage(tensor), {})[id(tensor)] = tensor
+        self._by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
 
     def _write(self, call: OpCall, settled: list[States], origins: frozenset[Slot]) -> None:
         """Let all views of what an in-place op wrote have only what holds for old and written entries alike."""
@@ -233,7 +233,7 @@ class Interpretation:
             for axis, state in zip(axes, states, strict=True):
                 if self._facts.carries(axis):
                     written &= state
-        targets = {_storage(output) for output in call.outputs}
+        targets = {storage_of(output) for output in call.outputs}
         for tensor in [alias for key in targets for alias in self._by_storage.get(key, {}).values()]:
             axes = self._analysis.axes_of(tensor)
             old = self.states[id(tensor)]
@@ -242,7 +242,3 @@ class Interpretation:
                 state & written if carries else CONSTANT for state, carries in zip(old, carried, strict=True)
             )
             self.sources[id(tensor)] |= origins
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

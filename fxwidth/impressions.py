@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxwidth.analysis import Analysis
 from fxwidth.noise import Draw, products_per_sample
-from fxwidth.real_runs import left_as_it_is
+from fxwidth.real_runs import copies, left_as_it_is
 from fxwidth.structures import deep_tensors
 from fxwidth.tensor_slots import accumulation_dtype, substituted, tensor_slots
 
@@ -106,7 +106,7 @@ def _gradients(
 ) -> Sequence[Tensor] | None:
     """Return the gradients of what is lost; None where there are none, or none that are finite."""
     try:
-        result = fx.Interpreter(analysis.module).run(*values, enable_io_processing=False)
+        result = fx.Interpreter(analysis.module).run(*copies(values), enable_io_processing=False)
         lost = ways.lost(deep_tensors(result))
         found = torch.autograd.grad(lost, moving, allow_unused=True, materialize_grads=True)
     except Exception:

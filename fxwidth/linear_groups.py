@@ -22,7 +22,7 @@ from fxwidth.product_sides import Product, product_places, products_over
 from fxwidth.reader_sets import ReaderSet, reader_sets
 from fxwidth.readers import BATCH_NORMS
 from fxwidth.roles import Role
-from fxwidth.tape import OpCall
+from fxwidth.tape import OpCall, storage_of
 
 # Ops that move channels about without changing them, or all by one number.
 _MOVES = frozenset(
@@ -78,6 +78,8 @@ def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | 
     analysis, factor = width_graph.analysis, group.factor
     calls = _calls_by_factor(analysis).get(factor, [])
     if not _is_plain(width_graph, group) or not all(_is_linear(analysis, call, factor) for call in calls):
+        return None
+    if any(_is_seen_elsewhere(call, calls) for call in calls if call.func._schema.is_mutable):
         return None
     sets = [one for one in reader_sets(width_graph) if factor in analysis.space.factors(one.first.axis)]
     if any(len(one.readers) != 1 or not one.foldable for one in sets):
@@ -169,6 +171,15 @@ def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
         return left[0] in contraction.left_dims and right[0] in contraction.right_dims
     # Of queries and keys softmax is taken; values are only mixed over positions.
     return call.name != "attention"
+
+
+def _is_seen_elsewhere(write: OpCall, calls: Sequence[OpCall]) -> bool:
+    """Tell whether what an op writes to is read later by another name that it had before."""
+    memory = {storage_of(output) for output in write.outputs}
+    results = {id(output) for output in write.outputs}
+    before = [tensor for call in calls if call.index < write.index for tensor in (*call.inputs, *call.outputs)]
+    names = {id(tensor) for tensor in before if storage_of(tensor) in memory} - results
+    return any(id(tensor) in names for call in calls if call.index > write.index for tensor in call.inputs)
 
 
 def _dims(analysis: Analysis, call: OpCall, tensor: Tensor, factor: Factor) -> list[int]:

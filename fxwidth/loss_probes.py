@@ -22,7 +22,7 @@ from fxwidth.factors import axis_size
 from fxwidth.folding import fold
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import IndexMaps
-from fxwidth.real_runs import left_as_it_is
+from fxwidth.real_runs import copies, left_as_it_is
 from fxwidth.roles import Role
 from fxwidth.sensitivities import Rise, rates_of
 from fxwidth.structures import sample_count
@@ -194,7 +194,7 @@ def _losses(
     with left_as_it_is(module), torch.no_grad(), substituted(module, tensors):
         for values, targets in pairs:
             size = evidence.width_graph.analysis.samples_in(values)
-            output = fx.Interpreter(module).run(*values, enable_io_processing=False)
+            output = fx.Interpreter(module).run(*copies(values), enable_io_processing=False)
             for count, part in _divided((module.graph.process_outputs(output), targets), size):
                 result = _called(loss, *part)
                 if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.isfinite()):

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxwidth.calls import Inputs, Outputs
 from fxwidth.exporting import Region
+from fxwidth.in_place import is_write
 from fxwidth.node_arguments import leaves_of, named_arguments, replaced
 from fxwidth.structures import difference
 
@@ -142,7 +143,7 @@ class _Aligner:
         if node.op == "call_module":
             module = self._evaluated if node.graph is self._evaluated.graph else self._trained
             return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-        return _writes(node) and node.args[0] not in self._pending
+        return is_write(node) and node.args[0] not in self._pending
 
     def _count(self, node: fx.Node) -> bool:
         if not is_counter(node) or self._place == len(self._nodes):
@@ -186,7 +187,7 @@ class _Aligner:
     ) -> bool:
         """Take what was run in between as a region, if one value comes out of it in either mode."""
         result, value = supposed.result, supposed.value
-        if not _one_value(self._pending, result) or not _one_value(skipped, value) or any(map(_writes, skipped)):
+        if not _one_value(self._pending, result) or not _one_value(skipped, value) or any(map(is_write, skipped)):
             return False
         if not all(self._movable(self._trained, node) for node in self._pending):
             return False
@@ -273,17 +274,6 @@ def _one_value(nodes: Sequence[fx.Node], result: fx.Node) -> bool:
     inside = set(nodes)
     leaks = any(user not in inside for node in nodes if node is not result for user in node.users)
     return not nodes or (result in inside and not leaks)
-
-
-def _writes(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE or bool(node.kwargs.get("inplace"))
-
-
-_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem"})
 
 
 def path_of(node: fx.Node) -> str:

@@ -22,7 +22,7 @@ from fxwidth.noise import noise_draws
 from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
 from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
-from fxwidth.real_runs import looking_on
+from fxwidth.real_runs import copies, looking_on
 from fxwidth.rules.registry import keeps
 from fxwidth.structures import deep_tensors, map_leaves
 from fxwidth.tape import TapeRecorder, bind, functional_name
@@ -157,7 +157,7 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
             observer.samples = size
             try:
                 with recorder:
-                    interpreter.run(*values, enable_io_processing=False)
+                    interpreter.run(*copies(values), enable_io_processing=False)
             except FxwidthError:
                 raise
             except Exception as error:

@@ -17,8 +17,8 @@ from fxwidth.linear_groups import linear_products
 from fxwidth.memo import per_graph
 from fxwidth.product_sides import Side
 from fxwidth.reader_sets import reader_sets
-from fxwidth.readers import Reader, argument_name, storage_of
-from fxwidth.tape import OpCall
+from fxwidth.readers import Reader, argument_name
+from fxwidth.tape import OpCall, storage_of
 from fxwidth.tensor_slots import accumulation_dtype
 
 NORMS = {"layer norm": True, "RMS norm": False}

@@ -17,7 +17,7 @@ from fxwidth.index_maps import Indices
 from fxwidth.memo import per_graph
 from fxwidth.normed_weights import computed_values, normed_weights, own_values
 from fxwidth.occurrences import occupied_positions, without_minor
-from fxwidth.tape import OpCall
+from fxwidth.tape import OpCall, storage_of
 
 BATCH_NORMS = frozenset(
     {
@@ -305,11 +305,6 @@ class Wiring:
 def wiring_of(width_graph: WidthGraph) -> Wiring:
     """Return the wiring of a width graph, found once."""
     return Wiring(width_graph)
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Return what tells the memory of a tensor from that of others."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _distinct(tensor: Tensor) -> tuple[int, ...]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from fxwidth.module_state import restored, same_values
+from fxwidth.structures import map_leaves
 from fxwidth.tape import evaluating, plain_kernels
 from fxwidth.tensor_slots import substituted, tensor_slots
+
+
+def copies(values: Iterable[Any]) -> list[Any]:
+    """Return inputs to run a graph on that may write to them."""
+    return [map_leaves(torch.clone, value) for value in values]
 
 
 @contextmanager

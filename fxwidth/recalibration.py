@@ -17,7 +17,7 @@ from fxwidth.calibration import batches_from, cut_anew
 from fxwidth.groups import WidthGraph
 from fxwidth.index_maps import NEW, Indices
 from fxwidth.readers import BATCH_NORMS, wiring_of
-from fxwidth.real_runs import looking_on
+from fxwidth.real_runs import copies, looking_on
 from fxwidth.tape import OpCall, bind, functional_name
 from fxwidth.tensor_slots import tensor_slots
 
@@ -127,7 +127,7 @@ class Recalibration:
             names = {tensor.data_ptr(): name for name, (tensor, _) in buffers.items() if tensor.numel()}
             watch = _Watch(names, before, running)
             with watch:
-                fx.Interpreter(self._module).run(*values, enable_io_processing=False)
+                fx.Interpreter(self._module).run(*copies(values), enable_io_processing=False)
         return watch.seen
 
 

@@ -11,8 +11,8 @@ from fxwidth.evidence import Evidence
 from fxwidth.groups import ChannelGroup
 from fxwidth.loss_probes import shrunk_in_place
 from fxwidth.moments import statistics_of_noise
-from fxwidth.real_runs import left_as_it_is
-from fxwidth.structures import deep_tensors, map_leaves
+from fxwidth.real_runs import copies, left_as_it_is
+from fxwidth.structures import deep_tensors
 from fxwidth.tensor_slots import accumulation_dtype, substituted
 
 
@@ -49,8 +49,7 @@ def _outputs(evidence: Evidence, widths: Mapping[ChannelGroup, int]) -> list[Ten
     module = evidence.width_graph.analysis.module
     tensors = shrunk_in_place(evidence, widths) if widths else {}
     noise = statistics_of_noise(evidence.width_graph)
-    # A model may write to its inputs.
-    inputs = [map_leaves(torch.clone, value) for value in evidence.moments.inputs]
+    inputs = copies(evidence.moments.inputs)
     with left_as_it_is(module), torch.no_grad(), substituted(module, tensors), noise:
         result = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
     return [out.to(accumulation_dtype(out)) for out in deep_tensors(result) if out.is_floating_point() and out.dim()]

@@ -17,9 +17,8 @@ from fxwidth.memo import per_graph
 from fxwidth.module_state import restored
 from fxwidth.pins import Pin
 from fxwidth.polynomials import Polynomial, entries_polynomial
-from fxwidth.readers import storage_of
 from fxwidth.rules.registry import keeps
-from fxwidth.tape import Axes, OpCall, TapeRecorder, quiet, training
+from fxwidth.tape import Axes, OpCall, TapeRecorder, quiet, storage_of, training
 from fxwidth.tensor_slots import substituted
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxwidth.analysis import Analysis
 from fxwidth.factors import axis_size
-from fxwidth.tape import OpCall
+from fxwidth.tape import OpCall, storage_of
 
 Dim = tuple[str, int]
 Lineage = tuple[frozenset[Dim], ...]
@@ -56,8 +56,15 @@ def find_roles(analysis: Analysis) -> Roles:
     }
     by_dim: dict[Dim, Role] = {}
     readings: list[Reading] = []
+    own = set(lineage)
     for call in analysis.calls:
         inputs = call.inputs
+        if call.func._schema.is_mutable and any(id(tensor) not in lineage for tensor in inputs):
+            # What was made of parameters alone is so no longer, under any of its names.
+            written = {storage_of(output) for output in call.outputs}
+            made = [id(t) for c in analysis.calls[: call.index] for t in c.outputs if storage_of(t) in written]
+            for key in set(made) - own:
+                lineage.pop(key, None)
         if inputs and all(id(tensor) in lineage for tensor in inputs):
             for output in call.outputs:
                 lineage.setdefault(id(output), _through(call, inputs, output, lineage))

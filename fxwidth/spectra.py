@@ -95,7 +95,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         entry = width_graph.analysis.parameters[site.parameter]
         dim = site.parameter, site.dim
         uses = wiring.uses.get(site.parameter, [])
-        calls = [call for call, tensor in uses if _writes(call, tensor, lineage[id(tensor)], dim)]
+        calls = [call for call, tensor in uses if _writes(call, tensor, lineage.get(id(tensor), ()), dim)]
         # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
         if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue

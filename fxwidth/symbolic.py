@@ -31,10 +31,11 @@ from fxwidth.forgotten import (
     refuse_context,
     refuse_iterators,
 )
+from fxwidth.in_place import written_attribute
 from fxwidth.module_state import restored, stores
 from fxwidth.random_states import Generators
 from fxwidth.structures import flatten, flatten_each, rebuild_each
-from fxwidth.tracer_proxies import BufferProxy, TracerProxy, assigned_buffers
+from fxwidth.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
 from fxwidth.watched_tensors import TensorWatch
 
 _PACKED = "fxwidth_packed"
@@ -69,7 +70,7 @@ def symbolic_graph(
         belongings.refuse_replaced(failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
-    graph._tracer_cls = fx.Tracer
+    graph._tracer_cls = CodeTracer
     root._modules = {**model._modules, **tracer.helpers}
     return fx.GraphModule(root, graph, type(model).__name__)
 
@@ -165,6 +166,8 @@ class _Tracer(fx.Tracer):
         is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
         refuse_context(self.autocasts, not is_constant)
         node = super().create_node(kind, target, args, kwargs, *rest, **named)
+        if (written_attribute(node) or "").startswith("_tensor_constant"):
+            raise UntraceableError(f"{target} writes to a tensor that was made while tracing, and not at every call")
         if is_constant:
             self._without_gradients.add(node)
         return node

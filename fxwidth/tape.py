@@ -101,6 +101,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def storage_of(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 _NO_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout})
 
 

@@ -1,6 +1,6 @@
-"""The proxies of symbolic tracing: as those of torch.fx, but for writes to what a model holds.
+"""The proxies of symbolic tracing: as those of torch.fx, but for writes to tensors.
 
-An assignment with an operator, as in `y += 1`, writes to the tensor `y` when it is one of the model's or a view of it.
+An assignment with an operator, as in `y += 1`, writes to the tensor `y`, which others may share.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from unittest.mock import patch
 from torch import Tensor, fx, nn
 
 from fxwidth.forgotten import UntraceableError
+from fxwidth.in_place import IN_PLACE
 
-_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 # What a buffer is known by, as code that makes its tables by it has to.
 _METADATA = frozenset(
     {"shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "nelement", "ndimension", "stride"}
@@ -45,21 +45,23 @@ class TracerProxy(fx.Proxy):
         super().__setattr__(name, value)
 
 
-def _in_place(name: str) -> Callable[[TracerProxy, Any], Any]:
-    write = getattr(operator, f"i{name}")
-
+def _in_place(write: Callable[[Any, Any], Any]) -> Callable[[TracerProxy, Any], Any]:
     def method(self: TracerProxy, other: Any) -> Any:
-        # What a model has computed itself is taken for new: nobody else sees that it is written to.
-        if not _is_held(self.node):
-            return NotImplemented
-        self.tracer.create_proxy("call_function", write, (self, other), {})
-        return self
+        result = self.tracer.create_proxy("call_function", write, (self, other), {})
+        # A model may assign a buffer anew that it has written to; a number is another one.
+        return self if isinstance(self, BufferProxy) else result
 
     return method
 
 
-for _name in _IN_PLACE:
-    setattr(TracerProxy, f"__i{_name}__", _in_place(_name))
+for _name, _write in IN_PLACE.items():
+    setattr(TracerProxy, f"__{_name}__", _in_place(_write))
+
+
+class CodeTracer(fx.Tracer):
+    """Traces the code that a graph has generated, as unpickling does: what it does to buffers is a part of it."""
+
+    proxy_buffer_attributes = True
 
 
 class BufferProxy(TracerProxy):

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fxwidth.analysis import run_graph
 from fxwidth.errors import FxwidthError
-from fxwidth.real_runs import looking_on
+from fxwidth.real_runs import copies, looking_on
 from fxwidth.rules.registry import keeps
 from fxwidth.tape import TapeRecorder, plain_kernels
 from fxwidth.value_record import Values, ValueWriter
@@ -34,7 +34,7 @@ def _record(module: fx.GraphModule, inputs: Sequence[Any], writer: ValueWriter) 
     # A tape that is not emptied would keep every activation alive.
     recorder = TapeRecorder(keeps, lambda _: recorder.calls.clear(), values=writer)
     with looking_on(module), recorder:
-        run_graph(ValueInterpreter(module, recorder), recorder, inputs)
+        run_graph(ValueInterpreter(module, recorder), recorder, copies(inputs))
     return writer.record
 
 

@@ -291,7 +291,9 @@ def _freeze_scalars(state: NodeState) -> None:
             node.update_arg(position, frozen(argument, node, state, state.maps.space, state.axes_of))
 
 
-_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "pow", "iadd", "imul", "isub", "itruediv", "floordiv"})
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "pow", "floordiv"}) | frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv"}
+)
 
 _PATCHES: dict[str, Callable[[NodeState], None]] = {
     "view": _sizes(1),

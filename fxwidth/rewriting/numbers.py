@@ -44,7 +44,7 @@ class _Made:
 _ELEMENTS = frozenset({"numel", "sym_numel", "nelement"})
 _SIZES = frozenset({"size", "sym_size", "getattr", "len"})
 _PRODUCTS = frozenset(
-    {"mul", "imul", "truediv", "itruediv", "neg", "float", "sqrt", "pow", "prod", "sym_float", "scaled"}
+    {"mul", "imul", "truediv", "itruediv", "neg", "float", "sqrt", "pow", "ipow", "prod", "sym_float", "scaled"}
 )
 
 
