@@ -80,8 +80,7 @@ def size_of_a_parameter(net: nn.Module, h: Tensor, write: Callable[[Any, Any], A
 
 def made_anew(_: nn.Module, h: Tensor, write: Callable[[Any, Any], Any]) -> Tensor:
     new = h.new_ones(h.shape[0], WIDTH)
-    new = write(new, h.square() + 1)
-    return new
+    return write(new, h.square() + 1)
 
 
 def of_a_parameter(net: nn.Module, h: Tensor, write: Callable[[Any, Any], Any]) -> Tensor:

@@ -71,6 +71,43 @@ def test_a_sum_of_batch_and_width_is_refused() -> None:
     assert gm.up.out_features == WIDTH
 
 
+class Folded(nn.Module):
+    """Puts a part of its channels beside the batch, in a size that is computed with a width in the code."""
+
+    def __init__(self, rows: Callable[[Tensor], int]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.up, self.down = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h.view(self.rows(h), -1).softmax(1).view(h.shape[0], -1))
+
+
+def folded(rows: Callable[[Tensor], int]) -> tuple[fx.GraphModule, dict[str, int]]:
+    torch.manual_seed(0)
+    gm = fxwidth.trace(Folded(rows).double().eval(), torch.randn(4, 6, dtype=torch.float64))
+    return gm, {group.name: 2 for group in fxwidth.analyze(gm).free if group.width == 4}
+
+
+def test_a_size_of_batch_and_width_follows_as_a_product() -> None:
+    gm, plan = folded(lambda h: h.size(0) * 4)
+    assert plan
+    fxwidth.resize(gm, plan, fold=False)
+    for batch in (4, 7, 1):
+        assert gm(torch.randn(batch, 6, dtype=torch.float64)).shape == (batch, 2)
+
+
+def test_a_size_that_is_a_sum_of_batches_is_refused() -> None:
+    gm, plan = folded(lambda h: h.size(0) + h.size(0) * 3)
+    with pytest.raises(
+        FxwidthError, match=r"node 'view' takes a size that holds both the batch and a width \(16 at node 'add', where 8"
+    ) as refusal:
+        fxwidth.resize(gm, plan, fold=False)
+    assert "keep=" in str(refusal.value)
+    assert gm.up.out_features == WIDTH
+
+
 class Closed(nn.Module):
     """A module that has a width written into its code, so that it must be lowered, and divides by a number."""
 

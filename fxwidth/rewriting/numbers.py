@@ -94,14 +94,23 @@ def rescaled(
         known: the values of the graph's nodes.
         space: that of the axes.
         axes_of: the axes of a tensor of the tape.
+
+    Raises:
+        FxwidthError: the size holds the batch, and not as a factor.
     """
     if size.target is scaled:
         size = size.args[0]  # type: ignore[assignment]
     now, made = known.now(size), _made(size, known, space, axes_of)
     if now == wanted:
         return size
-    if not made.of_batch or not made.is_product or not isinstance(now, int) or now == 0:
+    if not made.of_batch:
         return wanted
+    if not made.is_product or not isinstance(now, int) or now == 0:
+        raise FxwidthError(
+            f"node {user.name!r} takes a size that holds both the batch and a width ({now} at node {size.name!r}, where "
+            f"{wanted} is needed), and not as a product, so that it cannot follow the width at every batch size. "
+            "Compute the two apart, or keep the group with keep=."
+        )
     common = math.gcd(wanted, now)
     with user.graph.inserting_before(user):
         result = user.graph.call_function(scaled, (size, wanted // common, now // common))
