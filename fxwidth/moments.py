@@ -19,7 +19,7 @@ from fxwidth.groups import WidthGraph
 from fxwidth.impressions import impressions
 from fxwidth.linear_groups import linear_norms
 from fxwidth.noise import noise_draws
-from fxwidth.observation import NOT_FINITE, Moment, Observer, Walker
+from fxwidth.observation import NOT_FINITE, TOO_LARGE, Moment, Observer, Walker
 from fxwidth.probes import Key, find_probes
 from fxwidth.readers import BATCH_NORMS, Reader
 from fxwidth.real_runs import copies, looking_on
@@ -92,6 +92,12 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
             raise FxwidthError(
                 f"the inputs of node {node!r} are not finite for these data; "
                 "check the model's parameters and the scale of the data."
+            )
+        if reason == TOO_LARGE:
+            raise FxwidthError(
+                f"the inputs of node {node!r} are finite for these data, but so large that their squares are beyond the "
+                "range of their precision, and no second moments can be taken. Bring the weights of the layers before it "
+                'to a common scale, scale the data down, or choose by selection="magnitude" with fold=False.'
             )
     return moments
 

@@ -24,6 +24,7 @@ _LEAST, _MOST = 1e-14, 1e15
 
 OTHER_OPS = "it ran other ops than when it was analysed"
 NOT_FINITE = "its inputs are not finite"
+TOO_LARGE = "its inputs are so large that their squares are beyond the range of their precision"
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Observer:
             self._parts.setdefault(_sum_of(probe), []).append(probe)
         self._expected: deque[OpCall] = deque()
         self._ends: dict[str, int] = {}
+        self._too_large: set[object] = set()
 
     def begin(self, node: str) -> None:
         """Expect the ops of a node."""
@@ -197,7 +199,8 @@ class Observer:
                 continue
             probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
             if not _is_finite(value.covariance if isinstance(value, Moment) else value):
-                self.missed[probe.call.node] = NOT_FINITE
+                is_seen = isinstance(value, Moment) and _is_finite(value.mean)
+                self.missed[probe.call.node] = TOO_LARGE if is_seen or key in self._too_large else NOT_FINITE
             elif isinstance(value, Moment):
                 result.contracted.update(dict.fromkeys(probe.keys, value))
             elif probe.measure == Measure.SQUARES:
@@ -222,6 +225,8 @@ class Observer:
             average = self._sums.setdefault(_sum_of(probe), _Average())
             assert isinstance(average, _Average)
             average.add(*probe.squares(tensor))
+            if not _is_finite(average.value()) and _is_finite(tensor):
+                self._too_large.add(_sum_of(probe))
 
 
 class Walker(fx.Interpreter):

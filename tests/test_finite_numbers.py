@@ -95,3 +95,38 @@ def test_what_a_dtype_cannot_hold_is_not_folded() -> None:
     gm = fxwidth.trace(model.half(), x)
     fxwidth.resize(gm, {"0": 2}, selection="magnitude")
     assert all(tensor.isfinite().all() for tensor in gm.state_dict().values())
+
+
+def test_a_fold_beyond_the_range_is_reported() -> None:
+    """A reader that would have to read one channel in the place of two, twice as loud."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+        model[0].weight[2:], model[0].bias[2:] = model[0].weight[:2].clone(), model[0].bias[:2].clone()
+        model[1].weight.fill_(60000.0)
+    x = torch.randn(64, 6).half()
+    gm = fxwidth.trace(model.half(), x)
+    fxwidth.resize(gm, {"0": 2}, data=[x], rotate=False)
+    assert bool((gm.get_submodule("1").weight == 60000).all())
+    missed = fxwidth.report(gm).resizes[-1]["not_refitted"]
+    assert missed == {"1.weight": "what it would take over is beyond the range of its dtype"}
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))])
+def test_squares_beyond_all_range_are_told_apart_from_infinity(act: Callable[[], nn.Module]) -> None:
+    """What readers see is finite, and its second moments are not."""
+    model = nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 3)).double().eval()
+    with torch.no_grad():
+        model[0].weight.mul_(1e200)
+        model[2].weight.mul_(1e-200)
+    x = torch.randn(16, 6).double()
+    gm = fxwidth.trace(model, x)
+    with pytest.raises(FxwidthError, match=r"are finite for these data, but so large that their squares .*magnitude"):
+        fxwidth.resize(gm, {"0": 4}, data=[x])
+    fxwidth.resize(gm, {"0": 6})
+    assert "squares are beyond the range" in " ".join(fxwidth.report(gm).resizes[-1]["not_refitted"].values())
+    fxwidth.resize(gm, {"0": 4}, data=[x], selection="magnitude", fold=False, recalibrate=False)
+    with torch.no_grad():
+        model[0].weight.mul_(1e108)
+    with pytest.raises(FxwidthError, match=r"not finite"):
+        fxwidth.resize(gm, {"0": 3}, data=[1e10 * x])
