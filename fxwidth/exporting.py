@@ -23,7 +23,7 @@ from fxwidth.module_state import restored, same_values, stores
 from fxwidth.structures import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.tape import quiet
 from fxwidth.tracer_proxies import CodeTracer
-from fxwidth.watched_tensors import SetterWatch
+from fxwidth.watched_tensors import SetterWatch, memory_of, refusing_reads
 
 aten = torch.ops.aten
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
@@ -81,7 +81,9 @@ def _program(
         held = stack.enter_context(restored(model))
         registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         # It works on stand-ins for parameters and buffers, but on other tensors themselves.
-        stack.enter_context(same_values([tensor for tensor in held if id(tensor) not in registered]))
+        others = [tensor for tensor in held if id(tensor) not in registered]
+        stack.enter_context(same_values(others))
+        stack.enter_context(refusing_reads(memory_of(others)))
         for context in (watching_gradients(refuse_gradient), _no_hooks_left(), SetterWatch(), refusing_draws()):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())

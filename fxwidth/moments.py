@@ -95,9 +95,9 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
             )
         if reason == TOO_LARGE:
             raise FxwidthError(
-                f"the inputs of node {node!r} are finite for these data, but so large that their squares are beyond the "
-                "range of their precision, and no second moments can be taken. Bring the weights of the layers before it "
-                'to a common scale, scale the data down, or choose by selection="magnitude" with fold=False.'
+                f"the inputs of node {node!r} are finite for these data, but so large that their squares are beyond "
+                "the range of their precision, and no second moments can be taken. Bring the weights of the layers "
+                'before it to a common scale, scale the data down, or choose by selection="magnitude" with fold=False.'
             )
     return moments
 

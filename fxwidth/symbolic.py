@@ -36,7 +36,7 @@ from fxwidth.module_state import restored, stores
 from fxwidth.random_states import Generators
 from fxwidth.structures import flatten, flatten_each, rebuild_each
 from fxwidth.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
-from fxwidth.watched_tensors import TensorWatch
+from fxwidth.watched_tensors import TensorWatch, refusing_reads
 
 _PACKED = "fxwidth_packed"
 
@@ -64,7 +64,8 @@ def symbolic_graph(
     belongings = Belongings(model)
     with restored(model) as held:
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
-        with refusing_draws(), noticing(tracer.autocasts), assigned_buffers(), tracer.watch:
+        reads = refusing_reads(tracer.watch.is_of_model)
+        with refusing_draws(), noticing(tracer.autocasts), assigned_buffers(), reads, tracer.watch:
             graph = tracer.trace(model)
         _refuse_stores(model, failed)
         belongings.refuse_replaced(failed)

@@ -6,17 +6,56 @@ be made to the model and be missing in the graph, and what is computed from the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.forgotten import UntraceableError
+
+# How Python takes the numbers of a tensor without an op.
+_READS = ("tolist", "numpy", "__array__", "__dlpack__")
+
+
+@contextmanager
+def refusing_reads(is_of_model: Callable[[Tensor], bool]) -> Iterator[None]:
+    """End a trace where numbers are taken out of a tensor of the model by methods of which no op tells.
+
+    Args:
+        is_of_model: which tensors these are.
+    """
+
+    def refusing(name: str) -> Callable[..., Any]:
+        read = getattr(Tensor, name)
+
+        @wraps(read)
+        def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if is_of_model(tensor):
+                raise UntraceableError(f"{name}() reads numbers from a tensor of the model, which may change")
+            return read(tensor, *args, **kwargs)
+
+        return method
+
+    # torch makes a list of all methods when it first needs it: not while some are others.
+    is_tensor_method_or_property(Tensor.add)
+    with ExitStack() as stack:
+        for name in _READS:
+            stack.enter_context(patch.object(Tensor, name, refusing(name)))
+        yield
+
+
+def memory_of(tensors: Iterable[Tensor]) -> Callable[[Tensor], bool]:
+    """Return what tells whether a tensor shares memory with one of some."""
+    known = set(map(_storage, tensors))
+    return lambda tensor: _storage(tensor) in known
 
 
 class TensorWatch(TorchDispatchMode):
@@ -32,6 +71,11 @@ class TensorWatch(TorchDispatchMode):
         # Kept alive, since they are known by their identities.
         self._computed: dict[int, Tensor] = {}
         self._made: dict[int, Tensor] = {}
+        self._shares_memory = memory_of(held)
+
+    def is_of_model(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is one of the model's, or computed from these."""
+        return id(tensor) in self._computed or self._shares_memory(tensor)
 
     def refuse_computed(self, value: Any) -> None:
         """Check that a tensor met in tracing was not computed from the model's: the graph would hold a constant.

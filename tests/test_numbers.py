@@ -101,7 +101,8 @@ def test_a_size_of_batch_and_width_follows_as_a_product() -> None:
 def test_a_size_that_is_a_sum_of_batches_is_refused() -> None:
     gm, plan = folded(lambda h: h.size(0) + h.size(0) * 3)
     with pytest.raises(
-        FxwidthError, match=r"node 'view' takes a size that holds both the batch and a width \(16 at node 'add', where 8"
+        FxwidthError,
+        match=r"node 'view' takes a size that holds both the batch and a width \(16 at node 'add', where 8",
     ) as refusal:
         fxwidth.resize(gm, plan, fold=False)
     assert "keep=" in str(refusal.value)

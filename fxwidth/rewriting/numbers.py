@@ -107,8 +107,8 @@ def rescaled(
         return wanted
     if not made.is_product or not isinstance(now, int) or now == 0:
         raise FxwidthError(
-            f"node {user.name!r} takes a size that holds both the batch and a width ({now} at node {size.name!r}, where "
-            f"{wanted} is needed), and not as a product, so that it cannot follow the width at every batch size. "
+            f"node {user.name!r} takes a size that holds both the batch and a width ({now} at node {size.name!r}, "
+            f"where {wanted} is needed), and not as a product, so that it cannot follow the width at every batch size. "
             "Compute the two apart, or keep the group with keep=."
         )
     common = math.gcd(wanted, now)
