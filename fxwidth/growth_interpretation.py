@@ -11,6 +11,7 @@ from fxwidth import growth_sums, growth_transfer  # noqa: F401 - they fill the t
 from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis, Factor, FactorSpace
 from fxwidth.growth_pointwise import pass_pointwise
+from fxwidth.growth_ranges import ANYTHING, Range, refuse_not_finite, result_range
 from fxwidth.growth_states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, CallView, RefusedError, State, States
 from fxwidth.memo import per_graph
 from fxwidth.roles import Roles
@@ -107,6 +108,7 @@ class Interpretation:
         self._slots = slots
         self._weights = dict(weights or {})
         self.states: dict[int, States] = {}
+        self._ranges: dict[int, Range] = {}
         self._by_storage: dict[int, dict[int, Tensor]] = {}
         self.refusal: RefusedError | None = None
         self.progress = -1
@@ -200,6 +202,8 @@ class Interpretation:
         states = [self._slots.get((name, dim), CONSTANT) for dim in range(len(entry.axes))]
         origins = frozenset((name, dim) for dim in range(len(entry.axes)) if (name, dim) in self._slots)
         self._store(entry.fake, tuple(states), origins)
+        if states and all(state & State.ZERO for state in (self._slots[slot] for slot in origins)):
+            self._ranges[id(entry.fake)] = (0.0, 0.0)
 
     def _pass(self, call: OpCall) -> None:
         if not call.outputs:
@@ -210,7 +214,10 @@ class Interpretation:
             if rule_for(call.func) is not broadcast_all:
                 view.refuse("how new channels pass it is not known")
             passes = pass_pointwise
+            refuse_not_finite(view, self._range_of)
         settled = view.results(passes(view))
+        own = ANYTHING if call.func._schema.is_mutable else result_range(call, self._range_of)
+        self._ranges |= dict.fromkeys(map(id, call.outputs), own)
         origins: frozenset[Slot] = frozenset()
         for tensor in call.inputs:
             if view.carrying(tensor):
@@ -220,6 +227,12 @@ class Interpretation:
         for (output, axes), states in zip(view.outputs, settled, strict=True):
             if any(map(self._facts.carries, axes)):
                 self._store(output, states, origins)
+
+    def _range_of(self, value: object) -> Range:
+        """Return where the new entries of an operand lie."""
+        if isinstance(value, Tensor):
+            return self._ranges.get(id(value), ANYTHING)
+        return (float(value), float(value)) if isinstance(value, (int, float)) else ANYTHING
 
     def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
         self.states[id(tensor)] = states

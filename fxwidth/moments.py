@@ -162,8 +162,9 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
             size = analysis.samples_in(values)
             observer.samples = size
             try:
+                own = copies(values)
                 with recorder:
-                    interpreter.run(*copies(values), enable_io_processing=False)
+                    interpreter.run(*own, enable_io_processing=False)
             except FxwidthError:
                 raise
             except Exception as error:

@@ -33,8 +33,9 @@ def record_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, li
 def _record(module: fx.GraphModule, inputs: Sequence[Any], writer: ValueWriter) -> dict[str, list[tuple[str, Any]]]:
     # A tape that is not emptied would keep every activation alive.
     recorder = TapeRecorder(keeps, lambda _: recorder.calls.clear(), values=writer)
+    own = copies(inputs)
     with looking_on(module), recorder:
-        run_graph(ValueInterpreter(module, recorder), recorder, copies(inputs))
+        run_graph(ValueInterpreter(module, recorder), recorder, own)
     return writer.record
 
 

@@ -284,7 +284,7 @@ class TestData:
             ([images() * math.nan], "in batch 0 of data holds NaN or infinite values; leave such samples out."),
             (
                 [images() * 1e200],
-                "are not finite for these data; check the model's parameters and the scale of",
+                "are finite for these data, but so large that their squares are beyond the range of their precision",
             ),
         ],
     )
