@@ -106,7 +106,10 @@ def pointwise_ops() -> list[OpOverload]:
         packet = getattr(torch.ops.aten, name)
         for overload in getattr(packet, "overloads", list)():
             func = getattr(packet, overload)
-            is_plain = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags
+            gives_tensors = all(str(own.type) == "Tensor" for own in func._schema.returns)
+            is_plain = (
+                gives_tensors and not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags
+            )
             is_numeric = overload in ("default", "Tensor", "Tensor_Scalar", "Scalar", "Tensor_Tensor")
             if is_plain and is_numeric and name != "empty_like" and rule_for(func) is broadcast_all:
                 found.append(func)
