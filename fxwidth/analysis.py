@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,6 +56,18 @@ class ParameterAxes:
     axes: Axes
 
 
+Dim = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class LostGroup:
+    """A group of width one of which nothing is known any more but its name, where it occurs, and why."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    why: str
+
+
 @dataclass(eq=False)
 class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
@@ -63,7 +75,7 @@ class Analysis:
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
     the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
-    evaluation. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
+    evaluation. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
     """
 
     module: fx.GraphModule
@@ -85,6 +97,7 @@ class Analysis:
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
+    lost: tuple[LostGroup, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     seen: GraphState | None = None
 
@@ -202,26 +215,17 @@ def _reaches_parameters(analysis: Analysis) -> bool:
 def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:
     mode = fake_mode()
     space = FactorSpace()
-    inputs = tuple(map_leaves(partial(_fake_input, mode), value, TensorSpec, Tensor) for value in examples)
+    inputs = faked_inputs(examples, mode)
     slots = tensor_slots(module)
     parameters = _parameters(slots, mode, space)
     fakes = {name: entry.fake for name, entry in parameters.items()}
     batch = None if is_single else batch_factor(module, inputs, fakes, mode, record is not None)
     analysis = Analysis(module, space, mode, parameters, inputs, batch, record, is_single=is_single)
-    for entry in analysis.parameters.values():
-        analysis.set_axes(entry.fake, entry.axes)
     names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     for name, argument in zip(names, inputs, strict=False):
         for value in deep_tensors(argument):
             analysis.set_axes(value, _input_axes(value, batch, name))
-    recorder = TapeRecorder(keeps, lambda call: judge(analysis, call), values=analysis.known_values())
-    analysis.calls = recorder.calls
-    replaced = substituted(module, fakes, slots, restored)
-    gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
-    with gradients, evaluating(module), replaced, plain_kernels(), quiet(), mode, recorder:
-        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, inputs)
-    analysis.outputs = deep_tensors(result)
-    analysis.states = set(map(id, states_in(result)))
+    run_on_tape(analysis, slots, partial(judge, analysis))
     _pin_what_is_used(analysis)
     pin_other_ways(analysis)
     space.context = "model output"
@@ -230,8 +234,32 @@ def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueReco
             for factor in space.factors(axis):
                 if not factor.is_batch:
                     space.pin(((factor,),), OUTPUT)
-    analysis.seen = GraphState.of(module, slots)
     return analysis
+
+
+def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], None]) -> None:
+    """Run the graph of an analysis that knows its parameters and inputs, and note what it does and returns.
+
+    Args:
+        analysis: takes the tape, the values of nodes and the outputs.
+        slots: where the module has its tensors.
+        on_call: gives each op its axes right after it has run.
+
+    Raises:
+        FxwidthError: the graph does not run on the inputs.
+    """
+    module, fakes = analysis.module, {name: entry.fake for name, entry in analysis.parameters.items()}
+    for entry in analysis.parameters.values():
+        analysis.set_axes(entry.fake, entry.axes)
+    recorder = TapeRecorder(keeps, on_call, values=analysis.known_values())
+    analysis.calls = recorder.calls
+    replaced = substituted(module, fakes, slots, restored)
+    gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
+    with gradients, evaluating(module), replaced, plain_kernels(), quiet(), analysis.mode, recorder:
+        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs)
+    analysis.outputs = deep_tensors(result)
+    analysis.states = set(map(id, states_in(result)))
+    analysis.seen = GraphState.of(module, slots)
 
 
 def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any]) -> Any:
@@ -253,6 +281,11 @@ def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Seque
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "
             "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."
         ) from error
+
+
+def faked_inputs(examples: Sequence[Any], mode: FakeTensorMode) -> tuple[Any, ...]:
+    """Return one value per placeholder with fake tensors in the place of specs and tensors."""
+    return tuple(map_leaves(partial(_fake_input, mode), value, TensorSpec, Tensor) for value in examples)
 
 
 def _fake_input(mode: FakeTensorMode, value: TensorSpec | Tensor) -> Tensor:

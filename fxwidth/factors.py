@@ -127,7 +127,7 @@ def bare_factor(axis: Axis) -> Factor | None:
 
 def is_free(root: Factor) -> bool:
     """Tell whether a root stands for itself: it is not refined, and its size may change."""
-    return root.refined_to is None and root.pinned is None and root.size != 1
+    return root.refined_to is None and root.pinned is None
 
 
 def is_integer_term(term: Term) -> bool:
@@ -141,8 +141,8 @@ def is_integer_term(term: Term) -> bool:
 class FactorSpace:
     """The factors of one analysis, with their normal forms and the log of why they are related."""
 
-    def __init__(self) -> None:
-        self._log: list[tuple[Factor, Sequence[Factor], str]] = []
+    def __init__(self, links: Iterable[Link] = ()) -> None:
+        self._log: list[tuple[Factor, Sequence[Factor], str]] = [(one, (two,), context) for one, two, context in links]
         self.context = ""
         self._normal_forms: dict[Axis, Axis] = {}
         self._forms_with: defaultdict[Factor, list[Axis]] = defaultdict(list)
@@ -273,8 +273,6 @@ class FactorSpace:
                 elements.append(element)
         elif isinstance(element, Factor):
             root = find(element)
-            if root.size == 1:
-                return
             if root.pinned is not None:
                 self._append(elements, Fixed(root.size, root.pinned))
             elif root.refined_to is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from fxwidth.factors import Factor, term_size
 from fxwidth.garbage import without_collections
 from fxwidth.growth import Growth, find_growth
 from fxwidth.least_widths import Least, least_widths
-from fxwidth.pins import BATCH, STRUCTURAL, UNUSED, Pin
+from fxwidth.pins import BATCH, LOST, STRUCTURAL, UNUSED, Pin
 from fxwidth.roles import Role, Roles, find_roles
 
 
@@ -60,6 +60,11 @@ class ChannelGroup:
         return self.find_growth()
 
     @property
+    def is_lost(self) -> bool:
+        """Whether nothing is known any more of a group of width one but where it was."""
+        return self.factor.pinned is not None and self.factor.pinned.reason.startswith(LOST)
+
+    @property
     def inexact_growth(self) -> str | None:
         """None, or why new channels cannot be added without changing the function."""
         return self.growth.inexact
@@ -79,6 +84,7 @@ class WidthGraph:
         self.roles: Roles = find_roles(analysis)
         _pin_unused(analysis)
         self.groups: list[ChannelGroup] = list(_build_groups(analysis, self.roles))
+        self.groups += _lost_groups(analysis, {group.name for group in self.groups})
 
     def __getitem__(self, name: str) -> ChannelGroup:
         """Return a group by name.
@@ -206,8 +212,8 @@ class WidthGraph:
         group = self[name]
         site = next(iter(group.sites_as(Role.WRITER)), group.sites[0])
         origin = self.analysis.parameters[site.parameter].origins[site.dim]
-        assert origin is not None
-        return origin
+        # Of a group that is lost there is no more.
+        return group.factor if origin is None else origin
 
     def __str__(self) -> str:
         """Return a table of the groups, and first whether the graph has changed since."""
@@ -255,7 +261,7 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
     taken: set[str] = set()
     least = least_widths(analysis)
     for leaf, places in sites.items():
-        if leaf.size == 1 or (leaf.pinned is not None and leaf.pinned.reason in STRUCTURAL):
+        if leaf.pinned is not None and leaf.pinned.reason in STRUCTURAL:
             continue
         name = names.get(leaf) or _name(places[0].parameter, places[0].dim, None)
         while name in taken:
@@ -267,6 +273,18 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
         yield ChannelGroup(
             name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe, least.get(leaf, Least(1, ""))
         )
+
+
+def _lost_groups(analysis: Analysis, taken: Collection[str]) -> Iterator[ChannelGroup]:
+    for lost in analysis.lost:
+        name = lost.name
+        while name in taken:
+            name += "'"
+        factor = Factor(1, name)
+        factor.pinned = Pin(lost.why)
+        sites = tuple(Site(parameter, dim, Role.PER_CHANNEL) for parameter, dim in lost.dims)
+        recipe = partial(Growth, inexact=f"pinned: {lost.why}")
+        yield ChannelGroup(name, 1, sites, lost.why, None, factor, recipe, Least(1, ""))
 
 
 def _pin_of(leaf: Factor) -> Pin | None:

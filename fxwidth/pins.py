@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Fixed(int):
         fixed.why = why
         return fixed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled with the reason."""
+        return Fixed, (int(self), self.why)
+
     def __hash__(self) -> int:
         """Differ from equal constants of another reason: what is remembered of one must not tell of the other."""
         return hash((int(self), id(self.why)))
@@ -83,6 +88,7 @@ OTHER_WAY = "a part was followed along one way"
 WRITTEN_IN = "a size is written into code that cannot be taken apart"
 IN_TRAINING = "what a part does with it in training cannot be followed"
 SORTED_ROWS = "rows are sorted by the matrix they are multiplied by"
+LOST = "it was given width 1, and the graph or the shapes of its inputs are others since"
 SCALE = "the attention scale is computed from it"
 NO_RULE = "no rule for this op"
 NOT_COVERED = "its rule does not cover this call"
@@ -138,6 +144,8 @@ REMEDIES = {
     IN_TRAINING: "Let the part return in training a tensor of the shape that it returns in evaluation, and branch on "
     "no values.",
     SORTED_ROWS: "Nothing: rows and matrices belong together by their numbers.",
+    LOST: "Change the graph back, or give the group a width of 2 or more before the change: then a rule can tell its "
+    "dimensions from those that are broadcast.",
     SCALE: "Pass scale= to the attention, so that it does not depend on a width.",
     NOT_COVERED: _REWRITE,
     OTHER_SHAPES: "Mend the op's rule: it must return one axis per dim of each result, of that dim's size.",

@@ -17,9 +17,10 @@ from fxwidth.evidence import Evidence, gather_evidence, needs_moments, refuse_ne
 from fxwidth.fake_ops import fake_like
 from fxwidth.groups import ChannelGroup, WidthGraph
 from fxwidth.index_maps import NEW, IndexMaps, Indices
+from fxwidth.known_axes import KnownAxes, known_axes
 from fxwidth.least_widths import why_too_narrow
 from fxwidth.moments import Moments, has_values
-from fxwidth.notes import HISTORY, notes_of
+from fxwidth.notes import AXES, HISTORY, notes_of
 from fxwidth.originals import RESIZED, UNTOUCHED, detach_original, goes_along, original_of, resized_together
 from fxwidth.planning import Plan
 from fxwidth.recalibration import Recalibration, statistics_used_elsewhere
@@ -188,6 +189,9 @@ def _resize(
         forget_noise(module)
         notes = notes_of(module)
         notes[HISTORY] = [*notes.get(HISTORY, ()), change.record]
+        notes.pop(AXES, None)
+        if change.axes is not None:
+            notes[AXES] = change.axes
     return module
 
 
@@ -201,6 +205,7 @@ class _Change:
     update: OptimizerUpdate | None
     edits: AttributeEdits
     record: dict[str, Any]
+    axes: KnownAxes | None
 
     def put_in_place(self, module: fx.GraphModule, transaction: Transaction) -> None:
         """Give the module, and the model that it was traced from where that goes along, its new graph and tensors."""
@@ -334,7 +339,19 @@ def _prepare(
         "not_refitted": missed,
         "original": original,
     }
-    return _Change(graph, tensors, replacements, update, edits, record)
+    return _Change(graph, tensors, replacements, update, edits, record, _axes_on_record(width_graph, groups, maps))
+
+
+def _axes_on_record(
+    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], maps: IndexMaps
+) -> KnownAxes | None:
+    """Return what the next analysis needs to know of groups that are of width one after a resize, if there are any."""
+    narrow = {
+        group.name: tuple((site.parameter, site.dim) for site in group.sites)
+        for group in width_graph.groups
+        if groups.get(group, group.width) == 1 and not group.is_lost
+    }
+    return known_axes(width_graph.analysis, maps, narrow) if narrow or width_graph.analysis.lost else None
 
 
 def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:

@@ -8,11 +8,10 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from fxwidth.analysis import Analysis
+from fxwidth.analysis import Analysis, Dim
 from fxwidth.factors import axis_size
 from fxwidth.tape import OpCall, storage_of
 
-Dim = tuple[str, int]
 Lineage = tuple[frozenset[Dim], ...]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from fxwidth.both_modes import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.calls import Call, arguments_of, call_of
 from fxwidth.errors import FxwidthError
 from fxwidth.exporting import exported_graph
+from fxwidth.following import OtherGraphError, follow_axes, lost_groups
 from fxwidth.input_shapes import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
-from fxwidth.notes import INPUTS, VALUES, notes_of
+from fxwidth.notes import AXES, INPUTS, VALUES, notes_of
 from fxwidth.originals import remember_original
 from fxwidth.rewriting.trials import pin_what_is_written_in
 from fxwidth.state_names import keep_names
 from fxwidth.surroundings import plain_surroundings
 from fxwidth.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.tensor_slots import is_sound, tensor_slots
-from fxwidth.value_record import VALUE_ERRORS
+from fxwidth.value_record import VALUE_ERRORS, ValueRecord
 from fxwidth.value_runs import record_values
 
 
@@ -100,24 +102,39 @@ def analyze_module(
 
 
 def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
+    """Analyse a graph, by what is on record of its axes if there are groups of width one."""
+    known = notes_of(module).get(AXES)
+    if known is None:
+        return _with_values(_judged, module, specs, call)
+    try:
+        return _with_values(partial(follow_axes, known), module, specs, call)
+    except OtherGraphError as error:
+        analysis = _with_values(_judged, module, specs, call)
+        analysis.lost = lost_groups(known, error)
+        return analysis
+
+
+def _judged(module: fx.GraphModule, specs: list[Any], record: ValueRecord | None = None) -> Analysis:
+    analysis = analyze_axes(module, specs, record)
+    pin_what_is_written_in(analysis)
+    return analysis
+
+
+def _with_values(
+    analyse: Callable[..., Analysis], module: fx.GraphModule, specs: list[Any], call: Call | None
+) -> Analysis:
     """Analyse a graph; where what it does depends on values, with those of one run on real inputs."""
     known_for, record, _ = notes_of(module).get(VALUES, (None, None, None))
     if record is not None and call is None and known_for == specs:
-        analysis = analyze_axes(module, specs, record)
-        pin_what_is_written_in(analysis)
-        return analysis
+        return analyse(module, specs, record)
     try:
-        analysis = analyze_axes(module, specs)
+        return analyse(module, specs)
     except FxwidthError as error:
         if not _is_about_values(error) or any(tensor.is_meta for tensor, _ in tensor_slots(module).values()):
             raise
-    else:
-        pin_what_is_written_in(analysis)
-        return analysis
     values = real_inputs(module, specs, call)
     record = record_values(module, values)
-    analysis = analyze_axes(module, specs, record)
-    pin_what_is_written_in(analysis)
+    analysis = analyse(module, specs, record)
     notes_of(module)[VALUES] = (specs, record, whole_numbers(values))
     return analysis
 

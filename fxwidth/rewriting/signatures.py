@@ -11,18 +11,15 @@ from torch.utils import _pytree as pytree
 
 from fxwidth.analysis import Analysis
 from fxwidth.index_maps import IndexMaps
+from fxwidth.known_axes import COPIES, SPLITS, VIEWS
 from fxwidth.rules.registry import keeps, prescribed
 from fxwidth.tape import OpCall, TapeRecorder, functional_name
 
 Signature = tuple[Any, ...]
 
 # Ops without arithmetic meaning: whether they occur depends on strides alone.
-SILENT = frozenset(
-    {"detach", "alias", "lift_fresh", "clone", "contiguous", "as_strided", "_assert_tensor_metadata"}
-    # A view is determined by the shapes before and after it, and those are compared.
-    | {"view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy"}
-)
-_SPLITS = frozenset({"split", "unsafe_split", "chunk", "split_with_sizes", "unsafe_split_with_sizes"})
+# A view is determined by the shapes before and after it, and those are compared.
+SILENT = COPIES | VIEWS
 # Ops whose positions may be counted from the end of a dim.
 _CUTS = frozenset({"slice", "select"})
 _SIZED_BY_RESULT = frozenset({"expand", "full", "zeros", "ones", "empty", "rand", "randn"})
@@ -55,7 +52,7 @@ def observed_signature(call: OpCall) -> Signature:
 def _signature(func: OpOverload, arguments: dict[str, Any], shapes: Sequence[Sequence[int]], sliced: int) -> Signature:
     name = functional_name(func)
     results = tuple(map(tuple, shapes))
-    if name in _SPLITS:
+    if name in SPLITS:
         return ("split", results)
     if name == "slice":
         start = arguments["start"] or 0

@@ -158,8 +158,9 @@ def _squeezed_dims(call: OpCall, maps: IndexMaps) -> Prescribed:
     # A dim that is narrowed to one channel must not be squeezed for that.
     signal, dims = call.axes[id(call.arguments["self"])], call.arguments.get("dim")
     chosen = range(len(signal)) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = [dim for dim in chosen if axis_size(signal[dim]) == 1]
-    if all(axis_size(signal[dim]) == 1 or maps.size(signal[dim]) != 1 for dim in chosen):
+    # Nor must one that was, before it had more.
+    gone = [dim for dim in chosen if maps.space.normalise(signal[dim]) == ONE]
+    if all(dim in gone or maps.size(signal[dim]) != 1 for dim in chosen):
         return revised(call)
     squeeze = torch.ops.aten.squeeze_ if call.func._schema.is_mutable else torch.ops.aten.squeeze
     return squeeze.dims, {"self": call.arguments["self"], "dim": gone}
