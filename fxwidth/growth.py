@@ -13,13 +13,13 @@ from enum import Enum, Flag, StrEnum, auto
 from torch import Tensor
 
 from fxwidth.analysis import Analysis
-from fxwidth.factors import Factor
+from fxwidth.factors import ONE, Factor
 from fxwidth.growth_interpretation import CHANNEL_NORMS, Interpretation, Slot, tape_index
 from fxwidth.growth_states import AxisFacts, DirectionlessError, NormedWriterError, ProductRefusedError, State
 from fxwidth.growth_sums import convolution_parts
 from fxwidth.roles import ADDING, WEIGHT_NORMS, Roles
 from fxwidth.rules.registry import rule_name
-from fxwidth.tape import OpCall
+from fxwidth.tape import Axes, OpCall
 
 
 class Recipe(StrEnum):
@@ -194,8 +194,7 @@ class GrowthSearch:
         return Fill.DIRECTIONS if Use.WRITES in use and self._is_matrix(slot) else Fill.ZERO
 
     def _is_matrix(self, slot: Slot) -> bool:
-        fake = self._analysis.parameters[slot[0]].fake
-        return bool(fake.numel() > fake.shape[slot[1]])
+        return not _is_vector(self._analysis.parameters[slot[0]].axes, slot[1])
 
 
 def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, Use]:
@@ -219,8 +218,13 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
 
 def _use_in_parameters(call: OpCall, tensor: Tensor, dim: int) -> Use:
     """Return what an op on parameters alone tells: the length of a weight's rows scales them, as in a weight norm."""
-    scales = call.name in {"mul", "div", *WEIGHT_NORMS} and tensor.numel() == tensor.shape[dim]
+    scales = call.name in {"mul", "div", *WEIGHT_NORMS} and _is_vector(call.axes[id(tensor)], dim)
     return Use.SCALES if scales else Use(0)
+
+
+def _is_vector(axes: Axes, dim: int) -> bool:
+    """Tell whether a tensor has nothing but one dim; another with a group of width one may have more again."""
+    return all(axis == ONE for place, axis in enumerate(axes) if place != dim)
 
 
 def _use(call: OpCall, tensor: Tensor, dim: int, facts: AxisFacts) -> Use:

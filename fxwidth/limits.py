@@ -13,16 +13,16 @@ from fxwidth.groups import ChannelGroup, WidthGraph
 
 @dataclass(frozen=True)
 class Limits:
-    """What widths a group may take; one alone where that is asked for, since it is no group then."""
+    """What widths a group may take."""
 
     least: int
     most: int | None
     align: int
-    alone: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (("min_width", self.least), ("align", self.align), ("max_width", self.most)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        most = () if self.most is None else (("max_width", self.most),)
+        for name, value in (("min_width", self.least), ("align", self.align), *most):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
         if self.most is not None and self.most < self._up(self.least):
             raise FxwidthError(
@@ -46,7 +46,7 @@ class Limits:
         return widths or [group.width]
 
     def _least_of(self, group: ChannelGroup) -> int:
-        return max(self.least, group.least.width, 1 if self.alone or self.most == 1 else 2)
+        return max(self.least, group.least.width)
 
     def _up(self, width: int) -> int:
         return -(-width // self.align) * self.align

@@ -46,7 +46,7 @@ def plan_with_evidence(
     shrink_energy: float = 0.05,
     grow_energy: float = 0.5,
     grow_step: int = 0,
-    min_width: int | None = None,
+    min_width: int = 1,
     max_width: int | None = None,
     align: int = 1,
     same_width: SameWidth | None = None,
@@ -74,8 +74,7 @@ def plan_with_evidence(
         shrink_energy: in [0, 1); 0 for no shrinking.
         grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.
         grow_step: channels to add; 0 for no growing.
-        min_width: no group shrinks below this; None for 2, or for 1 where a budget is out of reach otherwise: a group
-            of width 1 can no more be told from dims of size one, so that it is no group and cannot grow again.
+        min_width: no group shrinks below this.
         max_width: no group stays or grows above this.
         align: new widths are rounded up to multiples of this.
         same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
@@ -99,14 +98,12 @@ def plan_with_evidence(
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
-    limits = Limits(1 if min_width is None else min_width, max_width, align, alone=min_width is not None)
+    limits = Limits(min_width, max_width, align)
     thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
     bound = budget_of(budget, params)
     units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
     if bound is not None:
         problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
-        if min_width is None and not problem.is_in_reach():
-            problem = _Problem(width_graph, units, Limits(1, max_width, align), problem.bounds)
         return problem.solved(data, loss, selection, rotate)
     if loss is not None:
         raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
@@ -156,8 +153,7 @@ def refuse_out_of_reach(width_graph: WidthGraph, budget: Budget, options: Mappin
     Raises:
         FxwidthError: it cannot, or the options are out of range or contradict each other.
     """
-    least = options.get("min_width")
-    limits = Limits(1 if least is None else least, options.get("max_width"), options.get("align", 1))
+    limits = Limits(options.get("min_width", 1), options.get("max_width"), options.get("align", 1))
     chosen = chosen_groups(width_graph, options.get("only"), options.get("keep"))
     units = classes(width_graph, chosen, options.get("same_width"))
     _Problem(width_graph, units, limits, bounds_of(width_graph, budget)).refuse_out_of_reach()
@@ -207,10 +203,6 @@ class _Problem:
         evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
         widths = self._rehearsed(evidence, errors)
         return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
-
-    def is_in_reach(self) -> bool:
-        """Tell whether the smallest widths meet all bounds."""
-        return all(bound.met(_by_factor(self._smallest)) for bound in self.bounds)
 
     def refuse_out_of_reach(self) -> None:
         """Check that the smallest widths meet all bounds.

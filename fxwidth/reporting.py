@@ -46,8 +46,6 @@ def _paragraph(number: int, record: dict[str, Any]) -> str:
     lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
     lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
-    alone = [name for name, (_, new) in record["widths"].items() if new == 1]
-    lines += [f"  {name} is of width 1: no group any more, so it cannot grow again" for name in alone]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from fxwidth.analysis import Analysis, Dim
-from fxwidth.factors import axis_size
+from fxwidth.factors import ONE, axis_size
 from fxwidth.tape import OpCall, storage_of
 
 Lineage = tuple[frozenset[Dim], ...]
@@ -149,8 +149,9 @@ def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[i
         if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[id(inputs[0])])):
             return source
     if call.name in WEIGHT_NORMS and output.dim() == call.arguments["v"].dim():
-        (direction, gain), own = (lineage[id(call.arguments[part])] for part in ("v", "g")), call.arguments["g"]
-        lengths = [gain[dim] if own.dim() > dim and own.shape[dim] > 1 else frozenset() for dim in range(output.dim())]
+        direction, gain = (lineage[id(call.arguments[part])] for part in ("v", "g"))
+        axes = call.axes[id(call.arguments["g"])]
+        lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
         return tuple(one | other for one, other in zip(direction, lengths, strict=True))
     if call.name in _PRODUCTS and len(inputs) == 2:
         left, right = (lineage[id(tensor)] for tensor in inputs)
