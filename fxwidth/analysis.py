@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +30,9 @@ from fxwidth.unification import unify
 from fxwidth.value_pins import pin_other_ways
 from fxwidth.value_record import ValueReader, ValueRecord
 from fxwidth.whole_ops import calls_no_whole_op
+
+if TYPE_CHECKING:
+    from fxwidth.known_axes import LostGroup
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,6 @@ class ParameterAxes:
     axes: Axes
 
 
-Dim = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class LostGroup:
-    """A group of width one of which nothing is known any more but its name, where it occurs, and why."""
-
-    name: str
-    dims: tuple[Dim, ...]
-    why: str
-
-
 @dataclass(eq=False)
 class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
@@ -75,7 +66,8 @@ class Analysis:
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
     the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
-    evaluation. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
+    evaluation. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and
+    `seen` is what the module was.
     """
 
     module: fx.GraphModule

@@ -1,8 +1,8 @@
 """Analysing a graph that has groups of width one: its axes are those on record, and its ops are held to that record.
 
-No rule is asked, for a rule cannot tell a channel from a dim that is broadcast once both have size one. What is asked is
-whether the graph is the one that the axes were written down for: the same ops in the same order, on operands with the
-axes that they had then, whatever these came from, and with results of the sizes that follow from these axes.
+No rule is asked, for a rule cannot tell a channel from a dim that is broadcast once both have size one. What is asked
+is whether the graph is the one that the axes were written down for: the same ops in the same order, on operands with
+the axes that they had then, wherever these came from, and with results of the sizes that follow from these axes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import fx
 
-from fxwidth.analysis import Analysis, LostGroup, ParameterAxes, faked_inputs, judge, run_on_tape
+from fxwidth.analysis import Analysis, ParameterAxes, faked_inputs, judge, run_on_tape
 from fxwidth.factors import Axis, Factor, axis_size, bare_factor, constant
 from fxwidth.fake_ops import fake_like, fake_mode
 from fxwidth.garbage import without_collections
-from fxwidth.known_axes import COPIES, KnownAxes, KnownCall, decoded, kind_of
+from fxwidth.known_axes import KnownAxes, KnownAxis, KnownCall, LostGroup, decoded, kind_of
 from fxwidth.pins import HELD, LOST, Pin
+from fxwidth.rewriting.signatures import COPIES, SILENT, observed_signature, structure
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import Axes, Contraction, Mixing, OpCall
 from fxwidth.tensor_slots import Slots, tensor_slots
@@ -59,7 +60,8 @@ def follow_axes(
     analysis.lost = known.lost
     for tensor, own in zip(deep_tensors(inputs), axes_of_inputs, strict=True):
         analysis.set_axes(tensor, own)
-    follower = _Follower(analysis, factors, iter(known.calls))
+    same_batch = known.batch is None or factors[known.batch].size == known.factors[known.batch].size
+    follower = _Follower(analysis, factors, iter(known.calls), same_batch)
     run_on_tape(analysis, slots, follower.see)
     if (problem := follower.problem or follower.missing) is not None:
         raise OtherGraphError(problem)
@@ -112,11 +114,14 @@ class _Follower:
         problem: the first op that is not as it was, in words, or None.
     """
 
-    def __init__(self, analysis: Analysis, factors: Sequence[Factor], calls: Iterator[KnownCall]) -> None:
+    def __init__(
+        self, analysis: Analysis, factors: Sequence[Factor], calls: Iterator[KnownCall], same_batch: bool
+    ) -> None:
         self._analysis = analysis
         self._factors = factors
         self._calls = calls
-        self._axes: dict[Axis, Axis] = {}
+        self._same_batch = same_batch
+        self._axes: dict[KnownAxis, Axis] = {}
         self.problem: str | None = None
 
     @property
@@ -138,6 +143,9 @@ class _Follower:
             return f"there is {call.place} where {'nothing' if known is None else known.kind} was"
         if (len(inputs), len(call.outputs)) != (len(known.inputs), len(known.outputs)):
             return f"{call.place} has another number of operands or results"
+        # Of another batch are the sizes that it is in.
+        if self._same_batch and call.name not in SILENT and structure(observed_signature(call)) != known.literals:
+            return f"{call.place} is called with other numbers"
         operands, results = list(map(self._decoded, known.inputs)), list(map(self._decoded, known.outputs))
         for tensor, axes in zip(inputs, operands, strict=True):
             if tuple(map(analysis.space.normalise, analysis.axes_of(tensor))) != axes:
@@ -146,14 +154,16 @@ class _Follower:
             return f"{call.place} has results of other shapes"
         call.axes = {id(tensor): axes for tensor, axes in zip(inputs, operands, strict=True)}
         call.output_axes = tuple(results)
-        call.contractions = [Contraction(inputs[a], dims, inputs[b], others) for a, dims, b, others in known.contractions]
+        call.contractions = [
+            Contraction(inputs[a], dims, inputs[b], others) for a, dims, b, others in known.contractions
+        ]
         call.mixings = [Mixing(inputs[place], dim, kind) for place, dim, kind in known.mixings]
         for output, axes in zip(call.outputs, results, strict=True):
             analysis.set_axes(output, axes)
         analysis.kept_alive.append(inputs)
         return None
 
-    def _decoded(self, axes: Axes) -> Axes:
+    def _decoded(self, axes: tuple[KnownAxis, ...]) -> Axes:
         result = []
         for axis in axes:
             if axis not in self._axes:

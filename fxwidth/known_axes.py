@@ -14,18 +14,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxwidth.analysis import Analysis, Dim, LostGroup
+from fxwidth.analysis import Analysis
 from fxwidth.factors import Axis, Factor, FactorSpace, Link, find
 from fxwidth.index_maps import IndexMaps
 from fxwidth.pins import Pin
+from fxwidth.rewriting.signatures import COPIES, SPLITS, VIEWS, Signature, prescribed_signatures, structure
+from fxwidth.roles import Dim
 from fxwidth.rules.registry import rule_name
 from fxwidth.structures import deep_tensors
-from fxwidth.tape import Axes, OpCall
-
-# Ops that copy or alias: whether they occur depends on strides alone, and their results have the axes of their operand.
-COPIES = frozenset({"detach", "alias", "lift_fresh", "clone", "contiguous", "as_strided", "_assert_tensor_metadata"})
-VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy"})
-SPLITS = frozenset({"split", "unsafe_split", "chunk", "split_with_sizes", "unsafe_split_with_sizes"})
+from fxwidth.tape import OpCall
 
 
 def kind_of(call: OpCall) -> str:
@@ -41,6 +38,11 @@ class Ref:
     number: int
 
 
+KnownAxis = tuple[tuple["int | Ref | KnownAxis", ...], ...]
+"""An axis with numbers in the place of factors."""
+_KnownRow = tuple[KnownAxis, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class KnownFactor:
     """A factor with numbers in the place of other factors; see `Factor`."""
@@ -48,7 +50,7 @@ class KnownFactor:
     size: int
     name: str
     parent: int | None
-    refined_to: Axis | None
+    refined_to: KnownAxis | None
     pinned: Pin | None
     mixed: str | None
     is_batch: bool
@@ -58,14 +60,25 @@ class KnownFactor:
 class KnownCall:
     """An op that is no mere copy, with the axes of its operands and results in order; see `OpCall`.
 
-    Contractions and mixings name operands by their places among the inputs.
+    `literals` are the whole numbers among its arguments. Contractions and mixings name operands by their places among
+    the inputs.
     """
 
     kind: str
-    inputs: tuple[Axes, ...]
-    outputs: tuple[Axes, ...]
+    literals: Signature
+    inputs: tuple[_KnownRow, ...]
+    outputs: tuple[_KnownRow, ...]
     contractions: tuple[tuple[int, tuple[int, ...], int, tuple[int, ...]], ...]
     mixings: tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
+class LostGroup:
+    """A group of width one of which nothing is known any more but its name, where it occurs, and why."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,8 @@ class KnownAxes:
 
     factors: tuple[KnownFactor, ...]
     links: tuple[tuple[int, int, str], ...]
-    parameters: Mapping[str, Axes]
-    inputs: tuple[Axes, ...]
+    parameters: Mapping[str, _KnownRow]
+    inputs: tuple[_KnownRow, ...]
     calls: tuple[KnownCall, ...]
     batch: int | None
     is_single: bool
@@ -104,19 +117,15 @@ class KnownAxes:
         return FactorSpace(Link(factors[a], factors[b], context) for a, b, context in self.links), factors
 
 
-def decoded(axis: Axis, factors: Sequence[Factor]) -> Axis:
+def decoded(axis: KnownAxis, factors: Sequence[Factor]) -> Axis:
     """Return an axis with factors in the place of their numbers."""
-    return tuple(
-        tuple(
-            factors[element.number]
-            if isinstance(element, Ref)
-            else decoded(element, factors)
-            if isinstance(element, tuple)
-            else element
-            for element in term
-        )
-        for term in axis
-    )
+
+    def element(known: int | Ref | KnownAxis) -> int | Factor | Axis:
+        if isinstance(known, Ref):
+            return factors[known.number]
+        return decoded(known, factors) if isinstance(known, tuple) else known
+
+    return tuple(tuple(map(element, term)) for term in axis)
 
 
 def known_axes(analysis: Analysis, maps: IndexMaps, narrow: Mapping[str, tuple[Dim, ...]]) -> KnownAxes:
@@ -151,18 +160,18 @@ class _Notation:
         self._space = space
         self._maps = maps
         self._numbers: dict[Factor, int] = {}
-        self._axes: dict[Axis, Axis] = {}
+        self._axes: dict[Axis, KnownAxis] = {}
 
     def number(self, factor: Factor) -> int:
         return self._numbers.setdefault(factor, len(self._numbers))
 
-    def axis(self, axis: Axis) -> Axis:
+    def axis(self, axis: Axis) -> KnownAxis:
         known = self._axes.get(axis)
         if known is None:
             known = self._axes[axis] = tuple(tuple(map(self._element, term)) for term in axis)
         return known
 
-    def axes(self, axes: Iterable[Axis]) -> Axes:
+    def axes(self, axes: Iterable[Axis]) -> _KnownRow:
         return tuple(self.axis(self._space.normalise(axis)) for axis in axes)
 
     def call(self, call: OpCall) -> KnownCall:
@@ -172,7 +181,10 @@ class _Notation:
         )
         mixings = tuple((_place(inputs, mixing.tensor), mixing.dim, mixing.kind) for mixing in call.mixings)
         operands = tuple(self.axes(call.axes[id(tensor)]) for tensor in inputs)
-        return KnownCall(kind_of(call), operands, tuple(map(self.axes, call.output_axes)), contractions, mixings)
+        literals = next((structure(one) for one in prescribed_signatures([call], self._maps)), ())
+        return KnownCall(
+            kind_of(call), literals, operands, tuple(map(self.axes, call.output_axes)), contractions, mixings
+        )
 
     def factors(self) -> Iterator[KnownFactor]:
         """Yield the factors by number; those that one is made of get numbers on the way."""
@@ -182,12 +194,10 @@ class _Notation:
                 parent = None if factor.parent is None else self.number(find(factor))
                 refined_to = None if factor.refined_to is None else self.axis(factor.refined_to)
                 size = self._maps.size(((factor,),))
-                yield KnownFactor(
-                    size, factor.name, parent, refined_to, factor.pinned, factor.mixed, factor.is_batch
-                )
+                yield KnownFactor(size, factor.name, parent, refined_to, factor.pinned, factor.mixed, factor.is_batch)
                 done += 1
 
-    def _element(self, element: int | Factor | Axis) -> int | Ref | Axis:
+    def _element(self, element: int | Factor | Axis) -> int | Ref | KnownAxis:
         if isinstance(element, Factor):
             return Ref(self.number(element))
         return self.axis(element) if isinstance(element, tuple) else element

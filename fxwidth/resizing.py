@@ -342,9 +342,7 @@ def _prepare(
     return _Change(graph, tensors, replacements, update, edits, record, _axes_on_record(width_graph, groups, maps))
 
 
-def _axes_on_record(
-    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], maps: IndexMaps
-) -> KnownAxes | None:
+def _axes_on_record(width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], maps: IndexMaps) -> KnownAxes | None:
     """Return what the next analysis needs to know of groups that are of width one after a resize, if there are any."""
     narrow = {
         group.name: tuple((site.parameter, site.dim) for site in group.sites)

@@ -8,10 +8,11 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from fxwidth.analysis import Analysis, Dim
+from fxwidth.analysis import Analysis
 from fxwidth.factors import ONE, axis_size
 from fxwidth.tape import OpCall, storage_of
 
+Dim = tuple[str, int]
 Lineage = tuple[frozenset[Dim], ...]
 
 

@@ -173,11 +173,12 @@ def test_dims_of_size_one_beside_channels() -> None:
     sites = told(fxwidth.analyze(module))
     # The gate has one channel of its own, which is broadcast: it is no group, and none becomes one beside it.
     assert "gate" not in sites
-    fxwidth.resize(module, {"a": 1, "squeeze": 1})
-    assert told(fxwidth.analyze(module)) == sites
-    assert fxwidth.analyze(module).analysis.parameters["gate.weight"].origins == (
-        None, fxwidth.analyze(module).analysis.parameters["gate.weight"].origins[1], None, None,
-    )  # fmt: skip
+    fxwidth.resize(module, {"shift": 1, "squeeze": 1})
+    graph = fxwidth.analyze(module)
+    assert told(graph) == sites
+    own, read, *kernel = graph.analysis.parameters["gate.weight"].origins
+    assert (own, kernel) == (None, [None, None])
+    assert read is not None
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -221,7 +222,6 @@ def test_there_and_back_many_times(name: str) -> None:
         sum(y.square().mean() for y in tensors_in(module(x))).backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
         module.eval()
-    assert fxwidth.report(module).resizes[-1]["original"] in ("resized", "untouched")
 
 
 def test_the_model_goes_along() -> None:
@@ -243,7 +243,10 @@ def test_others_are_resized_beside_narrow_groups() -> None:
     fxwidth.resize(module, {name: fxwidth.analyze(module)[name].width // 2 for name in others}, data=[x])
     assert told(fxwidth.analyze(module)) == sites
     before = outputs(module, [x])
-    fxwidth.resize(module, {name: fxwidth.analyze(module)[name].width + 3 for name in free})
+    graph = fxwidth.analyze(module)
+    exact = [name for name in free if graph[name].inexact_growth is None]
+    assert "a" in exact
+    fxwidth.resize(module, {name: graph[name].width + 3 for name in exact})
     assert told(fxwidth.analyze(module)) == sites
     assert largest_difference(outputs(module, [x]), before) < ROUNDING
 
@@ -259,12 +262,13 @@ def test_new_channels_learn() -> None:
 
 def test_plans_know_narrow_groups() -> None:
     module = fxwidth.trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)), torch.randn(3, 4))
-    fxwidth.evolve(module, params=11, torch_options=None) if False else fxwidth.evolve(module, params=15)
+    fxwidth.evolve(module, params=15)
     assert fxwidth.analyze(module)["0"].width == 1
     graph = fxwidth.analyze(module)
     assert fxwidth.plan(graph, params=15) == {}
     assert fxwidth.plan(graph, grow_energy=0.0, grow_step=2) == {"0": 3}
-    assert graph.explain("0", "2.weight:1").startswith("0.weight dim 0") or "share 1 channels" in graph.explain("0", "2.weight:1")
+    assert "share 1 channels" in graph.explain("0", "2.weight:1")
+    assert "is free: its width of 1 can change" in graph.why_pinned("0")
 
 
 # -- through files, copies and optimizers ------------------------------------------------------------------------------
@@ -343,7 +347,7 @@ def _more(module: fx.GraphModule) -> None:
 
 
 def _fewer(module: fx.GraphModule) -> None:
-    node = next(node for node in module.graph.nodes if "relu" in node.name)
+    node = next(node for node in module.graph.nodes if node.target == "1")
     node.replace_all_uses_with(node.all_input_nodes[0])
     module.graph.erase_node(node)
     module.recompile()
@@ -370,7 +374,7 @@ def test_what_changed_by_hand_is_told(change: Callable[[fx.GraphModule], None]) 
     graph = fxwidth.analyze(module)
     (lost,) = [group for group in graph.groups if group.is_lost]
     assert lost.name.rstrip("'") == "0"
-    assert lost.pinned is not None and lost.pinned.startswith(LOST)
+    assert str(lost.pinned).startswith(LOST)
     assert "to free it: Change the graph back" in graph.why_pinned(lost)
     with pytest.raises(FxwidthError, match="must keep its width 1"):
         fxwidth.resize(module, {lost.name: 4})

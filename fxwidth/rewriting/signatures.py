@@ -11,15 +11,17 @@ from torch.utils import _pytree as pytree
 
 from fxwidth.analysis import Analysis
 from fxwidth.index_maps import IndexMaps
-from fxwidth.known_axes import COPIES, SPLITS, VIEWS
 from fxwidth.rules.registry import keeps, prescribed
 from fxwidth.tape import OpCall, TapeRecorder, functional_name
 
 Signature = tuple[Any, ...]
 
 # Ops without arithmetic meaning: whether they occur depends on strides alone.
+COPIES = frozenset({"detach", "alias", "lift_fresh", "clone", "contiguous", "as_strided", "_assert_tensor_metadata"})
+VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy"})
 # A view is determined by the shapes before and after it, and those are compared.
 SILENT = COPIES | VIEWS
+SPLITS = frozenset({"split", "unsafe_split", "chunk", "split_with_sizes", "unsafe_split_with_sizes"})
 # Ops whose positions may be counted from the end of a dim.
 _CUTS = frozenset({"slice", "select"})
 _SIZED_BY_RESULT = frozenset({"expand", "full", "zeros", "ones", "empty", "rand", "randn"})
@@ -67,6 +69,16 @@ def _signature(func: OpOverload, arguments: dict[str, Any], shapes: Sequence[Seq
             continue
         literals.append((key, tuple(_comparable(leaf) for leaf in leaves)))
     return (name, results, tuple(literals))
+
+
+def structure(signature: Signature) -> Signature:
+    """Return what of a signature tells along which dims an op works: its whole numbers but for the sizes of results."""
+    name, _, *rest = signature
+    return (name, *(_whole(value) for value in rest))
+
+
+def _whole(value: Any) -> Any:
+    return tuple(map(_whole, value)) if isinstance(value, tuple) else value if isinstance(value, int) else None
 
 
 def _comparable(value: Any) -> Any:
