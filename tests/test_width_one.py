@@ -424,6 +424,7 @@ def test_an_op_is_held_to_its_record() -> None:
     faults = {
         "relu at node _1 where tanh was": dataclasses.replace(call, kind="tanh"),
         "works with something else": dataclasses.replace(call, inputs=((batch, ((1,),)),)),
+        "called with other numbers": dataclasses.replace(call, literals=(*call.literals, 1)),
         "results of other shapes": dataclasses.replace(call, outputs=((batch, ((2,),)),)),
         "another number of operands": dataclasses.replace(call, inputs=((batch, channels),) * 2),
     }
