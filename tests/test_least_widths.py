@@ -107,13 +107,15 @@ def _fewest(gm: torch.fx.GraphModule) -> int:
     raise AssertionError("one parameter is in reach")
 
 
-def test_plans_leave_groups_that_can_be_told_from_dims_of_size_one() -> None:
+def test_plans_go_to_width_one() -> None:
     gm = fxwidth.trace(Between(nn.ReLU()).eval(), torch.randn(5, 6))
-    assert fxwidth.plan(fxwidth.analyze(gm), shrink_energy=0.999) == {"up": 2}
-    assert fxwidth.plan(fxwidth.analyze(gm), shrink_energy=0.999, min_width=1) == {"up": 1}
-    # Unless nothing else will do: 7 + 6 parameters at width one.
+    assert fxwidth.plan(fxwidth.analyze(gm), shrink_energy=0.999) == {"up": 1}
+    assert fxwidth.plan(fxwidth.analyze(gm), shrink_energy=0.999, min_width=2) == {"up": 2}
+    # 7 + 6 parameters at width one.
     assert fxwidth.plan(fxwidth.analyze(gm), params=23) == {"up": 2}
     assert fxwidth.plan(fxwidth.analyze(gm), params=13) == {"up": 1}
+    with pytest.raises(FxwidthError, match="out of reach"):
+        fxwidth.plan(fxwidth.analyze(gm), params=13, min_width=2)
 
 
 class TwoFactors(nn.Module):

@@ -23,6 +23,8 @@ _SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_d
     "variance",
     "mu_product",
 }
+# Factored state, and the dim that it sums over: at width one its shape does not tell.
+_SUMMED_OVER = {"row_var": -1, "col_var": -2}
 # State that is an average of the parameter itself.
 _COPIES = frozenset({"ax"})
 
@@ -178,6 +180,8 @@ class _Entries:
             return value
         sizes = zip(value.shape, self.shape, self.replacement.indices, strict=True)
         indices = [kept if own == full else None for own, full, kept in sizes]
+        if key in _SUMMED_OVER:
+            indices[_SUMMED_OVER[key]] = None
         try:
             gathered = gather(value, indices)
         except Exception as error:
