@@ -188,10 +188,8 @@ def _resize(
             change.update.commit()
         forget_noise(module)
         notes = notes_of(module)
-        notes[HISTORY] = [*notes.get(HISTORY, ()), change.record]
-        notes.pop(AXES, None)
-        if change.axes is not None:
-            notes[AXES] = change.axes
+        # In one step: nothing can come between the two.
+        notes |= {HISTORY: [*notes.get(HISTORY, ()), change.record], AXES: change.axes}
     return module
 
 

@@ -23,6 +23,7 @@ from fxwidth.pins import LOST
 from fxwidth.resizing import resize_analyzed
 from fxwidth.rewriting.signatures import Signature, prescribed_signatures
 from fxwidth.tape import tensors_in
+from fxwidth.transactions import Transaction
 from fxwidth.verification import largest_difference
 from tests.fuzzing import RandomNetwork, example_input, seeded_program
 from tests.networks import CASES
@@ -78,7 +79,7 @@ def check_narrowed(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequ
     after = fxwidth.analyze(module)
     assert told(after) == sites
     assert signatures(after) == done
-    assert AXES not in notes_of(module)
+    assert notes_of(module)[AXES] is None
 
 
 def each_and_all(make: Callable[[], fx.GraphModule], inputs: Sequence[Tensor]) -> None:
@@ -342,6 +343,24 @@ def _states(module: fx.GraphModule, optimizer: torch.optim.Optimizer) -> dict[st
         name: {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
         for name, parameter in module.named_parameters()
     }
+
+
+def test_a_transaction_takes_the_record_back() -> None:
+    module, _ = layers()
+    fxwidth.resize(module, {"0": 1})
+    known = notes_of(module)[AXES]
+    transaction = Transaction(module)
+
+    def resize_and_fail() -> None:
+        resize_analyzed(fxwidth.analyze(module), {"0": 4}, transaction=transaction)
+        assert notes_of(module)[AXES] is None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transaction.run(resize_and_fail)
+    assert notes_of(module)[AXES] is known
+    graph = fxwidth.analyze(module)
+    assert (graph["0"].width, graph["0"].pinned) == (1, None)
 
 
 # -- graphs that are others since --------------------------------------------------------------------------------------
