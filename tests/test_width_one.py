@@ -33,13 +33,17 @@ from tests.test_saving import Convolutions, Stream
 from tests.zoo import SMALL, RMSTransformer, build
 
 SEEDS = range(20)
-Sites = dict[str, tuple[frozenset[tuple[str, int, str]], bool]]
+Told = dict[str, tuple[frozenset[tuple[str, int, str]], bool, bool]]
 
 
-def told(width_graph: WidthGraph) -> Sites:
-    """Return what an analysis tells of groups but for their widths: names, sites, and which are free."""
+def told(width_graph: WidthGraph) -> Told:
+    """Return what an analysis tells of groups but for their widths: names, sites, and which are free or mixed."""
     return {
-        group.name: (frozenset((site.parameter, site.dim, site.role) for site in group.sites), group.pinned is None)
+        group.name: (
+            frozenset((site.parameter, site.dim, site.role) for site in group.sites),
+            group.pinned is None,
+            group.mixed is None,
+        )
         for group in width_graph.groups
     }
 
