@@ -27,6 +27,7 @@ from fxwidth.transactions import Transaction
 from fxwidth.verification import largest_difference
 from tests.fuzzing import RandomNetwork, example_input, seeded_program
 from tests.networks import CASES
+from tests.networks_of_modes import LAYERS, WIDTH, Around
 from tests.oracles import ROUNDING, assert_replays, at_batch_of, randomise, traced
 from tests.test_optimizer_state import MAKERS
 from tests.test_saving import Convolutions, Stream
@@ -228,6 +229,19 @@ def test_there_and_back_many_times(name: str) -> None:
         sum(y.square().mean() for y in tensors_in(module(x))).backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
         module.eval()
+
+
+@pytest.mark.parametrize("layer", ["drop path", "noise"])
+def test_parts_that_act_in_training_alone(layer: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    module = fxwidth.trace(Around(LAYERS[layer]()).double().eval(), x)
+    graph = fxwidth.analyze(module)
+    assert any(graph.analysis.training_calls.values())
+    check_narrowed(module, [x], [group.name for group in graph.free])
+    fxwidth.resize(module, {group.name: 1 for group in graph.free})
+    assert any(fxwidth.analyze(module).analysis.training_calls.values())
+    assert module.train()(x).isfinite().all()
 
 
 def test_the_model_goes_along() -> None:
