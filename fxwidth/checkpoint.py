@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxwidth.errors import FxwidthError
@@ -22,7 +22,7 @@ from fxwidth.groups import WidthGraph
 from fxwidth.notes import HISTORY, NOTES, notes_of
 from fxwidth.resizing import resize_analyzed
 from fxwidth.surroundings import plain_surroundings
-from fxwidth.tensor_slots import tensor_slots
+from fxwidth.tensor_slots import named_tensors, tensor_slots
 from fxwidth.tracing import analyze_module, trace
 
 _FORMAT, _NORMS = "fxwidth.resizes", "fxwidth.norms"
@@ -129,13 +129,15 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         for plan, ratios in zip(widths, norms, strict=True):
             graph = WidthGraph(analyze_module(module))
             resize_analyzed(graph, plan, exact=False, blind=True, norms=ratios)
-        slots = tensor_slots(module)
-        if set(slots) != set(file.keys()):
-            odd = sorted(set(slots) ^ set(file.keys()))[:3]
+        tensors = named_tensors(module)
+        names = set(file.keys())
+        filled = {id(tensor) for name, tensor in tensors.items() if name in names}
+        lacking = {name for name, tensor in _used(module).items() if id(tensor) not in filled}
+        if odd := sorted(lacking | (names - tensors.keys()))[:3]:
             raise FxwidthError(f"{path} does not fit this model: {', '.join(odd)} occur in only one of them.")
         with torch.no_grad():
-            for name, (tensor, _) in slots.items():
-                saved = file.get_tensor(name)
+            for name in (name for name in tensors if name in names):
+                saved, tensor = file.get_tensor(name), tensors[name]
                 if saved.shape != tensor.shape:
                     raise FxwidthError(
                         f"{path} does not fit this model: {name} has shape {tuple(saved.shape)} in the file and "
@@ -143,3 +145,14 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
                     )
                 tensor.copy_(saved)
     return module
+
+
+def _used(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the parameters and buffers that a graph works with; files of earlier versions have no others."""
+    attributes = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    called = [f"{node.target}." for node in module.graph.find_nodes(op="call_module")]
+    return {
+        name: tensor
+        for name, tensor in named_tensors(module).items()
+        if name in attributes or any(name.startswith(prefix) for prefix in called)
+    }

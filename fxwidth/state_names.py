@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxwidth.forgotten import UntraceableError
-from fxwidth.tensor_slots import register_at
+from fxwidth.tensor_slots import named_tensors, register_at
 
 
 def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
@@ -23,8 +23,8 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
     """
     if any(part is model for part in module.children()):
         return
-    own = _registered(module)
-    for path, tensor in _registered(model).items():
+    own = named_tensors(module)
+    for path, tensor in named_tensors(model).items():
         if own.get(path) is not tensor and register_at(module, path, tensor) is not tensor:
             raise UntraceableError(f"the graph has something else in the place of the model's {path}")
     saved = _saved(model)
@@ -32,11 +32,6 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
         if path not in saved:
             parent, _, name = path.rpartition(".")
             module.get_submodule(parent)._non_persistent_buffers_set.add(name)
-
-
-def _registered(module: nn.Module) -> dict[str, Tensor]:
-    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    return {**dict(parameters), **dict(buffers)}
 
 
 def _saved(model: nn.Module) -> set[str]:

@@ -73,6 +73,12 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers, those with several names by each of them."""
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {**dict(parameters), **dict(buffers)}
+
+
 def register_at(module: nn.Module, path: str, tensor: Tensor, persistent: bool = True) -> object:
     """Put a parameter or buffer at a path of a module where there is nothing yet; return what is there then."""
     *parents, name = path.split(".")

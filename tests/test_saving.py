@@ -179,3 +179,35 @@ def test_parametrized_modules_are_not_pickled(tmp_path: Path) -> None:
         FxwidthError, match=r"torch does not pickle modules with parametrizations, as 'c' has them; save"
     ):
         fxwidth.save(gm, tmp_path / "a.fx")
+
+
+class WithSpare(nn.Module):
+    """A weight that has another name too, and a layer that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.spare = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(4, 4)
+        self.again = nn.Module()
+        self.again.weight = self.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_files_without_what_is_never_used_and_with_second_names_are_loaded(tmp_path: Path) -> None:
+    x = torch.randn(4, 6)
+    gm = fxwidth.trace(WithSpare(), x)
+    fxwidth.resize(gm, {"up": 5})
+    fxwidth.save(gm, tmp_path / "whole.safetensors")
+    with safe_open(tmp_path / "whole.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = file.metadata()
+    # As it was written before unused parameters were kept, under another of the names.
+    tensors["again.weight"] = tensors.pop("up.weight")
+    old = {name: tensor for name, tensor in tensors.items() if not name.startswith("spare")}
+    save_file(old, tmp_path / "old.safetensors", metadata=metadata)
+    assert torch.equal(fxwidth.load(tmp_path / "old.safetensors", WithSpare(), x)(x), gm(x))
+    del old["down.bias"]
+    save_file(old, tmp_path / "torn.safetensors", metadata=metadata)
+    with pytest.raises(FxwidthError, match=r"does not fit this model: down\.bias occur in only one"):
+        fxwidth.load(tmp_path / "torn.safetensors", WithSpare(), x)
