@@ -15,7 +15,6 @@ import gc
 import importlib
 import json
 import os
-import platform
 import resource
 import signal
 import statistics
@@ -24,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from math import log
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
+from benchmarks.machine import one_thread
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "densenet121", "densenet201", "vit_b_16", "swin_t", "convnext_tiny")
@@ -265,13 +265,6 @@ def _peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def _machine() -> dict[str, str]:
-    names = ("torch", "torchvision", "torch-pruning")
-    versions = {"fxwidth": fxwidth.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
-    load = f"load average {os.getloadavg()[0]:.1f} when the table was made"
-    return {"machine": f"{os.cpu_count()} cores, CPU, one thread; {load}"} | versions
-
-
 def main() -> None:
     """Run all cases and write the results, or one case in the role of a child."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -299,9 +292,9 @@ def main() -> None:
         rows.append(run_case(kind, name, options.repeats if kind == "model" else 1))
         print(rows[-1], flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    record = {"machine": _machine(), "cases": rows}
+    record = {"machine": one_thread(), "cases": rows}
     (options.results / "analysis-cost.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = render(rows, _machine())
+    table = render(rows, one_thread())
     (options.results / "analysis-cost.md").write_text(table, encoding="utf-8")
     print(table)
 

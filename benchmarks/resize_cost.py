@@ -15,19 +15,19 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
+from benchmarks.machine import one_thread
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet18", "resnet50")
@@ -112,13 +112,6 @@ def render(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machine() -> dict[str, str]:
-    names = ("torch", "torchvision", "torch-pruning")
-    versions = {"fxwidth": fxwidth.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
-    load = f"load average {os.getloadavg()[0]:.1f} when the table was made"
-    return {"machine": f"{os.cpu_count()} cores, CPU, one thread; {load}"} | versions
-
-
 def main() -> None:
     """Run all cases and write the results, or one case in the role of a child."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +125,7 @@ def main() -> None:
     for name in MODELS:
         rows.append(run_case(name))
         print(rows[-1], flush=True)
-    machine = _machine()
+    machine = one_thread()
     options.results.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine, "cases": rows}
     (options.results / "resize-cost.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
