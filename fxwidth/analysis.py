@@ -25,11 +25,11 @@ from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.structures import deep_tensors, map_leaves, sample_count, states_in
 from fxwidth.tape import Axes, OpCall, TapeRecorder, evaluating, plain_kernels, quiet
 from fxwidth.tensor_slots import Slots, substituted, tensor_slots
-from fxwidth.training_calls import follow_training, may_act_in_training
+from fxwidth.training_calls import follow_training, was_passed_through
 from fxwidth.unification import unify
 from fxwidth.value_pins import pin_other_ways
 from fxwidth.value_record import ValueReader, ValueRecord
-from fxwidth.whole_ops import calls_no_whole_op
+from fxwidth.whole_ops import calls_no_whole_op, is_plain_layer
 
 if TYPE_CHECKING:
     from fxwidth.known_axes import LostGroup
@@ -150,7 +150,7 @@ class NodeInterpreter(fx.Interpreter):
         else:
             value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
-        if module is not None:
+        if module is not None and first == len(self._recorder.calls) and not is_plain_layer(module):
             self._follow_training(n, module, value)
         self._analysis.node_values[n.name] = value
         # As they are now: a later op may give the tensor other dims in place.
@@ -159,7 +159,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def _follow_training(self, node: fx.Node, module: nn.Module, value: Any) -> None:
         analysis, (args, kwargs) = self._analysis, self.fetch_args_kwargs_from_env(node)
-        if may_act_in_training(module, len(analysis.node_calls[node.name]), args, value):
+        if was_passed_through(args, value):
             calls = follow_training(analysis, self._recorder, module, args, kwargs, value)
             analysis.training_calls[node.name] = calls
 
@@ -194,12 +194,12 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
     """
     analysis = _analyzed(module, examples, record, is_single=False)
     # A first dim of the inputs that must have the size of a parameter is no batch.
-    if analysis.batch is not None and _reaches_parameters(analysis):
+    if analysis.space.batch_is_shared and _batch_reaches_parameters(analysis):
         return _analyzed(module, examples, record, is_single=True)
     return analysis
 
 
-def _reaches_parameters(analysis: Analysis) -> bool:
+def _batch_reaches_parameters(analysis: Analysis) -> bool:
     axes = {axis for entry in analysis.parameters.values() for axis in entry.axes}
     return any(factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
 

@@ -139,11 +139,15 @@ def is_integer_term(term: Term) -> bool:
 
 
 class FactorSpace:
-    """The factors of one analysis, with their normal forms and the log of why they are related."""
+    """The factors of one analysis, with their normal forms and the log of why they are related.
+
+    `context` is the op at work; `batch_is_shared` tells that some other factor became the batch or has it as a part.
+    """
 
     def __init__(self, links: Iterable[Link] = ()) -> None:
         self._log: list[tuple[Factor, Sequence[Factor], str]] = [(one, (two,), context) for one, two, context in links]
         self.context = ""
+        self.batch_is_shared = False
         self._normal_forms: dict[Axis, Axis] = {}
         self._forms_with: defaultdict[Factor, list[Axis]] = defaultdict(list)
 
@@ -169,7 +173,8 @@ class FactorSpace:
         self._log.append((kept, (absorbed,), self.context))
         absorbed.parent = kept
         kept.mixed = kept.mixed or absorbed.mixed
-        kept.is_batch = kept.is_batch or absorbed.is_batch
+        if kept.is_batch or absorbed.is_batch:
+            kept.is_batch = self.batch_is_shared = True
         self.changed(absorbed)
 
     def refine(self, factor: Factor, axis: Axis) -> None:
@@ -182,6 +187,7 @@ class FactorSpace:
             self.pin(axis, SELF_CONTAINED)
             return
         factor.refined_to = axis
+        self.batch_is_shared = self.batch_is_shared or any(part.is_batch for part in parts)
         self._log.append((factor, parts, self.context))
         if factor.mixed:
             for part in parts:

@@ -83,6 +83,9 @@ class Kept:
             if type(value) in _EMPTIABLE and not value:
                 self._empty.append(value)
                 continue
+            if type(value) is tuple:
+                self._add_parts(value, depth)
+                continue
             if isinstance(value, _CLOSED) or id(value) in self._seen:
                 continue
             self._seen.add(id(value))

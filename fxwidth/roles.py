@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -56,18 +57,19 @@ def find_roles(analysis: Analysis) -> Roles:
     }
     by_dim: dict[Dim, Role] = {}
     readings: list[Reading] = []
-    own = set(lineage)
+    made_in: defaultdict[int, list[int]] = defaultdict(list)
     for call in analysis.calls:
         inputs = call.inputs
         if call.func._schema.is_mutable and any(id(tensor) not in lineage for tensor in inputs):
             # What was made of parameters alone is so no longer, under any of its names.
-            written = {storage_of(output) for output in call.outputs}
-            made = [id(t) for c in analysis.calls[: call.index] for t in c.outputs if storage_of(t) in written]
-            for key in set(made) - own:
-                lineage.pop(key, None)
+            for output in call.outputs:
+                for key in made_in.pop(storage_of(output), ()):
+                    lineage.pop(key, None)
         if inputs and all(id(tensor) in lineage for tensor in inputs):
             for output in call.outputs:
-                lineage.setdefault(id(output), _through(call, inputs, output, lineage))
+                if id(output) not in lineage:
+                    lineage[id(output)] = _through(call, inputs, output, lineage)
+                    made_in[storage_of(output)].append(id(output))
             if not call.contractions:
                 continue
         readings += _contraction_roles(call, lineage, by_dim)

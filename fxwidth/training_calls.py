@@ -16,16 +16,13 @@ from fxwidth.rules.registry import broadcast_all, rule_for
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import OpCall, TapeRecorder, training
 from fxwidth.unification import unify
-from fxwidth.whole_ops import is_plain_layer
 
 if TYPE_CHECKING:
     from fxwidth.analysis import Analysis
 
 
-def may_act_in_training(module: nn.Module, calls: int, args: tuple[Any, ...], value: Any) -> bool:
-    """Tell whether a module that ran so many ops in evaluation, and returned a value, was only passed through."""
-    if calls or is_plain_layer(module):
-        return False
+def was_passed_through(args: tuple[Any, ...], value: Any) -> bool:
+    """Tell whether a module that ran no op in evaluation gave back what it was given."""
     given, returned = deep_tensors(args), deep_tensors(value)
     return bool(returned) and {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
 
