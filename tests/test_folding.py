@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,31 @@ class TestFold:
         design = torch.cat([h[:, kept], h.new_ones(4000, 1)], 1) if centred else h[:, kept]
         solution = torch.linalg.lstsq(design, h[:, dropped]).solution
         torch.testing.assert_close(R.T, solution[:4], rtol=1e-8, atol=1e-9)
+
+    def test_a_channel_that_does_not_vary_predicts_nothing(self) -> None:
+        """What a constant has of a covariance is rounding errors, which agree with others by chance."""
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(400, 4, generator=generator, dtype=torch.float64)
+        h[:, 1] = 3.0
+        covariance = torch.cov(h.T, correction=0)
+        covariance[1] = covariance[:, 1] = 1e-17 * torch.tensor([1.0, 1e-13, -1.0, 1.0])
+        moment = Moment(h.mean(0), covariance, 10**12, 10**12, 1e-16)
+        R = regression(moment, torch.tensor([0, 1, 2]), torch.tensor([3]), torch.ones(1).double(), centred=True)
+        assert R[0, 1] == 0
+        solution = torch.linalg.lstsq(h[:, [0, 2]] - h[:, [0, 2]].mean(0), h[:, 3:] - h[:, 3:].mean(0)).solution
+        torch.testing.assert_close(R[:, [0, 2]].T, solution, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("apart", [1e-2, 1e-4])
+    def test_channels_that_depend_on_nearly_equal_ones_are_found_to_rounding(self, apart: float) -> None:
+        """A ridge shrinks what lies along the difference of two channels; a step of refinement takes that back."""
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(400, 3, generator=generator, dtype=torch.float64)
+        kept = torch.stack([h[:, 0], h[:, 0] + apart * h[:, 1], h[:, 2]], 1)
+        h = torch.cat([kept, h[:, 1:2]], 1)
+        moment = Moment(h.mean(0), torch.cov(h.T, correction=0), 10**15, 10**15, torch.finfo(h.dtype).eps)
+        R = regression(moment, torch.arange(3), torch.tensor([3]), torch.ones(1).double(), centred=True)
+        missed = (h[:, 3] - h[:, :3] @ R[0]).var(correction=0).sqrt()
+        assert float(missed) < 1e-13 / apart**2
 
     def test_few_samples_are_trusted_less(self) -> None:
         """With fewer samples than channels the unregularised fit is worthless on other samples."""
@@ -189,6 +216,29 @@ class TestFold:
         folded = fold(graph, maps_for(graph, {group.name: kept_without(6, 0, 3)}), evidence(graph, x))
         torch.testing.assert_close(folded["shared.weight"], weight, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(folded["shared.bias"], original.shared.bias + constant, rtol=1e-7, atol=1e-9)
+
+    def test_what_is_known_of_each_use_of_a_shared_layer_is_mixed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It may come one by one, as from the weights before it; one run over both measures the mixture itself."""
+        monkeypatch.setattr("fxwidth.regression.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.folding._MATCHING", 0.0)
+        graph, x = build("shared")
+        group = next(group for group in graph.free if group.width == 6)
+        maps = maps_for(graph, {group.name: kept_without(6, 0, 3)})
+        both = evidence(graph, x)
+        uses = [
+            reader for reader in wiring_of(graph).readers if reader.view and reader.view.parameter == "shared.weight"
+        ]
+        given = inputs_of(trained_like(NETS["shared"][0]()), x)["shared"]
+        assert len(uses) == len(given) == 2
+        moments = [
+            Moment(rows.mean(0), torch.cov(rows.T, correction=0), len(rows), len(rows), 1e-16)
+            for rows in (part.double() for part in given)
+        ]
+        one_by_one = {reader.key: moment for reader, moment in zip(uses, moments, strict=True)}
+        folded = fold(graph, maps, replace(both, contracted={**both.contracted, **one_by_one}))
+        expected = fold(graph, maps, both)
+        torch.testing.assert_close(folded["shared.weight"], expected["shared.weight"], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(folded["shared.bias"], expected["shared.bias"], rtol=1e-9, atol=1e-10)
 
     def test_parts_of_a_packed_weight_are_folded_by_what_each_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fxwidth.regression.effective_rows", lambda moment: 1e15)
