@@ -226,7 +226,7 @@ FAULTS: tuple[Fault, ...] = (
         "norms keep their eps",
         'result["eps"] = arguments["eps"]',
         "pass",
-        ("test_resize.py", "test_growth.py"),
+        ("test_layer_sizes.py", "test_growth.py"),
     ),
     Fault(
         "fxwidth/rewriting/lowering.py",

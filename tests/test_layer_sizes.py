@@ -70,17 +70,20 @@ def made_anew(layer: nn.Module) -> nn.Module:
 _RECURRENT = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional"]
 
 
+@pytest.mark.parametrize("grows", [False, True], ids=["shrunk", "grown"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_made_from_its_sizes_takes_its_state(name: str) -> None:
+def test_a_layer_made_from_its_sizes_takes_its_state(name: str, grows: bool) -> None:
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     model, x = Between(make(), shape).double().eval(), torch.randn(shape).double()
     gm = fxwidth.trace(model, x)
     free = fxwidth.analyze(gm).free
     # Widths that differ, so that a size in the place of another shows.
-    plan = {group.name: 4 if i else 6 for i, group in enumerate(free)}
+    widths = [group.width + 1 + i if grows else max(1, group.width - 1 - i) for i, group in enumerate(free)]
+    plan = {group.name: width for group, width in zip(free, widths, strict=True)}
     assert len(plan) >= (1 if name in _ONE_GROUP else 2)
-    fxwidth.resize(gm, plan, fold=False)
+    fxwidth.resize(gm, plan, fold=False, exact=False)
+    assert type(gm.layer) is type(make())
     anew = made_anew(gm.layer).double().eval()
     anew.load_state_dict(gm.layer.state_dict())
     given = gm.before(x)
