@@ -84,6 +84,7 @@ def test_a_layer_made_from_its_sizes_takes_its_state(name: str, grows: bool) -> 
     assert len(plan) >= (1 if name in _ONE_GROUP else 2)
     fxwidth.resize(gm, plan, fold=False, exact=False)
     assert type(gm.layer) is type(make())
+    assert any(node.op == "call_module" and node.target == "layer" for node in gm.graph.nodes)
     anew = made_anew(gm.layer).double().eval()
     anew.load_state_dict(gm.layer.state_dict())
     given = gm.before(x)
