@@ -261,7 +261,7 @@ FAULTS: tuple[Fault, ...] = (
         "a reservoir that keeps the first batches alone",
         "if place < len(self.batches):",
         "if False:",
-        ("test_evolution.py", "test_planning.py"),
+        ("test_calibration.py",),
     ),
     Fault(
         "fxwidth/calibration.py",
