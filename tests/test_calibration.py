@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fxwidth.calibration import Reservoir
+from fxwidth.calibration import Gathered
 
 
 def test_a_reservoir_keeps_some_of_all_that_passed_by() -> None:
     """Each batch is kept with the same probability: over many reservoirs their mean place is the middle."""
     count, places = 200, []
-    reservoir = Reservoir(samples=40)
+    reservoir = Gathered(samples=40)
     for _ in range(30):
         reservoir.batches.clear()
         reservoir._seen = 0
@@ -25,7 +25,7 @@ def test_a_reservoir_keeps_some_of_all_that_passed_by() -> None:
 
 
 def test_a_reservoir_of_large_batches_keeps_a_few_of_them() -> None:
-    reservoir = Reservoir(samples=8)
+    reservoir = Gathered(samples=8)
     for _ in range(50):
         reservoir.add(torch.zeros(64, 3))
     assert len(list(reservoir)) == 4
