@@ -43,6 +43,9 @@ def test_evolve_in_one_call() -> None:
     assert gm(torch.randn(5, 1, 8, 8)).shape == (5, 4)
     text = str(fxwidth.report(gm))
     assert f"{count:,} parameters" in text
+    ((_, widths),) = [(record["parameters"], record["widths"]) for record in fxwidth.report(gm).resizes]
+    assert all(old > new for old, new in widths.values())
+    assert all(f"  {name}: {old} -> {new}\n" in f"{text}\n" for name, (old, new) in widths.items())
     assert "readers refitted from noise" in text
 
 
@@ -63,6 +66,27 @@ def test_evolver_goes_to_its_target_while_the_loop_trains() -> None:
     assert [record["evidence"] for record in fxwidth.report(gm).resizes] == ["training"] * 3
     x, y = data(61)[-1]
     assert float((gm.eval()(x).argmax(1) == y).float().mean()) > 0.9
+
+
+class TwoInputs(nn.Module):
+    """Channels made from two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.head = nn.Linear(4, 16), nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head((self.left(x) + self.right(y)).relu())
+
+
+def test_evolver_learns_from_all_inputs_of_a_step_and_from_no_target() -> None:
+    batch = (torch.randn(32, 4), torch.randn(32, 5))
+    gm, other = (fxwidth.trace(TwoInputs(), batch) for _ in range(2))
+    fxwidth.Evolver(gm, every=1, params=0.5, rounds=1).step(*batch, torch.zeros(32))
+    fxwidth.evolve(other, params=0.5, data=[batch])
+    assert [record["evidence"] for record in fxwidth.report(gm).resizes] == ["training and noise"]
+    torch.testing.assert_close(dict(gm.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
 
 
 def test_evolver_grows_a_network_that_is_too_narrow() -> None:
