@@ -128,6 +128,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         norms = json.loads(metadata[_NORMS]) if _NORMS in metadata else [None] * len(widths)
         for plan, ratios in zip(widths, norms, strict=True):
             graph = WidthGraph(analyze_module(module))
+            plan = {_present_name(graph, name): width for name, width in plan.items()}
             resize_analyzed(graph, plan, exact=False, blind=True, norms=ratios)
         tensors = named_tensors(module)
         names = set(file.keys())
@@ -145,6 +146,12 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
                     )
                 tensor.copy_(saved)
     return module
+
+
+def _present_name(graph: WidthGraph, name: str) -> str:
+    """Return what a group is called now; in earlier versions all names of a graph that is one call began with it."""
+    without = name.removeprefix("model.")
+    return without if name not in graph and without in graph else name
 
 
 def _used(module: fx.GraphModule) -> dict[str, Tensor]:

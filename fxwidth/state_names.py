@@ -12,7 +12,7 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
     """Give a graph what it lacks of a model's parameters and buffers: what it never uses, and second names.
 
     Constants of the graph, and tensors that the model does not save, stay out of its state dict. A graph that is one
-    call of the model has the names of the model with "model." before each.
+    call of the model has the parts of the model beside it, by their own names.
 
     Args:
         model: the module.
@@ -22,7 +22,7 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
         UntraceableError: the graph has something else under one of the names.
     """
     if any(part is model for part in module.children()):
-        return
+        _add_parts(model, module)
     own = named_tensors(module)
     for path, tensor in named_tensors(model).items():
         if own.get(path) is not tensor and register_at(module, path, tensor) is not tensor:
@@ -32,6 +32,15 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
         if path not in saved:
             parent, _, name = path.rpartition(".")
             module.get_submodule(parent)._non_persistent_buffers_set.add(name)
+
+
+def _add_parts(model: nn.Module, module: fx.GraphModule) -> None:
+    calls = dict(module.named_children())
+    for name in calls:
+        delattr(module, name)
+    # In front, since a parameter that has two names goes by the first of them.
+    for name, part in {**dict(model.named_children()), **calls}.items():
+        module.add_module(name, part)
 
 
 def _saved(model: nn.Module) -> set[str]:

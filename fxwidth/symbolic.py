@@ -123,8 +123,11 @@ def _one_call(model: nn.Module) -> fx.GraphModule:
             positional.append(node)
         else:
             named[parameter.name] = node
-    graph.output(graph.call_module("model", tuple(positional), named))
-    return fx.GraphModule({"model": model}, graph, type(model).__name__)
+    name = "model"
+    while hasattr(model, name):
+        name += "_"
+    graph.output(graph.call_module(name, tuple(positional), named))
+    return fx.GraphModule({name: model}, graph, type(model).__name__)
 
 
 class _Tracer(fx.Tracer):

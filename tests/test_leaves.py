@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import fxwidth
@@ -93,17 +98,17 @@ def test_only_the_part_that_cannot_be_traced_is_a_leaf(monkeypatch: pytest.Monke
 def test_what_comes_behind_a_branch_on_a_value_is_pinned() -> None:
     wg = fxwidth.analyze(traced(OnValue(), rows()))
     assert not wg.free
-    assert wg["model.up"].pinned is not None
-    assert wg["model.up"].pinned.startswith("it is used after the code has branched on a value, or may have (")
-    assert wg["model.up"].pinned.endswith("at node model, in up)")
+    assert wg["up"].pinned is not None
+    assert wg["up"].pinned.startswith("it is used after the code has branched on a value, or may have (")
+    assert wg["up"].pinned.endswith("at node model, in up)")
 
 
 def test_a_size_written_into_a_leaf_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = traced(WrittenIn(), rows())
     wg = fxwidth.analyze(gm)
-    assert [group.name for group in wg.free] == ["model.up"]
-    assert wg["model.mid"].pinned is not None
-    assert wg["model.mid"].pinned.startswith("a size is written into code that cannot be taken apart: node 'model'")
+    assert [group.name for group in wg.free] == ["up"]
+    assert wg["mid"].pinned is not None
+    assert wg["mid"].pinned.startswith("a size is written into code that cannot be taken apart: node 'model'")
     replay = resized(gm, [rows()], monkeypatch)
     assert_as_prescribed(gm, replay, [rows()])
 
@@ -112,20 +117,20 @@ def test_finds_are_pretended_where_there_are_none() -> None:
     """Nothing is found in the example, but layers for finds are resized all the same; those on nothing are not."""
     gm = traced(Seldom(), rows())
     wg = fxwidth.analyze(gm)
-    assert {group.name for group in wg.free} == {"model.up", "model.mid"}
-    assert wg["model.other"].pinned == ("it is used on an empty tensor (addmm at node model, in other)")
-    told = wg.why_pinned("model.other")
+    assert {group.name for group in wg.free} == {"up", "mid"}
+    assert wg["other"].pinned == ("it is used on an empty tensor (addmm at node model, in other)")
+    told = wg.why_pinned("other")
     assert "in addmm at node model, which is module 'model' (Seldom), in its part 'other'" in told
     assert told.endswith("to free it: Pass example_inputs in which more is found.")
     assert all(group.pinned is not None for group in wg.groups if "norm" in group.name)
-    fxwidth.resize(gm, {"model.up": 4, "model.mid": 5})
+    fxwidth.resize(gm, {"up": 4, "mid": 5})
     with torch.no_grad():
         gm.model.up.bias.fill_(1e10)
         assert gm(rows())[0].shape == (5, OUT)
     # What is on record are the places, which are as many at other widths.
     again = fxwidth.analyze(gm)
-    assert {group.name: group.width for group in again.free} == {"model.up": 4, "model.mid": 5}
-    fxwidth.resize(gm, {"model.up": 2, "model.mid": 7})
+    assert {group.name: group.width for group in again.free} == {"up": 4, "mid": 5}
+    fxwidth.resize(gm, {"up": 2, "mid": 7})
     with torch.no_grad():
         gm.model.up.bias.fill_(1e10)
         assert gm(rows(9))[0].shape == (9, OUT)
@@ -146,21 +151,44 @@ def test_what_was_found_is_not_written_into_the_graph() -> None:
 def test_a_size_written_in_for_nothing_found_is_pinned() -> None:
     gm = traced(EmptyHanded(), rows())
     wg = fxwidth.analyze(gm)
-    assert {group.name for group in wg.free} == {"model.up"}
-    assert wg["model.mid"].pinned is not None
-    assert "with 0 things found" in wg["model.mid"].pinned
-    fxwidth.resize(gm, {"model.up": 4})
+    assert {group.name for group in wg.free} == {"up"}
+    assert wg["mid"].pinned is not None
+    assert "with 0 things found" in wg["mid"].pinned
+    fxwidth.resize(gm, {"up": 4})
     with torch.no_grad():
         gm.model.up.bias.fill_(-1e9)
     assert gm(rows()).shape == (0, OUT)
 
 
+def test_a_graph_of_one_call_has_the_names_of_the_model(tmp_path: Path) -> None:
+    model = Seldom()
+    gm = traced(model, rows())
+    assert [node.target for node in gm.graph.find_nodes(op="call_module")] == ["model"]
+    for twin in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert {name for name, _ in twin.named_parameters()} == {name for name, _ in model.named_parameters()}
+        assert {name for name, _ in twin.named_buffers()} == {name for name, _ in model.named_buffers()}
+        assert twin.up.weight is twin.model.up.weight
+    fxwidth.resize(gm, {"up": 4, "mid": 5})
+    assert gm.up.weight is gm.model.up.weight
+    # In earlier versions all names began with that of the call.
+    fxwidth.save(gm, tmp_path / "now.safetensors")
+    with safe_open(tmp_path / "now.safetensors", framework="pt") as file:
+        tensors = {f"model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        told = file.metadata()
+    metadata = {key: text.replace('"up"', '"model.up"').replace('"mid"', '"model.mid"') for key, text in told.items()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata=metadata)
+    for name in ("now", "old"):
+        again = fxwidth.load(tmp_path / f"{name}.safetensors", Seldom().double().eval(), (rows(),))
+        torch.testing.assert_close(again.state_dict(), gm.state_dict(), rtol=0, atol=0)
+        assert again(rows())[1].equal(gm(rows())[1])
+
+
 def test_a_way_that_was_not_taken_pins() -> None:
     wg = fxwidth.analyze(traced(OtherWay(), rows()))
     assert not wg.free
-    assert wg["model.up"].pinned is not None
-    assert wg["model.up"].pinned.startswith(
-        "a part was followed along one way, on which model.other.weight was not used; on another both may be ("
+    assert wg["up"].pinned is not None
+    assert wg["up"].pinned.startswith(
+        "a part was followed along one way, on which other.weight was not used; on another both may be ("
     )
 
 
@@ -248,12 +276,12 @@ def test_detectors_are_halved(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_detectors_are_folded_from_data_and_saved(tmp_path: Any) -> None:
     gm = fxwidth.trace(detector("faster_rcnn"), (images(),))
     data = [(images(3, 40), targets(3)), (images(1), targets(1))]
-    fxwidth.resize(gm, {"model.roi_heads.box_head.fc6": 9, "model.backbone.0": 5}, data=data)
+    fxwidth.resize(gm, {"roi_heads.box_head.fc6": 9, "backbone.0": 5}, data=data)
     assert gm.meta["fxwidth_history"][-1]["evidence"] == "data"
     fxwidth.save(gm, tmp_path / "detector.pt")
     again = fxwidth.load(tmp_path / "detector.pt")
     assert largest_difference(deep_tensors(again(images())), deep_tensors(gm(images()))) == 0
-    assert fxwidth.analyze(again)["model.roi_heads.box_head.fc6"].width == 9
+    assert fxwidth.analyze(again)["roi_heads.box_head.fc6"].width == 9
     detector.cache_clear()
 
 
@@ -301,6 +329,6 @@ def test_a_model_that_keeps_an_activation_keeps_it_after_a_resize() -> None:
     """A graph would forget it, so the model is called as it is."""
     gm = traced(Keeps(), rows())
     assert not hasattr(gm.model, "last")
-    fxwidth.resize(gm, {"model.up": 4})
+    fxwidth.resize(gm, {"up": 4})
     gm(rows(7))
     assert gm.model.last.shape == (7, 4)

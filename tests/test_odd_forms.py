@@ -128,7 +128,7 @@ class SizeInside(StraightThrough):
 def test_a_part_with_a_gradient_of_its_own_is_not_taken_apart() -> None:
     wg = fxwidth.analyze(fxwidth.trace(randomise(SizeInside()).double(), x()))
     assert not wg.free
-    assert "and it has a gradient of its own, so that it cannot be taken apart" in str(wg["model.up#0"].pinned)
+    assert "and it has a gradient of its own, so that it cannot be taken apart" in str(wg["up#0"].pinned)
 
 
 class Swapped(Two):
