@@ -128,6 +128,16 @@ def test_passes_in_a_pass_manager() -> None:
     assert {"0", "3"} <= set(result.graph_module.meta["fxwidth_groups"])
 
 
+def test_the_pass_that_plans_leaves_the_plan_and_what_it_notes() -> None:
+    gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
+    expected = fxwidth.plan(fxwidth.analyze(gm), params=0.4)
+    result = PlanWidths(params=0.4).call(gm)
+    assert not result.modified
+    assert result.graph_module.meta["fxwidth_plan"] == dict(expected)
+    assert result.graph_module.meta["fxwidth_plan_notes"] == expected.notes != {}
+    assert ResizeWidths().call(gm).graph_module.meta.keys().isdisjoint({"fxwidth_plan", "fxwidth_plan_notes"})
+
+
 def test_a_resize_pass_without_a_plan() -> None:
     gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
     with pytest.raises(FxwidthError, match="ResizeWidths has no plan; give it one, or run PlanWidths before it"):
