@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -30,7 +31,7 @@ def _rms_norm_op(input: Tensor, normalized_shape: Sequence[int], weight: Tensor 
 
 @_rms_norm_op.register_fake
 def _(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(input)
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
 def _rms_norm(

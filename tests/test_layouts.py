@@ -1,4 +1,4 @@
-"""Attention is analysed with the layout that its kernel gives the result, which tells of what there are views."""
+"""Where tensors lie in memory: ops kept whole lay out their results as their kernels do, and any layout can be met."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.nn import functional
 import fxwidth
 from fxwidth.fake_ops import fake_mode
 from fxwidth.tape import plain_kernels
+from fxwidth.verification import replay_difference
 from fxwidth.whole_ops import attention
+from tests.oracles import ROUNDING, analysed, random_maps
 
 
 def _in_order(shape: Sequence[int], order: Sequence[int]) -> Tensor:
@@ -46,6 +48,27 @@ def test_the_layout_is_that_of_the_kernel(kind: str, gradients: bool) -> None:
         assert (fake.shape, fake.dtype) == (kernel.shape, kernel.dtype)
         seen.add(kernel.is_contiguous())
     assert seen == {False, True}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_norms_kept_whole_have_the_layout_of_their_kernels(order: Sequence[int]) -> None:
+    torch.manual_seed(0)
+    x, gain = _in_order((3, 4, 5, 6), order), torch.rand(6)
+    lengths = torch.norm_except_dim(x, 2, 0)
+    norms: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+        (lambda x, gain: torch.rms_norm(x, [6], gain, 1e-5), [x, gain]),
+        (lambda x: functional.rms_norm(x, [5, 6]), [x]),
+        (lambda v, g: torch._weight_norm(v, g, 0), [x, lengths]),
+    ]
+    for norm, operands in norms:
+        outside = norm(*operands)
+        with plain_kernels():
+            real, mode = norm(*operands), fake_mode()
+            fakes = list(map(mode.from_tensor, operands))
+            with mode:
+                fake = norm(*fakes)
+        torch.testing.assert_close(real, outside)
+        assert real.stride() == outside.stride() == fake.stride()
 
 
 class Attending(nn.Module):
@@ -82,3 +105,28 @@ def test_views_of_attention_stay_possible(front_end: Callable[[nn.Module, Tensor
         torch.testing.assert_close(gm(x[:3]), before)
         fxwidth.resize(gm, {name: width // 2})
         assert gm(x[:3]).shape == before.shape
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(nn.GroupNorm(2, 6), nn.Conv1d(6, 8, 1), nn.Conv1d(8, 3, 1))
+
+
+def _lowered() -> nn.Module:
+    """Return a layer that is taken apart when its heads change, and with it a norm of what the layer is given."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    layer.norm1 = nn.GroupNorm(2, 6)
+    return nn.Sequential(layer, nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("make", [_convolutions, _lowered])
+def test_operands_may_lie_otherwise_than_when_they_were_recorded(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(3, 6, 8).double()
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    analysis = analysed(model, [x])
+    assert replay_difference(analysis, random_maps(analysis, 0.5), [strided]) < ROUNDING
+    gm = fxwidth.trace(model, x)
+    plan = {group.name: group.width // 2 for group in fxwidth.analyze(gm).free}
+    assert plan
+    fxwidth.resize(gm, plan, fold=False, selection="magnitude")
+    torch.testing.assert_close(gm(strided), gm(x))
