@@ -63,7 +63,9 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
                 return draw.batch()
             for leaf, gradient in zip(moving, gradients, strict=True):
                 leaf.grad = gradient
-            optimizer.step()
+            # Older versions of torch count steps in a tensor on the default device, and take its number.
+            with torch.device("cpu"):
+                optimizer.step()
     return draw.batch([leaf.detach() for leaf in white])
 
 

@@ -22,6 +22,7 @@ from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.factors import Axis, axis_size
 from fxwidth.index_maps import NEW, IndexMaps
+from fxwidth.layouts import for_any_layout
 from fxwidth.rules.registry import Prescribed, prescribed, revised
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import Axes, OpCall, functional_name, tensors_in, unbind
@@ -30,8 +31,6 @@ aten = torch.ops.aten
 
 # Checks of dtype and layout made while tracing; a replay has a dtype of its own.
 _SKIPPED = frozenset({"_assert_tensor_metadata"})
-# Views that may have to copy once a tensor's strides are not those of the recording.
-_RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
 def is_replayed(call: OpCall) -> bool:
@@ -141,9 +140,9 @@ class _Replay(ABC):
             name: pytree.tree_map(lambda leaf: lift(leaf) if isinstance(leaf, Tensor) else self._literal(leaf), value)
             for name, value in arguments.items()
         }
-        args, kwargs = unbind(func, concrete)
-        result = aten.reshape.default(*args) if func in _RESHAPES else func(*args, **kwargs)
-        results = [self._widened(tensor) for tensor in tensors_in(result)]
+        op, concrete = for_any_layout(func, concrete, Tensor.contiguous)
+        args, kwargs = unbind(op, concrete)
+        results = [self._widened(tensor) for tensor in tensors_in(op(*args, **kwargs))]
         # What an empty tensor holds is chance, and must be the same in two runs.
         return [tensor.zero_() for tensor in results] if "empty" in functional_name(func) else results
 

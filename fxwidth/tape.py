@@ -234,7 +234,6 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
         # no_grad and not inference_mode: the latter keeps composite ops and forbids in-place updates later.
         with (
             torch.no_grad(),
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             patch.object(torch, "batch_norm", batch_norm),
             whole_ops or WholeOps(),
         ):

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -30,7 +31,7 @@ def _rms_norm_op(input: Tensor, normalized_shape: Sequence[int], weight: Tensor 
 
 @_rms_norm_op.register_fake
 def _(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(input)
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
 def _rms_norm(
@@ -55,9 +56,7 @@ def _attention_op(
     scale: float,
     enable_gqa: bool,
 ) -> Tensor:
-    return FUSED_ATTENTION(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    ).contiguous()
+    return FUSED_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @_attention_op.register_fake
@@ -72,9 +71,8 @@ def _(
     scale: float,
     enable_gqa: bool,
 ) -> Tensor:
-    leading = [tensor.shape[:-3] if enable_gqa else tensor.shape[:-2] for tensor in (query, key, value)]
-    heads = query.shape[-3:-2] if enable_gqa else ()
-    return query.new_empty(*torch.broadcast_shapes(*leading), *heads, query.shape[-2], value.shape[-1])
+    # Kernels lay out their results in different ways, and an exported graph has views of the one that it was made with.
+    return FUSED_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 FUSED_ATTENTION: Callable[..., Tensor] = functional.scaled_dot_product_attention
@@ -94,7 +92,10 @@ def attention(
     """Return scaled dot-product attention as one op, its scale written out: the default is computed from a width."""
     if dropout_p > 0.0:
         # A graph with dropout baked into it draws random numbers in every mode: they are on the tape as such.
-        return FUSED_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return FUSED_ATTENTION(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     result: Tensor = torch.ops.fxwidth.attention.default(
         query, key, value, attn_mask, 0.0, is_causal, scale=factor, enable_gqa=enable_gqa

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fxwidth.errors import FxwidthError
+from fxwidth.factors import axis_size
 from fxwidth.rules.registry import RULES, rule_name
 from tests.literal_variants import variants
 from tests.rule_oracle import check_permutations, check_prescription, make_probe, removal
@@ -29,6 +30,10 @@ def check_other_literals(sample: Sample) -> int:
             probe = make_probe(variant)
         except FxwidthError:
             continue  # fake tensors refuse what the kernel lets pass
+        if [tuple(map(axis_size, axes)) for axes in probe.result_axes] != [result.shape for result in probe.results]:
+            # Fake tensors tell another shape than the kernel, as torch 2.11's for nansum over []: all is pinned.
+            assert not list(probe.factors()), f"{sample.op} with {change}: what is not known is not pinned"
+            continue
         generator = np.random.default_rng(0)
         try:
             check_permutations(probe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,12 @@ from torch import Tensor, fx
 from fxwidth.analysis import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.index_maps import IndexMaps
+from fxwidth.layouts import for_any_layout
 from fxwidth.rewriting.modes import Dropout, Kept, Step
 from fxwidth.rules.registry import prescribed
 from fxwidth.structures import deep_tensors
 from fxwidth.tape import OpCall, unbind
 from fxwidth.whole_ops import PLAIN_FUNCTIONS
-
-# A view prescribed for contiguous tensors may meet others: reshape does the same to both.
-_AS_RESHAPE = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
 def as_tuple(*values: Any) -> tuple[Any, ...]:
@@ -154,9 +153,8 @@ class Lowering:
         func, arguments = prescribed(call, self._maps)
         _, larger = prescribed(call, self._larger)
         arguments = {name: self._argument(value, larger[name]) for name, value in arguments.items()}
-        if func in _AS_RESHAPE:
-            func = torch.ops.aten.reshape.default
-            arguments = {"self": arguments["self"], "shape": arguments["size"]}
+        contiguous = partial(self._call, torch.ops.aten.contiguous.default)
+        func, arguments = for_any_layout(func, arguments, contiguous)
         args, kwargs = unbind(func, arguments)
         node = self._graph.call_function(PLAIN_FUNCTIONS.get(func, func), args, kwargs)
         self._remember(call.result, node)

@@ -96,8 +96,18 @@ def _gradient(old: Tensor, indices: Sequence[Indices | None]) -> Tensor:
         # The same rows are on record, those that hold zeros too.
         values = gather(old._values(), [None, *indices[old.sparse_dim() :]])
         size = [*old.shape[: old.sparse_dim()], *values.shape[1:]]
-        return torch.sparse_coo_tensor(
-            old._indices(), values, size, is_coalesced=old.is_coalesced(), check_invariants=False
+        # The public function warns, in some versions of torch, of the checks that it is told not to make.
+        new: Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default(
+            old.sparse_dim(),
+            old.dense_dim(),
+            size,
+            old._indices(),
+            values,
+            dtype=values.dtype,
+            layout=old.layout,
+            device=values.device,
+            is_coalesced=old.is_coalesced(),
         )
+        return new
     dense = gather(old.to_dense(), indices)
     return dense.to_sparse(old.sparse_dim()) if old.layout == torch.sparse_coo else dense.to_sparse(layout=old.layout)
