@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.shrinking import uniform
 from benchmarks.trained_networks import Images, load_images, loss_and_accuracy, trained
-from fxwidth.costs import parameter_count
+from fxwidth.costs.counts import parameter_count
 
 RESULTS = Path(__file__).parent / "results"
 NETWORK = "batch-norm-mlp"

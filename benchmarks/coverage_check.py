@@ -29,13 +29,13 @@ from benchmarks.coverage_cases import Call, case
 from benchmarks.coverage_modes import ModeChecks, holds, warnings_of
 from benchmarks.coverage_values import TOLERANCE, cast, leaves_of, of_the_signal, rounding_of, runs_in_float64
 from benchmarks.coverage_values import difference as difference_of
-from fxwidth import calls
-from fxwidth.calls import bound_to_placeholders
-from fxwidth.evidence import Evidence
-from fxwidth.index_maps import IndexMaps
-from fxwidth.stepwise_verification import prescribed_difference, stepwise_difference
-from fxwidth.structures import deep_tensors
-from fxwidth.verification import reference_outputs
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.frontends import call_signature
+from fxwidth.frontends.call_signature import bound_to_placeholders
+from fxwidth.importance.estimates import Evidence
+from fxwidth.runtime.pytrees import deep_tensors
+from fxwidth.verification.replay_oracle import reference_outputs
+from fxwidth.verification.stepwise import prescribed_difference, stepwise_difference
 
 # Parameters from which on a model is run in float32.
 GIANT = 150_000_000
@@ -112,7 +112,7 @@ def _halved(model: nn.Module, call: Call, dtype: torch.dtype, checks: ModeChecks
         }
         plan = {group.name: max(group.least.width, group.width // 2) for group in free}
         kept = {graph[name].factor: _some(graph[name].width, width) for name, width in plan.items()}
-        values = bound_to_placeholders(gm, calls.Call(call.args, call.kwargs))
+        values = bound_to_placeholders(gm, call_signature.Call(call.args, call.kwargs))
         maps = IndexMaps(graph.analysis.space, kept)
         if graph.analysis.record is not None:
             result |= _check_by_steps(gm, graph, plan, maps, values, call)
@@ -231,9 +231,9 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _as_the_oracle_keeps() -> Iterator[None]:
     """Keep the channels the oracle keeps, and leave gains alone, which it does not rescale either."""
     with (
-        mock.patch("fxwidth.resizing.select", lambda _graph, group, width, _moments: _some(group.width, width)),
-        mock.patch("fxwidth.resizing.gather_evidence", lambda graph, *_: Evidence(graph, None)),
-        mock.patch("fxwidth.rewriting.parameters.variance_ratio", return_value=1.0),
+        mock.patch("fxwidth.resizing.resize.select", lambda _graph, group, width, _moments: _some(group.width, width)),
+        mock.patch("fxwidth.resizing.resize.gather_evidence", lambda graph, *_: Evidence(graph, None)),
+        mock.patch("fxwidth.resizing.parameters.variance_ratio", return_value=1.0),
     ):
         yield
 

@@ -18,8 +18,8 @@ import fxwidth
 from benchmarks.coverage_cases import Call
 from benchmarks.coverage_runs import Run, equal, gradients, other_batch, rearranged, run
 from benchmarks.coverage_values import TOLERANCE, difference
-from fxwidth.verification import largest_difference
-from tests.untouched import differences, snapshot
+from fxwidth.verification.replay_oracle import largest_difference
+from tests.oracles.untouched import differences, snapshot
 
 RIGHT, ITSELF, TOLD = "right", "model itself: ", "told: "
 # The columns of the table, and the checks that each sums up.

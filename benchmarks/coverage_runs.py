@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.coverage_cases import Call
-from fxwidth.structures import deep_tensors
+from fxwidth.runtime.pytrees import deep_tensors
 
 OTHER_ROWS = [1, 0, 1]  # of the two rows of an example call
 

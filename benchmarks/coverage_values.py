@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage_cases import Call
-from fxwidth.verification import largest_difference
+from fxwidth.verification.replay_oracle import largest_difference
 
 # In float64 an index map that is wrong anywhere stands far above rounding; the giants are run in float32.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fxwidth.groups import WidthGraph
-from tests.fuzzing import RandomNetwork, Tally, example_input, seeded_program
-from tests.oracles import analysed, assert_replays, assert_replays_unchanged
+from fxwidth.groups.width_graph import WidthGraph
+from tests.fuzz.networks import RandomNetwork, Tally, example_input, seeded_program
+from tests.oracles.judges import analysed, assert_replays, assert_replays_unchanged
 
 RESULTS = Path(__file__).parent / "results"
 # The seeds of the slow suite.

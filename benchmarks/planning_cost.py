@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
-from fxwidth.curves import lost_share
-from fxwidth.evidence import Evidence, gather_evidence
-from fxwidth.groups import ChannelGroup
-from fxwidth.pairs import Pairs, pairs_of
-from fxwidth.rotations import rotation
-from fxwidth.selection import channel_order
+from fxwidth.groups.width_graph import ChannelGroup
+from fxwidth.importance.estimates import Evidence, gather_evidence
+from fxwidth.reconstruction.basis_change import rotation
+from fxwidth.selection.error_curves import lost_share
+from fxwidth.selection.grams import Pairs, pairs_of
+from fxwidth.selection.registry import channel_order
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2

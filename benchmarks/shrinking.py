@@ -32,7 +32,7 @@ import fxwidth
 from benchmarks import peers
 from benchmarks.shrinking_tables import COUNTS, OURS, PEER, PEER_AGAIN, SHARES, UNIFORM, Case, Place, Results, Row
 from benchmarks.trained_networks import NETWORKS, Images, load_images, loss_and_accuracy, train_epochs, trained
-from fxwidth import costs
+from fxwidth.costs import counts
 from fxwidth.evolution import parameter_count
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +83,7 @@ def uniform(graph: fxwidth.WidthGraph, budget: int) -> fxwidth.Plan:
     for _ in range(_BISECTIONS):
         ratio = (low + high) / 2
         plan = fxwidth.Plan({group.name: max(group.least.width, int(ratio * group.width)) for group in graph.free})
-        if costs.parameter_count(graph, {graph[name].factor: width for name, width in plan.items()}) <= budget:
+        if counts.parameter_count(graph, {graph[name].factor: width for name, width in plan.items()}) <= budget:
             low, best = ratio, plan
         else:
             high = ratio

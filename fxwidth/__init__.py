@@ -8,16 +8,16 @@ from typing import Any
 from torch import fx
 
 from fxwidth import rules  # noqa: F401  (fills the table of op rules)
-from fxwidth.budgets import Budget
 from fxwidth.checkpoint import load, save
+from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError, FxwidthWarning
 from fxwidth.evolution import Evolver, evolve
 from fxwidth.group_spectra import GroupSpectrum, spectrum
-from fxwidth.groups import ChannelGroup, Site, WidthGraph
-from fxwidth.planning import Plan, plan
+from fxwidth.groups.width_graph import ChannelGroup, Site, WidthGraph
+from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
-from fxwidth.resizing import resize
-from fxwidth.rewriting.optimizer_state import Replacement, optimizer_state_rule
+from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
+from fxwidth.resizing.resize import resize
 from fxwidth.tracing import analyze_module, trace
 
 __version__ = "0.1.0"

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxwidth.errors import FxwidthError
-from fxwidth.groups import WidthGraph
-from fxwidth.notes import HISTORY, NOTES, notes_of
-from fxwidth.resizing import resize_analyzed
-from fxwidth.surroundings import plain_surroundings
-from fxwidth.tensor_slots import named_tensors, tensor_slots
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.recording.graph_meta import HISTORY, NOTES, notes_of
+from fxwidth.resizing.resize import resize_analyzed
+from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.tensor_slots import named_tensors, tensor_slots
 from fxwidth.tracing import analyze_module, trace
 
 _FORMAT, _NORMS = "fxwidth.resizes", "fxwidth.norms"

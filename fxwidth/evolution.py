@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from fxwidth.budgets import Budget, cost_polynomial
-from fxwidth.calibration import Gathered, replayed
+from fxwidth.costs.budget import Budget, cost_polynomial
 from fxwidth.errors import FxwidthError
-from fxwidth.groups import WidthGraph
-from fxwidth.originals import resized_together
-from fxwidth.planning import Plan, budget_of, check_options, plan_with_evidence, refuse_out_of_reach
-from fxwidth.resizing import resize_analyzed
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.planning.planner import Plan, budget_of, check_options, plan_with_evidence, refuse_out_of_reach
+from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import check_optimizer
-from fxwidth.selection import check_selection
-from fxwidth.structures import deep_tensors, map_leaves
+from fxwidth.rewriting.originals import resized_together
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.pytrees import deep_tensors, map_leaves
+from fxwidth.selection.registry import check_selection
+from fxwidth.statistics.calibration_data import Gathered, replayed
 from fxwidth.tracing import analyze_module, trace
-from fxwidth.transactions import Transaction
 
 
 def evolve(

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fxwidth.evidence import Evidence
-from fxwidth.groups import ChannelGroup, WidthGraph, refuse_other_than_groups
-from fxwidth.limits import chosen_groups
-from fxwidth.loss_probes import Loss, calibrated
-from fxwidth.moments import has_values
-from fxwidth.ranks import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
-from fxwidth.spectra import singular_values, writer_columns
-from fxwidth.surroundings import plain_surroundings
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph, refuse_other_than_groups
+from fxwidth.importance.estimates import Evidence
+from fxwidth.importance.loss_sensitivity import Loss, calibrated
+from fxwidth.planning.constraints import chosen_groups
+from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.statistics.moments import has_values
+from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
+from fxwidth.weights.writer_spectra import singular_values, writer_columns
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from fxwidth.notes import HISTORY, notes_of
-from fxwidth.selection import MAGNITUDE
+from fxwidth.recording.graph_meta import HISTORY, notes_of
+from fxwidth.selection.registry import MAGNITUDE
 
 
 @dataclass(frozen=True)

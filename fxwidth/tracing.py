@@ -11,22 +11,22 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.parameter import is_lazy
 
-from fxwidth.analysis import Analysis, analyze_axes
-from fxwidth.both_modes import Traced, Tracer, in_both_modes, warn_of_modes
-from fxwidth.calls import Call, arguments_of, call_of
+from fxwidth.analysis.axis_propagation import Analysis, analyze_axes
+from fxwidth.analysis.data_dependent_runs import record_values
+from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
+from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
 from fxwidth.errors import FxwidthError
-from fxwidth.exporting import exported_graph
-from fxwidth.following import OtherGraphError, follow_axes, lost_groups
-from fxwidth.input_shapes import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
-from fxwidth.notes import AXES, INPUTS, VALUES, notes_of
-from fxwidth.originals import remember_original
-from fxwidth.rewriting.trials import pin_what_is_written_in
-from fxwidth.state_names import keep_names
-from fxwidth.surroundings import plain_surroundings
-from fxwidth.symbolic import graph_with_leaves, symbolic_graph
-from fxwidth.tensor_slots import is_sound, tensor_slots
-from fxwidth.value_record import VALUE_ERRORS, ValueRecord
-from fxwidth.value_runs import record_values
+from fxwidth.frontends.call_signature import Call, arguments_of, call_of
+from fxwidth.frontends.export import exported_graph
+from fxwidth.frontends.state_names import keep_names
+from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
+from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
+from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
+from fxwidth.recording.graph_meta import AXES, INPUTS, VALUES, notes_of
+from fxwidth.rewriting.originals import remember_original
+from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
+from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.tensor_slots import is_sound, tensor_slots
 
 
 @plain_surroundings()

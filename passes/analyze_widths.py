@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxwidth.groups import WidthGraph
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.tracing import analyze_module
 
 GROUPS = "fxwidth_groups"

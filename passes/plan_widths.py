@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxwidth.groups import WidthGraph
-from fxwidth.planning import check_options, plan
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.planning.planner import check_options, plan
 from fxwidth.tracing import analyze_module
 
 PLAN = "fxwidth_plan"

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from fxwidth.errors import FxwidthError
 from fxwidth.passes.plan_widths import PLAN, PLAN_NOTES
-from fxwidth.resizing import resize
-from fxwidth.selection import check_selection
+from fxwidth.resizing.resize import resize
+from fxwidth.selection.registry import check_selection
 
 
 class ResizeWidths(PassBase):

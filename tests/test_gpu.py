@@ -8,12 +8,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxwidth
-from fxwidth.verification import replay_difference
-from tests.oracles import random_maps
-from tests.test_recurrent import build as recurrent
-from tests.test_recurrent import sequences
-from tests.test_resize import growth_plan, train_a_step, widths
-from tests.zoo import SMALL, build, relative_difference
+from fxwidth.verification.replay_oracle import replay_difference
+from tests.oracles.judges import random_maps
+from tests.resizing.test_resize import growth_plan, train_a_step, widths
+from tests.rules.test_recurrent import build as recurrent
+from tests.rules.test_recurrent import sequences
+from tests.zoo.models import SMALL, build, relative_difference
 
 pytestmark = pytest.mark.gpu
 

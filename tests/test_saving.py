@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth import FxwidthError
-from tests.zoo import RMSTransformer, set_apart
+from tests.zoo.models import RMSTransformer, set_apart
 
 
 class Stream(nn.Module):

@@ -1,1 +1,1 @@
-"""Carrying a resize out: parameters, literals of the graph, attributes of modules, optimizer state."""
+"""The graph, its modules and its tensors at new sizes, and how all of it is taken back."""

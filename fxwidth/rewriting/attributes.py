@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from fxwidth.factors import Axis
-from fxwidth.index_maps import IndexMaps
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.recording.tape import OpCall
 from fxwidth.rules.registry import prescribed
-from fxwidth.tape import OpCall
 
 Attributes = dict[str, Any]
 _ByShape = Callable[[Any], Attributes]

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxwidth.analysis import Analysis
-from fxwidth.factors import Axis
-from fxwidth.index_maps import IndexMaps
-from fxwidth.module_state import unchanged
-from fxwidth.rewriting.signatures import differ, observing, prescribed_signatures
-from fxwidth.structures import deep_tensors, map_leaves
-from fxwidth.tape import Axes, OpCall, plain_kernels
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.op_signatures import differ, observing, prescribed_signatures
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.recording.tape import Axes, OpCall, plain_kernels
+from fxwidth.runtime.module_state import unchanged
+from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 
 
 def differs_in_batch(analysis: Analysis, name: str) -> str | None:

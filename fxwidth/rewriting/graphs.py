@@ -9,23 +9,23 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis import Analysis
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.data_dependent_pins import nodes_behind_values
+from fxwidth.analysis.op_signatures import Signature, differ, observing, prescribed_signatures
+from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
-from fxwidth.index_maps import IndexMaps
-from fxwidth.mode_merging import TrainingFlag
-from fxwidth.module_state import unchanged
-from fxwidth.rewriting.additions import Additions, drop_unread_constants
+from fxwidth.frontends.train_eval_merge import TrainingFlag
+from fxwidth.recording.composite_ops import is_plain_layer
+from fxwidth.recording.tape import evaluating, plain_kernels, quiet, training
+from fxwidth.rewriting.added_modules import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
 from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
-from fxwidth.rewriting.modes import Step, UnexplainedError, any_batch, training_steps
-from fxwidth.rewriting.signatures import Signature, differ, observing, prescribed_signatures
-from fxwidth.structures import deep_tensors
-from fxwidth.tape import evaluating, plain_kernels, quiet, training
-from fxwidth.tensor_slots import substituted, tensor_slots
-from fxwidth.value_pins import nodes_behind_values
-from fxwidth.whole_ops import is_plain_layer
+from fxwidth.rewriting.training_behaviour import Step, UnexplainedError, any_batch, training_steps
+from fxwidth.runtime.module_state import unchanged
+from fxwidth.runtime.pytrees import deep_tensors
+from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 
 
 @dataclass

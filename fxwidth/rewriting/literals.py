@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxwidth.factors import axis_size
-from fxwidth.index_maps import IndexMaps
-from fxwidth.rewriting.numbers import frozen, rescaled
+from fxwidth.axes.factors import axis_size
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.recording.tape import Axes, OpCall
+from fxwidth.rewriting.frozen_numbers import frozen, rescaled
 from fxwidth.rules.registry import prescribed
-from fxwidth.tape import Axes, OpCall
 
 
 @dataclass(frozen=True)

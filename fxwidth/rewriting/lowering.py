@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxwidth.analysis import Analysis
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
-from fxwidth.index_maps import IndexMaps
-from fxwidth.layouts import for_any_layout
-from fxwidth.rewriting.modes import Dropout, Kept, Step
+from fxwidth.recording.composite_ops import PLAIN_FUNCTIONS
+from fxwidth.recording.layouts import for_any_layout
+from fxwidth.recording.tape import OpCall, unbind
+from fxwidth.rewriting.training_behaviour import Dropout, Kept, Step
 from fxwidth.rules.registry import prescribed
-from fxwidth.structures import deep_tensors
-from fxwidth.tape import OpCall, unbind
-from fxwidth.whole_ops import PLAIN_FUNCTIONS
+from fxwidth.runtime.pytrees import deep_tensors
 
 
 def as_tuple(*values: Any) -> tuple[Any, ...]:

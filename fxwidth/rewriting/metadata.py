@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis import Analysis
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.recording.tape import evaluating, quiet
 from fxwidth.rewriting.graphs import RewrittenGraph
-from fxwidth.structures import deep_tensors
-from fxwidth.tape import evaluating, quiet
-from fxwidth.tensor_slots import substituted, tensor_slots
+from fxwidth.runtime.pytrees import deep_tensors
+from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 
 # As torch.export, Dynamo and ShapeProp write them.
 _FAKES, _SHAPES = ("val", "example_value"), "tensor_meta"

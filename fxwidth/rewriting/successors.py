@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxwidth.axes.index_maps import NEW, Indices
 from fxwidth.errors import FxwidthError
-from fxwidth.index_maps import NEW, Indices
 
 
 def gather(tensor: Tensor, indices: Sequence[Indices | None]) -> Tensor:

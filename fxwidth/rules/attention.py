@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxwidth.factors import Axis, axis_size
-from fxwidth.pins import ORDER, SCALE
+from fxwidth.axes.factors import Axis, axis_size
+from fxwidth.axes.pins import ORDER, SCALE
 from fxwidth.rules.registry import RuleContext, rule
 
 _KERNELS = (

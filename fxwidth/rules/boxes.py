@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxwidth.factors import Axis
-from fxwidth.pins import BOX_SAMPLES, BOXES, POSITION
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.pins import BOX_SAMPLES, BOXES, POSITION
 from fxwidth.rules.registry import RuleContext, rule
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxwidth.factors import Axis
-from fxwidth.index_maps import IndexMaps
-from fxwidth.pins import KERNEL, POSITION, SORTED_ROWS
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.axes.pins import KERNEL, POSITION, SORTED_ROWS
+from fxwidth.recording.tape import OpCall
 from fxwidth.rules.registry import (
     Prescribed,
     RuleContext,
@@ -15,7 +16,6 @@ from fxwidth.rules.registry import (
     revised,
     rule,
 )
-from fxwidth.tape import OpCall
 
 
 @rule("mm", "bmm")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fxwidth.factors import Axis
-from fxwidth.index_maps import IndexMaps
-from fxwidth.pins import FOUND, GATHERED, INDEXED, MASKED
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.axes.pins import FOUND, GATHERED, INDEXED, MASKED
+from fxwidth.recording.tape import OpCall
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
-from fxwidth.tape import OpCall
 
 
 @rule("index", "_unsafe_index")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from fxwidth.factors import ONE, Axis, axis_size
-from fxwidth.index_maps import IndexMaps
-from fxwidth.pins import BY_STRIDES, ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
+from fxwidth.axes.factors import ONE, Axis, axis_size
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.axes.pins import BY_STRIDES, ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
+from fxwidth.recording.tape import OpCall
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
-from fxwidth.tape import OpCall
 
 _VIEWS = ("view", "_unsafe_view", "_reshape_copy", "view_copy")
 

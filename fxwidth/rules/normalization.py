@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from fxwidth.factors import ONE, Axis, axis_size
-from fxwidth.index_maps import IndexMaps
+from fxwidth.axes.factors import ONE, Axis, axis_size
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.recording.tape import OpCall
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
-from fxwidth.tape import OpCall
 
 
 @rule(

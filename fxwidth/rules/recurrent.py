@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxwidth.factors import Axis
-from fxwidth.pins import FOUND
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.pins import FOUND
 from fxwidth.rules.registry import RuleContext, rule
 
 

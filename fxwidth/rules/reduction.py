@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fxwidth.factors import ONE, Axis
-from fxwidth.pins import LARGEST, ORDER, POSITIONS_RETURNED
+from fxwidth.axes.factors import ONE, Axis
+from fxwidth.axes.pins import LARGEST, ORDER, POSITIONS_RETURNED
 from fxwidth.rules.registry import Rule, RuleContext, rule
 
 _KINDS = {

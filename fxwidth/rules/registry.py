@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxwidth.factors import ONE, Axis, FactorSpace, axis_size, constant, why_fixed
-from fxwidth.index_maps import IndexMaps
-from fxwidth.pins import MADE, Pin
-from fxwidth.tape import Axes, Contraction, Mixing, OpCall, functional_name, tensors_in
-from fxwidth.unification import cut, split, unify
+from fxwidth.axes.factors import ONE, Axis, FactorSpace, axis_size, constant, why_fixed
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.axes.pins import MADE, Pin
+from fxwidth.axes.unification import cut, split, unify
+from fxwidth.recording.tape import Axes, Contraction, Mixing, OpCall, functional_name, tensors_in
 
 Rule = Callable[["RuleContext"], Sequence[Sequence[Axis]]]
 Prescribed = tuple[OpOverload, dict[str, Any]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from fxwidth.factors import Axis
-from fxwidth.pins import KERNEL, POSITION, WINDOWS
+from fxwidth.axes.factors import Axis
+from fxwidth.axes.pins import KERNEL, POSITION, WINDOWS
 from fxwidth.rules.registry import Rule, RuleContext, rule
 
 _BY_RANK = {

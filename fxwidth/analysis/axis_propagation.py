@@ -1,0 +1,366 @@
+"""Running a graph under fake tensors while rules say of what axes its tensors are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxwidth.analysis.data_dependent_pins import pin_other_ways
+from fxwidth.analysis.graph_state import GraphState
+from fxwidth.analysis.training_calls import follow_training, was_passed_through
+from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
+from fxwidth.axes.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
+from fxwidth.axes.unification import unify
+from fxwidth.errors import FxwidthError
+from fxwidth.recording.batch_dim import batch_factor
+from fxwidth.recording.composite_ops import calls_no_whole_op, is_plain_layer
+from fxwidth.recording.data_dependent import ValueReader, ValueRecord
+from fxwidth.recording.submodules import watching_parts
+from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, evaluating, plain_kernels, quiet
+from fxwidth.rules.registry import RuleContext, keeps, rule_for
+from fxwidth.runtime.fake_tensors import fake_like, fake_mode
+from fxwidth.runtime.gc_pause import without_collections
+from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.pytrees import deep_tensors, map_leaves, sample_count, states_in
+from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
+from fxwidth.runtime.trace_guards import UntraceableError, watching_gradients
+
+if TYPE_CHECKING:
+    from fxwidth.analysis.known_axes import LostGroup
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The shape, dtype and device of an input."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def with_batch(self, size: int) -> TensorSpec:
+        """Return the spec for another batch size."""
+        return TensorSpec((size, *self.shape[1:]), self.dtype, self.device)
+
+
+@dataclass(frozen=True)
+class ParameterAxes:
+    """A parameter or buffer of the model: the fake tensor that stood for it, and one new factor per dim."""
+
+    name: str
+    tensor: Tensor
+    fake: Tensor
+    origins: tuple[Factor | None, ...]
+    axes: Axes
+
+
+@dataclass(eq=False)
+class Analysis:
+    """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
+
+    `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
+    `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
+    the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
+    evaluation. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and
+    `seen` is what the module was.
+    """
+
+    module: fx.GraphModule
+    space: FactorSpace
+    mode: FakeTensorMode
+    parameters: dict[str, ParameterAxes]
+    inputs: tuple[Any, ...]
+    batch: Factor | None
+    record: ValueRecord | None = None
+    calls: list[OpCall] = field(default_factory=list)
+    node_calls: dict[str, range] = field(default_factory=dict)
+    part_calls: dict[int, list[range]] = field(default_factory=dict)
+    node_values: dict[str, Any] = field(default_factory=dict)
+    node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    states: set[int] = field(default_factory=set)
+    own_gradients: set[str] = field(default_factory=set)
+    is_single: bool = False
+    training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
+    axes: dict[int, Axes] = field(default_factory=dict)
+    kept_alive: list[Any] = field(default_factory=list)
+    lost: tuple[LostGroup, ...] = ()
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    seen: GraphState | None = None
+
+    def samples_in(self, values: Any) -> int:
+        """Return how many samples there are in one value per placeholder."""
+        return 1 if self.is_single else sample_count(values)
+
+    def axes_of(self, tensor: Tensor) -> Axes:
+        """Return the axes of a tensor; one that was never seen has fixed dims."""
+        axes = self.axes.get(id(tensor))
+        if axes is None:
+            axes = tuple(constant(size, Pin(HELD)) for size in tensor.shape)
+            self.set_axes(tensor, axes)
+        return axes
+
+    def set_axes(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        """Say of what a tensor is made; it is kept alive, since it is known by its identity."""
+        self.axes[id(tensor)] = tuple(axes)
+        self.kept_alive.append(tensor)
+
+    def in_memory_of(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors seen so far that are in the memory of one: what it is a view of, and other views."""
+        place = tensor.untyped_storage()._cdata
+        known = [entry.fake for entry in self.parameters.values()] + deep_tensors(self.inputs)
+        known += [output for call in self.calls for output in call.outputs]
+        return [other for other in known if other is not tensor and other.untyped_storage()._cdata == place]
+
+    def known_values(self, finds: int | None = None) -> ValueReader | None:
+        """Return a new reader of what is on record for ops that depend on values, or None where there are none."""
+        return None if self.record is None else ValueReader(self.record, self.mode, finds)
+
+    def calls_of_part(self, part: nn.Module) -> list[OpCall]:
+        """Return the ops that a module inside of a node's module ran."""
+        return [self.calls[i] for run in self.part_calls.get(id(part), ()) for i in run]
+
+    def calls_of(self, node: str) -> list[OpCall]:
+        """Return the ops that an fx node ran."""
+        return [self.calls[i] for i in self.node_calls.get(node, range(0))]
+
+
+class NodeInterpreter(fx.Interpreter):
+    """Runs a graph node by node, telling a recorder which node is at work and keeping every value."""
+
+    def __init__(self, module: fx.GraphModule, analysis: Analysis, recorder: TapeRecorder) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._modules: dict[Any, nn.Module] = dict(walk(module))
+        self._analysis = analysis
+        self._recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        self._recorder.begin(n.name)
+        first = len(self._recorder.calls)
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if getattr(module, "_modules", None):
+            with watching_parts(module, self._recorder, self._analysis.part_calls):
+                value = self._run_plainly(n)
+        else:
+            value = self._run_plainly(n)
+        self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
+        if module is not None and first == len(self._recorder.calls) and not is_plain_layer(module):
+            self._follow_training(n, module, value)
+        self._analysis.node_values[n.name] = value
+        # As they are now: a later op may give the tensor other dims in place.
+        self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
+        return value
+
+    def _follow_training(self, node: fx.Node, module: nn.Module, value: Any) -> None:
+        analysis, (args, kwargs) = self._analysis, self.fetch_args_kwargs_from_env(node)
+        if was_passed_through(args, value):
+            calls = follow_training(analysis, self._recorder, module, args, kwargs, value)
+            analysis.training_calls[node.name] = calls
+
+    def _run_plainly(self, node: fx.Node) -> Any:
+        # As the base class does, without its book-keeping of stack traces.
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        run = getattr(self, node.op)
+        callee = self.fetch_attr(str(node.target)) if node.op == "call_module" else node.target
+        if not calls_no_whole_op(callee, node.op):
+            return run(node.target, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            return run(node.target, args, kwargs)
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return a module, parameter or buffer by its path."""
+        module = self._modules.get(target)
+        return super().fetch_attr(target) if module is None else module
+
+
+@without_collections()
+def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None = None) -> Analysis:
+    """Run a graph on fake tensors and return the axes of everything in it.
+
+    Args:
+        module: the graph; it is run in eval mode and left as it was.
+        examples: one value per placeholder: a `TensorSpec`, a tensor (used for its shape and dtype alone), a constant,
+            or a nested value of these.
+        record: results of ops that depend on values, from `record_values`.
+
+    Raises:
+        FxwidthError: the graph does not run on these inputs.
+    """
+    analysis = _analyzed(module, examples, record, is_single=False)
+    # A first dim of the inputs that must have the size of a parameter is no batch.
+    if analysis.space.batch_is_shared and _batch_reaches_parameters(analysis):
+        return _analyzed(module, examples, record, is_single=True)
+    return analysis
+
+
+def _batch_reaches_parameters(analysis: Analysis) -> bool:
+    axes = {axis for entry in analysis.parameters.values() for axis in entry.axes}
+    return any(factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
+
+
+def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:
+    mode = fake_mode()
+    space = FactorSpace()
+    inputs = faked_inputs(examples, mode)
+    slots = tensor_slots(module)
+    parameters = _parameters(slots, mode, space)
+    fakes = {name: entry.fake for name, entry in parameters.items()}
+    batch = None if is_single else batch_factor(module, inputs, fakes, mode, record is not None)
+    analysis = Analysis(module, space, mode, parameters, inputs, batch, record, is_single=is_single)
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    for name, argument in zip(names, inputs, strict=False):
+        for value in deep_tensors(argument):
+            analysis.set_axes(value, _input_axes(value, batch, name))
+    run_on_tape(analysis, slots, partial(judge, analysis))
+    _pin_what_is_used(analysis)
+    pin_other_ways(analysis)
+    space.context = "model output"
+    for output in analysis.outputs:
+        for axis in analysis.axes_of(output) if id(output) not in analysis.states else ():
+            for factor in space.factors(axis):
+                if not factor.is_batch:
+                    space.pin(((factor,),), OUTPUT)
+    return analysis
+
+
+def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], None]) -> None:
+    """Run the graph of an analysis that knows its parameters and inputs, and note what it does and returns.
+
+    Args:
+        analysis: takes the tape, the values of nodes and the outputs.
+        slots: where the module has its tensors.
+        on_call: gives each op its axes right after it has run.
+
+    Raises:
+        FxwidthError: the graph does not run on the inputs.
+    """
+    module, fakes = analysis.module, {name: entry.fake for name, entry in analysis.parameters.items()}
+    for entry in analysis.parameters.values():
+        analysis.set_axes(entry.fake, entry.axes)
+    recorder = TapeRecorder(keeps, on_call, values=analysis.known_values())
+    analysis.calls = recorder.calls
+    replaced = substituted(module, fakes, slots, restored)
+    gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
+    with gradients, evaluating(module), replaced, plain_kernels(), quiet(), analysis.mode, recorder:
+        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs)
+    analysis.outputs = deep_tensors(result)
+    analysis.states = set(map(id, states_in(result)))
+    analysis.seen = GraphState.of(module, slots)
+
+
+def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any]) -> Any:
+    """Run a graph on one value per placeholder.
+
+    Raises:
+        FxwidthError: it does not run on these inputs.
+    """
+    try:
+        return interpreter.run(*inputs, enable_io_processing=False)
+    except UntraceableError as error:
+        raise FxwidthError(
+            f"node {recorder.node!r} cannot be analysed: {error}. Write to the tensor in place, as by copy_."
+        ) from error
+    except Exception as error:
+        shapes = [map_leaves(lambda leaf: tuple(leaf.shape), value) for value in inputs]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise FxwidthError(
+            f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "
+            "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."
+        ) from error
+
+
+def faked_inputs(examples: Sequence[Any], mode: FakeTensorMode) -> tuple[Any, ...]:
+    """Return one value per placeholder with fake tensors in the place of specs and tensors."""
+    return tuple(map_leaves(partial(_fake_input, mode), value, TensorSpec, Tensor) for value in examples)
+
+
+def _fake_input(mode: FakeTensorMode, value: TensorSpec | Tensor) -> Tensor:
+    if isinstance(value, TensorSpec):
+        with mode:
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value)
+
+
+def _input_axes(value: Tensor, batch: Factor | None, name: str) -> Axes:
+    axes = [constant(size, Pin(input_dimension(dim, name))) for dim, size in enumerate(value.shape)]
+    if batch is not None and value.dim() and value.shape[0] == batch.size:
+        axes[0] = ((batch,),)
+    return tuple(axes)
+
+
+def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[str, ParameterAxes]:
+    result = {}
+    for name, (tensor, _) in slots.items():
+        axes = tuple([space.fresh(size, f"{name}:{dim}") for dim, size in enumerate(tensor.shape)])
+        origins = tuple(map(bare_factor, axes))
+        result[name] = ParameterAxes(name, tensor, fake_like(mode, tensor), origins, axes)
+    return result
+
+
+def _pin_what_is_used(analysis: Analysis) -> None:
+    calls = [*analysis.calls, *(call for calls in analysis.training_calls.values() for call in calls)]
+    used = {id(tensor) for call in calls for tensor in call.inputs}
+    used |= {id(tensor) for tensor in analysis.outputs}
+    for call in calls:
+        for result, axis, reason in call.pins_if_used:
+            if id(result) in used:
+                analysis.space.context = call.place
+                analysis.space.pin(axis, reason)
+
+
+def judge(analysis: Analysis, call: OpCall) -> None:
+    """Apply an op's rule to a call that has just run, or pin what it touches."""
+    outputs = call.outputs
+    space = analysis.space
+    space.context = call.place
+    call.axes = {id(tensor): analysis.axes_of(tensor) for tensor in call.inputs}
+    if not outputs:
+        return
+    axes, reason = _axes_by_rule(analysis, call, outputs)
+    if axes is None:
+        for operand in call.inputs:
+            for axis in analysis.axes_of(operand):
+                space.pin(axis, reason)
+        why = Pin(reason, space.context)
+        axes = [tuple(constant(size, why) for size in output.shape) for output in outputs]
+    for output, result in zip(outputs, axes, strict=True):
+        old = call.axes.get(id(output))
+        if old is not None and len(old) == len(result) and all(map(_same_size, old, result)):
+            # In place: what was written must fit what was there.
+            _couple(analysis, old, result)
+        else:
+            analysis.set_axes(output, result)
+    call.output_axes = tuple(analysis.axes_of(output) for output in outputs)
+    analysis.kept_alive.append(call.inputs)
+
+
+def _same_size(first: Axis, second: Axis) -> bool:
+    return first is second or axis_size(first) == axis_size(second)
+
+
+def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -> None:
+    for one, two in zip(first, second, strict=True):
+        if one is not two:
+            unify(analysis.space, one, two)
+
+
+def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:
+    judge = rule_for(call.func)
+    if judge is None:
+        return None, NO_RULE
+    context = RuleContext(call, analysis.space, analysis.axes_of, analysis.in_memory_of)
+    try:
+        result = [tuple(axes) for axes in judge(context)]
+    except Exception as error:
+        # A rule that does not fit the call must not guess: pinning costs compression, never the model.
+        return None, f"{NOT_COVERED}: {error or type(error).__name__}"
+    shapes = [tuple(map(axis_size, axes)) for axes in result]
+    if shapes != [output.shape for output in outputs]:
+        return None, f"{OTHER_SHAPES} {shapes}"
+    return result, ""

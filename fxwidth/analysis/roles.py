@@ -1,0 +1,170 @@
+"""What each dim of each parameter does for its channels: writes them, reads them, or acts on each alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.axes.factors import ONE, axis_size
+from fxwidth.recording.tape import OpCall, storage_of
+
+Dim = tuple[str, int]
+Lineage = tuple[frozenset[Dim], ...]
+
+
+class Role(StrEnum):
+    """A writer's rows make the channels, a reader's columns consume them, a per-channel tensor scales each alone."""
+
+    WRITER = "writer"
+    READER = "reader"
+    PER_CHANNEL = "per-channel"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A parameter that contracts a dim of an activation: the reader of whatever channels that dim is made of."""
+
+    call: OpCall
+    activation: Tensor
+    activation_dim: int
+    parameter: str
+    parameter_dim: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The role of each parameter dim that the graph uses, and where parameters read activations."""
+
+    by_dim: dict[Dim, Role]
+    readings: tuple[Reading, ...]
+    lineage: dict[int, Lineage]
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor of the tape is made of parameters alone."""
+        return id(tensor) in self.lineage
+
+
+def find_roles(analysis: Analysis) -> Roles:
+    """Follow every parameter along the tape to the ops that use it."""
+    lineage: dict[int, Lineage] = {
+        id(entry.fake): tuple([frozenset({(name, dim)}) for dim in range(len(entry.axes))])
+        for name, entry in analysis.parameters.items()
+    }
+    by_dim: dict[Dim, Role] = {}
+    readings: list[Reading] = []
+    made_in: defaultdict[int, list[int]] = defaultdict(list)
+    for call in analysis.calls:
+        inputs = call.inputs
+        if call.func._schema.is_mutable and any(id(tensor) not in lineage for tensor in inputs):
+            # What was made of parameters alone is so no longer, under any of its names.
+            for output in call.outputs:
+                for key in made_in.pop(storage_of(output), ()):
+                    lineage.pop(key, None)
+        if inputs and all(id(tensor) in lineage for tensor in inputs):
+            for output in call.outputs:
+                if id(output) not in lineage:
+                    lineage[id(output)] = _through(call, inputs, output, lineage)
+                    made_in[storage_of(output)].append(id(output))
+            if not call.contractions:
+                continue
+        readings += _contraction_roles(call, lineage, by_dim)
+        for tensor in inputs:
+            _per_channel_roles(call, tensor, lineage, by_dim)
+    return Roles(by_dim, tuple(readings), lineage)
+
+
+_STRONGER = {Role.READER: 2, Role.WRITER: 1, Role.PER_CHANNEL: 0}
+
+
+def _assign(by_dim: dict[Dim, Role], dims: Iterable[Dim], role: Role) -> None:
+    for dim in dims:
+        if dim not in by_dim or _STRONGER[role] > _STRONGER[by_dim[dim]]:
+            by_dim[dim] = role
+
+
+def _contraction_roles(call: OpCall, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> list[Reading]:
+    readings = []
+    for contraction in call.contractions:
+        sides = (
+            (contraction.left, contraction.left_dims, contraction.right, contraction.right_dims),
+            (contraction.right, contraction.right_dims, contraction.left, contraction.left_dims),
+        )
+        for own, own_dims, other, other_dims in sides:
+            if id(own) not in lineage:
+                continue
+            for dim, sources in enumerate(lineage[id(own)]):
+                _assign(by_dim, sources, Role.READER if dim in own_dims else Role.WRITER)
+            if id(other) not in lineage:
+                readings += [
+                    Reading(call, other, other_dim, *source)
+                    for own_dim, other_dim in zip(own_dims, other_dims, strict=True)
+                    for source in lineage[id(own)][own_dim]
+                ]
+    return readings
+
+
+def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> None:
+    if id(tensor) not in lineage:
+        return
+    if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
+        return
+    # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
+    adds = call.name in ADDING or bool(call.contractions)
+    for sources in lineage[id(tensor)]:
+        _assign(by_dim, sources, Role.WRITER if adds else Role.PER_CHANNEL)
+
+
+ADDING = frozenset({"add", "sub", "rsub", "cat", "stack", "embedding", "index", "where", "copy"}) | {
+    "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell",
+}
+
+
+_PRODUCTS: dict[str, Callable[[Lineage, Lineage], Lineage]] = {
+    "mm": lambda left, right: (left[0], right[1]),
+    "bmm": lambda left, right: (left[0] | right[0], left[1], right[2]),
+    "mv": lambda left, _: (left[0],),
+    "dot": lambda *_: (),
+    "vdot": lambda *_: (),
+}
+WEIGHT_NORMS = frozenset({"weight_norm", "_weight_norm_interface"})
+
+
+def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[int, Lineage]) -> Lineage:
+    """Follow parameter dims through an op on parameters alone: exactly for movements, broadly for the rest."""
+    if len(inputs) == 1:
+        source = lineage[id(inputs[0])]
+        name, arguments = call.name, call.arguments
+        if name in ("t", "numpy_T", "mT"):
+            return source[::-1]
+        if name == "permute":
+            return tuple(source[dim] for dim in arguments["dims"])
+        if name == "transpose":
+            order = list(range(len(source)))
+            i, j = arguments["dim0"], arguments["dim1"]
+            order[i], order[j] = order[j], order[i]
+            return tuple(source[k] for k in order)
+        if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[id(inputs[0])])):
+            return source
+    if call.name in WEIGHT_NORMS and output.dim() == call.arguments["v"].dim():
+        direction, gain = (lineage[id(call.arguments[part])] for part in ("v", "g"))
+        axes = call.axes[id(call.arguments["g"])]
+        lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
+        return tuple(one | other for one, other in zip(direction, lengths, strict=True))
+    if call.name in _PRODUCTS and len(inputs) == 2:
+        left, right = (lineage[id(tensor)] for tensor in inputs)
+        return _PRODUCTS[call.name](left, right)
+    # A number has no dims to give.
+    inputs = [tensor for tensor in inputs if lineage[id(tensor)]]
+    # Broadcasting aligns from the last dim; where that does not fit, any dim may come from any other.
+    same_rank = all(len(lineage[id(tensor)]) == output.dim() for tensor in inputs)
+    if same_rank and call.name not in ("view", "reshape", "_unsafe_view"):
+        columns = zip(*(lineage[id(tensor)] for tensor in inputs), strict=True)
+        return tuple(frozenset().union(*column) for column in columns)
+    everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in lineage[id(tensor)]))
+    return (everything,) * output.dim()

@@ -1,0 +1,70 @@
+"""Parts that do nothing in evaluation: what they do in training is judged by the same rules, beside the tape.
+
+The tape is recorded in eval mode. Stochastic depth, noise and the like are not on it, yet they couple what they work
+with: a mask of a fixed width fits one width alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fxwidth.axes.pins import IN_TRAINING
+from fxwidth.axes.unification import unify
+from fxwidth.recording.tape import OpCall, TapeRecorder, training
+from fxwidth.rules.registry import broadcast_all, rule_for
+from fxwidth.runtime.module_state import restored
+from fxwidth.runtime.pytrees import deep_tensors
+
+if TYPE_CHECKING:
+    from fxwidth.analysis.axis_propagation import Analysis
+
+
+def was_passed_through(args: tuple[Any, ...], value: Any) -> bool:
+    """Tell whether a module that ran no op in evaluation gave back what it was given."""
+    given, returned = deep_tensors(args), deep_tensors(value)
+    return bool(returned) and {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
+
+
+def follow_training(
+    analysis: Analysis,
+    recorder: TapeRecorder,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    value: Any,
+) -> list[OpCall]:
+    """Couple what a module works with as its ops in training do, and return these.
+
+    Where that cannot be, or it returns something of another size, all that it works with is pinned.
+
+    Args:
+        analysis: takes the couplings.
+        recorder: the tape, which is at work on the module's node.
+        module: what is run.
+        args: its positional arguments.
+        kwargs: those by name.
+        value: what it returns in evaluation: some of these.
+    """
+    given, evaluated = deep_tensors((args, kwargs)), deep_tensors(value)
+    with recorder.aside() as calls, training(module), restored(module):
+        try:
+            returned = deep_tensors(module(*args, **kwargs))
+        except Exception:
+            returned = []
+    analysis.space.context = f"node {recorder.node}"
+    if [tensor.shape for tensor in returned] != [tensor.shape for tensor in evaluated]:
+        for tensor in given:
+            for axis in analysis.axes_of(tensor):
+                analysis.space.pin(axis, IN_TRAINING)
+        return []
+    for own, other in zip(returned, evaluated, strict=True):
+        for one, two in zip(analysis.axes_of(own), analysis.axes_of(other), strict=True):
+            unify(analysis.space, one, two)
+    return calls
+
+
+def works_across_channels(call: OpCall) -> bool:
+    """Tell whether an op may have a width written into it: all but those that act on each element alone."""
+    return rule_for(call.func) is not broadcast_all

@@ -1,0 +1,1 @@
+"""Groups whose basis is free to change, and where their channels lie."""

@@ -1,0 +1,138 @@
+"""Batch norms right behind writers of linear groups: together they are one linear map while statistics are running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fxwidth.axes.index_maps import Indices
+from fxwidth.bases.channel_provenance import Origins
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.recording.tape import OpCall
+from fxwidth.weights.readers import BATCH_NORMS, wiring_of
+
+# Between writer and batch norm nothing may be but what leaves all channels of all samples where they are.
+_VIEWS = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "clone", "contiguous",
+        "alias", "detach",
+    }
+)  # fmt: skip
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+# The parameters of layers, under the names by which their ops take them.
+_WRITERS = {"convolution": ("weight", "bias"), "mm": ("mat2",), "addmm": ("mat2", "self")}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A parameter that makes what a batch norm is given.
+
+    Attributes:
+        parameter: its name.
+        dim: the dim along which it holds the channels.
+        rows: the position of each of the batch norm's channels along it.
+    """
+
+    parameter: str
+    dim: int
+    rows: Indices
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """A batch norm with running statistics and gains that alone reads what a layer writes.
+
+    Attributes:
+        call: the op.
+        layer: the op that writes.
+        writers: the weight of the layer, and its bias if it has one.
+        weight: the name of the batch norm's gain, one per channel.
+        bias: and of what it adds.
+        mean: and of the running mean that it takes off.
+        variance: and of the running variance by which it divides.
+        eps: what is added to the variance.
+    """
+
+    call: OpCall
+    layer: OpCall
+    writers: tuple[Writer, ...]
+    weight: str
+    bias: str
+    mean: str
+    variance: str
+    eps: float
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """What scales each channel alone."""
+        return frozenset({self.weight, self.variance})
+
+    @property
+    def vectors(self) -> frozenset[str]:
+        """All parameters and buffers of the batch norm."""
+        return self.scales | {self.bias, self.mean}
+
+
+def inner_norms(
+    width_graph: WidthGraph, calls: Sequence[OpCall], paths: Mapping[str, Origins]
+) -> list[InnerNorm] | None:
+    """Return the batch norms among some ops; None where one is not right behind a layer, or shares what it has.
+
+    Args:
+        width_graph: the graph.
+        calls: all ops that see the channels of a group, in order.
+        paths: where the channels of each parameter go, by its name.
+    """
+    found = [_inner_norm(width_graph, call, calls, paths) for call in calls if call.name in BATCH_NORMS]
+    whole = [norm for norm in found if norm is not None]
+    return whole if len(whole) == len(found) else None
+
+
+def _inner_norm(
+    width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall], paths: Mapping[str, Origins]
+) -> InnerNorm | None:
+    layer = _layer_of(width_graph, call, calls)
+    if call.arguments.get("training") or layer is None:
+        return None
+    writers = []
+    for argument in _WRITERS[layer.name]:
+        if layer.arguments.get(argument) is None:
+            continue
+        name = _sole_parameter(width_graph, layer, argument)
+        path = None if name is None else paths.get(name)
+        rows = None if path is None else path.along(call.arguments["input"], 1)
+        if path is None or rows is None:
+            return None
+        writers.append(Writer(path.parameter, path.dim, rows.numpy()))
+    weight, bias, mean, variance = (_sole_parameter(width_graph, call, argument) for argument in _VECTORS)
+    if weight is None or bias is None or mean is None or variance is None:
+        return None
+    eps = float(call.arguments["epsilon" if "epsilon" in call.arguments else "eps"])
+    return InnerNorm(call, layer, tuple(writers), weight, bias, mean, variance, eps)
+
+
+def _sole_parameter(width_graph: WidthGraph, call: OpCall, argument: str) -> str | None:
+    """Return the parameter that an op is given under a name, if all of it is, and it is used nowhere else."""
+    wiring, tensor = wiring_of(width_graph), call.arguments.get(argument)
+    view = None if tensor is None else wiring.view(tensor)
+    if tensor is None or view is None:
+        return None
+    if len(wiring.uses.get(view.parameter, [])) != 1 or view.parameter in wiring.shown:
+        return None
+    whole = width_graph.analysis.parameters[view.parameter].tensor
+    return view.parameter if tensor.numel() == whole.numel() else None
+
+
+def _layer_of(width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall]) -> OpCall | None:
+    """Return the layer whose result a batch norm alone reads."""
+    consumers, outputs = wiring_of(width_graph).consumers, width_graph.analysis.outputs
+    makers = {id(output): maker for maker in calls for output in maker.outputs}
+    tensor = call.arguments["input"]
+    while len(consumers.get(id(tensor), [])) == 1 and not any(tensor is output for output in outputs):
+        maker = makers.get(id(tensor))
+        if maker is None or maker.name in _WRITERS:
+            return maker
+        if maker.name not in _VIEWS or len(maker.outputs) != 1:
+            return None
+        tensor = maker.arguments["self"]
+    return None

@@ -1,0 +1,237 @@
+"""Groups whose channels are only moved, mixed over positions and added on their way: any basis is as good as theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.roles import Role
+from fxwidth.axes.factors import Factor
+from fxwidth.axes.index_maps import Indices
+from fxwidth.axes.positions import channel_positions
+from fxwidth.bases.activation_products import Product, product_places, products_over
+from fxwidth.bases.channel_provenance import Origins, Place, origins
+from fxwidth.bases.foldable_norms import InnerNorm, inner_norms
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.memo import per_graph
+from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.weights.readers import BATCH_NORMS
+from fxwidth.weights.reparametrised import normed_weights
+from fxwidth.weights.shared_readers import ReaderSet, reader_sets
+
+# Ops that move channels about without changing them, or all by one number.
+_MOVES = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "clone", "contiguous",
+        "alias", "detach", "expand", "select", "unbind", "split", "split_with_sizes", "slice",
+    }
+)  # fmt: skip
+_SCALINGS = frozenset({"mul", "div"})
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "convolution", "attention"})
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """One that reads the channels of a basis, and where it has each channel of each head, [channels, heads]."""
+
+    readers: ReaderSet
+    positions: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Channels that go the same way, and all places that go with a change of their basis.
+
+    Attributes:
+        places: the parameters; heads have bases of their own.
+        sights: all that read the channels.
+        product: or what they are summed up in.
+    """
+
+    places: tuple[Place, ...]
+    sights: tuple[Sight, ...] = ()
+    product: Product | None = None
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """A group whose channels go from parameters to their ends by ops that commute with any change of basis.
+
+    Attributes:
+        bases: several where a width stands for as many channels of each, as where one layer makes queries, keys and
+            values.
+        norms: batch norms right behind writers, which must take on the new channels' scales.
+    """
+
+    bases: tuple[Basis, ...]
+    norms: tuple[InnerNorm, ...]
+
+
+@per_graph
+def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
+    """Return where the channels of a group are, if any basis is as good as the one they have; else None."""
+    analysis, factor = width_graph.analysis, group.factor
+    calls = _calls_by_factor(analysis).get(factor, [])
+    if not _is_plain(width_graph, group) or not all(_is_linear(analysis, call, factor) for call in calls):
+        return None
+    if any(_is_seen_elsewhere(call, calls) for call in calls if call.func._schema.is_mutable):
+        return None
+    sets = [one for one in reader_sets(width_graph) if factor in analysis.space.factors(one.first.axis)]
+    if any(len(one.readers) != 1 or not one.foldable for one in sets):
+        return None
+    scales = _scales(analysis, calls)
+    sites = [site for site in group.sites if site.parameter not in scales]
+    found = [origins(analysis, factor, site.parameter, site.dim) for site in sites]
+    paths = [path for path in found if path is not None]
+    norms = inner_norms(width_graph, calls, {path.parameter: path for path in paths})
+    if norms is None or len(paths) < len(found):
+        return None
+    vectors = {name for norm in norms for name in norm.vectors}
+    if any(site.role == Role.PER_CHANNEL and site.parameter not in vectors for site in group.sites):
+        return None
+    bases = [_seen_basis(analysis, factor, one, paths) for one in sets]
+    for call, contraction in products_over(width_graph, factor, calls):
+        summed = product_places(analysis, call, contraction, paths)
+        bases.append(None if summed is None else Basis(summed[0], product=summed[1]))
+    whole = [basis for basis in bases if basis is not None]
+    if not bases or len(whole) < len(bases):
+        return None
+    merged = _merged(whole)
+    return LinearGroup(tuple(merged), tuple(norms)) if _cover(analysis, group, merged, norms) else None
+
+
+def linear_products(width_graph: WidthGraph) -> Iterator[Product]:
+    """Yield the products over the channels of linear groups."""
+    for group in width_graph.free:
+        found = linear_group(width_graph, group)
+        yield from (basis.product for basis in (found.bases if found else ()) if basis.product is not None)
+
+
+def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
+    """Yield the batch norms that are part of the way of a linear group."""
+    for group in width_graph.free:
+        found = linear_group(width_graph, group)
+        yield from found.norms if found else ()
+
+
+def _is_plain(width_graph: WidthGraph, group: ChannelGroup) -> bool:
+    """Tell whether nothing but the ops on its way can keep a group from another basis."""
+    if group.pinned is not None or group.mixed is not None:
+        return False
+    names = {site.parameter for site in group.sites}
+    dtypes = {width_graph.analysis.parameters[name].tensor.dtype for name in names}
+    return not names & set(normed_weights(width_graph)) and dtypes <= {torch.float32, torch.float64}
+
+
+@per_graph
+def _calls_by_factor(analysis: Analysis) -> dict[Factor, list[OpCall]]:
+    """Return the ops that take or make each factor, in order."""
+    result: dict[Factor, list[OpCall]] = {}
+    for call in analysis.calls:
+        axes = [axis for own in (*call.axes.values(), *call.output_axes) for axis in own]
+        for factor in dict.fromkeys(factor for axis in axes for factor in analysis.space.factors(axis)):
+            result.setdefault(factor, []).append(call)
+    return result
+
+
+def _scales(analysis: Analysis, calls: Sequence[OpCall]) -> set[str]:
+    """Return the parameters by which batch norms scale channels, whose way is not followed."""
+    scales = ("weight", "running_var")
+    tensors = {id(call.arguments.get(name)) for call in calls if call.name in BATCH_NORMS for name in scales}
+    return {name for name, entry in analysis.parameters.items() if id(entry.fake) in tensors}
+
+
+def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
+    """Tell whether an op commutes with every change of basis of a factor, or sums over it; or is a batch norm."""
+    dims = {id(tensor): _dims(analysis, call, tensor, factor) for tensor in call.inputs}
+    owners = [tensor for tensor in call.inputs if dims[id(tensor)]]
+    if not owners or any(len(dims[id(tensor)]) != 1 for tensor in owners):
+        return False
+    if call.name in _MOVES:
+        return True
+    if call.name in BATCH_NORMS:
+        return dims[id(call.arguments["input"])] == [1]
+    if call.name in _SCALINGS:
+        return call.arguments["self"] is owners[0] and isinstance(call.arguments["other"], (int, float))
+    if call.name == "add":
+        return len(owners) == 2 and call.arguments.get("alpha", 1) == 1
+    if call.name not in _PRODUCTS or not call.contractions:
+        return False
+    contraction = call.contractions[0]
+    left, right = (dims.get(id(tensor), []) for tensor in (contraction.left, contraction.right))
+    if not left and not right:
+        return True
+    if left and right:
+        # Only the sum over the factor itself goes with a change of basis, and only the other side can undo it.
+        return left[0] in contraction.left_dims and right[0] in contraction.right_dims
+    # Of queries and keys softmax is taken; values are only mixed over positions.
+    return call.name != "attention"
+
+
+def _is_seen_elsewhere(write: OpCall, calls: Sequence[OpCall]) -> bool:
+    """Tell whether what an op writes to is read later by another name that it had before."""
+    memory = {storage_of(output) for output in write.outputs}
+    results = {id(output) for output in write.outputs}
+    before = [tensor for call in calls if call.index < write.index for tensor in (*call.inputs, *call.outputs)]
+    names = {id(tensor) for tensor in before if storage_of(tensor) in memory} - results
+    return any(id(tensor) in names for call in calls if call.index > write.index for tensor in call.inputs)
+
+
+def _dims(analysis: Analysis, call: OpCall, tensor: Tensor, factor: Factor) -> list[int]:
+    axes = call.axes.get(id(tensor), ())
+    return [dim for dim, axis in enumerate(axes) for own in analysis.space.factors(axis) if own is factor]
+
+
+def _seen_basis(analysis: Analysis, factor: Factor, readers: ReaderSet, paths: Sequence[Origins]) -> Basis | None:
+    reader = readers.first
+    if reader.groups != 1 or reader.minor != 1:
+        return None
+    channels = np.concatenate(channel_positions(analysis.space, reader.axis, factor), 1)
+    source, weight = reader.call.arguments[reader.source], reader.call.arguments[reader.weight]
+    places = []
+    for path in paths:
+        for tensor, dim, inverse in ((source, reader.source_dim, False), (weight, reader.weight_dim, True)):
+            if id(tensor) not in path.of:
+                continue
+            along = path.along(tensor, dim)
+            if along is None:
+                return None
+            places.append(Place(path.parameter, path.dim, along.numpy()[channels], inverse))
+    return Basis(tuple(places), (Sight(readers, channels),))
+
+
+def _merged(bases: Sequence[Basis]) -> list[Basis]:
+    """Put together what reads channels of the same writers: it has one basis for all."""
+    result: list[Basis] = []
+    for basis in bases:
+        own = {place.identity for place in basis.places}
+        same = [one for one in result if basis.sights and one.sights and own & {place.identity for place in one.places}]
+        together = [*same, basis]
+        places = {place.identity: place for one in together for place in one.places}
+        sights = tuple(sight for one in together for sight in one.sights)
+        result = [one for one in result if one not in same]
+        result.append(Basis(tuple(places.values()), sights, basis.product))
+    return result
+
+
+def _cover(analysis: Analysis, group: ChannelGroup, bases: Sequence[Basis], norms: Sequence[InnerNorm]) -> bool:
+    """Tell whether all entries of a group's parameters are in a basis, each in one head of one of them."""
+    found: dict[tuple[str, int], list[Indices]] = {}
+    for basis in bases:
+        for place in basis.places:
+            found.setdefault((place.parameter, place.dim), []).append(place.positions.reshape(-1))
+    for norm in norms:
+        # What scales a channel is where its mean is.
+        found |= {(name, 0): found.get((norm.mean, 0), []) for name in norm.scales}
+    for site in group.sites:
+        axis = analysis.parameters[site.parameter].axes[site.dim]
+        wanted = np.concatenate([own.reshape(-1) for own in channel_positions(analysis.space, axis, group.factor)])
+        own = np.concatenate([np.zeros(0, dtype=np.int64), *found.get((site.parameter, site.dim), [])])
+        if not np.array_equal(np.sort(own), np.sort(wanted)):
+            return False
+    return True

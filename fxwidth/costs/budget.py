@@ -1,0 +1,151 @@
+"""Budgets: how much of what a network may cost, and what holds it above that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+
+from torch import nn
+
+from fxwidth.axes.factors import Factor
+from fxwidth.axes.polynomials import Polynomial, entries_polynomial
+from fxwidth.costs.activation_memory import activation_polynomial
+from fxwidth.costs.counts import call_flops, flop_polynomial, parameter_polynomial
+from fxwidth.costs.latency import latency_polynomial
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.weights.readers import wiring_of
+
+_MICROSECONDS = 1e6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds on what a network costs: each an absolute int, or a float in (0, 1], the ratio of the present cost.
+
+    Attributes:
+        params: entries of the parameters, shared ones once.
+        flops: floating-point operations of one forward pass on the example inputs, their whole batch, as
+            `torch.utils.flop_counter` counts them.
+        activation_memory: bytes that autograd keeps of one forward pass in training mode on the example inputs, as
+            `torch.autograd.graph.saved_tensors_hooks` shows them; parameters and buffers are not counted.
+        latency: microseconds of one forward pass in eval mode on the example inputs, predicted from times measured on
+            the device that the parameters are on.
+
+    Raises:
+        FxwidthError: nothing is bounded, or a bound is out of range.
+    """
+
+    params: int | float | None = None
+    flops: int | float | None = None
+    activation_memory: int | float | None = None
+    latency: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bounds:
+            names = ", ".join(f"{field.name}=" for field in fields(self))
+            raise FxwidthError(f"a budget bounds at least one of {names}")
+        for name, value in self.bounds.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise FxwidthError(f"{name}={value!r} must be an int, the count to reach, or a float, its ratio.")
+            if isinstance(value, float) and not 0 < value <= 1:
+                raise FxwidthError(f"{name}={value} as a ratio must lie in (0, 1]; give an int for an absolute count.")
+            if isinstance(value, int) and value < 1:
+                raise FxwidthError(f"{name}={value} must be at least 1.")
+
+    @property
+    def bounds(self) -> dict[str, int | float]:
+        """The bounds that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One cost of a network and what it may be at most.
+
+    Attributes:
+        name: the option of `Budget`.
+        given: what the user gave.
+        cost: the cost in the unit of `Budget`.
+        limit: the largest value allowed.
+    """
+
+    name: str
+    given: int | float
+    cost: Polynomial
+    limit: float
+
+    def met(self, widths: Mapping[Factor, int]) -> bool:
+        """Tell whether a network of some widths stays within the bound."""
+        return self.cost(widths) <= self.limit
+
+
+def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
+    """Return one of the costs that a budget can bound.
+
+    Raises:
+        FxwidthError: it cannot be known of this model, or the graph has changed since it was analysed.
+    """
+    width_graph.refuse_outdated()
+    return _COSTS[name](width_graph)
+
+
+def _microseconds(width_graph: WidthGraph) -> Polynomial:
+    return Polynomial.sum([(_MICROSECONDS, latency_polynomial(width_graph))])
+
+
+_COSTS: dict[str, Callable[[WidthGraph], Polynomial]] = {
+    "params": parameter_polynomial,
+    "flops": flop_polynomial,
+    "activation_memory": activation_polynomial,
+    "latency": _microseconds,
+}
+_UNITS = {"params": "parameters", "flops": "flops", "activation_memory": "bytes", "latency": "microseconds"}
+# What pinned groups are part of can be counted for these; for the others flops say where the work is.
+_COUNTED = ("params", "flops")
+
+
+def bounds_of(width_graph: WidthGraph, budget: Budget) -> list[Bound]:
+    """Return what a budget means for one graph.
+
+    Raises:
+        FxwidthError: a cost cannot be known of this model.
+    """
+    result = []
+    for name, given in budget.bounds.items():
+        cost = cost_polynomial(width_graph, name)
+        limit = given if isinstance(given, int) else given * cost({})
+        result.append(Bound(name, given, cost, limit if name == "latency" else int(limit)))
+    return result
+
+
+def out_of_reach(
+    width_graph: WidthGraph, free: Iterable[ChannelGroup], smallest: Mapping[Factor, int], bound: Bound
+) -> str:
+    """Tell how far down a cost can go and which groups that stay hold it up."""
+    chosen = {group.factor for group in free}
+    staying = [group for group in width_graph.groups if group.factor not in chosen]
+    held = sorted(((_presence(width_graph, group, smallest, bound), group) for group in staying), key=lambda e: -e[0])
+    texts = []
+    for presence, group in held[:3]:
+        reason = f"pinned: {group.pinned}" if group.pinned else "left out by only= or keep="
+        where = "of them" if bound.name in _COUNTED else "flops"
+        texts.append(f"{group.name!r} is in {presence:.0f} {where} ({reason})")
+    detail = f" Groups that stay: {'; '.join(texts)}." if texts else ""
+    return (
+        f"{bound.name}={bound.given} is out of reach: with every free group at its smallest width "
+        f"{bound.cost(smallest):.0f} {_UNITS[bound.name]} remain.{detail} "
+        f"Raise {bound.name}, lower min_width or align, or free groups."
+    )
+
+
+def _presence(width_graph: WidthGraph, group: ChannelGroup, widths: Mapping[Factor, int], bound: Bound) -> float:
+    """Return of how many parameters a group is a dim, or how many flops the ops take that use those."""
+    parameters = {site.parameter for site in group.sites}
+    if bound.name == "params":
+        entries = (width_graph.analysis.parameters[name] for name in parameters)
+        tensors = [entry.axes for entry in entries if isinstance(entry.tensor, nn.Parameter)]
+        return entries_polynomial(width_graph.analysis.space, tensors)(widths)
+    uses = wiring_of(width_graph).uses
+    calls = {call for name in parameters for call, _ in uses.get(name, [])}
+    return sum(call_flops(width_graph, call)(widths) for call in calls)

@@ -1,0 +1,258 @@
+"""How a model is called: its arguments by name, and the modules by which a graph takes them apart and answers alike."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.utils import _pytree as pytree
+
+from fxwidth.errors import FxwidthError
+from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, difference, flatten, flatten_each, rebuild
+
+UNKNOWN = inspect.Parameter.empty
+INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
+PLAIN = (type(None), bool, int, float, str)
+_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def value(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as one nested value."""
+        return self.args, dict(self.kwargs)
+
+
+def call_of(example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Call | None:
+    """Return the call that examples stand for: a tuple holds positional arguments, a dict holds arguments by name.
+
+    Raises:
+        FxwidthError: there are two sets of arguments by name, or their names are not strings.
+    """
+    if isinstance(example_inputs, Call) or (example_inputs is None and example_kwargs is None):
+        return example_inputs
+    if isinstance(example_inputs, Mapping):
+        if example_kwargs is not None:
+            raise FxwidthError(
+                "example_inputs is a dict, which means arguments by name, and so does example_kwargs; pass one of "
+                "them, or wrap a dict that is itself an argument into a tuple: example_inputs=(inputs,)."
+            )
+        example_inputs, example_kwargs = (), example_inputs
+    if example_inputs is None:
+        example_inputs = ()
+    names = dict(example_kwargs or {})
+    if not all(isinstance(name, str) for name in names):
+        raise FxwidthError(
+            f"the names of arguments are strings, but received {sorted(map(str, names))}; wrap a dict that is itself "
+            "an argument into a tuple: example_inputs=(inputs,)."
+        )
+    return Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), names)
+
+
+class Passing(Enum):
+    """How a call passes an argument."""
+
+    BY_POSITION = "by position"
+    BY_NAME = "by name"
+    LEFT_OUT = "left out"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a model's forward: its example or else its default, `UNKNOWN` where there is neither."""
+
+    name: str
+    passing: Passing
+    value: Any
+    default: tuple[Any, ...]
+
+
+def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
+    """Return the arguments of a model's forward, those of a call bound to them.
+
+    Raises:
+        FxwidthError: the model does not take this call.
+    """
+    signature = inspect.signature(model.forward)
+    positional: dict[str, Any] = {}
+    named: dict[str, Any] = {}
+    if call is not None:
+        try:
+            signature.bind(*call.args, **call.kwargs)
+            positional, named = signature.bind_partial(*call.args).arguments, dict(call.kwargs)
+        except TypeError as error:
+            raise FxwidthError(
+                f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
+                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {_FORMS}."
+            ) from error
+    result: list[Argument] = []
+    for parameter in signature.parameters.values():
+        name, plain = parameter.name, isinstance(parameter.default, PLAIN)
+        # A graph takes all arguments by position too, so one behind a default needs one as well.
+        default = (parameter.default,) if plain else (None,) if any(other.default for other in result) else ()
+        if parameter.kind == inspect.Parameter.VAR_POSITIONAL:
+            many = enumerate(positional.get(name, ()))
+            result += [Argument(f"{name}_{i}", Passing.BY_POSITION, value, ()) for i, value in many]
+        elif parameter.kind == inspect.Parameter.VAR_KEYWORD:
+            more = [(key, value) for key, value in named.items() if key not in signature.parameters]
+            result += [Argument(key, Passing.BY_NAME, value, (None,)) for key, value in more]
+        elif name in positional:
+            result.append(Argument(name, Passing.BY_POSITION, positional[name], default))
+        elif name in named:
+            result.append(Argument(name, Passing.BY_NAME, named[name], default))
+        elif parameter.default is UNKNOWN:
+            by_name = parameter.kind == inspect.Parameter.KEYWORD_ONLY
+            result.append(Argument(name, Passing.BY_NAME if by_name else Passing.BY_POSITION, UNKNOWN, default))
+        elif plain:
+            result.append(Argument(name, Passing.LEFT_OUT, parameter.default, default))
+    return result
+
+
+def invoke(function: Callable[..., Any], arguments: Sequence[Argument], values: Sequence[Any]) -> Any:
+    """Call a function with values for its arguments, as the example call did."""
+    pairs = list(zip(arguments, values, strict=True))
+    by_position = [value for argument, value in pairs if argument.passing is Passing.BY_POSITION]
+    by_name = {argument.name: value for argument, value in pairs if argument.passing is Passing.BY_NAME}
+    return function(*by_position, **by_name)
+
+
+class Inputs(nn.Module):
+    """Checks the arguments of a call against those that a graph was traced with, and returns their tensors in order.
+
+    Args:
+        names: the names of the arguments.
+        structures: those of the arguments.
+        shapes: of each tensor, a size or None for each dim; None where nothing is known.
+        guards: conditions on `leaves`, the tensors, in Python.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        structures: Sequence[Structure],
+        shapes: Sequence[Sequence[int | None] | None] = (),
+        guards: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self._is_impure = True  # a check is no dead code
+        self.names = tuple(names)
+        self.structures = copy.deepcopy(tuple(structures))  # the caller may go on to write to what it gave
+        self.shapes = tuple(shapes)
+        self.guards = tuple(guards)
+
+    def forward(self, *values: Any) -> list[Any]:
+        """Return the tensors among the arguments.
+
+        Raises:
+            FxwidthError: the call differs from that of the trace by more than what tensors hold.
+        """
+        leaves, found = flatten_each(values)
+        for name, own, other in zip(self.names, self.structures, found, strict=True):
+            text = difference(own, other, f"argument {name!r}")
+            if text is not None:
+                raise FxwidthError(
+                    f"{text} as when the graph was traced. Trace the model with example_inputs like these."
+                )
+        for leaf, shape in zip(leaves, self.shapes, strict=False):
+            sizes = list(leaf.shape)
+            if shape is not None and (len(sizes) != len(shape) or any(map(_differs, sizes, shape))):
+                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                raise FxwidthError(
+                    f"a tensor of shape {tuple(sizes)} was given where the graph was traced with ({wanted}); "
+                    "trace the model with example_inputs of that shape."
+                )
+        for guard in self.guards:
+            if not eval(guard, {**SYMPY_INTERP, "leaves": leaves}):
+                raise FxwidthError(
+                    f"the graph holds only for inputs with {guard}, since the model branches on it. "
+                    "Trace the model with example_inputs like these."
+                )
+        return leaves
+
+
+def _differs(size: int, wanted: int | None) -> bool:
+    return wanted is not None and size != wanted
+
+
+class Outputs(nn.Module):
+    """Puts the tensors that a graph has computed into the object that the model returned."""
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self.structure = structure
+
+    def forward(self, *leaves: Any) -> Any:
+        """Return what the model returns."""
+        return rebuild(self.structure, leaves)
+
+
+def native(structure: Structure, leaves: Sequence[Any]) -> tuple[bool, Any]:
+    """Return whether an fx graph can return a structure without help, and what its output node must hold then."""
+    if isinstance(structure, Leaf):
+        return True, leaves[structure.position]
+    if isinstance(structure, Constant):
+        return isinstance(structure.value, PLAIN), structure.value
+    if not isinstance(structure, Container) or structure.spec.type not in (tuple, list, dict):
+        return False, None
+    parts = [native(part, leaves) for part in structure.parts]
+    if not all(plain for plain, _ in parts):
+        return False, None
+    values = [value for _, value in parts]
+    if structure.spec.type is dict:
+        return True, dict(zip(structure.spec.context, values, strict=True))
+    return True, structure.spec.type(values)
+
+
+def bound_to_placeholders(module: fx.GraphModule, call: Call) -> list[Any]:
+    """Return one value per placeholder of a graph for a call.
+
+    Raises:
+        FxwidthError: the graph does not take this call.
+    """
+    placeholders = module.graph.find_nodes(op="placeholder")
+    codegen = module.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        # A graph of torch.export: one placeholder per tensor, and a function of the model's arguments around it.
+        info = codegen.pytree_info
+        values = _by_name([name for name in info.orig_args if name != "self"], {}, call)
+        leaves = pytree.tree_leaves(list(values.values()))
+        if len(leaves) != len(placeholders):
+            raise FxwidthError(
+                f"example_inputs hold {len(leaves)} values, but the graph was exported for {len(placeholders)}; "
+                "pass inputs of the structure it was exported with."
+            )
+        return leaves
+    defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
+    return list(_by_name([str(node.target) for node in placeholders], defaults, call).values())
+
+
+def _by_name(names: Sequence[str], defaults: Mapping[str, Any], call: Call) -> dict[str, Any]:
+    values = dict(zip(names, call.args, strict=False))
+    unknown = [name for name in call.kwargs if name not in names or name in values]
+    values = {**defaults, **values, **call.kwargs}
+    missing = [name for name in names if name not in values]
+    if missing or unknown or len(call.args) > len(names):
+        given = len(call.args) + len(call.kwargs)
+        detail = f" and {unknown[0]!r} is none of them" if unknown else ""
+        raise FxwidthError(
+            f"the model takes {len(names)} inputs ({', '.join(names)}), but example_inputs has {given}{detail}; "
+            f"{_FORMS}."
+        )
+    return {name: values[name] for name in names}
+
+
+def tensors_of(values: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among the values of placeholders."""
+    return [leaf for leaf in flatten(tuple(values), (Tensor,))[0] if isinstance(leaf, Tensor)]

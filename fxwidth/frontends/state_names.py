@@ -1,0 +1,52 @@
+"""The names of a model's parameters and buffers: its graph has all of them, so that a state dict fits both."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from fxwidth.runtime.tensor_slots import named_tensors, register_at
+from fxwidth.runtime.trace_guards import UntraceableError
+
+
+def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
+    """Give a graph what it lacks of a model's parameters and buffers: what it never uses, and second names.
+
+    Constants of the graph, and tensors that the model does not save, stay out of its state dict. A graph that is one
+    call of the model has the parts of the model beside it, by their own names.
+
+    Args:
+        model: the module.
+        module: its graph, which shares its tensors.
+
+    Raises:
+        UntraceableError: the graph has something else under one of the names.
+    """
+    if any(part is model for part in module.children()):
+        _add_parts(model, module)
+    own = named_tensors(module)
+    for path, tensor in named_tensors(model).items():
+        if own.get(path) is not tensor and register_at(module, path, tensor) is not tensor:
+            raise UntraceableError(f"the graph has something else in the place of the model's {path}")
+    saved = _saved(model)
+    for path, _ in list(module.named_buffers(remove_duplicate=False)):
+        if path not in saved:
+            parent, _, name = path.rpartition(".")
+            module.get_submodule(parent)._non_persistent_buffers_set.add(name)
+
+
+def _add_parts(model: nn.Module, module: fx.GraphModule) -> None:
+    calls = dict(module.named_children())
+    for name in calls:
+        delattr(module, name)
+    # In front, since a parameter that has two names goes by the first of them.
+    for name, part in {**dict(model.named_children()), **calls}.items():
+        module.add_module(name, part)
+
+
+def _saved(model: nn.Module) -> set[str]:
+    """Return the paths of the buffers that are in a model's state dict; `state_dict` itself may do more than tell."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in model.named_modules(remove_duplicate=False)
+        for name in part._buffers.keys() - part._non_persistent_buffers_set
+    }

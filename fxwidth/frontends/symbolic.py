@@ -1,0 +1,266 @@
+"""The first front end: `torch.fx` symbolic tracing of a model for one form of call."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fxwidth.frontends.call_signature import (
+    INPUTS_MODULE,
+    OUTPUTS_MODULE,
+    PLAIN,
+    UNKNOWN,
+    Argument,
+    Inputs,
+    Outputs,
+    Passing,
+    invoke,
+    native,
+)
+from fxwidth.frontends.in_place import written_attribute
+from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
+from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
+from fxwidth.frontends.watched_tensors import TensorWatch, refusing_reads
+from fxwidth.runtime.module_state import restored, stores
+from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
+from fxwidth.runtime.random_states import Generators
+from fxwidth.runtime.trace_guards import (
+    Belongings,
+    UntraceableError,
+    noticing,
+    refuse_context,
+    refuse_iterators,
+)
+
+_PACKED = "fxwidth_packed"
+
+
+def symbolic_graph(
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    *,
+    live_numbers: bool = True,
+    leaves: Collection[nn.Module] = (),
+    failed: list[nn.Module] | None = None,
+) -> fx.GraphModule:
+    """Return the graph of a model, traced by running it on proxies.
+
+    Tensors stay inputs of the graph; flags, None and other objects are fixed, and a call with others is refused.
+
+    Args:
+        model: the module.
+        arguments: those of its forward, with examples or defaults.
+        live_numbers: whether numbers stay inputs too; a model that branches on them cannot be traced so.
+        leaves: submodules that are called as they are.
+        failed: takes the innermost submodule in which tracing ends, if it does.
+    """
+    failed = [] if failed is None else failed
+    belongings = Belongings(model)
+    with restored(model) as held:
+        tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
+        reads = refusing_reads(tracer.watch.is_of_model)
+        with refusing_draws(), noticing(tracer.autocasts), assigned_buffers(), reads, tracer.watch:
+            graph = tracer.trace(model)
+        _refuse_stores(model, failed)
+        belongings.refuse_replaced(failed)
+        root = copy.copy(model)  # with the constants that the tracer keeps in it
+    # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
+    graph._tracer_cls = CodeTracer
+    root._modules = {**model._modules, **tracer.helpers}
+    return fx.GraphModule(root, graph, type(model).__name__)
+
+
+def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
+    """Check that no module has kept what it was traced with: the graph would not keep what it is run with."""
+    for place, part in stores(model, fx.Proxy):
+        failed.append(part)
+        raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
+
+
+def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module]) -> fx.GraphModule:
+    """Return the graph of a model, in which parts that cannot be traced are called as they are.
+
+    A part is the innermost module at which tracing ends. Where that is the model itself, the graph is one call of it,
+    as `model`.
+
+    Args:
+        model: the module.
+        arguments: those of its forward, with examples or defaults.
+        leaves: submodules that are called as they are; takes those that are found.
+    """
+    known = len(leaves)
+    while True:
+        failed: list[nn.Module] = []
+        try:
+            return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed)
+        except Exception:
+            # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
+            if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
+                del leaves[known:]
+                return _one_call(model)
+        leaves.append(failed[0])
+
+
+def _one_call(model: nn.Module) -> fx.GraphModule:
+    """Return a graph that calls a model with the arguments it is given."""
+    graph = fx.Graph()
+    positional: list[fx.Node] = []
+    named: dict[str, Any] = {}
+    for parameter in inspect.signature(model.forward).parameters.values():
+        required = parameter.default is UNKNOWN
+        variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if variable or not (required or isinstance(parameter.default, PLAIN)):
+            continue
+        default = () if required else (parameter.default,)
+        node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
+        if required and parameter.kind != inspect.Parameter.KEYWORD_ONLY:
+            positional.append(node)
+        else:
+            named[parameter.name] = node
+    name = "model"
+    while hasattr(model, name):
+        name += "_"
+    graph.output(graph.call_module(name, tuple(positional), named))
+    return fx.GraphModule({name: model}, graph, type(model).__name__)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(
+        self,
+        arguments: Sequence[Argument],
+        live_numbers: bool,
+        leaves: Collection[nn.Module],
+        failed: list[nn.Module],
+        belongings: Belongings,
+        watch: TensorWatch,
+    ) -> None:
+        super().__init__()
+        self.watch = watch
+        self._failed = failed
+        self.helpers: dict[str, nn.Module] = {}
+        self._arguments = arguments
+        self._live_numbers = live_numbers
+        self._leaves = {id(leaf) for leaf in leaves}
+        self._belongings = belongings
+        self.autocasts: list[Any] = []
+        self._buffers: dict[int, str] = {}
+        self._without_gradients: set[fx.Node] = set()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of a module."""
+        self._buffers = {id(buffer): name for name, buffer in root.named_buffers()}
+        graph = super().trace(root, concrete_args)
+        for node in graph.find_nodes(op="get_attr"):
+            # Of a buffer that code only asks for its shape, or whether it is there.
+            if not node.users and node in self._without_gradients:
+                graph.erase_node(node)
+        return graph
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
+        """Add a node to the graph."""
+        operands: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), operands.append)
+        is_constant = kind == "get_attr" and target in self._buffers.values()
+        is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
+        refuse_context(self.autocasts, not is_constant)
+        node = super().create_node(kind, target, args, kwargs, *rest, **named)
+        if (written_attribute(node) or "").startswith("_tensor_constant"):
+            raise UntraceableError(f"{target} writes to a tensor that was made while tracing, and not at every call")
+        if is_constant:
+            self._without_gradients.add(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what stands for the value of a node."""
+        return TracerProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what stands for an attribute of a module."""
+        name = self._buffers.get(id(attr_val))
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            factory = partial(BufferProxy, tracer=self, buffer=attr_val)
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=factory)
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for a value among the arguments of a node."""
+        self.watch.refuse_computed(a)
+        if isinstance(a, tuple) and isinstance(a, PackedSequence):
+            # Its constructor looks at what it is given, which proxies cannot tell.
+            leaves, structure = flatten(a)
+            packs = sum(name.startswith(_PACKED) for name in self.helpers)
+            return self._helper(f"{_PACKED}_{packs}", Outputs(structure), leaves).node
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a module is called as it is."""
+        return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a submodule, or call it as it is."""
+        try:
+            if self.is_leaf_module(m, ""):
+                self._belongings.refuse_others(m)
+                return super().call_module(m, forward, args, kwargs)
+            generators = Generators()
+            result = super().call_module(m, forward, args, kwargs)
+            refuse_draws(generators)
+            return result
+        except Exception:
+            if not self._failed and id(m) not in self._leaves:
+                self._failed.append(m)
+            raise
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],  # noqa: ARG002 - fx's arguments
+        is_module: bool,  # noqa: ARG002
+        concrete_args: Any = None,  # noqa: ARG002
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return the function to trace and what to call it with: the model on proxies for its arguments."""
+        proxies = [
+            self.create_proxy("placeholder", argument.name, argument.default, {}) for argument in self._arguments
+        ]
+        taken_apart = [i for i, argument in enumerate(self._arguments) if not self._is_live(argument)]
+        values = list(proxies)
+        if taken_apart:
+            tensors, structures = flatten_each(self._arguments[i].value for i in taken_apart)
+            helper = Inputs([self._arguments[i].name for i in taken_apart], structures)
+            result: Any = self._helper(INPUTS_MODULE, helper, [proxies[i] for i in taken_apart])
+            # The model may write to what it is given, such as an empty cache.
+            opened = rebuild_each(copy.deepcopy(structures), [result[i] for i in range(len(tensors))])
+            for i, value in zip(taken_apart, opened, strict=True):
+                values[i] = value
+
+        def run(root: nn.Module) -> Any:
+            # As a call of the model does: it may have hooks, and a forward of its own put over that of its class.
+            return self._answer(invoke(root._call_impl, self._arguments, values))
+
+        return run, [self.root]
+
+    def _is_live(self, argument: Argument) -> bool:
+        value = argument.value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_given = argument.passing is not Passing.LEFT_OUT
+        return value is UNKNOWN or isinstance(value, Tensor) or (number and is_given and self._live_numbers)
+
+    def _answer(self, result: Any) -> Any:
+        refuse_iterators(result)
+        leaves, structure = flatten(result)
+        plain, value = native(structure, leaves)
+        return value if plain else self._helper(OUTPUTS_MODULE, Outputs(structure), leaves)
+
+    def _helper(self, name: str, helper: nn.Module, proxies: Sequence[fx.Proxy]) -> fx.Proxy:
+        self.helpers[name] = helper
+        result: fx.Proxy = self.create_proxy("call_module", name, tuple(proxies), {})
+        return result

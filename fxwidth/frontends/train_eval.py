@@ -1,0 +1,209 @@
+"""Tracing in both modes: one graph for `train()` and `eval()`, as far as the two are one network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxwidth.errors import FxwidthWarning
+from fxwidth.frontends.call_signature import Inputs, Outputs
+from fxwidth.frontends.export import Region
+from fxwidth.frontends.random_draws import ALMOST_ONE, drawing
+from fxwidth.frontends.train_eval_alignment import DifferentError, align, path_of
+from fxwidth.frontends.train_eval_merge import InTraining, TrainingFlag, Writer, follow_flags
+from fxwidth.recording.tape import evaluating, training
+from fxwidth.runtime.tensor_slots import tensor_slots
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what of a mode it does not follow.
+
+    Attributes:
+        module: the graph.
+        unfollowed: what it does not follow, in words; None where it follows both modes.
+        untraceable: whether that is for want of a trace of the other mode, so that another front end may do better.
+    """
+
+    module: fx.GraphModule
+    unfollowed: str | None = None
+    untraceable: bool = False
+
+
+# Takes the submodules that are to be called as they are, to which it may add, and a list for the one in which it fails.
+Tracer = Callable[[list[nn.Module], list[nn.Module]], fx.GraphModule]
+
+
+def in_both_modes(model: nn.Module, trace: Tracer, *, takes_leaves: bool) -> Traced:
+    """Return a traced graph that follows `train()` and `eval()`.
+
+    The model is traced in both modes. Where the two graphs differ in numbers and flags (dropout, batch norm), the graph
+    chooses them by its mode; where training does more with a value on its way, that is a part of the graph which runs
+    in training alone. A module without tensors of its own that differs by more than numbers is called as it is, if the
+    front end can do that, and so is the innermost one in which the graphs differ by more, or training cannot be traced.
+    Otherwise the graph is that of the model's present mode, in which only dropout and batch norm follow its mode.
+
+    Args:
+        model: the module. Its training mode is the modes its parts are in, where it is in training mode itself.
+        trace: traces the model in the mode it is in.
+        takes_leaves: whether submodules can be called as they are.
+    """
+    leaves: list[nn.Module] = []
+    while True:
+        known = len(leaves)
+        modes = _BothModes(model, trace, leaves, takes_leaves)
+        traced = modes.merged()
+        leaves += [part for part in modes.wanted if all(part is not leaf for leaf in leaves)]
+        if traced is not None and len(leaves) == known:
+            break
+    traced.module.training = model.training
+    for part in traced.module.children():
+        if isinstance(part, (TrainingFlag, InTraining, Inputs, Outputs)):
+            part.train(model.training)
+        elif isinstance(part, Region):
+            part.training = model.training
+    return traced
+
+
+class _BothModes:
+    """A model traced in both modes.
+
+    Attributes:
+        wanted: the submodules that had better be called as they are.
+    """
+
+    def __init__(self, model: nn.Module, trace: Tracer, leaves: list[nn.Module], takes_leaves: bool) -> None:
+        self._model = model
+        self._trace = trace
+        self._leaves = leaves
+        self._takes_leaves = takes_leaves
+        self._drawn: str | None = None
+        self.wanted: list[nn.Module] = []
+
+    def merged(self) -> Traced | None:
+        """Return a graph for both modes as far as that goes, or None where it takes the wanted leaves."""
+        evaluated, error = self._in_mode(False)
+        if error is not None and not self._model.training:
+            raise error
+        failed: list[nn.Module] = []
+        trained, other_error = self._in_mode(True, failed)
+        if other_error is not None and evaluated is not None:
+            self._want(*failed)
+        if other_error is not None and self._model.training:
+            if self.wanted:
+                return None
+            raise other_error
+        if evaluated is None or trained is None:
+            mode, reason = (False, error) if evaluated is None else (True, other_error)
+            assert reason is not None
+            return self._present(evaluated, trained, f"in {_NAMES[mode]} it cannot be traced ({_first_line(reason)})")
+        whole = [_is_one_call(graph, self._model) for graph in (evaluated, trained)]
+        if whole[self._model.training]:
+            return Traced(trained if self._model.training else evaluated)
+        if any(whole):
+            return self._present(evaluated, trained, f"in {_NAMES[whole[True]]} it can only be called as a whole")
+        try:
+            alignment = align(evaluated, trained)
+        except DifferentError as different:
+            self._want(_owner(self._model, *different.nodes))
+            place = path_of(different.nodes[1])
+            return self._present(evaluated, trained, f"{different}{f', in {place}' if place else ''}")
+        for region in alignment.regions:
+            owner = _owner(self._model, *region.nodes) if region.nodes else None
+            self._want(owner if owner is None or not tensor_slots(owner) else None)
+        Writer(evaluated, trained, alignment).run()
+        return Traced(evaluated, self._drawn)
+
+    def _want(self, *parts: nn.Module | None) -> None:
+        if self._takes_leaves:
+            known = [self._model, *self._leaves]
+            self.wanted += [part for part in parts if part is not None and all(part is not one for one in known)]
+
+    def _present(self, evaluated: fx.GraphModule | None, trained: fx.GraphModule | None, told: str) -> Traced:
+        module = trained if self._model.training else evaluated
+        assert module is not None
+        mode = self._model.training
+        follow_flags(module, mode)
+        told = f"{told}; the graph is that of {_NAMES[mode]}, in which only dropout and batch norm follow the mode"
+        return Traced(module, told, untraceable=evaluated is None or trained is None)
+
+    def _in_mode(
+        self, mode: bool, failed: list[nn.Module] | None = None
+    ) -> tuple[fx.GraphModule | None, Exception | None]:
+        """Trace the model in a mode; return its graph, or why there is none."""
+        model = self._model
+        failed = [] if failed is None else failed
+        with nullcontext() if mode == model.training else training(model) if mode else evaluating(model):
+            try:
+                return self._trace(self._leaves, failed), None
+            except Exception as error:
+                graph = None if self._takes_leaves else self._as_if_drawn(mode)
+                return graph, error if graph is None else None
+
+    def _as_if_drawn(self, mode: bool) -> fx.GraphModule | None:
+        """Trace the model where single random numbers decide what is run: as if these were as high as can be."""
+        with drawing(ALMOST_ONE) as drawers:
+            graph = _or_none(lambda: self._trace([], []))
+        if graph is None or not drawers:
+            return None
+        with drawing(0.0):
+            low = _or_none(lambda: self._trace([], []))
+        if low is None or low.code != graph.code:
+            names = {id(part): f"{type(part).__name__} {name!r}" for name, part in self._model.named_modules() if name}
+            place = names.get(id(drawers[0]), type(self._model).__name__)
+            self._drawn = (
+                f"in {_NAMES[mode]} a random number decides what {place} runs, as layer drop does, and the graph runs "
+                "what that runs for numbers near 1"
+            )
+        return graph
+
+
+_NAMES = {True: "training", False: "evaluation"}
+
+
+def _is_one_call(graph: fx.GraphModule, model: nn.Module) -> bool:
+    """Tell whether a graph calls the model itself, which knows its mode."""
+    return any(child is model for child in graph.children())
+
+
+def _or_none(trace: Callable[[], fx.GraphModule]) -> fx.GraphModule | None:
+    try:
+        return trace()
+    except Exception:
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def _owner(model: nn.Module, *nodes: fx.Node) -> nn.Module | None:
+    """Return the innermost submodule whose code made all of some nodes, or None where that is the model itself."""
+    paths = [path_of(node).split(".") for node in nodes]
+    common = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    path = ".".join(common)
+    try:
+        return model.get_submodule(path) if path else None
+    except AttributeError:
+        return None
+
+
+def warn_of_modes(model: nn.Module, unfollowed: str | None) -> None:
+    """Warn where a graph does not follow `train()` and `eval()` as its model does."""
+    if unfollowed is not None:
+        warnings.warn(
+            f"The graph of {type(model).__name__} does not do in train() and eval() all that the model does there: "
+            f"{unfollowed}. Trace the model in the mode that is wanted, switch off what differs, or put it into a "
+            "submodule of its own that takes a tensor and returns one.",
+            FxwidthWarning,
+            stacklevel=5,
+        )

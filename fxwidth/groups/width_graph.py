@@ -1,0 +1,326 @@
+"""Channel groups: the units that are resized, found from the axes of an analysis."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.least_widths import Least, least_widths
+from fxwidth.analysis.roles import Role, Roles, find_roles
+from fxwidth.axes.factors import Factor, term_size
+from fxwidth.axes.pins import BATCH, LOST, STRUCTURAL, UNUSED, Pin
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.drawing import draw
+from fxwidth.groups.explanations import told_pin
+from fxwidth.growth.recipes import Growth, find_growth
+from fxwidth.runtime.gc_pause import without_collections
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dim of one parameter or buffer in which a group occurs, and what it does there."""
+
+    parameter: str
+    dim: int
+    role: Role
+
+
+@dataclass(eq=False)
+class ChannelGroup:
+    """One factor and every place it occurs: the channels that are added and removed together.
+
+    Attributes:
+        name: the writer that comes first, with a number where that dim holds several groups.
+        width: the number of channels.
+        sites: where the group occurs in parameters and buffers.
+        pinned: why the width must stay, or None.
+        mixed: the op that reduces over the channels (norm, softmax, mean), so that removing some changes the others.
+        least: below which width no resize goes, and why: a variance, a norm or a softmax over fewer tells nothing.
+    """
+
+    name: str
+    width: int
+    sites: tuple[Site, ...]
+    pinned: str | None
+    mixed: str | None
+    factor: Factor
+    find_growth: Callable[[], Growth]
+    least: Least
+
+    @cached_property
+    def growth(self) -> Growth:
+        """How new channels are made; found on first use, since it reads the whole tape."""
+        return self.find_growth()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing is known any more of a group of width one but where it was."""
+        return self.factor.pinned is not None and self.factor.pinned.reason.startswith(LOST)
+
+    @property
+    def inexact_growth(self) -> str | None:
+        """None, or why new channels cannot be added without changing the function."""
+        return self.growth.inexact
+
+    def sites_as(self, role: Role) -> list[Site]:
+        """Return the sites of one role."""
+        return [site for site in self.sites if site.role == role]
+
+
+class WidthGraph:
+    """The channel groups of a graph, and the reasons for them."""
+
+    @without_collections()
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.memo: dict[Any, Any] = {}
+        self.roles: Roles = find_roles(analysis)
+        _pin_unused(analysis)
+        self.groups: list[ChannelGroup] = list(_build_groups(analysis, self.roles))
+        self.groups += _lost_groups(analysis, {group.name for group in self.groups})
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        """Return a group by name.
+
+        Raises:
+            FxwidthError: there is no such group; the message proposes the nearest names.
+        """
+        found = self._by_name.get(name)
+        if found is None:
+            near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.3)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else "."
+            raise FxwidthError(f"there is no channel group {name!r}{hint} print(fxwidth.analyze(gm)) lists all groups.")
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @property
+    def free(self) -> list[ChannelGroup]:
+        """The groups that can be resized."""
+        return [group for group in self.groups if group.pinned is None]
+
+    @cached_property
+    def _by_name(self) -> dict[str, ChannelGroup]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def graph(self) -> nx.MultiGraph:
+        """Factors as vertices; each edge is a coupling, with the op and fx node that made it as `context`."""
+        graph = nx.MultiGraph()
+        for name, entry in self.analysis.parameters.items():
+            for dim, origin in enumerate(entry.origins):
+                if origin is not None:
+                    graph.add_node(origin, label=f"{name} dim {dim}")
+        for link in self.analysis.space.links:
+            graph.add_edge(link.first, link.second, context=link.context)
+        return graph
+
+    def explain(self, a: str, b: str) -> str:
+        """Tell why two dims share channels.
+
+        Args:
+            a: a group's name, or a parameter's name and dim as in "conv1.weight:0".
+            b: likewise.
+
+        Raises:
+            FxwidthError: a name is not known, or the graph has changed since it was analysed.
+        """
+        self.refuse_outdated()
+        first, second = self._origin(a), self._origin(b)
+        common = set(self.analysis.space.leaves(first)) & set(self.analysis.space.leaves(second))
+        if not common:
+            return f"{first.name} and {second.name} share no channels."
+        path = nx.shortest_path(self.graph, first, second)
+        hops = [f"  {one.name} - {two.name}: {self._context(one, two)}" for one, two in nx.utils.pairwise(path)]
+        axis = self.analysis.space.normalise(((first,),))
+        shared = sum(term_size(term) for term in axis if common.intersection(self.analysis.space.factors((term,))))
+        return "\n".join([f"{first.name} and {second.name} share {shared} channels:", *hops])
+
+    def why_pinned(self, group: ChannelGroup | str) -> str:
+        """Tell why a group keeps its width: the op, the node, and what would free it.
+
+        Args:
+            group: a group, its name, or a parameter's name and dim as in "conv1.weight:0".
+
+        Raises:
+            FxwidthError: a name is not known, or the graph has changed since it was analysed.
+        """
+        self.refuse_outdated()
+        name = group if isinstance(group, str) else group.name
+        leaves = [self[name].factor] if name in self else self.analysis.space.leaves(self._origin(name))
+        return "\n\n".join(self._told(name, leaf) for leaf in dict.fromkeys(leaves))
+
+    def draw(self, path: str | Path) -> None:
+        """Draw the groups over the graph, as SVG or PNG by the suffix of `path`; this needs matplotlib.
+
+        Raises:
+            FxwidthError: the suffix is another, the folder does not exist, matplotlib is not installed, or the graph
+                has changed since it was analysed.
+        """
+        self.refuse_outdated()
+        draw(self, path)
+
+    @property
+    def outdated(self) -> str | None:
+        """None, or what has changed of the graph since it was analysed; values of tensors may change."""
+        seen = self.analysis.seen
+        return None if seen is None else seen.change(self.analysis.module)
+
+    def refuse_outdated(self) -> None:
+        """Check that the graph is what was analysed.
+
+        Raises:
+            FxwidthError: it has been resized or changed since.
+        """
+        if (change := self.outdated) is not None:
+            raise FxwidthError(
+                f"the graph has changed since it was analysed: {change}. Call fxwidth.analyze(gm) again; "
+                "plans and groups are those of the graph as it was."
+            )
+
+    def _told(self, name: str, leaf: Factor) -> str:
+        pin = _pin_of(leaf)
+        if pin is None:
+            return f"{name!r} is free: its width of {leaf.size} can change."
+        origins = ((path, entry.origins) for path, entry in self.analysis.parameters.items())
+        places = [
+            f"{path} dim {dim}"
+            for path, own in origins
+            for dim, origin in enumerate(own)
+            if origin is not None and leaf in self.analysis.space.leaves(origin)
+        ]
+        return told_pin(name, leaf.size, places, pin, self.analysis.module)
+
+    def _context(self, one: Factor, two: Factor) -> str:
+        return next(iter(self.graph[one][two].values()))["context"] or "the same parameter"
+
+    def _origin(self, name: str) -> Factor:
+        parameter, _, dim = name.rpartition(":")
+        if parameter in self.analysis.parameters and dim.isdigit():
+            origins = self.analysis.parameters[parameter].origins
+            if int(dim) < len(origins) and (origin := origins[int(dim)]) is not None:
+                return origin
+            raise FxwidthError(f"{parameter} has no dim {dim} of size above one.")
+        group = self[name]
+        site = next(iter(group.sites_as(Role.WRITER)), group.sites[0])
+        origin = self.analysis.parameters[site.parameter].origins[site.dim]
+        # Of a group that is lost there is no more.
+        return group.factor if origin is None else origin
+
+    def __str__(self) -> str:
+        """Return a table of the groups, and first whether the graph has changed since."""
+        rows = [("group", "width", "writers", "readers", "notes")]
+        for group in self.groups:
+            notes = [f"pinned: {group.pinned}"] if group.pinned else []
+            notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
+            writers = len({site.parameter for site in group.sites_as(Role.WRITER)})
+            readers = len({site.parameter for site in group.sites_as(Role.READER)})
+            rows.append((group.name, str(group.width), str(writers), str(readers), "; ".join(notes)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+        ]
+        if (change := self.outdated) is not None:
+            lines.insert(0, f"outdated: {change}; call fxwidth.analyze(gm) again")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _pin_unused(analysis: Analysis) -> None:
+    # A parameter the tape never touches looks free, but nothing says what depends on its shape.
+    used = {id(tensor) for call in analysis.calls for tensor in call.inputs}
+    for entry in analysis.parameters.values():
+        if id(entry.fake) not in used:
+            analysis.space.context = ""
+            for axis in entry.axes:
+                analysis.space.pin(axis, UNUSED)
+
+
+def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
+    sites: dict[Factor, list[Site]] = {}
+    names: dict[Factor, str] = {}
+    shared = _group_factors(analysis, roles)
+    for parameter, entry in analysis.parameters.items():
+        for dim, origin in enumerate(entry.origins):
+            if origin is None:
+                continue
+            leaves = list(dict.fromkeys(analysis.space.leaves(origin)))
+            role = roles.by_dim.get((parameter, dim), Role.PER_CHANNEL)
+            for number, leaf in enumerate(leaves):
+                own_role = Role.PER_CHANNEL if (parameter, dim, leaf) in shared else role
+                sites.setdefault(leaf, []).append(Site(parameter, dim, own_role))
+                if role == Role.WRITER and leaf not in names:
+                    names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)
+    taken: set[str] = set()
+    least = least_widths(analysis)
+    for leaf, places in sites.items():
+        if leaf.pinned is not None and leaf.pinned.reason in STRUCTURAL:
+            continue
+        name = names.get(leaf) or _name(places[0].parameter, places[0].dim, None)
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        pin = _pin_of(leaf)
+        pinned = None if pin is None else str(pin)
+        recipe = partial(Growth, inexact=f"pinned: {pinned}") if pinned else partial(find_growth, analysis, roles, leaf)
+        yield ChannelGroup(
+            name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe, least.get(leaf, Least(1, ""))
+        )
+
+
+def _lost_groups(analysis: Analysis, taken: Collection[str]) -> Iterator[ChannelGroup]:
+    for lost in analysis.lost:
+        name = lost.name
+        while name in taken:
+            name += "'"
+        factor = Factor(1, name)
+        factor.pinned = Pin(lost.why)
+        sites = tuple(Site(parameter, dim, Role.PER_CHANNEL) for parameter, dim in lost.dims)
+        recipe = partial(Growth, inexact=f"pinned: {lost.why}")
+        yield ChannelGroup(name, 1, sites, lost.why, None, factor, recipe, Least(1, ""))
+
+
+def _pin_of(leaf: Factor) -> Pin | None:
+    return Pin(BATCH) if leaf.is_batch else leaf.pinned
+
+
+def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Factor]]:
+    """Return the occurrences of convolution groups in writers: such a factor is in the channels read and written."""
+    result = set()
+    for reading in roles.readings:
+        signal_axis = reading.call.axes[id(reading.activation)][reading.activation_dim]
+        entry = analysis.parameters[reading.parameter]
+        own = set(analysis.space.factors(entry.axes[reading.parameter_dim]))
+        through = set(analysis.space.factors(signal_axis)) - own
+        for dim, axis in enumerate(entry.axes):
+            if dim != reading.parameter_dim:
+                result |= {
+                    (reading.parameter, dim, factor) for factor in analysis.space.factors(axis) if factor in through
+                }
+    return result
+
+
+def _name(parameter: str, dim: int, number: int | None) -> str:
+    name = parameter.removesuffix(".weight") + (f":{dim}" if dim else "")
+    return name if number is None else f"{name}#{number}"
+
+
+def refuse_other_than_groups(value: object) -> None:
+    """Check that a value is what `fxwidth.analyze` returns, of a graph as it is now.
+
+    Raises:
+        FxwidthError: it is something else, such as the module itself, or the graph has changed since.
+    """
+    if not isinstance(value, WidthGraph):
+        raise FxwidthError(
+            f"the channel groups of a graph are needed, but received {type(value).__name__}; "
+            "pass what fxwidth.analyze(gm) returns."
+        )
+    value.refuse_outdated()

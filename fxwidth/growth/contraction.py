@@ -1,0 +1,310 @@
+"""How new channels pass ops that sum over some dims: products, norms, reductions. Here they may reach old ones."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fxwidth.growth.states import (
+    ALL_ZERO,
+    CONSTANT,
+    AxisFacts,
+    CallView,
+    DirectionlessError,
+    Result,
+    State,
+    follow,
+    meet,
+    multiplied,
+    passed,
+    transfer,
+)
+from fxwidth.recording.tape import OpCall
+from fxwidth.rules.normalization import weight_norm_dim
+
+# -- matrix products and convolutions ------------------------------------------------------------------------------
+
+
+def _product(c: CallView, left: str, right: str, formula: str) -> list[State]:
+    """Return the states of a sum of products written as an einsum formula."""
+    operands, result = formula.split("->")
+    one, other = operands.split(",")
+    left_states, right_states = c.states(left), c.states(right)
+    for letter in set(one) - set(result):
+        c.contract(left, one.index(letter), right, other.index(letter))
+    row = []
+    for letter in result:
+        sides = [s[term.index(letter)] for s, term in ((left_states, one), (right_states, other)) if letter in term]
+        row.append(multiplied(*sides) if len(sides) == 2 else sides[0])
+    return row
+
+
+_PRODUCTS = {
+    "mm": ("self", "mat2", "ik,kj->ij"),
+    "bmm": ("self", "mat2", "bik,bkj->bij"),
+    "mv": ("self", "vec", "ik,k->i"),
+    "dot": ("self", "tensor", "k,k->"),
+    "vdot": ("self", "other", "k,k->"),
+    "addmm": ("mat1", "mat2", "ik,kj->ij"),
+    "baddbmm": ("batch1", "batch2", "bik,bkj->bij"),
+}
+
+
+@transfer("mm", "bmm", "mv", "dot", "vdot")
+def _plain_product(c: CallView) -> Result:
+    return [_product(c, *_PRODUCTS[c.call.name])]
+
+
+@transfer("addmm", "baddbmm")
+def _product_with_bias(c: CallView) -> Result:
+    row = _product(c, *_PRODUCTS[c.call.name])
+    bias = c.states("self")
+    bias = [CONSTANT] * (len(row) - len(bias)) + bias
+    return [[state & added for state, added in zip(row, bias, strict=True)]]
+
+
+@transfer("_grouped_mm", "transformers::grouped_mm_fallback")
+def _grouped_product(c: CallView) -> Result:
+    rows, weights = c.call.inputs[:2]
+    c.contract(rows, 1, weights, 1)
+    return [[c.states(rows)[0], c.states(weights)[2]]]
+
+
+@transfer("convolution", "_convolution")
+def _convolution(c: CallView) -> Result:
+    """Tell the groups, which are not summed over, from the channels read and written per group."""
+    reads, writes = (0, 1) if c["transposed"] else (1, 0)
+    groups, read, written = convolution_parts(c.call, c.facts)
+    if read:
+        c.contract("input", 1, "weight", reads)
+    signals, weights = c.states("input"), c.states("weight")
+    channels = multiplied(signals[1], weights[0]) if groups else ALL_ZERO
+    channels &= weights[writes] if written else ALL_ZERO
+    channels &= c.entry("bias")
+    # Samples, and positions under a kernel of size one, are treated alike; a bias adds the same to all of them.
+    kept = CONSTANT if "bias" in c else ALL_ZERO
+    return c.each_output(lambda dim: channels if dim == 1 else signals[dim] & kept)
+
+
+def convolution_parts(call: OpCall, facts: AxisFacts) -> tuple[int, int, int]:
+    """Return how often the factor is in a convolution's groups, and in what it reads and writes per group.
+
+    What comes in is groups * read, what goes out groups * written; the weight's dim 1 holds one of the latter alone.
+    """
+    arguments = call.arguments
+    into = facts.multiplicity(call.axes[id(arguments["input"])][1])
+    out = facts.multiplicity(call.output_axes[0][1])
+    own = facts.multiplicity(call.axes[id(arguments["weight"])][1])
+    groups = out - own if arguments["transposed"] else into - own
+    return groups, into - groups, out - groups
+
+
+@transfer("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@transfer("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "fxwidth::attention")
+def _attention(c: CallView) -> Result:
+    """Let new channels of values through, which are summed alike; those of queries and keys must meet zeros."""
+    operands = [c[name] for name in ("query", "key", "value", "attn_mask", "attn_bias") if _is_given(c, name)]
+    if any(c.facts.carries(c.axes(tensor)[dim]) for tensor, dim in _summed_positions(c)):
+        c.refuse("its softmax sees new entries")
+    c.contract("query", len(c.axes("query")) - 1, "key", len(c.axes("key")) - 1)
+    value = c.states("value")
+    output, *rest = c.everywhere(State.ANY)
+
+    def beside(dim: int) -> State:
+        """Return the state along a dim that is not summed over: what all operands agree on, or values of zero."""
+        from_end = len(output) - dim
+        common = meet(_from_end(c.states(tensor), from_end) for tensor in operands)
+        return passed(common, State.ANY) | (_from_end(value, from_end) & State.ZERO if from_end > 2 else State.ANY)
+
+    return [(*map(beside, range(len(output) - 1)), value[-1]), *rest]
+
+
+@transfer("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+def _cell(c: CallView) -> Result:
+    """Let new units through: each sees itself alone, and stays zero where its gates and its past are."""
+    operands = c.call.inputs
+    *_, workspace = c.everywhere(State.ANY)
+
+    def unit(dim: int) -> State:
+        return passed(meet(_from_end(c.states(tensor), 2 - dim) for tensor in operands), State.ZERO)
+
+    return [*c.each_output(unit)[:-1], workspace]
+
+
+def _is_given(c: CallView, name: str) -> bool:
+    return c.call.arguments.get(name) is not None
+
+
+def _summed_positions(c: CallView) -> list[tuple[Tensor, int]]:
+    """Return the dims over which the softmax runs and the values are summed."""
+    masks = [c[name] for name in ("attn_mask", "attn_bias") if _is_given(c, name)]
+    places = [(c["key"], len(c.axes("key")) - 2), (c["value"], len(c.axes("value")) - 2)]
+    return places + [(mask, len(c.axes(mask)) - 1) for mask in masks if c.axes(mask)]
+
+
+def _from_end(states: list[State], place: int) -> State:
+    return states[-place] if place <= len(states) else CONSTANT
+
+
+# -- norms ---------------------------------------------------------------------------------------------------------
+
+
+@transfer("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+@transfer("_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm")
+def _batch_norm(c: CallView) -> Result:
+    for mixing in c.call.mixings:
+        if c.facts.carries(c.axes(mixing.tensor)[mixing.dim]):
+            c.refuse("its batch norm normalises over new entries")
+    kept = c.states("input")[1] & c.entry("bias") & c.entry("running_mean") & State.ZERO
+    own = [kept if dim == 1 and c.facts.carries(a) else State.ANY for dim, a in enumerate(c.axes("input"))]
+    _, *saved = c.everywhere(State.ANY)
+    return [tuple(own), *saved]
+
+
+def _normalised_dims(c: CallView) -> range:
+    rank = len(c.axes("input"))
+    return range(rank - len(c["normalized_shape"]), rank)
+
+
+def _rescale(c: CallView, kind: str) -> None:
+    weight = c.call.arguments.get("weight")
+    conflict = "has no gain that could be rescaled" if weight is None else c.observer.gain_conflict(weight)
+    if conflict is not None:
+        c.refuse(f"its {kind} {conflict}")
+    if any(map(c.observer.is_used, c.call.outputs[1:])):
+        c.refuse(f"the statistics of its {kind} are used elsewhere")
+    c.observer.gain_rescaled(c.call)
+
+
+@transfer("native_layer_norm")
+def _layer_norm(c: CallView) -> Result:
+    """Keep the mean by new entries at the mean; the variance falls by n / n', gain and eps make up for it."""
+    states, axes, dims = c.states("input"), c.axes("input"), _normalised_dims(c)
+    inside = [dim for dim in dims if c.facts.carries(axes[dim])]
+    for dim in inside:
+        if c.facts.is_sum(axes[dim]):
+            c.refuse("its layer norm sees several concatenated parts")
+        if not c.facts.is_bare(axes[dim]) or any(c.tensor("input").shape[d] != 1 for d in dims if d != dim):
+            c.refuse("its layer norm runs over more than these channels")
+        if not states[dim] & State.MEAN:
+            c.refuse("its layer norm sees new channels that cannot be at the mean of the others")
+        _rescale(c, "layer norm")
+    bias = c["bias"]
+
+    def normalised(dim: int) -> State:
+        if dim in inside:
+            return State.ZERO & (ALL_ZERO if bias is None else c.states(bias)[dim - dims[0]])
+        return passed(states[dim], State.ANY)
+
+    return c.each_output(normalised)
+
+
+@transfer("_fused_rms_norm", "fxwidth::rms_norm")
+def _rms_norm(c: CallView) -> Result:
+    """Keep the sum of squares by new entries of zero; the mean square falls, gain and eps make up for it."""
+    states, axes = c.states("input"), c.axes("input")
+    for dim in _normalised_dims(c):
+        if c.facts.carries(axes[dim]):
+            c.need_zero("input", dim, "its RMS norm sees new channels that cannot be zero")
+            _rescale(c, "RMS norm")
+    return c.each_output(lambda dim: passed(states[dim], State.ZERO))
+
+
+@transfer("_weight_norm_interface", "fxwidth::weight_norm")
+def _weight_norm(c: CallView) -> Result:
+    """Let zeros in where the norm runs over them; a slice of zeros has no direction, but its length may be zero."""
+    own = weight_norm_dim(c.call)
+    directions = c.states("v")
+    for dim in c.carrying("v"):
+        if dim != own:
+            c.need_zero_weight("v", dim, "its weight norm sees new channels that cannot be zero")
+        elif directions[dim] & State.ZERO:
+            reason = "it divides new channels that are zero by their norm"
+            raise DirectionlessError(f"{reason} ({c.place})", c["v"], c["g"], dim)
+    row = [CONSTANT if state & State.UNIFORM else state & State.ZERO for state in directions]
+    if own is not None:
+        row[own] = c.states("g")[own] & State.ZERO if c.facts.carries(c.axes("v")[own]) else CONSTANT
+    return [row, *c.everywhere(State.ANY)[1:]]
+
+
+@transfer("native_group_norm")
+def _group_norm(c: CallView) -> Result:
+    """Let whole groups in; more channels per group change the statistics of that group."""
+    states, axes = c.states("input"), c.axes("input")
+    grows_groups = c.facts.carries(c.outputs[1][1][1])
+    if c.facts.repeats(axes[1]) or (c.facts.carries(axes[1]) and not grows_groups):
+        c.refuse("its group norm reduces over new channels together with old ones of their group")
+    if any(map(c.facts.carries, axes[2:])):
+        c.refuse("its group norm reduces over new entries")
+    kept = State.ZERO & states[1] & c.entry("bias") if grows_groups else State.ANY
+    output, *statistics = c.everywhere(State.ANY)
+    return [(output[0], kept, *output[2:]), *statistics]
+
+
+# -- reductions ----------------------------------------------------------------------------------------------------
+
+_REDUCTIONS = {
+    "sum": "it sums over new channels, which cannot be zero",
+    "vector norm": "its vector norm sees new channels that cannot be zero",
+    "mean": "it takes the mean over new channels, which cannot be at the mean of the others",
+}
+_LINEAR = frozenset({"sum", "nansum", "mean"})
+_EXTREMA = frozenset({"amax", "amin", "max", "min"})
+_ZERO_AT_ZERO = _EXTREMA | {"linalg_vector_norm", "norm", "prod", "var", "std"}
+
+
+@transfer("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "any", "all", "logsumexp")
+@transfer("linalg_vector_norm", "norm", "prod")
+def _reduction(c: CallView) -> Result:
+    for mixing in c.call.mixings:
+        if c.facts.carries(c.axes(mixing.tensor)[mixing.dim]):
+            _check_mixing(c, mixing.kind, mixing.dim)
+    gone = {mixing.dim for mixing in c.call.mixings}
+    name = c.call.name
+    kept = ALL_ZERO if name in _LINEAR else State.ZERO if name in _ZERO_AT_ZERO else State.ANY
+    states = c.states("self")
+    keeps_dims = len(c.outputs[0][1]) == len(states)
+    row = [passed(state, kept) for dim, state in enumerate(states) if keeps_dims or dim not in gone]
+    return [row] * len(c.outputs)
+
+
+def _check_mixing(c: CallView, kind: str, dim: int) -> None:
+    axis = c.axes("self")[dim]
+    if kind == "mean":
+        if not c.facts.is_product(axis):
+            c.refuse("it takes the mean over several concatenated parts")
+        if not c.states("self")[dim] & State.MEAN:
+            c.refuse(_REDUCTIONS[kind])
+    elif kind == "sum" or (kind == "vector norm" and _ignores_zeros(c)):
+        c.need_zero("self", dim, _REDUCTIONS[kind])
+    elif c.call.name == "any":
+        c.need_zero("self", dim, "it asks whether any new channel is set")
+    elif not (c.call.name in _EXTREMA and c.states("self")[dim] & State.MEAN):
+        # A mean is never beyond the extremes.
+        c.refuse(f"it takes a {kind} over new channels")
+
+
+def _ignores_zeros(c: CallView) -> bool:
+    order = c.call.arguments.get("ord", c.call.arguments.get("p", 2))
+    return order is None or (isinstance(order, (int, float)) and order >= 0)
+
+
+@transfer("max", "min", "argmax", "argmin")
+def _extremum(c: CallView) -> Result:
+    if c.call.mixings:
+        return _reduction(c)
+    if "other" in c:
+        return c.everywhere(State.ANY)
+    return follow(c, c["self"], State.ZERO)
+
+
+@transfer("_softmax", "_log_softmax", "_safe_softmax")
+def _softmax(c: CallView) -> Result:
+    dim = c["dim"] % max(1, len(c.axes("self")))
+    if c.facts.carries(c.axes("self")[dim]):
+        c.refuse("its softmax sees new channels")
+    return follow(c, c["self"], State.ANY)
+
+
+@transfer("cumprod", "sort", "cummax", "cummin", "topk")
+def _ordered(c: CallView) -> Result:
+    return follow(c, c["self"], State.ZERO)

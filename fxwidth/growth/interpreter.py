@@ -1,0 +1,260 @@
+"""Running the tape on states: from what stands in the new slots of parameters to where new channels arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.roles import Roles
+from fxwidth.axes.factors import Axis, Factor, FactorSpace
+from fxwidth.growth import (
+    contraction,  # noqa: F401 - they fill the table of transfers
+    movement,  # noqa: F401 - they fill the table of transfers
+)
+from fxwidth.growth.pointwise import pass_pointwise
+from fxwidth.growth.ranges import ANYTHING, Range, refuse_not_finite, result_range
+from fxwidth.growth.states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, CallView, RefusedError, State, States
+from fxwidth.memo import per_graph
+from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
+
+Slot = tuple[str, int]
+"""A dim of a parameter or buffer."""
+
+CHANNEL_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "fxwidth::rms_norm"})
+
+
+class TapeIndex:
+    """The calls that matter for the outputs, and the parameter dims of an analysis, by the factors they mention."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._factors: dict[Axis, frozenset[Factor]] = {}
+        self.calls: dict[Factor, list[OpCall]] = {}
+        self.slots: dict[Factor, list[Slot]] = {}
+        self.users: dict[int, list[OpCall]] = {id(entry.fake): [] for entry in analysis.parameters.values()}
+        self.names = {id(entry.fake): name for name, entry in analysis.parameters.items()}
+        self.used = {id(tensor) for tensor in analysis.outputs}
+        # Of tensors that are made of parameters and buffers, whether of buffers alone.
+        self.statistics = {id(e.fake): not isinstance(e.tensor, Parameter) for e in analysis.parameters.values()}
+        for call in _live_calls(analysis):
+            self.used |= call.axes.keys()
+            if call.axes and call.axes.keys() <= self.statistics.keys():
+                only_buffers = all(self.statistics[key] for key in call.axes)
+                self.statistics |= {id(output): only_buffers for output in call.outputs}
+            rows = [*call.axes.values(), *call.output_axes]
+            for factor in self._mentioned(analysis.space, (axis for axes in rows for axis in axes)):
+                self.calls.setdefault(factor, []).append(call)
+            for key in call.axes.keys() & self.users.keys():
+                self.users[key].append(call)
+        for name, entry in analysis.parameters.items():
+            for dim, axis in enumerate(entry.axes):
+                for factor in self._mentioned(analysis.space, [axis]):
+                    self.slots.setdefault(factor, []).append((name, dim))
+
+    def _mentioned(self, space: FactorSpace, axes: Iterable[Axis]) -> set[Factor]:
+        result: set[Factor] = set()
+        for axis in axes:
+            known = self._factors.get(axis)
+            if known is None:
+                known = self._factors[axis] = frozenset(space.factors(axis))
+            result |= known
+        return result
+
+
+def _live_calls(analysis: Analysis) -> list[OpCall]:
+    """Return the calls that the model's outputs depend on, in order."""
+    # By storage, so that what is written in place through a view counts for all that show the same memory.
+    wanted = {storage_of(tensor) for tensor in analysis.outputs}
+    live = []
+    for call in reversed(analysis.calls):
+        written = [*call.outputs, *(call.inputs if call.func._schema.is_mutable else ())]
+        if not wanted.isdisjoint(map(storage_of, written)):
+            live.append(call)
+            wanted.update(map(storage_of, call.inputs))
+    return live[::-1]
+
+
+@per_graph
+def tape_index(analysis: Analysis) -> TapeIndex:
+    """Return the index of an analysis, made once."""
+    return TapeIndex(analysis)
+
+
+class Interpretation:
+    """One run of the calls that mention a factor, given the state of each parameter's new slots.
+
+    Attributes:
+        refusal: why new channels change the function, or None.
+        progress: the tape index of the call that refused.
+        needed: the parameter dims whose zeros the run relied on.
+        norms: the tape index of each norm whose gain and eps must be rescaled.
+        sources: by tensor id, the parameter dims that its channels come from.
+        wanted_weights: the parameter dims that would have to be weighted by a scale for its product to have the mean.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        roles: Roles,
+        factor: Factor,
+        slots: Mapping[Slot, State],
+        weights: Mapping[Slot, str] | None = None,
+    ) -> None:
+        self._analysis = analysis
+        self._roles = roles
+        self._index = tape_index(analysis)
+        self._facts = AxisFacts(factor, analysis.space)
+        self._factor = factor
+        self._slots = slots
+        self._weights = dict(weights or {})
+        self.states: dict[int, States] = {}
+        self._ranges: dict[int, Range] = {}
+        self._by_storage: dict[int, dict[int, Tensor]] = {}
+        self.refusal: RefusedError | None = None
+        self.progress = -1
+        self.needed: set[Slot] = set()
+        self.norms: list[int] = []
+        self.sources: dict[int, frozenset[Slot]] = {}
+        self.wanted_weights: dict[Slot, str] = {}
+
+    def run(self) -> Interpretation:
+        """Follow the new channels along the tape."""
+        for slot in self._slots:
+            self._start(slot[0])
+        for call in self._index.calls.get(self._factor, ()):
+            try:
+                self._pass(call)
+            except RefusedError as refusal:
+                self.refusal, self.progress = refusal, call.index
+                break
+        return self
+
+    # -- what calls ask and tell (see `growth_states.Observer`) ------------------------------------------------------
+
+    def states_of(self, tensor: Tensor, call: OpCall) -> States:
+        """Return the states of a call's operand."""
+        axes = call.axes[id(tensor)]
+        known = self.states.get(id(tensor))
+        if known is not None and len(known) == len(axes):
+            return known
+        if any(map(self._facts.carries, axes)):
+            raise RefusedError(f"a tensor of shape {tuple(tensor.shape)} comes from nowhere (node {call.node})")
+        return (CONSTANT,) * len(axes)
+
+    def zero_needed(self, tensor: Tensor, dim: int) -> None:
+        """Learn that an operand must keep its zeros."""
+        if id(tensor) in self._roles.lineage:
+            self.needed |= self._roles.lineage[id(tensor)][dim]
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether an operand is made of parameters alone."""
+        return self._roles.is_parameter(tensor)
+
+    def is_statistic(self, tensor: Tensor) -> bool | None:
+        """Tell whether an operand is made of buffers alone, which training may compute anew; None unless fixed."""
+        return self._index.statistics.get(id(tensor))
+
+    def is_used(self, tensor: Tensor) -> bool:
+        """Tell whether any op, or the model's output, takes a tensor."""
+        return id(tensor) in self._index.used
+
+    def gain_conflict(self, weight: Tensor) -> str | None:
+        """Return why the gain of a norm cannot be rescaled, or None."""
+        if id(weight) not in self._index.names:
+            return "computes its gain, which can therefore not be rescaled"
+        for call in self._index.users[id(weight)]:
+            if rule_name(call.func) not in CHANNEL_NORMS or call.arguments["weight"] is not weight:
+                return "shares its gain, which would have to be rescaled, with other ops"
+        return None
+
+    def gain_rescaled(self, call: OpCall) -> None:
+        """Learn that a norm's gain and eps must be rescaled."""
+        self.norms.append(call.index)
+
+    def scaled(self, signal: Tensor, scale: Tensor) -> bool:
+        """Tell whether a signal's weighted means are weighted by this scale; if they could be, take note."""
+        name = self._per_channel_name(scale)
+        if name is None:
+            return False
+        origins = self.sources.get(id(signal), frozenset())
+        weighted = {self._weights[slot] for slot in origins if slot in self._weights}
+        if weighted:
+            return weighted == {name}
+        self.wanted_weights |= {slot: name for slot in origins if self._slots[slot] & State.MEAN}
+        return False
+
+    def _per_channel_name(self, scale: Tensor) -> str | None:
+        """Return the parameter that a tensor is a view of, if that has one entry per channel and nothing else."""
+        if id(scale) not in self._roles.lineage:
+            return None
+        for name, _ in {slot for dims in self._roles.lineage[id(scale)] for slot in dims}:
+            entry = self._analysis.parameters[name]
+            is_view = storage_of(entry.fake) == storage_of(scale) and entry.fake.dtype == scale.dtype
+            bare = [axis for axis in entry.axes if self._facts.is_bare(axis)]
+            if is_view and bare and entry.fake.numel() == self._factor.size:
+                return name
+        return None
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def _start(self, name: str) -> None:
+        entry = self._analysis.parameters[name]
+        states = [self._slots.get((name, dim), CONSTANT) for dim in range(len(entry.axes))]
+        origins = frozenset((name, dim) for dim in range(len(entry.axes)) if (name, dim) in self._slots)
+        self._store(entry.fake, tuple(states), origins)
+        if states and all(state & State.ZERO for state in (self._slots[slot] for slot in origins)):
+            self._ranges[id(entry.fake)] = (0.0, 0.0)
+
+    def _pass(self, call: OpCall) -> None:
+        if not call.outputs:
+            return
+        view = CallView(call, self._facts, self)
+        passes = TRANSFERS.get(rule_name(call.func))
+        if passes is None:
+            if rule_for(call.func) is not broadcast_all:
+                view.refuse("how new channels pass it is not known")
+            passes = pass_pointwise
+            refuse_not_finite(view, self._range_of)
+        settled = view.results(passes(view))
+        own = ANYTHING if call.func._schema.is_mutable else result_range(call, self._range_of)
+        self._ranges |= dict.fromkeys(map(id, call.outputs), own)
+        origins: frozenset[Slot] = frozenset()
+        for tensor in call.inputs:
+            if view.carrying(tensor):
+                origins |= self.sources.get(id(tensor), frozenset())
+        if call.func._schema.is_mutable:
+            self._write(call, settled, origins)
+        for (output, axes), states in zip(view.outputs, settled, strict=True):
+            if any(map(self._facts.carries, axes)):
+                self._store(output, states, origins)
+
+    def _range_of(self, value: object) -> Range:
+        """Return where the new entries of an operand lie."""
+        if isinstance(value, Tensor):
+            return self._ranges.get(id(value), ANYTHING)
+        return (float(value), float(value)) if isinstance(value, (int, float)) else ANYTHING
+
+    def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
+        self.states[id(tensor)] = states
+        self.sources[id(tensor)] = origins
+        self._by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
+
+    def _write(self, call: OpCall, settled: list[States], origins: frozenset[Slot]) -> None:
+        """Let all views of what an in-place op wrote have only what holds for old and written entries alike."""
+        written = ALL_ZERO
+        for (_, axes), states in zip(CallView(call, self._facts, self).outputs, settled, strict=True):
+            for axis, state in zip(axes, states, strict=True):
+                if self._facts.carries(axis):
+                    written &= state
+        targets = {storage_of(output) for output in call.outputs}
+        for tensor in [alias for key in targets for alias in self._by_storage.get(key, {}).values()]:
+            axes = self._analysis.axes_of(tensor)
+            old = self.states[id(tensor)]
+            carried = map(self._facts.carries, axes) if len(axes) == len(old) else [True] * len(old)
+            self.states[id(tensor)] = tuple(
+                state & written if carries else CONSTANT for state, carries in zip(old, carried, strict=True)
+            )
+            self.sources[id(tensor)] |= origins

@@ -1,0 +1,244 @@
+"""Filling the new slots of parameters and buffers as the recipes of the growing groups say."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.axes.factors import Axis, Factor, FactorSpace
+from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
+from fxwidth.growth.recipes import Fill, Growth
+from fxwidth.runtime.tensor_slots import accumulation_dtype
+
+if TYPE_CHECKING:
+    from fxwidth.groups.width_graph import WidthGraph
+
+# Of the Gram matrix of rows rounded to float32, an eigenvalue below this share of the largest is rounding.
+_NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True)
+class _Coordinates:
+    """What each new position of a dim is made of, seen from one factor.
+
+    Attributes:
+        others: a number for the position's coordinates in everything but the factor.
+        channels: its coordinate in the factor, in the new numbering; -1 where the factor does not occur.
+        new: whether the position is new because of the factor.
+    """
+
+    others: Indices
+    channels: Indices
+    new: Indices
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """One growing factor in one dim of a tensor, and what to put there."""
+
+    fill: Fill
+    dim: int
+    factor: Factor
+    at: _Coordinates
+    growth: Growth
+
+
+def new_entries(width_graph: WidthGraph, maps: IndexMaps, name: str, gathered: Tensor) -> Tensor:
+    """Return a parameter or buffer with its new slots filled.
+
+    Args:
+        width_graph: the analysis at the old sizes.
+        maps: the new indices of each resized group.
+        name: the parameter or buffer.
+        gathered: the tensor at its new shape: old entries in place, zeros in the new slots.
+    """
+    fillings = list(_fillings(width_graph, maps, name))
+    if not fillings or gathered.is_meta:
+        return gathered
+    result = gathered.detach().clone()
+    # Means come after what is put beside the old entries, zeros after all: that keeps every group's promise where
+    # the new slots of two groups cross.
+    for kind in (Fill.DIRECTIONS, Fill.ONE, Fill.WEIGHTED, Fill.MEAN, Fill.ZERO):
+        for filling in fillings:
+            if filling.fill is not kind:
+                continue
+            if kind is Fill.DIRECTIONS:
+                _fill_directions(result, filling, _old_positions(width_graph, maps, name), name)
+            elif kind in (Fill.MEAN, Fill.WEIGHTED):
+                _fill_means(result, filling, _scale(width_graph, maps, name, filling))
+            else:
+                places = torch.from_numpy(np.flatnonzero(filling.at.new)).to(result.device)
+                result.index_fill_(filling.dim, places, 1 if kind is Fill.ONE else 0)
+    return result
+
+
+def _fillings(width_graph: WidthGraph, maps: IndexMaps, name: str) -> Iterator[_Filling]:
+    space = width_graph.analysis.space
+    for dim, axis in enumerate(width_graph.analysis.parameters[name].axes):
+        for factor in maps.changed_factors(axis):
+            if (maps.of(factor) == NEW).any():
+                growth = next(group.growth for group in width_graph.groups if group.factor is factor)
+                fill = growth.fills.get((name, dim), Fill.ZERO)
+                yield _Filling(fill, dim, factor, _coordinates(space, maps, axis, factor), growth)
+
+
+def _old_positions(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices]:
+    """Return the positions of each dim that are not new."""
+    return [np.flatnonzero(maps.indices(axis) != NEW) for axis in width_graph.analysis.parameters[name].axes]
+
+
+# -- positions -----------------------------------------------------------------------------------------------------
+
+
+def _coordinates(space: FactorSpace, maps: IndexMaps, axis: Axis, factor: Factor) -> _Coordinates:
+    """Take the new positions of an axis apart."""
+    return _axis_coordinates(space.normalise(axis), maps, factor)
+
+
+def _axis_coordinates(axis: Axis, maps: IndexMaps, factor: Factor) -> _Coordinates:
+    terms, offset = [], 0
+    for term in axis:
+        at = _Coordinates(np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, bool))
+        for element in term:
+            at = _product(at, _element_coordinates(element, maps, factor))
+        terms.append(_Coordinates(at.others + offset, at.channels, at.new))
+        offset += int(at.others.max(initial=-1)) + 1
+    return _Coordinates(*(np.concatenate(parts) for parts in zip(*map(_parts, terms), strict=True)))
+
+
+def _parts(at: _Coordinates) -> tuple[Indices, Indices, Indices]:
+    return at.others, at.channels, at.new
+
+
+def _element_coordinates(element: int | Factor | Axis, maps: IndexMaps, factor: Factor) -> _Coordinates:
+    if isinstance(element, tuple):
+        return _axis_coordinates(element, maps, factor)
+    if element is factor:
+        kept = maps.of(factor)
+        return _Coordinates(np.zeros(len(kept), np.int64), np.arange(len(kept)), kept == NEW)
+    size = element if isinstance(element, int) else len(maps.of(element))
+    return _Coordinates(np.arange(size), np.full(size, -1), np.zeros(size, bool))
+
+
+def _product(major: _Coordinates, minor: _Coordinates) -> _Coordinates:
+    span = int(minor.others.max(initial=-1)) + 1
+    others = major.others[:, None] * span + minor.others[None, :]
+    # Where the factor is multiplied with itself, the minor one stands for both.
+    channels = np.where(minor.channels[None, :] >= 0, minor.channels[None, :], major.channels[:, None])
+    new = major.new[:, None] | minor.new[None, :]
+    return _Coordinates(others.reshape(-1), channels.reshape(-1), new.reshape(-1))
+
+
+# -- means ---------------------------------------------------------------------------------------------------------
+
+
+def _scale(width_graph: WidthGraph, maps: IndexMaps, name: str, filling: _Filling) -> Tensor | None:
+    """Return what weights the mean: one number per new channel of the factor, zero for those without an old one."""
+    if filling.fill is not Fill.WEIGHTED:
+        return None
+    entry = width_graph.analysis.parameters[filling.growth.weights[name, filling.dim]]
+    kept = maps.of(filling.factor)
+    scale = entry.tensor.detach().reshape(-1)
+    weights = scale[torch.from_numpy(np.maximum(kept, 0)).to(scale.device)]
+    return weights * torch.from_numpy(kept != NEW).to(scale.device)
+
+
+def _fill_means(tensor: Tensor, filling: _Filling, scale: Tensor | None) -> None:
+    """Put the mean over the old channels in the new slots, in place, each at its own other coordinates."""
+    at, device = filling.at, tensor.device
+    old = np.flatnonzero(~at.new & (at.channels >= 0))
+    sources = torch.from_numpy(old).to(device)
+    groups = torch.from_numpy(at.others).to(device)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    rows = tensor.movedim(filling.dim, 0)
+    values = rows[sources].to(wide)
+    if scale is not None:
+        weights = scale.to(device, wide)[torch.from_numpy(at.channels[old]).to(device)]
+        values = values * weights.reshape(-1, *[1] * (values.dim() - 1))
+    count = int(at.others.max(initial=-1)) + 1
+    sums = values.new_zeros(count, *values.shape[1:]).index_add_(0, groups[sources], values)
+    counts = values.new_zeros(count).index_add_(0, groups[sources], values.new_ones(len(old)))
+    places = torch.from_numpy(np.flatnonzero(at.new)).to(device)
+    means = sums / counts.clamp_min(1).reshape(-1, *[1] * (values.dim() - 1))
+    rows[places] = means[groups[places]].to(tensor.dtype)
+
+
+# -- directions ----------------------------------------------------------------------------------------------------
+
+
+def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name: str) -> None:
+    """Put directions that the present ones do not span in the new slots, in place.
+
+    Rows are the positions of the dim, columns everything else. Columns that are new themselves stay zero.
+    """
+    dim, device = filling.dim, tensor.device
+    places = [torch.from_numpy(positions).to(device) for positions in old]
+    places.pop(dim)
+    rows = tensor.movedim(dim, 0)
+    block = rows
+    for other, positions in enumerate(places, start=1):
+        block = block.index_select(other, positions)
+    present = torch.from_numpy(np.intersect1d(old[dim], np.flatnonzero(filling.at.channels >= 0))).to(device)
+    fresh = torch.from_numpy(np.flatnonzero(filling.at.new)).to(device)
+    precision = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    known = block[present].flatten(1).to(accumulation_dtype(tensor))
+    # Squares of entries may be beyond the range of their dtype: lengths are taken in units of the largest.
+    unit = known.abs().amax() if known.numel() else known.new_zeros(())
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{len(present)}".encode()))
+    directions = new_directions((known / unit).to(precision), len(fresh), generator).to(known.dtype) * unit
+    grid = torch.meshgrid(fresh, *places, indexing="ij")
+    rows[grid] = _bounded(directions, tensor.dtype).reshape(grid[0].shape).to(tensor.dtype)
+
+
+def _bounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows no longer than the root of the largest number of a dtype: their products with inputs as long fit."""
+    longest = torch.finfo(dtype).max ** 0.5
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    bounded: Tensor = rows * (longest / lengths.clamp_min(longest))
+    return bounded
+
+
+def new_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return new rows orthogonal to the present ones and to each other, of the present ones' mean norm.
+
+    Once nothing is left to be orthogonal to, the rest are random.
+
+    Args:
+        rows: [channels, columns], in single or double precision.
+        count: how many to make.
+        generator: a source of random numbers on the CPU.
+
+    Source: the orthogonal complement of the row space, as in SVD evolutive CNN, Jérome Dejaegher, 2021.
+    """
+    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
+    basis = _row_space(rows)
+    room = min(count, rows.shape[1] - basis.shape[1])
+    made = random[:room]
+    if room > 0:
+        for _ in range(2):  # the second pass takes away what rounding left in the first
+            made = made - (made @ basis) @ basis.T
+        made = torch.linalg.qr(made.T).Q.T
+    made = torch.cat([made, torch.nn.functional.normalize(random[max(room, 0) :], dim=1)])
+    norm = torch.linalg.vector_norm(rows, dim=1).mean() if len(rows) else rows.new_zeros(())
+    # Rows of a layer that starts at zero say nothing about a scale; a row of norm one keeps the size of its input.
+    scale: Tensor = torch.where(norm > 0, norm, torch.ones_like(norm))
+    return made * scale
+
+
+def _row_space(rows: Tensor) -> Tensor:
+    """Return an orthonormal basis, [columns, rank], of a space that holds all rows."""
+    if rows.shape[0] < rows.shape[1]:
+        basis: Tensor = torch.linalg.qr(rows.T).Q
+        return basis
+    # More rows than columns: only a spectrum tells whether there is room; the Gram matrix is the smaller problem.
+    wide = rows if rows.device.type == "mps" else rows.double()
+    energies, vectors = torch.linalg.eigh(wide.T @ wide)
+    spanned: Tensor = vectors[:, energies > _NEGLIGIBLE * energies[-1]]
+    return spanned.to(rows)

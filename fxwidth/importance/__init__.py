@@ -1,0 +1,1 @@
+"""What a width costs in the loss."""

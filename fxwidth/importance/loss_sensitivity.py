@@ -1,0 +1,228 @@
+"""What shrinking a group does to the loss, seen by running the network at its old sizes with the group shrunk."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxwidth.analysis.roles import Role
+from fxwidth.axes.factors import axis_size
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.importance.estimates import Evidence, gather_evidence
+from fxwidth.importance.sensitivity_fit import Rise, rates_of
+from fxwidth.reconstruction.folding import fold
+from fxwidth.recording.readonly_runs import copies, left_as_it_is
+from fxwidth.runtime.pytrees import sample_count
+from fxwidth.runtime.tensor_slots import substituted
+from fxwidth.selection.error_curves import Errors, share_of
+from fxwidth.statistics.calibration_data import batches_from, targets_of
+
+Loss = Callable[..., Tensor]
+
+# The shares of what readers hear that are taken away by probes: less, and a rise of the loss drowns in noise.
+_PROBED_SHARES = (0.2, 0.4)
+# Into how many parts a batch is divided to see how much the rise differs between samples.
+_PARTS = 16
+
+
+class Remembered:
+    """Batches that are passed on, of which the first ones are remembered.
+
+    Args:
+        data: any iterable of batches.
+        limit: about how many samples are remembered.
+    """
+
+    def __init__(self, data: Iterable[Any], limit: int = 256) -> None:
+        self.batches: list[Any] = []
+        self._data = data
+        self._limit = limit
+        self._samples = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._data:
+            if self._samples < self._limit:
+                self.batches.append(batch)
+                self._samples += sample_count(batch)
+            yield batch
+
+
+def calibrated(
+    width_graph: WidthGraph,
+    groups: Sequence[ChannelGroup],
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    selection: str,
+    rotates: bool = False,
+) -> tuple[Evidence, dict[ChannelGroup, Errors]]:
+    """Return the evidence on a graph and the width curves of some groups, in units of the loss where that is given.
+
+    Raises:
+        FxwidthError: the data or the loss cannot be used, or there is no such method of selection.
+    """
+    if loss is None:
+        evidence = gather_evidence(width_graph, data, selection, rotates)
+        return evidence, {group: evidence.errors(group) for group in groups}
+    if data is None:
+        raise FxwidthError("loss= needs data= to be taken on: batches of the inputs and what the loss compares with.")
+    if isinstance(data, Tensor) or not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
+        data = list(batches_from(width_graph.analysis, data, None))
+    seen = Remembered(data)
+    # Weights alone are evidence enough for some methods: the batches are gone through for the loss all the same.
+    evidence = gather_evidence(width_graph, seen, selection, rotates)
+    if not seen.batches:
+        collections.deque(itertools.islice(seen, 1), 0)
+    rates = loss_rates(evidence.unrotated(), groups, seen.batches, loss)
+    return evidence, {group: rates[group] * evidence.errors(group) for group in groups}
+
+
+def loss_rates(
+    evidence: Evidence, groups: Sequence[ChannelGroup], batches: Sequence[Any], loss: Loss
+) -> dict[ChannelGroup, float]:
+    """Return by how much the loss rises per unit of each group's predicted error.
+
+    Each group is shrunk by itself until readers miss a fifth, and two fifths, of what they hear, and all groups
+    together by the first; each time the loss is taken again on the same samples.
+
+    Args:
+        evidence: what the width curves come from.
+        groups: the groups to probe.
+        batches: tuples that begin with the graph's inputs, or dicts that hold them by name.
+        loss: called with the graph's output and what follows the inputs in a tuple, or the whole dict; returns a
+            number per call, the mean over the batch.
+
+    Raises:
+        FxwidthError: the loss does not return one finite number.
+    """
+    analysis = evidence.width_graph.analysis
+    pairs = [
+        (values, targets_of(analysis, batch)) for batch in batches for values in batches_from(analysis, [batch], None)
+    ]
+    base, sizes = _losses(evidence, pairs, loss, {})
+
+    def rise(widths: Mapping[ChannelGroup, int]) -> Rise:
+        losses, _ = _losses(evidence, pairs, loss, shrunk_in_place(evidence, widths))
+        return _rise(sum(float(evidence.errors(group)[width]) for group, width in widths.items()), losses - base, sizes)
+
+    probed = {group: _probed_widths(evidence.errors(group)) for group in groups}
+    rises = {group: [rise({group: width}) for width in widths] for group, widths in probed.items()}
+    smallest = {group: widths[0] for group, widths in probed.items() if widths}
+    return rates_of(rises, rise(smallest).mean if len(smallest) > 1 else None)
+
+
+def _probed_widths(errors: Errors) -> list[int]:
+    widths = dict.fromkeys(_probed_width(errors, share) for share in _PROBED_SHARES)
+    return [width for width in widths if width is not None and errors[width] > 0]
+
+
+def _probed_width(errors: Errors, share: float) -> int | None:
+    """Return the largest width, but all channels, at which readers miss a share; one at least."""
+    lacking = np.flatnonzero(share_of(errors) >= share)
+    lacking = lacking[(lacking > 0) & (lacking < len(errors) - 1)]
+    if len(lacking):
+        return int(lacking[-1])
+    return 1 if len(errors) > 2 else None
+
+
+def _rise(error: float, rises: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]) -> Rise:
+    """Return the mean of what parts of the data show, and how sure it is; of one part that is not known."""
+    weights = sizes / sizes.sum()
+    mean = float((weights * rises).sum())
+    if len(rises) < 2:
+        return Rise(error, mean, abs(mean))
+    squares = float(np.square(weights * (rises - mean)).sum())
+    return Rise(error, mean, math.sqrt(squares * len(rises) / (len(rises) - 1)))
+
+
+def shrunk_in_place(evidence: Evidence, widths: Mapping[ChannelGroup, int]) -> dict[str, Tensor]:
+    """Return parameters of the old sizes with which the network acts as if some groups had fewer channels.
+
+    Readers take over what they read of the dropped channels, whose columns are zero then; where two activations are
+    multiplied over a group, as queries and keys are, the rows that write the dropped channels are zero too. Norms over
+    a group still see all of it: they act as before the resize, which rescales them to do nearly the same.
+    """
+    width_graph = evidence.width_graph
+    kept = {group.factor: evidence.kept(group, width) for group, width in widths.items()}
+    maps = IndexMaps(width_graph.analysis.space, kept)
+    tensors = fold(width_graph, maps, evidence.moments)
+    multiplied = _multiplied(evidence)
+    for group in widths:
+        roles = set(Role) if group.factor in multiplied else {Role.READER}
+        for site in group.sites:
+            if site.role not in roles:
+                continue
+            entry = width_graph.analysis.parameters[site.parameter]
+            axis = entry.axes[site.dim]
+            dropped = np.setdiff1d(np.arange(axis_size(axis)), maps.indices(axis))
+            tensor = tensors.setdefault(site.parameter, entry.tensor.detach().clone())
+            tensor.index_fill_(site.dim, torch.from_numpy(dropped).to(tensor.device), 0)
+    return tensors
+
+
+def _multiplied(evidence: Evidence) -> set[object]:
+    """Return the factors over which two activations are multiplied."""
+    analysis, roles = evidence.width_graph.analysis, evidence.width_graph.roles
+    return {
+        factor
+        for call in analysis.calls
+        for contraction in call.contractions
+        if not roles.is_parameter(contraction.left) and not roles.is_parameter(contraction.right)
+        for dim in contraction.left_dims
+        for factor in analysis.space.factors(call.axes[id(contraction.left)][dim])
+    }
+
+
+def _losses(
+    evidence: Evidence, pairs: Sequence[tuple[list[Any], tuple[Any, ...]]], loss: Loss, tensors: Mapping[str, Tensor]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the losses of parts of the data, and their sizes in samples."""
+    module = evidence.width_graph.analysis.module
+    losses: list[float] = []
+    sizes: list[float] = []
+    # Every group is judged by the same state: what a model keeps of one run must not be there in the next.
+    with left_as_it_is(module), torch.no_grad(), substituted(module, tensors):
+        for values, targets in pairs:
+            size = evidence.width_graph.analysis.samples_in(values)
+            output = fx.Interpreter(module).run(*copies(values), enable_io_processing=False)
+            for count, part in _divided((module.graph.process_outputs(output), targets), size):
+                result = _called(loss, *part)
+                if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.isfinite()):
+                    raise FxwidthError(
+                        f"loss= returned {result!r}; it must return one finite number, the mean over a batch, when "
+                        "called with the model's output and what follows the inputs in a batch of data."
+                    )
+                losses.append(float(result))
+                sizes.append(count)
+    return np.array(losses), np.array(sizes, dtype=np.float64)
+
+
+def _called(loss: Loss, output: Any, targets: Sequence[Any]) -> Any:
+    try:
+        return loss(output, *targets)
+    except Exception as error:
+        raise FxwidthError(
+            f"loss={getattr(loss, '__name__', loss)!r} fails: {type(error).__name__}: {error}. It is called with the "
+            f"model's output and what follows the inputs in a batch of data, here {len(targets)} values."
+        ) from error
+
+
+def _divided(whole: Any, size: int) -> Iterator[tuple[int, Any]]:
+    """Yield parts of a batch's outputs and targets and their sizes in samples; all of it where these are no rows."""
+    if size < 2 or any(not isinstance(leaf, Tensor) or leaf.shape[:1] != (size,) for leaf in pytree.tree_leaves(whole)):
+        yield max(1, size), whole
+        return
+    step = -(-size // _PARTS)
+    for first in range(0, size, step):
+        last = min(size, first + step)
+        yield last - first, pytree.tree_map(lambda leaf, rows=slice(first, last): leaf[rows], whole)

@@ -1,0 +1,55 @@
+"""Plans tried out on noise: how far the outputs of a network go when all its groups shrink together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from fxwidth.groups.width_graph import ChannelGroup
+from fxwidth.importance.estimates import Evidence
+from fxwidth.importance.loss_sensitivity import shrunk_in_place
+from fxwidth.recording.readonly_runs import copies, left_as_it_is
+from fxwidth.runtime.pytrees import deep_tensors
+from fxwidth.runtime.tensor_slots import accumulation_dtype, substituted
+from fxwidth.statistics.moments import statistics_of_noise
+
+
+def has_inputs(evidence: Evidence) -> bool:
+    """Tell whether there are inputs among the evidence to try a plan on: it is from noise."""
+    return evidence.moments is not None and bool(evidence.moments.inputs)
+
+
+def output_errors(evidence: Evidence, plans: Sequence[Mapping[ChannelGroup, int]]) -> list[float]:
+    """Return how far outputs go, squared, in units of their variance between samples, summed over outputs, by plan.
+
+    Groups keep their bases, and batch norms normalise by what they see, before and after.
+
+    Args:
+        evidence: what widths were chosen by; it has inputs.
+        plans: widths of groups, all of which shrink at once; the others stay.
+    """
+    as_it_is = evidence.unrotated()
+    before = _outputs(as_it_is, {})
+    return [
+        sum(map(_distance, before, _outputs(as_it_is, {group: k for group, k in plan.items() if k < group.width})))
+        for plan in plans
+    ]
+
+
+def _distance(before: Tensor, after: Tensor) -> float:
+    variance = float(before.var(0, correction=0).mean())
+    return float((after - before).square().mean()) / variance if variance > 0 else 0.0
+
+
+def _outputs(evidence: Evidence, widths: Mapping[ChannelGroup, int]) -> list[Tensor]:
+    """Return what a network with some groups shrunk makes of the inputs, in the widest precision."""
+    assert evidence.moments is not None
+    module = evidence.width_graph.analysis.module
+    tensors = shrunk_in_place(evidence, widths) if widths else {}
+    noise = statistics_of_noise(evidence.width_graph)
+    inputs = copies(evidence.moments.inputs)
+    with left_as_it_is(module), torch.no_grad(), substituted(module, tensors), noise:
+        result = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
+    return [out.to(accumulation_dtype(out)) for out in deep_tensors(result) if out.is_floating_point() and out.dim()]

@@ -1,0 +1,1 @@
+"""Widths under limits and budgets."""

@@ -1,0 +1,180 @@
+"""Which groups may change, and to which widths: names, ranges, grids and groups that go together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What widths a group may take."""
+
+    least: int
+    most: int | None
+    align: int
+
+    def __post_init__(self) -> None:
+        most = () if self.most is None else (("max_width", self.most),)
+        for name, value in (("min_width", self.least), ("align", self.align), *most):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
+        if self.most is not None and self.most < self._up(self.least):
+            raise FxwidthError(
+                f"no width lies between min_width={self.least} and max_width={self.most} with align={self.align}; "
+                "widen the range or lower align."
+            )
+
+    def nearest(self, group: ChannelGroup, width: int) -> int:
+        """Return the allowed width for a group that is to have some width: rounded up, and never across its own."""
+        rounded = self._up(max(width, self._least_of(group)))
+        if width <= group.width:
+            rounded = min(rounded, group.width)
+        return rounded if self.most is None else min(rounded, self._widest)
+
+    def smaller(self, group: ChannelGroup) -> list[int]:
+        """Return the widths that a group may shrink to or stay at, ascending."""
+        top = group.width if self.most is None else min(group.width, self.most)
+        widths = list(range(self._up(self._least_of(group)), top + 1, self.align))
+        if group.width == top and top not in widths:
+            widths.append(top)
+        return widths or [group.width]
+
+    def _least_of(self, group: ChannelGroup) -> int:
+        return max(self.least, group.least.width)
+
+    def _up(self, width: int) -> int:
+        return -(-width // self.align) * self.align
+
+    @property
+    def _widest(self) -> int:
+        assert self.most is not None
+        return self.most // self.align * self.align
+
+
+def chosen_groups(
+    width_graph: WidthGraph, only: str | Sequence[str] | None, keep: str | Sequence[str] | None
+) -> list[ChannelGroup]:
+    """Return the groups that may change.
+
+    Raises:
+        FxwidthError: a pattern matches no group.
+    """
+    wanted = None if only is None else set(matching(width_graph, only, "only"))
+    kept = set() if keep is None else set(matching(width_graph, keep, "keep"))
+    return [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]
+
+
+def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str) -> list[ChannelGroup]:
+    """Return the groups whose names are, or match (fnmatch), one of some patterns.
+
+    Raises:
+        FxwidthError: a pattern matches no group.
+    """
+    names = [group.name for group in width_graph.groups]
+    found: set[str] = set()
+    if not isinstance(patterns, Iterable):
+        raise FxwidthError(f"{option}= takes names or patterns of groups, but received {patterns!r}.")
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise FxwidthError(f"{option}= takes names or patterns of groups, but received {pattern!r}.")
+        matches = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
+        if not matches:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+            raise FxwidthError(f"{option}={pattern!r} matches no group; {hint}print(width_graph) lists all groups.")
+        found |= matches
+    return [group for group in width_graph.groups if group.name in found]
+
+
+# One pattern, or several, each a pattern or a list of them, whose groups get one width.
+SameWidth = str | Sequence[str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Class:
+    """Groups that are to have one width.
+
+    Attributes:
+        groups: those that may change.
+        fixed: the width that all must take, because one of them cannot change.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    fixed: int | None = None
+
+    def widths(self, limits: Limits) -> list[int]:
+        """Return the widths that all may shrink to or stay at, ascending.
+
+        Raises:
+            FxwidthError: there are none.
+        """
+        if self.fixed is not None:
+            return [self.fixed]
+        common = set(limits.smaller(self.groups[0])).intersection(*map(limits.smaller, self.groups[1:]))
+        if not common:
+            raise FxwidthError(
+                f"same_width: {_listed(self.groups)} have no width in common that min_width={limits.least}, "
+                f"max_width={limits.most} and align={limits.align} allow; lower min_width or align."
+            )
+        return sorted(common)
+
+
+def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: SameWidth | None) -> list[Class]:
+    """Return the groups that may change, put together where a pattern says that they are to have one width.
+
+    Raises:
+        FxwidthError: a pattern matches no group, in a flat list one group alone, two share a group, or groups that must
+            stay have other widths.
+    """
+    free = list(free)
+    result: list[Class] = []
+    taken: dict[ChannelGroup, str | Sequence[str]] = {}
+    if same_width is not None and not isinstance(same_width, Iterable):
+        raise FxwidthError(f"same_width= takes patterns of groups, but received {same_width!r}.")
+    patterns = [same_width] if isinstance(same_width, str) else list(same_width or ())
+    # In a flat list of names each is a class of its own, which is hardly what was meant.
+    is_flat = all(isinstance(pattern, str) for pattern in patterns)
+    for pattern in patterns:
+        members = matching(width_graph, pattern, "same_width")
+        if len(members) == 1 and is_flat:
+            raise FxwidthError(_asks_nothing(members[0], patterns))
+        for group in members:
+            if group in taken:
+                raise FxwidthError(
+                    f"same_width={pattern!r} and same_width={taken[group]!r} both match group {group.name!r}; "
+                    "write patterns that have no group in common."
+                )
+            taken[group] = pattern
+        result += _class(members, set(free), pattern)
+    return result + [Class((group,)) for group in free if group not in taken]
+
+
+def _asks_nothing(group: ChannelGroup, patterns: Sequence[str | Sequence[str]]) -> str:
+    meant = [patterns if len(patterns) > 1 else [*patterns, "..."]]
+    return (
+        f"same_width={list(patterns)!r} asks nothing of group {group.name!r}: each entry of the list is for groups "
+        f"that get one width, and one of them matches it alone. For one width for all write same_width={meant!r}."
+    )
+
+
+def _class(members: Sequence[ChannelGroup], free: set[ChannelGroup], pattern: str | Sequence[str]) -> list[Class]:
+    groups = tuple(group for group in members if group in free)
+    staying = [group for group in members if group not in free]
+    widths = {group.width for group in staying}
+    if len(widths) > 1 or (widths and any(group.width < max(widths) for group in groups)):
+        others = f", and {_listed(groups)} cannot shrink to that width" if len(widths) == 1 else ""
+        raise FxwidthError(
+            f"same_width={pattern!r} cannot be: {_listed(staying)} must stay as they are{others}. "
+            "Write a pattern without the groups that stay."
+        )
+    return [Class(groups, widths.pop() if widths else None)] if groups else []
+
+
+def _listed(groups: Iterable[ChannelGroup]) -> str:
+    return ", ".join(f"{group.name!r} ({group.width})" for group in groups)

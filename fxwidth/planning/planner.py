@@ -1,0 +1,274 @@
+"""Choosing widths: by each group's own spectrum, or all together under a budget."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec
+
+import numpy as np
+
+from fxwidth.axes.factors import Factor
+from fxwidth.axes.polynomials import Polynomial
+from fxwidth.costs.budget import Bound, Budget, bounds_of, cost_polynomial, out_of_reach
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph, refuse_other_than_groups
+from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
+from fxwidth.importance.loss_sensitivity import Loss, calibrated
+from fxwidth.importance.plan_simulation import has_inputs, output_errors
+from fxwidth.planning.allocation import Choice, allocate
+from fxwidth.planning.constraints import Class, Limits, SameWidth, chosen_groups, classes
+from fxwidth.planning.thresholds import Thresholds, by_thresholds
+from fxwidth.plans import Plan
+from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.selection.error_curves import Errors
+from fxwidth.tracing import refuse_nan
+from fxwidth.weights.readers import wiring_of
+
+__all__ = ["Plan", "plan"]
+
+_Options = ParamSpec("_Options")
+# By which factor the outputs of a plan must be nearer for it to be preferred to that of least summed error.
+_CLEARLY = 0.5
+
+
+@plain_surroundings()
+def plan_with_evidence(
+    width_graph: WidthGraph,
+    *,
+    budget: Budget | None = None,
+    params: int | float | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    selection: str = "greedy",
+    shrink_energy: float = 0.05,
+    grow_energy: float = 0.5,
+    grow_step: int = 0,
+    min_width: int = 1,
+    max_width: int | None = None,
+    align: int = 1,
+    same_width: SameWidth | None = None,
+    only: str | Sequence[str] | None = None,
+    keep: str | Sequence[str] | None = None,
+    exact: bool = True,
+    rotate: bool = True,
+) -> tuple[Plan, Evidence | None]:
+    """Choose new widths.
+
+    Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they hear as
+    can be found. Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the
+    singular values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times
+    the width exceeds `grow_energy` of the sum.
+
+    Args:
+        width_graph: the groups, from `fxwidth.analyze`.
+        budget: what the network may cost.
+        params: short for `budget=Budget(params=...)`.
+        data: under a budget, batches that begin with the graph's inputs, from which to see what readers hear; without
+            them, that is estimated from the weights and batch norm statistics, and plans are tried out on noise.
+        loss: called with the output and what follows the inputs in a batch; errors then are in its unit, each group's
+            brought there by probes on the first batches.
+        selection: under a budget, the method by which channels are to be chosen, as for `fxwidth.resize`.
+        shrink_energy: in [0, 1); 0 for no shrinking.
+        grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.
+        grow_step: channels to add; 0 for no growing.
+        min_width: no group shrinks below this.
+        max_width: no group stays or grows above this.
+        align: new widths are rounded up to multiples of this.
+        same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
+            patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
+        only: names or patterns of the groups that may change.
+        keep: names or patterns of groups that must not.
+        exact: whether to leave alone groups that cannot grow without changing the function.
+        rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
+            `fxwidth.resize` does by default; their errors are smaller then.
+
+    Returns:
+        A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,
+        `notes["cost"]` that and the flops and whatever the budget bounds, `notes["error"]` the predicted error,
+        `notes["errors"]` each group's part in it, and `notes["evidence"]` what it was predicted from.
+
+    Raises:
+        FxwidthError: an option is out of range, a pattern matches no group, options contradict each other, the
+            budget is out of reach, a parameter holds NaN or infinity, or no groups were passed.
+
+    Source: the thresholds are those of J. Dejaegher, SVD evolutive CNN (2021).
+    """
+    refuse_other_than_groups(width_graph)
+    refuse_nan(width_graph.analysis.module)
+    limits = Limits(min_width, max_width, align)
+    thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
+    bound = budget_of(budget, params)
+    units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
+    if bound is not None:
+        problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
+        return problem.solved(data, loss, selection, rotate)
+    if loss is not None:
+        raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
+    widths = {
+        group: width
+        for unit in units
+        for group, width in by_thresholds(width_graph, unit, limits, thresholds, exact).items()
+    }
+    errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
+    return _noted(width_graph, widths, [], errors, None), None
+
+
+def _alone(function: Callable[_Options, tuple[Plan, Evidence | None]]) -> Callable[_Options, Plan]:
+    """Return a function that gives the plan alone, with the same options and description."""
+
+    @wraps(function)
+    def plan(*args: _Options.args, **kwargs: _Options.kwargs) -> Plan:
+        check_options(name for name in kwargs if name != "width_graph")
+        return function(*args, **kwargs)[0]
+
+    plan.__name__ = plan.__qualname__ = "plan"
+    plan.__annotations__ = {**function.__annotations__, "return": "Plan"}
+    plan.__signature__ = signature(function).replace(return_annotation="Plan")  # type: ignore[attr-defined]
+    return plan
+
+
+plan = _alone(plan_with_evidence)
+
+
+def check_options(names: Iterable[str]) -> None:
+    """Check that all names are options of `plan`.
+
+    Raises:
+        FxwidthError: one is not.
+    """
+    known = list(signature(plan_with_evidence).parameters)[1:]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}=? " if near else ""
+            raise FxwidthError(f"{name}= is no option of fxwidth.plan; {hint}They are {', '.join(known)}.")
+
+
+def refuse_out_of_reach(width_graph: WidthGraph, budget: Budget, options: Mapping[str, Any]) -> None:
+    """Check that a budget can be met at all with some of the options of `plan`.
+
+    Raises:
+        FxwidthError: it cannot, or the options are out of range or contradict each other.
+    """
+    limits = Limits(options.get("min_width", 1), options.get("max_width"), options.get("align", 1))
+    chosen = chosen_groups(width_graph, options.get("only"), options.get("keep"))
+    units = classes(width_graph, chosen, options.get("same_width"))
+    _Problem(width_graph, units, limits, bounds_of(width_graph, budget)).refuse_out_of_reach()
+
+
+def budget_of(budget: Budget | None, params: int | float | None) -> Budget | None:
+    """Return the budget that is given as such or by its short form, if one is.
+
+    Raises:
+        FxwidthError: both are given, or one is out of range.
+    """
+    if budget is None:
+        return None if params is None else Budget(params=params)
+    if not isinstance(budget, Budget):
+        raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
+    if params is not None:
+        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
+    return budget
+
+
+class _Problem:
+    """Widths to be found for groups, some of them together, within bounds on costs."""
+
+    def __init__(
+        self, width_graph: WidthGraph, units: Sequence[Class], limits: Limits, bounds: Sequence[Bound]
+    ) -> None:
+        self._width_graph = width_graph
+        self.bounds = bounds
+        self._allowed = {unit: unit.widths(limits) for unit in units}
+        self._groups = [group for unit in units for group in unit.groups]
+        # Groups that go together are one to the solver: the first stands for all.
+        self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
+
+    def solved(
+        self, data: Iterable[Any] | None, loss: Loss | None, selection: str, rotates: bool
+    ) -> tuple[Plan, Evidence | None]:
+        """Return the widths of least summed error, and the evidence that errors were predicted from.
+
+        Raises:
+            FxwidthError: a bound is out of reach, or the data or the loss cannot be used.
+        """
+        largest = {group: widths[-1] for unit, widths in self._allowed.items() for group in unit.groups}
+        if all(bound.met(_by_factor(largest)) for bound in self.bounds):
+            errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
+            return _noted(self._width_graph, largest, self.bounds, errors, None), None
+        self.refuse_out_of_reach()
+        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
+        widths = self._rehearsed(evidence, errors)
+        return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
+
+    def refuse_out_of_reach(self) -> None:
+        """Check that the smallest widths meet all bounds.
+
+        Raises:
+            FxwidthError: they do not; it tells how far down the cost can go, and what holds it up.
+        """
+        smallest = _by_factor(self._smallest)
+        for bound in self.bounds:
+            if not bound.met(smallest):
+                raise FxwidthError(out_of_reach(self._width_graph, self._groups, smallest, bound))
+
+    @property
+    def _smallest(self) -> dict[ChannelGroup, int]:
+        return {group: widths[0] for unit, widths in self._allowed.items() for group in unit.groups}
+
+    def _allocated(self, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
+        choices = []
+        for unit, widths in self._allowed.items():
+            summed = sum((errors[group][widths] for group in unit.groups), np.zeros(len(widths)))
+            choices.append(Choice(unit.groups[0].factor, np.array(widths), summed))
+        result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self.bounds])
+        return {group: result[self._heads[group.factor]] for group in self._groups}
+
+    def _rehearsed(self, evidence: Evidence, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
+        """Return the widths of least summed error, or those of another sum if they do far better on noise.
+
+        What the readers of one group miss is the same, and in some networks it adds up; no reader's error tells.
+        """
+        widths = self._allocated(errors)
+        if not has_inputs(evidence):
+            return widths
+        audience = wiring_of(self._width_graph).audience
+        louder = {group: errors[group] * max(1.0, audience.get(group.factor, 0.0)) ** 0.5 for group in self._groups}
+        other = self._allocated(louder)
+        if other == widths:
+            return widths
+        error, other_error = output_errors(evidence, [widths, other])
+        return other if other_error < _CLEARLY * error else widths
+
+    def _joined(self, bound: Bound) -> Polynomial:
+        return bound.cost.replaced({factor: head for factor, head in self._heads.items() if factor is not head})
+
+
+def _by_factor(widths: Mapping[ChannelGroup, int]) -> dict[Factor, int]:
+    return {group.factor: width for group, width in widths.items()}
+
+
+def _noted(
+    width_graph: WidthGraph,
+    widths: Mapping[ChannelGroup, int],
+    bounds: Iterable[Bound],
+    errors: Mapping[ChannelGroup, Errors],
+    evidence: Evidence | None,
+) -> Plan:
+    """Return the plan with what it costs and what it is predicted to lose."""
+    costs = {name: cost_polynomial(width_graph, name) for name in ("params", "flops")}
+    costs |= {bound.name: bound.cost for bound in bounds}
+    changed = {group: width for group, width in widths.items() if width != group.width}
+    parts = {group.name: float(errors[group][width]) for group, width in changed.items() if width < group.width}
+    cost = {name: [polynomial({}), polynomial(_by_factor(widths))] for name, polynomial in costs.items()}
+    source = evidence.moments.source if evidence is not None and evidence.moments is not None else None
+    notes = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
+    return Plan({group.name: width for group, width in changed.items()}, {**notes, "evidence": source})
+
+
+def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
+    """Return the predicted error of every width of a group from none to all, without data, [width + 1]."""
+    return gather_evidence(width_graph, None, rotates=True).errors(group)

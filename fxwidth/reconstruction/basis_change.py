@@ -1,0 +1,195 @@
+"""Linear groups in the basis of their spectrum: where nothing nonlinear stands between writers and reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxwidth.bases.channel_provenance import Place
+from fxwidth.bases.foldable_norms import InnerNorm
+from fxwidth.bases.linear_groups import Basis, linear_group
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.reconstruction.basis_consumers import End, Turn, ends_of, in_place
+from fxwidth.reconstruction.norm_absorption import is_sound, normalise, spread, take_scales
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.selection.error_curves import lost_share
+from fxwidth.selection.grams import Pairs
+from fxwidth.statistics.moments import Moments
+
+# Directions of less energy than this share of the loudest are not made louder: it would cost precision.
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A change of basis for the channels of a linear group.
+
+    Attributes:
+        turns: one for each of its bases.
+        ends: what the channels of each of these end in.
+        lost: what the ends miss of the first k new channels, for every k, [width + 1].
+        norms: batch norms behind writers.
+        is_best: whether no other k channels, of this basis or the old one, could lose less.
+    """
+
+    turns: tuple[Turn, ...]
+    ends: tuple[list[End], ...]
+    lost: Tensor
+    norms: tuple[InnerNorm, ...] = ()
+    is_best: bool = True
+
+
+def rotation(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Rotation | None:
+    """Return the basis of a linear group in which its first channels matter most; None for other groups."""
+    linear = linear_group(width_graph, group)
+    if linear is None or not all(is_sound(width_graph, norm) for norm in linear.norms):
+        return None
+    if any(width_graph.analysis.parameters[site.parameter].tensor.is_complex() for site in group.sites):
+        # Of these no more is known than products of one part with the same of another.
+        return None
+    turns, ends = [], []
+    lost = torch.zeros(group.width + 1, dtype=torch.float64, device="cpu")
+    for basis in linear.bases:
+        ends.append(ends_of(width_graph, group.factor, basis))
+        pairs = [end.pairs(moments) for end in ends[-1]]
+        found = turn(basis, [one for one in pairs if one is not None])
+        if found is None or any(one is None for one in pairs):
+            return None
+        turns.append(found[0])
+        lost += found[1].to(lost)
+    is_best = all(len(basis.sights) <= 1 for basis in linear.bases)
+    return Rotation(tuple(turns), tuple(ends), lost, linear.norms, is_best)
+
+
+def turn(basis: Basis, pairs: Sequence[Pairs]) -> tuple[Turn, Tensor] | None:
+    """Return the basis in which the channels are uncorrelated and each alone does what it can for their ends.
+
+    With S = Cov h and D = W^T W, the eigenvectors V of S^1/2 D S^1/2 give T = V^T S^-1/2: the covariance of T h is the
+    identity, that of the reader's outputs falls into parts, and of all k-dimensional ones the first k lose least. Of a
+    product q^T k, S = E q q^T and D = E k k^T are the same for queries and keys that know nothing of each other. Of
+    several readers it is the sum of S and that of D.
+
+    Args:
+        basis: where the channels are.
+        pairs: what each of its ends sees and wants, one pair per head.
+
+    Returns:
+        The turn, and what is lost of the first k channels, for every k.
+
+    Source: reduced-rank regression, A. J. Izenman, Reduced-Rank Regression for the Multivariate Linear Model (1975).
+    """
+    heads = basis.places[0].positions.shape[1]
+    if not pairs or any(len(one.seen) != heads for one in pairs):
+        return None
+    S, D = _together(pairs)
+    # What no end makes anything of goes last as it is: in a sum with others it would cost them digits.
+    read = (D.diagonal(dim1=1, dim2=2) > 0).any(0)
+    order = torch.cat([torch.nonzero(one)[:, 0] for one in (read, ~read)])
+    count = int(read.sum())
+    found = _change(S[:, order[:count]][:, :, order[:count]], D[:, order[:count]][:, :, order[:count]])
+    if found is None:
+        return None
+    forward, backward = (torch.eye(len(order), dtype=S.dtype, device=S.device).repeat(heads, 1, 1) for _ in range(2))
+    energies = S.new_zeros(heads, len(order) + 1)
+    forward[:, :count, :count], backward[:, :count, :count], energies[:, :count] = found
+    back = torch.argsort(order)
+    turned = Turn(basis, forward[:, :, back], backward[:, back])
+    if len(pairs) > 1:
+        return turned, _lost(turned, pairs)
+    return turned, energies.flip(1).cumsum(1).flip(1).sum(0)
+
+
+def _change(S: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return T and its inverse for each head, and the energies of the new channels, [heads, width]; see `turn`."""
+    if S.shape[-1] == 0:
+        return None
+    values, vectors = torch.linalg.eigh(S)
+    if not bool((values[:, -1] > 0).all()):
+        return None
+    # Directions in which nothing is ever seen stay out: with the floor's loudness they would mix with others.
+    seen = values.where(values > values.shape[-1] * torch.finfo(S.dtype).eps * values[:, -1:], 0)
+    half = vectors * seen.sqrt()[:, None]
+    energies, turned = torch.linalg.eigh(half.mT @ D @ half)
+    root = seen.maximum(_FLOOR * values[:, -1:]).sqrt()
+    energies, turned = energies.flip(1).clamp_min(0), turned.flip(2)
+    # As loud on the whole as the channels were.
+    scale = root.square().mean(1).sqrt()[:, None, None]
+    forward = scale * turned.mT @ (vectors / root[:, None]).mT
+    return forward, (vectors * root[:, None]) @ turned / scale, energies
+
+
+def _together(pairs: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
+    """Return one S and one D per head for all ends, each brought to one loudness, so that none drowns the others."""
+    if len(pairs) == 1:
+        return pairs[0].seen.double(), pairs[0].wanted.double()
+    seen, wanted = (torch.stack([getattr(one, name).double() for one in pairs]) for name in ("seen", "wanted"))
+    loudness = seen.diagonal(dim1=2, dim2=3).mean(2)[:, :, None, None]
+    scale = (loudness / loudness.mean(0)).clamp_min(torch.finfo(seen.dtype).tiny)
+    return (seen / scale).mean(0), (wanted * scale).sum(0)
+
+
+def _lost(one: Turn, pairs: Sequence[Pairs]) -> Tensor:
+    """Return what ends miss of the first k new channels, for every k, each by what it sees itself."""
+    width = one.forward.shape[-1]
+    seen, wanted, rows = [], [], []
+    for own in pairs:
+        seen.append(one.forward @ own.seen.double() @ one.forward.mT)
+        wanted.append(one.backward.mT @ own.wanted.double() @ one.backward)
+        rows.append(seen[-1].new_full((len(own.seen),), torch.inf) if own.rows is None else own.rows.double())
+    precision = max(own.precision for own in pairs)
+    turned = Pairs(torch.cat(seen), torch.cat(wanted), precision, torch.cat(rows))
+    return torch.from_numpy(lost_share(turned, torch.arange(width, device=one.forward.device)))
+
+
+def rotated(width_graph: WidthGraph, rotation: Rotation, moments: Moments, transaction: Transaction) -> Moments:
+    """Bring a group's parameters to another basis, in place, and return the moments in that basis.
+
+    The function of the network stays as it is. Batch norms behind writers come to normalise the new channels.
+
+    Args:
+        width_graph: the graph.
+        rotation: the change of basis.
+        moments: the evidence in the old basis.
+        transaction: takes what brings the old parameters back.
+    """
+
+    def overwrite(name: str, values: Tensor) -> None:
+        transaction.overwrite(width_graph.analysis.parameters[name].tensor, values)
+
+    bases = [one.basis for one in rotation.turns]
+    before = [spread(width_graph, norm, bases, moments) for norm in rotation.norms]
+    spreads = [_turned_spread(rotation, norm, own) for norm, own in zip(rotation.norms, before, strict=True)]
+    for norm, (channels, _) in zip(rotation.norms, spreads, strict=True):
+        take_scales(width_graph, norm, channels, overwrite)
+    for one, ends in zip(rotation.turns, rotation.ends, strict=True):
+        for place in one.basis.places:
+            old = width_graph.analysis.parameters[place.parameter].tensor.detach()
+            overwrite(place.parameter, _turned_place(old, place, one))
+        for end in ends:
+            moments = end.turned(moments, one)
+    for norm, (channels, variance) in zip(rotation.norms, spreads, strict=True):
+        normalise(width_graph, norm, channels, variance, overwrite)
+    return moments
+
+
+def _turned_place(tensor: Tensor, place: Place, one: Turn) -> Tensor:
+    """Return a parameter whose channels at a place are those of the new basis, in double precision."""
+    moved = tensor.to(torch.float64, copy=True).movedim(place.dim, 0).contiguous()
+    for head, channels in enumerate(place.positions.T):
+        own = torch.from_numpy(channels).to(moved.device)
+        moved[own] = torch.tensordot(one.at(place)[head].to(moved.device), moved[own], 1)
+    return moved.movedim(0, place.dim)
+
+
+def _turned_spread(rotation: Rotation, norm: InnerNorm, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which channels of a batch norm are turned, and the variances of all of them after that."""
+    turned = []
+    for one in rotation.turns:
+        for place in (place for place in one.basis.places if place.parameter == norm.mean):
+            whole = in_place(one.at(place).to(covariance), place.positions, len(covariance))
+            covariance = whole @ covariance @ whole.T
+            turned.append(torch.from_numpy(place.positions.reshape(-1)).to(covariance.device))
+    return torch.cat(turned), covariance.diagonal()

@@ -1,0 +1,41 @@
+"""Running a model on real numbers to learn from it, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxwidth.recording.tape import evaluating, plain_kernels
+from fxwidth.runtime.module_state import restored, same_values
+from fxwidth.runtime.pytrees import map_leaves
+from fxwidth.runtime.tensor_slots import substituted, tensor_slots
+
+
+def copies(values: Iterable[Any]) -> list[Any]:
+    """Return inputs to run a graph on that may write to them."""
+    return [map_leaves(torch.clone, value) for value in values]
+
+
+@contextmanager
+def looking_on(module: nn.Module) -> Iterator[None]:
+    """Have a module run in eval mode on plain ops; its buffers and what it keeps in attributes stay as they are."""
+    with left_as_it_is(module), plain_kernels():
+        yield
+
+
+@contextmanager
+def left_as_it_is(module: nn.Module) -> Iterator[None]:
+    """Have a module run in eval mode as it runs anywhere; its buffers and what it keeps stay as they are.
+
+    So do the states of the global random number generators.
+    """
+    tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
+    buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
+    with evaluating(module), restored(module) as kept, substituted(module, buffers):
+        known = set(map(id, tensors.values()))
+        with same_values([tensor for tensor in kept if id(tensor) not in known]):
+            yield

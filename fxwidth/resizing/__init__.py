@@ -1,0 +1,1 @@
+"""The transaction of a resize: edits of tensors, graph and optimizer, committed together."""

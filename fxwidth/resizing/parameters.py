@@ -1,0 +1,120 @@
+"""New parameters and buffers: old entries in their new places, what was dropped folded in, new channels filled."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fxwidth.axes.index_maps import IndexMaps, Indices
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.growth.new_entries import new_entries
+from fxwidth.reconstruction.folding import fold, variance_ratio
+from fxwidth.recording.tape import OpCall
+from fxwidth.rewriting.successors import gather
+from fxwidth.statistics.moments import Moments
+from fxwidth.weights.readers import wiring_of
+from fxwidth.weights.reparametrised import settle, weight_values
+
+_NORMS = ("layer norm", "RMS norm")
+
+
+def dim_maps(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices | None]:
+    """Return the index map of each dim of a parameter, None where it stays."""
+    axes = width_graph.analysis.parameters[name].axes
+    return [maps.indices(axis) if maps.changes(axis) else None for axis in axes]
+
+
+def resized_tensors(
+    width_graph: WidthGraph,
+    maps: IndexMaps,
+    moments: Moments | None,
+    folds: bool = True,
+    norms: Mapping[str, float] | None = None,
+    missed: dict[str, str] | None = None,
+) -> tuple[dict[str, Tensor], IndexMaps]:
+    """Return the tensors that change, by name, and the maps completed with the variance ratios of norms.
+
+    Args:
+        width_graph: the analysis at the old sizes.
+        maps: the kept and new indices of each resized group.
+        moments: what the readers see; None when nothing is dropped or nothing is known.
+        folds: whether readers take over what they read from dropped channels.
+        norms: variance ratios by the names of gains, where they are known already.
+        missed: takes the readers and gains that were not fitted to what is dropped, and why.
+    """
+    analysis = width_graph.analysis
+    missed = {} if missed is None else missed
+    folded = fold(width_graph, maps, moments, missed) if moments is not None and folds else {}
+    missed |= gains_kept(width_graph, maps)
+    ratios = _variance_ratios(width_graph, maps, moments, norms or {})
+    result = {}
+    for name in analysis.parameters:
+        old = folded[name] if name in folded else weight_values(width_graph, name)
+        indices = dim_maps(width_graph, maps, name)
+        if any(kept is not None for kept in indices):
+            gathered = gather(old, indices)
+            result[name] = new_entries(width_graph, maps, name, gathered)
+        elif name in folded:
+            result[name] = old
+    maps = maps.with_variance_ratios(ratios)
+    for name, ratio in ratios_by_gain(width_graph, maps).items():
+        gain = result.get(name, analysis.parameters[name].tensor.detach())
+        result[name] = gain * math.sqrt(ratio)
+    result |= settle(width_graph, maps, result)
+    return result, maps
+
+
+def _variance_ratios(
+    width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, known: Mapping[str, float]
+) -> dict[int, float]:
+    """Return the variance ratio of each norm whose gain can be rescaled, one for all calls that share a gain."""
+    by_gain: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    shared_gains = gains_kept(width_graph, maps).keys() - known.keys()
+    for call in width_graph.analysis.calls:
+        gain = _gain(width_graph, call)
+        changed = [m for m in call.mixings if maps.changes(call.axes[id(m.tensor)][m.dim])]
+        if gain is not None and gain not in shared_gains and changed:
+            by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
+    result: dict[int, float] = {}
+    for gain, entries in by_gain.items():
+        found = math.exp(sum(math.log(max(ratio, 1e-12)) for _, ratio in entries) / len(entries))
+        shared = known.get(gain, found)
+        result |= dict.fromkeys((index for index, _ in entries), shared)
+    return result
+
+
+def _gain(width_graph: WidthGraph, call: OpCall) -> str | None:
+    if not any(mixing.kind in _NORMS for mixing in call.mixings):
+        return None
+    weight = call.arguments.get("weight")
+    return next((name for name, e in width_graph.analysis.parameters.items() if e.fake is weight), None)
+
+
+def gains_kept(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, str]:
+    """Return the gains of norms over channels that change which keep their values all the same, and why."""
+    wiring = wiring_of(width_graph)
+
+    def as_gain(call: OpCall, tensor: Tensor) -> bool:
+        return call.arguments.get("weight") is tensor and any(mixing.kind in _NORMS for mixing in call.mixings)
+
+    result = {}
+    for call in width_graph.analysis.calls:
+        gain = _gain(width_graph, call)
+        changed = any(maps.changes(call.axes[id(mixing.tensor)][mixing.dim]) for mixing in call.mixings)
+        if gain is not None and changed and not wiring.used_only(gain, as_gain):
+            result[gain] = "it is used for something else too"
+    return result
+
+
+def ratios_by_gain(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, float]:
+    """Return by the names of gains by what the variances that their norms see are multiplied in a resize."""
+    result = {}
+    for call in width_graph.analysis.calls:
+        ratio = maps.variance_ratio(call.index)
+        gain = _gain(width_graph, call) if ratio != 1.0 else None
+        if gain is not None:
+            result[gain] = ratio
+    return result

@@ -1,0 +1,228 @@
+"""The model that a graph was traced from: after a resize it is the resized model, or as it was, never half of each.
+
+A graph shares parameters, and where it was traced symbolically also submodules, with its model. Whether the model's own
+code works at the new sizes is tried out under fake tensors. Where it does, and does the same ops as the graph, the
+model is resized with the graph. Where it does not, it is given what it had: the graph keeps the parameters, which an
+optimizer knows, and the model gets copies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from torch import Tensor, fx, nn
+
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.op_signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
+from fxwidth.recording.data_dependent import ValueReader
+from fxwidth.recording.tape import OpCall, TapeRecorder, evaluating, plain_kernels, quiet, training
+from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
+from fxwidth.rewriting.successors import twin
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.rules.registry import keeps
+from fxwidth.runtime.fake_tensors import fake_like
+from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.pytrees import flatten_each, rebuild_each
+from fxwidth.runtime.tensor_slots import Slots, overwrite, set_slot, substituted, tensor_slots
+
+RESIZED, UNTOUCHED = "resized", "untouched"
+
+
+@dataclass(frozen=True)
+class _Original:
+    model: ref[nn.Module]
+    arguments: tuple[Argument, ...]
+
+
+# Not in the graph module: what is copied or pickled has no original.
+_ORIGINALS: WeakKeyDictionary[fx.GraphModule, _Original] = WeakKeyDictionary()
+
+
+def remember_original(module: fx.GraphModule, model: nn.Module, arguments: Sequence[Argument]) -> None:
+    """Note of which model a graph is, and how that is called; the model is not kept alive."""
+    _ORIGINALS[module] = _Original(ref(model), tuple(replace(argument, value=UNKNOWN) for argument in arguments))
+
+
+def original_of(module: fx.GraphModule) -> nn.Module | None:
+    """Return the model that shares parameters with a graph that was traced from it, if it is still there."""
+    known = _ORIGINALS.get(module)
+    return None if known is None else known.model()
+
+
+def resized_together(module: nn.Module) -> list[nn.Module]:
+    """Return all modules that a resize of one may change."""
+    original = original_of(module) if isinstance(module, fx.GraphModule) else None
+    return [module] if original is None else [module, original]
+
+
+def goes_along(
+    analysis: Analysis, maps: IndexMaps, fakes: Mapping[str, Tensor], changed: Iterable[str], edits: AttributeEdits
+) -> bool:
+    """Tell whether the model that a graph was traced from does at new sizes what the graph does.
+
+    If so, the size attributes of its modules have been set.
+
+    Args:
+        analysis: the graph at the old sizes.
+        maps: the index maps of the resize.
+        fakes: the resized parameters and buffers as fake tensors, by name.
+        changed: the names of all tensors that get other values.
+        edits: takes the changes of module attributes.
+    """
+    original = original_of(analysis.module)
+    assert original is not None
+    slots = tensor_slots(original)
+    names = {id(tensor): name for name, (tensor, _) in slots.items()}
+    if any(id(analysis.parameters[name].tensor) not in names for name in changed):
+        return False
+    resized = {names[id(analysis.parameters[name].tensor)] for name in fakes}
+    holders = {id(part) for name in resized for part, _ in slots[name][1]}
+    start = edits.mark()
+    with substituted(original, _fakes_of(slots, analysis, fakes), slots, restored):
+        _set_sizes(original, holders, edits)
+        with evaluating(original):
+            observed = _observed(analysis, original)
+        wanted = prescribed_signatures(analysis.calls, maps)
+        follows = observed is not None and differ(observed, wanted) is None
+        # It may have parts for training that the graph, which is of one mode, has not.
+        trains = follows and _trains(analysis, original)
+        # Again, for weights that a module computes when it is called.
+        _set_sizes(original, holders, edits)
+    if follows and not trains:
+        with edits.suspended(), substituted(original, _fakes_of(slots, analysis, {}), slots, restored):
+            # What never ran on fake tensors says nothing.
+            trains = not _trains(analysis, original)
+    if not trains:
+        edits.undo(start)
+    return trains
+
+
+def _fakes_of(slots: Slots, analysis: Analysis, fakes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what stands for the parameters and buffers of a model: what stands for those of the graph, or new ones."""
+    known = {id(entry.tensor): fakes.get(name, entry.fake) for name, entry in analysis.parameters.items()}
+    return {
+        name: known[id(tensor)] if id(tensor) in known else fake_like(analysis.mode, tensor)
+        for name, (tensor, _) in slots.items()
+    }
+
+
+def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) -> None:
+    """Set the size attributes of the modules that hold resized tensors, or in whose parts such are."""
+    for _, part in walk(original):
+        if any(id(inner) in holders for _, inner in walk(part)):
+            edits.apply(part, sizes_by_shape(part))
+
+
+def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None:
+    """Return what a model does on the inputs of an analysis; None where it fails."""
+    observed: list[Signature] = []
+
+    def see(call: OpCall) -> None:
+        if call.name not in SILENT:
+            observed.append(observed_signature(call))
+
+    with suppress(Exception):
+        _call(analysis, original, see)
+        return observed
+    return None
+
+
+def _trains(analysis: Analysis, original: nn.Module) -> bool:
+    """Tell whether a model runs in training mode."""
+    with suppress(Exception), training(original):
+        _call(analysis, original, lambda _: None)
+        return True
+    return False
+
+
+def _call(analysis: Analysis, original: nn.Module, see: Callable[[OpCall], None]) -> None:
+    arguments = _ORIGINALS[analysis.module].arguments
+    leaves, structures = flatten_each(analysis.inputs, (Tensor,))
+    # The model may write to what it is given.
+    values = rebuild_each(copy.deepcopy(structures), leaves)
+    found = [] if analysis.record is None else [one for node in analysis.record.values() for one in node]
+    reader = None if analysis.record is None else ValueReader({"": found}, analysis.mode)
+    recorder = TapeRecorder(keeps, see, values=reader)
+    recorder.begin("")
+    with plain_kernels(), quiet(), analysis.mode, recorder:
+        invoke(original, arguments, values)
+
+
+def detach_original(
+    module: fx.GraphModule, replaced: Iterable[Tensor], edits: AttributeEdits, transaction: Transaction
+) -> None:
+    """Give a graph modules of its own, and the model that it was traced from the tensors that it had.
+
+    The graph keeps the tensors that change in value alone, and those that do not change, for an optimizer knows them:
+    the model gets copies. Attributes that have been set for the new sizes stay set in the graph.
+
+    Args:
+        module: the graph.
+        replaced: the tensors in whose place the graph is about to get others.
+        edits: the attributes that have been set.
+        transaction: what has been written to so far, and takes the rest.
+    """
+    original = original_of(module)
+    assert original is not None
+    _separate(module, original)
+    edits.take_back(part for _, part in walk(original))
+    transaction.undo.callback(_ORIGINALS.__setitem__, module, _ORIGINALS[module])
+    del _ORIGINALS[module]
+    shared = {id(tensor) for tensor, _ in tensor_slots(module).values()}
+    given_up = {id(tensor) for tensor in replaced}
+    for tensor, places in tensor_slots(original).values():
+        before = transaction.before(tensor)
+        if id(tensor) in given_up:
+            if before is not tensor:
+                overwrite(tensor, before)
+        elif id(tensor) in shared:
+            copied = twin(tensor, before)
+            for holder, attribute in places:
+                set_slot(holder, attribute, copied)
+
+
+def _separate(module: nn.Module, original: nn.Module) -> None:
+    """Put shallow copies in the place of the submodules that a graph shares with a model."""
+    own = {id(part) for _, part in walk(module)}
+    shared = [(path, part) for path, part in walk(original) if id(part) in own]
+    copies: dict[int, nn.Module] = {}
+    for path, part in shared:
+        _refuse_own_forward(path, part)
+        copies[id(part)] = part.__class__.__new__(part.__class__)
+    for _, part in shared:
+        slots = {name: dict(part.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
+        copies[id(part)].__dict__ = {n: _moved(value, copies) for n, value in (part.__dict__ | slots).items()}
+    for _, part in walk(module):
+        for name, child in part._modules.items() if id(part) not in copies else ():
+            if child is not None and id(child) in copies:
+                part._modules[name] = copies[id(child)]
+
+
+def _moved(value: Any, copies: Mapping[int, nn.Module]) -> Any:
+    """Return what a copied module keeps for what a module keeps: containers of its own, and copied modules in them."""
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, copies.get(id(value.__self__), value.__self__))
+    # Hooks are in an OrderedDict: that stays the same, so that one handle takes a hook out of both.
+    if type(value) in (list, tuple, set):
+        return type(value)(_moved(one, copies) for one in value)
+    return {key: _moved(one, copies) for key, one in value.items()} if type(value) is dict else value
+
+
+def _refuse_own_forward(path: str, part: nn.Module) -> None:
+    forward = part.__dict__.get("forward")
+    if forward is not None and not isinstance(forward, MethodType):
+        raise FxwidthError(
+            f"{path} has a forward put over that of its class, which a copy of it would not follow, and the model that "
+            "was traced cannot do what the graph does at these widths. Delete the model before the resize."
+        )

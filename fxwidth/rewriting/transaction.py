@@ -1,0 +1,137 @@
+"""What a resize may change, as it was before: whatever ends a resize on its way puts all of it back."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from fxwidth.rewriting.optimizers import optimizers_in
+from fxwidth.runtime.global_state import GlobalState
+from fxwidth.runtime.module_state import walk
+from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.tensor_slots import overwrite
+
+_Result = TypeVar("_Result")
+# Of these the contents are put back too; what a model keeps in objects of other classes is not written to.
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+class Transaction:
+    """A change of modules, of tensors in them, and of an optimizer, that is made as a whole or not at all.
+
+    What is put back is not what was noted step by step but the state from before the first one, so there is no moment
+    between a step and its note.
+
+    Args:
+        modules: all that may change: their attributes, containers, parameters, buffers, submodules, and graphs.
+        optimizer: likewise: its groups and its state, by identity.
+        objects: others of which attributes may change.
+    """
+
+    def __init__(self, *modules: nn.Module, optimizer: Optimizer | None = None, objects: Iterable[object] = ()) -> None:
+        self._global_state = GlobalState()
+        self.undo = ExitStack()
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        parts = {id(part): part for module in modules for _, part in walk(module)}
+        self._kept = [_Kept(part.__dict__) for part in (*parts.values(), *objects)]
+        self._forwards = [
+            (type(part), vars(type(part)).get("forward"))
+            for part in parts.values()
+            if isinstance(part, fx.GraphModule) and "forward" in vars(type(part))
+        ]
+        for one in optimizers_in(optimizer):
+            self._kept += [_Kept(one.__dict__), _Kept(one.state), *map(_Kept, one.param_groups)]
+            self._kept += [_Kept(state) for state in one.state.values() if isinstance(state, dict)]
+
+    def run(self, work: Callable[[], _Result]) -> _Result:
+        """Return what the work returns; if it is ended by an exception or by Ctrl-C, nothing has changed."""
+        try:
+            with plain_surroundings():
+                return work()
+        except BaseException:
+            self.roll_back()
+            raise
+
+    def overwrite(self, tensor: Tensor, values: Tensor) -> None:
+        """Give a tensor other values, in place."""
+        if id(tensor) not in self._values:
+            self._values[id(tensor)] = tensor, tensor.detach().clone()
+        overwrite(tensor, values)
+
+    def before(self, tensor: Tensor) -> Tensor:
+        """Return the values of a tensor before it was overwritten: itself where it was not."""
+        return self._values[id(tensor)][1] if id(tensor) in self._values else tensor
+
+    def roll_back(self) -> None:
+        """Make everything what it was before."""
+        # A step that fails must not keep the others from being taken.
+        with uninterrupted(), ExitStack() as steps:
+            for kept in self._kept:
+                steps.callback(kept.put_back)
+            for kind, forward in self._forwards:
+                steps.callback(setattr, kind, "forward", forward)
+            for tensor, values in self._values.values():
+                steps.callback(overwrite, tensor, values)
+            steps.callback(self.undo.close)
+            steps.callback(self._global_state.put_back)
+
+
+@dataclass
+class _Kept:
+    """A dict as it is now, with the contents of the containers in it and the states of generators."""
+
+    owner: Any
+    items: dict[Any, Any]
+    contents: list[tuple[Any, Any]]
+    generators: list[tuple[random.Random, Any]]
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.items = dict(owner)
+        self.contents = [(value, value.copy()) for value in self.items.values() if type(value) in _CONTAINERS]
+        self.generators = [(one, one.getstate()) for one in self.items.values() if isinstance(one, random.Random)]
+
+    def put_back(self) -> None:
+        """Make the dict what it was, its order included."""
+        _refill(self.owner, self.items)
+        for container, old in self.contents:
+            _refill(container, old)
+        for generator, state in self.generators:
+            generator.setstate(state)
+
+
+def _refill(container: Any, old: Any) -> None:
+    if isinstance(container, list):
+        container[:] = old
+    elif (
+        isinstance(container, set)
+        or len(container) != len(old)
+        or any(key is not other or container[key] is not old[other] for key, other in zip(container, old, strict=True))
+    ):
+        container.clear()
+        container.update(old)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back for a while: it is answered at the end. Handlers belong to the main thread."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    held: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,127 @@
+"""What modules keep: attributes, containers in them, fields of configurations, attributes of their classes.
+
+Tensors among all that must outlive a run under fake tensors, and what code has written to must not stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxwidth.recording.composite_ops import is_plain_layer
+from fxwidth.runtime.kept_objects import SIMPLE, Kept
+from fxwidth.runtime.random_states import same_randomness
+
+# Substitution takes care of these.
+_MANAGED = frozenset({"_parameters", "_modules"})
+# What is noted about a graph is no state that its code writes to.
+_NOTES = frozenset({"meta"})
+
+
+def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `module.named_modules()` yields, quicker: no generator inside of a generator for every level."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    waiting = [("", module)]
+    while waiting:
+        path, part = waiting.pop()
+        if id(part) in found:
+            continue
+        found[id(part)] = path, part
+        inner = [(name, child) for name, child in part._modules.items() if child is not None]
+        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
+    return list(found.values())
+
+
+def undisturbed(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
+    return _restoring(_kept_by(module), lambda value: holds(value, FakeTensor))
+
+
+def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
+    return _restoring(_kept_by(module), lambda value: not holds(value, FakeTensor))
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
+
+    The context is all tensors that they hold: parameters, buffers and those in attributes. Their values are in the
+    care of others; that they have been written to is forgotten.
+    """
+    with _restoring(_kept_by(module), lambda _: True) as tensors:
+        versions = list(map(_version, tensors))
+        try:
+            yield tensors
+        finally:
+            for tensor, version in zip(tensors, versions, strict=True):
+                _set_version(tensor, version)
+
+
+@contextmanager
+def _restoring(kept: Kept, judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
+    """Leave the global random states as they are, too."""
+    with same_randomness():
+        try:
+            yield kept.tensors
+        finally:
+            kept.put_back(judge)
+
+
+@contextmanager
+def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors back the values that code has written over, as if it had not."""
+    before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in tensors if not tensor.is_meta]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for tensor, values, version in before:
+                if version is None or tensor._version != version:
+                    tensor.copy_(values)
+                    _set_version(tensor, version)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _set_version(tensor: Tensor, version: int | None) -> None:
+    """Say that a tensor holds again what it held, so that what has been kept of it for a gradient is valid."""
+    if version is not None and tensor._version != version:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+def _kept_by(module: nn.Module) -> Kept:
+    """Return what is kept by the modules that code of their own, or of another of them, may write to."""
+    parts = [part for _, part in walk(module)]
+    kept = Kept()
+    # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
+    if all(type(part) is nn.Module or isinstance(part, fx.GraphModule) or is_plain_layer(part) for part in parts):
+        return kept
+    for part in parts:
+        kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
+    for kind in {kind for part in parts for kind in type(part).__mro__}:
+        if not kind.__module__.startswith(("torch.", "builtins")):
+            kept.add_class(kind)
+    return kept
+
+
+def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path of each attribute or buffer that holds a value of a kind, and the submodule that keeps it."""
+    for path, part in walk(module):
+        for name, value in (*part._buffers.items(), *part.__dict__.items()):
+            if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
+                yield (f"{path}.{name}" if path else name), part
+
+
+def holds(value: Any, kind: type) -> bool:
+    """Tell whether a value is of a kind, or a list, tuple or dict with such a value in it."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(holds(part, kind) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kind)

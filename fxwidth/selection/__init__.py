@@ -1,0 +1,1 @@
+"""Which channels are kept, and the error at every width."""

@@ -1,0 +1,258 @@
+"""What readers see of a group's channels, and what they make of it: the evidence by which channels are chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.axes.factors import Factor, FactorSpace
+from fxwidth.axes.positions import channel_positions
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.reconstruction.ridge import effective_rows
+from fxwidth.recording.tape import OpCall
+from fxwidth.runtime.tensor_slots import real_rows
+from fxwidth.statistics.moments import Moment, Moments
+from fxwidth.statistics.observation_points import Key
+from fxwidth.weights.readers import Reader, wiring_of
+from fxwidth.weights.shared_readers import ReaderSet, reader_sets
+
+# More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
+_ENTRIES, _PRODUCTS = 2**27, 1e11
+# From this width on time matters more than the last digits.
+WIDE = 128
+# How many rows of wide matrices are multiplied at a time.
+_ROWS = 512
+# The rounding unit of evidence in double precision.
+_EXACT = torch.finfo(torch.float64).eps
+# A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
+ROUNDING = 100.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What readers see of a group's channels, and what they make of it.
+
+    Attributes:
+        seen: S, [pairs, width, width]: the channels' covariance, or E h h^T where no constant can be added.
+        wanted: D = a W^T W, [pairs, width, width], with a one over the energy of what the whole reader makes.
+        precision: the rounding unit of the numbers S comes from.
+        rows: how many independent rows each S is worth, [pairs]; none are infinitely many.
+        is_sum: whether some are sums over several readers: good to choose channels by, but no measure of what is lost.
+    """
+
+    seen: Tensor
+    wanted: Tensor
+    precision: float
+    rows: Tensor | None = None
+    is_sum: bool = False
+
+    @property
+    def width(self) -> int:
+        """The number of channels."""
+        return self.seen.shape[2]
+
+    def read_channels(self) -> Tensor:
+        """Return the channels of which some reader makes anything."""
+        return torch.nonzero((self.wanted.diagonal(dim1=1, dim2=2) > 0).any(0))[:, 0]
+
+    def among(self, channels: Tensor) -> Pairs:
+        """Return the evidence on some channels alone."""
+        if len(channels) == self.width:
+            return self
+        seen, wanted = (matrix[:, channels][:, :, channels] for matrix in (self.seen, self.wanted))
+        return Pairs(seen, wanted, self.precision, self.rows, self.is_sum)
+
+    def merged(self) -> Pairs:
+        """Return fewer pairs where all of them would take too much time: neighbours are added together."""
+        count, width = len(self.seen), self.width
+        runs = min(count, max(1, int(_PRODUCTS / (8 * width**3))))
+        if runs == count:
+            return self
+        scale = self._loudness()
+        places = torch.arange(count, device=self.seen.device) * runs // count
+        S, D = (self.seen.new_zeros(runs, width, width) for _ in range(2))
+        S.index_add_(0, places, self.seen / scale)
+        D.index_add_(0, places, self.wanted * scale)
+        return Pairs(S, D, self.precision, is_sum=True)
+
+    def on_one_scale(self) -> Pairs:
+        """Return the same evidence with channels of variance one on average, so that sums do not drown the quiet."""
+        scale = self._loudness()
+        return Pairs(self.seen / scale, self.wanted * scale, self.precision, self.rows, self.is_sum)
+
+    def _loudness(self) -> Tensor:
+        tiny = torch.finfo(self.seen.dtype).tiny
+        return self.seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
+
+
+class _Held:
+    """Pairs as they come, neighbours added together once they take too much memory."""
+
+    def __init__(self) -> None:
+        self._parts: list[Pairs] = []
+        # How many pairs each part is the sum of, and how many the last one lacks of that.
+        self._summands = 1
+        self._missing = 0
+
+    def add(self, pairs: Pairs) -> None:
+        """Take more pairs."""
+        if self._summands == 1:
+            self._parts.append(pairs)
+        else:
+            for one in _one_by_one(pairs.on_one_scale()):
+                self._add(one)
+        while sum(len(part.seen) for part in self._parts) > max(1, _ENTRIES // pairs.width**2):
+            self._halve()
+
+    def _add(self, one: Pairs) -> None:
+        if self._missing == 0:
+            self._parts.append(one)
+            self._missing = self._summands - 1
+        else:
+            self._parts[-1] = _sum([self._parts[-1], one])
+            self._missing -= 1
+
+    def _halve(self) -> None:
+        if self._summands == 1:
+            self._parts = [one for part in self._parts for one in _one_by_one(part.on_one_scale())]
+        count = len(self._parts)
+        self._parts = [_sum(self._parts[first : first + 2]) for first in range(0, count, 2)]
+        self._missing += self._summands * (count % 2)
+        self._summands *= 2
+
+    def together(self) -> Pairs | None:
+        """Return all that was taken; None if there was nothing."""
+        if not self._parts:
+            return None
+        dtype, precision = self._parts[0].seen.dtype, max(part.precision for part in self._parts)
+        S, D = (_together([getattr(part, name).to(dtype) for part in self._parts]) for name in ("seen", "wanted"))
+        if self._summands > 1:
+            return Pairs(S, D, precision, is_sum=True)
+        rows = [part.rows for part in self._parts if part.rows is not None]
+        return Pairs(S, D, precision, torch.cat(rows).to(dtype))
+
+
+def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
+    for S, D in zip(pairs.seen, pairs.wanted, strict=True):
+        yield Pairs(S[None], D[None], pairs.precision)
+
+
+def _sum(parts: Sequence[Pairs]) -> Pairs:
+    """Return what one or two neighbours come to together, in the memory of the first."""
+    first, *others = parts
+    for other in others:
+        first.seen.add_(other.seen)
+        first.wanted.add_(other.wanted)
+    return Pairs(first.seen, first.wanted, max(part.precision for part in parts))
+
+
+def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pairs | None:
+    """Return the evidence on a group from all that reads it, None where nothing does.
+
+    Where it would take too much memory, neighbouring readers are added together.
+    """
+    held = _Held()
+    for pairs in each_pairs(width_graph, group, moments):
+        held.add(pairs)
+    return held.together()
+
+
+def each_pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Iterator[Pairs]:
+    """Yield the evidence on a group from one after the other of all that read it."""
+    for readers in reader_sets(width_graph):
+        own = reader_pairs(width_graph, readers, group.factor, moments)
+        if own is not None:
+            yield own
+    for squares in _product_squares(width_graph, group.factor, moments):
+        total = squares.sum()
+        if float(total) > 0:
+            wanted = torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total
+            yield Pairs(torch.diag(squares)[None], wanted, _EXACT, squares.new_full((1,), math.inf))
+
+
+def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Pairs | None:
+    """Return the evidence from readers of one weight, a pair for each position of a factor in it; None without any."""
+    # Readers of one weight see what is measured in all their places together.
+    reader, space = readers.first, width_graph.analysis.space
+    moment = moments.of(reader)
+    values = _weight_values(width_graph, reader)
+    if moment is None or values is None or factor not in space.factors(reader.axis):
+        return None
+    # Values from single precision are worked on in single precision where that is much faster.
+    narrow = factor.size >= WIDE and moment.precision > torch.finfo(torch.float32).eps / 2 and _fits_single(moment)
+    S = moment.covariance.float() if narrow else moment.covariance
+    if readers.absorber is None:
+        mean = moment.mean.to(S.dtype)
+        S = S.addr_(mean, mean) if S is not moment.covariance else torch.addr(S, mean, mean)
+    found = list(_reader_pairs(space, reader, factor, S, values, moment.precision))
+    if not found:
+        return None
+    seen, wanted = (_together(parts) for parts in zip(*found, strict=True))
+    rows = torch.full((len(seen),), effective_rows(moment), dtype=seen.dtype, device=seen.device)
+    return Pairs(seen, wanted, moment.precision, rows)
+
+
+def _fits_single(moment: Moment) -> bool:
+    """Tell whether products of second moments with weights are within the range of single precision."""
+    largest = float(moment.squares().amax()) if len(moment.mean) else 0.0
+    return largest == 0 or 1e-20 < largest < 1e20
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Return matrices one behind another; one alone is not copied, as it may be as large as a layer."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
+    return wiring_of(width_graph).values(reader.call.arguments[reader.weight])
+
+
+def _reader_pairs(
+    space: FactorSpace, reader: Reader, factor: Factor, S: Tensor, weight: Tensor, precision: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (S, D) [positions each, width, width] for each occurrence of a factor in what a reader contracts."""
+    occurrences = channel_positions(space, reader.axis, factor)
+    if not occurrences:
+        return
+    blocks = real_rows(reader.blocks(weight)).to(S.dtype)
+    size = blocks.shape[2]
+    D = torch.bmm(blocks.transpose(1, 2), blocks)
+    inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)
+    products = zip(D.permute(1, 2, 0).split(_ROWS), inside.split(_ROWS), strict=True)
+    energy = sum(float((one * other).sum()) for one, other in products)
+    # A reader that hears rounding errors alone has no say.
+    most = float(D.diagonal(dim1=1, dim2=2).sum() * S.diagonal().amax())
+    if energy <= most * (ROUNDING * precision) ** 2:
+        return
+    D /= energy
+    for positions in occurrences:
+        owners = positions // size
+        # A factor that tells the groups of a convolution apart goes through it and is not read by it.
+        if (owners != owners[:1]).any():
+            continue
+        if positions.shape == (size, 1) and (positions[:, 0] % size == np.arange(size)).all():
+            yield inside[None, :, :, owners[0, 0]], D[owners[0, 0]][None]
+            continue
+        place = torch.from_numpy(positions % size).to(S.device).T
+        owner = torch.from_numpy(owners[0]).to(S.device)
+        rows, columns = place[:, :, None], place[:, None, :]
+        yield inside[rows, columns, owner[:, None, None]], D[owner[:, None, None], rows, columns]
+
+
+def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) -> Iterator[Tensor]:
+    """Yield E q_j^2 E k_j^2 per channel for each product of two activations over a factor, [width]."""
+    by_call: dict[OpCall, list[Key]] = {}
+    for key in moments.squares:
+        by_call.setdefault(width_graph.analysis.calls[key[0]], []).append(key)
+    for call, keys in by_call.items():
+        contraction = call.contractions[0]
+        axis = call.axes[id(contraction.left)][contraction.left_dims[0]]
+        product = moments.squares[keys[0]] * moments.squares[keys[-1]]
+        for positions in channel_positions(width_graph.analysis.space, axis, factor):
+            # Where both are divided into groups, these are samples of one and the same channels.
+            yield product[torch.from_numpy(positions % len(product)).to(product.device)].sum(1)

@@ -1,0 +1,295 @@
+"""Orders of a group's channels, most useful first: one function for each method of selection.
+
+Each takes what readers see and want of the channels, `Pairs`, and how many are to be kept, and returns all channels in
+an order whose first `count` are the choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxwidth.selection.grams import ROUNDING, Pairs
+
+# A channel whose variance is explained up to this share of it, times the precision of the numbers, holds nothing new.
+_EXPLAINED = 1e3
+# From this width on channels are chosen by blocks, which is faster and does a little worse.
+_BLOCKWISE = 384
+# How many channels are chosen, from how many times as many candidates, before wide matrices are brought up to date.
+_BLOCK, _CANDIDATES = 32, 2
+# How many columns of wide matrices are multiplied at a time.
+_COLUMNS = 512
+# When so many of them are left, they are brought together in smaller matrices.
+_LEFT = 0.75
+_BISECTIONS = 60
+
+
+def greedy_order(pairs: Pairs, count: int) -> Tensor:
+    """Return channels in the order in which they explain most of what is still unexplained.
+
+    With E = S, the next channel j has the largest sum over pairs of E_j^T D E_j / E_jj, and E loses E_j E_j^T / E_jj:
+    E is what the best linear prediction from the chosen channels leaves of S, and tr(D E) what the readers miss.
+    Orders are nested: what is chosen first does not depend on the count.
+
+    Source: forward selection by orthogonal least squares, Chen, Billings and Luo (1989), weighted by the readers.
+    """
+    del count
+    return _by_blocks(pairs) if pairs.width >= _BLOCKWISE else _one_by_one(pairs)
+
+
+def _one_by_one(pairs: Pairs) -> Tensor:
+    S, D = pairs.seen, pairs.wanted
+    variance = S.diagonal(dim1=1, dim2=2).clone()
+    negligible = _negligible(pairs, variance)
+    gain = (torch.bmm(D, S) * S).sum(1)
+    tie_break = _tie_break(pairs)
+    chosen: list[Tensor] = []
+    taken = torch.zeros(S.shape[2], dtype=torch.bool, device=S.device)
+    explained = S.new_zeros(S.shape)
+    for step in range(S.shape[2]):
+        open_ = variance > negligible
+        score = torch.where(open_, gain.clamp_min(0) / variance.where(open_, torch.ones_like(variance)), 0.0).sum(0)
+        j = (score + tie_break).masked_fill(taken, -1.0).argmax()
+        chosen.append(j)
+        taken[j] = True
+        past = explained[:, :, :step]
+        own = S[:, :, j] - _times(past, past[:, j])
+        # Where the channel is explained already it has nothing to take away.
+        scale = torch.where(open_[:, j], variance[:, j], torch.inf)[:, None]
+        wish = _times(D, own)
+        echo = _times(S, wish) - _times(past, _times(past.transpose(1, 2), wish))
+        pull = (own * wish).sum(1, keepdim=True)
+        gain = gain - 2 * own / scale * echo + (own / scale).square() * pull
+        variance = variance - own.square() / scale
+        explained[:, :, step] = own / scale.sqrt()
+    return torch.stack(chosen)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return the product of each matrix [pairs, n, m] with its vector [pairs, m]."""
+    return torch.bmm(matrices, vectors[:, :, None])[:, :, 0]
+
+
+def _negligible(pairs: Pairs, variance: Tensor) -> Tensor:
+    """Return the variance below which a channel holds nothing but rounding errors, [pairs, width]."""
+    # What rounding leaves in a channel that is constant says nothing, however well it fits.
+    rounding = variance.amax(1, keepdim=True) * (ROUNDING * pairs.precision) ** 2
+    return (variance * min(0.5, _EXPLAINED * pairs.precision)).maximum(rounding)
+
+
+def _tie_break(pairs: Pairs) -> Tensor:
+    """Return a small score per channel: with few samples all is explained early, and what is loudest comes first."""
+    loudness = (pairs.wanted.diagonal(dim1=1, dim2=2) * pairs.seen.diagonal(dim1=1, dim2=2)).sum(0)
+    return loudness / loudness.sum().clamp_min(torch.finfo(loudness.dtype).tiny) * _EXPLAINED * pairs.precision
+
+
+def _by_blocks(pairs: Pairs) -> Tensor:
+    """Choose several channels at a time from the best candidates, greedily among these: matrix products all through."""
+    D, E = pairs.wanted, pairs.seen.clone()
+    width = pairs.width
+    negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
+    tie_break = _tie_break(pairs)
+    gain = torch.cat([(torch.bmm(D, part) * part).sum(1) for part in E.split(_COLUMNS, dim=2)], 1)
+    labels = torch.arange(width, device=E.device)
+    taken = torch.zeros(width, dtype=torch.bool, device=E.device)
+    chosen: list[Tensor] = []
+    while (left := int((~taken).sum())) > 0:
+        if left <= _LEFT * len(taken):
+            # What is taken is explained: its rows of E are zero by now.
+            rest = torch.nonzero(~taken)[:, 0]
+            E = E[:, rest[:, None], rest]
+            D = D[:, rest[:, None], rest]
+            gain, negligible, tie_break = gain[:, rest], negligible[:, rest], tie_break[rest]
+            labels, taken = labels[rest], taken[rest]
+        score = _score(gain, E.diagonal(dim1=1, dim2=2), negligible) + tie_break
+        candidates = score.masked_fill(taken, -1.0).topk(min(left, _CANDIDATES * _BLOCK)).indices
+        columns = E[:, :, candidates]
+        wish = torch.bmm(D, columns)
+        inner = torch.bmm(columns.transpose(1, 2), wish)
+        closed = negligible[:, candidates]
+        best = _among(columns[:, candidates], inner, closed, tie_break[candidates], min(left, _BLOCK))
+        picked = candidates[best]
+        chosen.append(labels[picked])
+        taken[picked] = True
+        U, DU = _orthonormal(columns[:, :, best], wish[:, :, best], picked, closed[:, best])
+        echo = torch.bmm(E, DU)
+        pull = torch.bmm(U.transpose(1, 2), DU)
+        gain = gain - 2 * (U * echo).sum(2) + (torch.bmm(U, pull) * U).sum(2)
+        E.baddbmm_(U, U.transpose(1, 2), alpha=-1)
+    return torch.cat(chosen)
+
+
+def _score(gain: Tensor, variance: Tensor, negligible: Tensor) -> Tensor:
+    open_ = variance > negligible
+    return torch.where(open_, gain.clamp_min(0) / variance.where(open_, torch.ones_like(variance)), 0.0).sum(0)
+
+
+def _among(E: Tensor, G: Tensor, negligible: Tensor, tie_break: Tensor, count: int) -> Tensor:
+    """Return so many of a few candidates, greedily, from E among them and G = E^T D E over all channels."""
+    E, G = E.clone(), G.clone()
+    taken = torch.zeros(E.shape[1], dtype=torch.bool, device=E.device)
+    chosen = []
+    for _ in range(count):
+        variance = E.diagonal(dim1=1, dim2=2)
+        score = _score(G.diagonal(dim1=1, dim2=2), variance, negligible) + tie_break
+        j = int(score.masked_fill(taken, -1.0).argmax())
+        chosen.append(j)
+        taken[j] = True
+        scale = torch.where(variance[:, j] > negligible[:, j], variance[:, j], torch.inf)[:, None]
+        own = E[:, j] / scale
+        pulled = G[:, j].clone()
+        # Every column loses its share of the chosen one, and G does so on both sides.
+        G = G - pulled[:, :, None] * own[:, None] - own[:, :, None] * pulled[:, None]
+        G = G + pulled[:, j, None, None] * own[:, :, None] * own[:, None]
+        E = E - own[:, :, None] * E[:, j].clone()[:, None]
+    return torch.tensor(chosen, device=E.device)
+
+
+def _orthonormal(columns: Tensor, wish: Tensor, picked: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U with U U^T = E_B E_BB^-1 E_B^T for the picked columns of E, and D U from D E_B.
+
+    Channels that hold nothing new have nothing to take away.
+    """
+    inner = columns[:, picked]
+    count = inner.shape[1]
+    U, DU = torch.zeros_like(columns), torch.zeros_like(wish)
+    rest = inner.clone()
+    triangle = torch.zeros_like(inner)
+    for k in range(count):
+        pivot = rest[:, k, k]
+        root = torch.where(pivot > negligible[:, k], pivot, torch.inf).sqrt()[:, None]
+        triangle[:, :, k] = rest[:, :, k] / root
+        rest = rest - triangle[:, :, k, None] * triangle[:, None, :, k]
+    pivots = triangle.diagonal(dim1=1, dim2=2)
+    live = pivots > 0
+    solvable = torch.where(live[:, None, :], triangle.tril(), 0.0) + torch.diag_embed((~live).to(triangle.dtype))
+    U = torch.linalg.solve_triangular(solvable, columns.transpose(1, 2), upper=False).transpose(1, 2)
+    DU = torch.linalg.solve_triangular(solvable, wish.transpose(1, 2), upper=False).transpose(1, 2)
+    return U * live[:, None, :], DU * live[:, None, :]
+
+
+def cholesky_order(pairs: Pairs, count: int) -> Tensor:
+    """Return channels by the variance that those before them leave unexplained, as loud as readers hear it.
+
+    It is Cholesky's decomposition with diagonal pivots E_jj D_jj: unlike the greedy order it does not look at what a
+    channel tells about the others.
+
+    Source: H. Harbrecht, M. Peters and R. Schneider, On the Low-Rank Approximation by the Pivoted Cholesky
+        Decomposition (2012).
+    """
+    del count
+    E = pairs.seen.clone()
+    loud = pairs.wanted.diagonal(dim1=1, dim2=2)
+    negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
+    tie_break = _tie_break(pairs)
+    taken = torch.zeros(pairs.width, dtype=torch.bool, device=E.device)
+    chosen = []
+    for _ in range(pairs.width):
+        variance = E.diagonal(dim1=1, dim2=2)
+        open_ = variance > negligible
+        score = (torch.where(open_, variance, 0.0) * loud).sum(0) + tie_break
+        j = int(score.masked_fill(taken, -1.0).argmax())
+        chosen.append(j)
+        taken[j] = True
+        scale = torch.where(open_[:, j], variance[:, j], torch.inf)[:, None]
+        own = E[:, j].clone()
+        E.baddbmm_((own / scale)[:, :, None], own[:, None], alpha=-1)
+    return torch.tensor(chosen, device=E.device)
+
+
+def leverage_order(pairs: Pairs, count: int) -> Tensor:
+    """Return channels by their ridge leverage scores, the diagonal of A (A + lambda)^-1.
+
+    A = sqrt(D_jj D_kk) S_jk is what readers hear of the channels, and lambda is such that the scores of a pair add up
+    to the count: the effective number of dimensions that are kept.
+
+    Source: A. El Alaoui and M. W. Mahoney, Fast Randomized Kernel Ridge Regression with Statistical Guarantees (2015);
+        M. B. Cohen, C. Musco and C. Musco, Input Sparsity Time Low-Rank Approximation via Ridge Leverage Score Sampling
+        (2017).
+    """
+    loud = pairs.wanted.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    heard = pairs.seen * loud[:, :, None] * loud[:, None]
+    values, vectors = torch.linalg.eigh(heard)
+    values = values.clamp_min(0)
+    low, high = torch.zeros_like(values[:, :1]), values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        is_too_many = (values / (values + middle)).sum(1, keepdim=True) > count
+        low, high = torch.where(is_too_many, middle, low), torch.where(is_too_many, high, middle)
+    scores = (vectors.square() * (values / (values + high))[:, None]).sum(2).sum(0)
+    return torch.argsort(scores + _tie_break(pairs), descending=True, stable=True)
+
+
+def backward_order(pairs: Pairs, count: int) -> Tensor:
+    """Return channels by how late they are dropped when the one that costs readers least goes first.
+
+    Dropping channel j, the others made to stand in for it as well as they can, costs D_jj / (S^-1)_jj; D then becomes
+    what the readers make of the channels that are left.
+
+    Source: B. Hassibi and D. G. Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon (1993), with
+        whole channels in the place of weights.
+    """
+    del count
+    S, D = pairs.seen.double(), pairs.wanted.double()
+    variance = S.diagonal(dim1=1, dim2=2)
+    ridge = variance.amax(1, keepdim=True) * max(1e-12, 10 * pairs.precision)
+    H = torch.linalg.inv(S + torch.diag_embed(ridge.expand_as(variance)))
+    gone = torch.zeros(pairs.width, dtype=torch.bool, device=S.device)
+    dropped = []
+    for _ in range(pairs.width):
+        precision = H.diagonal(dim1=1, dim2=2)
+        cost = (D.diagonal(dim1=1, dim2=2) / precision.clamp_min(torch.finfo(S.dtype).tiny)).sum(0)
+        j = int(cost.masked_fill(gone, torch.inf).argmin())
+        dropped.append(j)
+        gone[j] = True
+        row = H[:, j] / H[:, j, j, None]
+        pull = D[:, j].clone()
+        D = D - pull[:, :, None] * row[:, None] - row[:, :, None] * pull[:, None]
+        D = D + pull[:, j, None, None] * row[:, :, None] * row[:, None]
+        H = H - row[:, :, None] * row[:, None] * H[:, j, j, None, None]
+    return torch.tensor(dropped[::-1], device=S.device)
+
+
+def spectral_pruning_order(pairs: Pairs, count: int) -> Tensor:
+    """Return channels by greedy minimisation of Suzuki's information losses, input and output in equal parts.
+
+    The input loss is what the kept channels cannot tell about all channels, tr(E); the output loss what they cannot
+    tell about the readers' outputs, tr(D E); each is taken relative to its value without any channel. No mean is taken
+    off in the paper; here it is where something takes the constant that is left.
+
+    Source: T. Suzuki et al., Spectral Pruning: Compressing Deep Neural Networks via Spectral Analysis and its
+        Generalization Error (2018), with theta = 1/2 and no constraint on leverage scores.
+    """
+    S, D = pairs.seen, pairs.wanted
+    all_of = S.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(S.dtype).tiny)
+    identity = torch.eye(pairs.width, dtype=S.dtype, device=S.device)
+    output = (D * S).sum((1, 2)).clamp_min(0)
+    # A reader's loss is in the unit of its output's energy: the input's is brought to the same.
+    both = (output / all_of)[:, None, None] * identity + D
+    return greedy_order(Pairs(S, both / 2, pairs.precision), count)
+
+
+def projection_order(pairs: Pairs, count: int) -> Tensor:
+    """Return first the channels on which the leading singular directions of the writers can be told apart best.
+
+    The rows of the leading `count` eigenvectors of S are chosen by pivots, so that these directions, and through them
+    the rows of all other channels, follow from the rows that are kept.
+
+    Source: J. Dejaegher, SVD evolutive CNN (2021), where the first channels are kept; the pivots are those of
+        P. Businger and G. H. Golub, Linear Least Squares Solutions by Householder Transformations (1965).
+    """
+    S = pairs.seen.double()
+    scale = S.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(S.dtype).tiny)
+    _, vectors = torch.linalg.eigh((S / scale[:, None, None]).mean(0))
+    rest = vectors.flip(1)[:, :count].clone()
+    chosen: list[int] = []
+    for _ in range(count):
+        lengths = rest.square().sum(1)
+        lengths[chosen] = -1.0
+        j = int(lengths.argmax())
+        chosen.append(j)
+        direction = rest[j] / rest[j].norm().clamp_min(torch.finfo(S.dtype).tiny)
+        rest = rest - (rest @ direction)[:, None] * direction[None]
+    others = torch.ones(pairs.width, dtype=torch.bool, device=S.device)
+    others[chosen] = False
+    return torch.cat([torch.tensor(chosen, device=S.device), torch.nonzero(others)[:, 0]])

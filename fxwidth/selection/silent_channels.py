@@ -1,0 +1,48 @@
+"""Channels that norms over all channels do not hear: without them, what a norm makes of the others stays as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxwidth.axes.positions import channel_positions
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.selection.grams import ROUNDING
+from fxwidth.statistics.moments import Moments
+from fxwidth.statistics.observation_points import NORMS
+
+
+def silent_channels(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Tensor | None:
+    """Return which channels of a group always are at the mean that a layer norm takes off, or zero in an RMS norm.
+
+    Growth puts its new channels there. They add nothing to the sum of squares that the norm divides by, and depend on
+    the others, so that dropping them changes the number of channels alone, which gain and eps make up for.
+
+    Args:
+        width_graph: the graph.
+        group: one of its groups.
+        moments: what its norms see.
+
+    Returns:
+        [width], true where that holds in all norms that see the group; None where none does.
+    """
+    space, silent = width_graph.analysis.space, None
+    for index, squares in moments.deviations.items():
+        call = width_graph.analysis.calls[index]
+        mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
+        least = float(squares.amax()) * (ROUNDING * torch.finfo(mixings[0].tensor.dtype).eps) ** 2
+        for dim, mixing in enumerate(mixings):
+            for positions in channel_positions(space, call.axes[id(mixing.tensor)][mixing.dim], group.factor):
+                places = torch.from_numpy(positions).to(squares.device)
+                loudest = squares.movedim(dim, 0).reshape(squares.shape[dim], -1).amax(1)[places].amax(1)
+                quiet = loudest <= least
+                silent = quiet if silent is None else silent & quiet.to(silent.device)
+    return silent
+
+
+def silent_last(order: Tensor, silent: Tensor | None) -> Tensor:
+    """Return an order of channels with the silent ones, which are dropped without loss, behind all others."""
+    if silent is None:
+        return order
+    last = silent.to(order.device)[order]
+    return torch.cat([order[~last], order[last]])

@@ -1,0 +1,1 @@
+"""Moments of activations, from data or from synthetic inputs."""

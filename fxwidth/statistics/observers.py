@@ -1,0 +1,247 @@
+"""Watching the tensors of a run: each op is found on the analysis tape, and what the probes ask for is summed up."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.recording.tape import OpCall, TapeRecorder
+from fxwidth.runtime.tensor_slots import accumulation_dtype, real_rows
+from fxwidth.statistics.observation_points import Key, Measure, Probe
+
+ROWS_PER_BATCH = 65_536
+# How many channels are multiplied with all at a time.
+_CHANNELS = 512
+
+# Between these, sums of squares are far from the ends of single precision.
+_LEAST, _MOST = 1e-14, 1e15
+
+OTHER_OPS = "it ran other ops than when it was analysed"
+NOT_FINITE = "its inputs are not finite"
+TOO_LARGE = "its inputs are so large that their squares are beyond the range of their precision"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The first two moments of one activation's channels.
+
+    Attributes:
+        mean: E h, [channels].
+        covariance: Cov h, [channels, channels].
+        rows: how many vectors h they were taken from; pixels and tokens are vectors of their own.
+        samples: how many inputs these came from.
+        precision: the rounding unit of the numbers they were computed from.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    rows: int
+    samples: int
+    precision: float
+
+    @property
+    def second(self) -> Tensor:
+        """E h h^T, [channels, channels]."""
+        return torch.addr(self.covariance, self.mean, self.mean)
+
+    def squares(self) -> Tensor:
+        """E h_j^2, [channels]."""
+        return self.covariance.diagonal() + self.mean.square()
+
+    def entries(self, rows: Tensor, columns: Tensor, *, centred: bool) -> Tensor:
+        """Return a copy of some entries of the covariance, or of E h h^T, [rows, columns]."""
+        entries = self.covariance[rows[:, None], columns]
+        return entries if centred else entries.addr_(self.mean[rows], self.mean[columns])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that the probes measured in one run; see `Moments`."""
+
+    contracted: dict[Key, Moment] = field(default_factory=dict)
+    squares: dict[Key, Tensor] = field(default_factory=dict)
+    products: dict[Key, Tensor] = field(default_factory=dict)
+    deviations: dict[int, Tensor] = field(default_factory=dict)
+    missed: dict[str, str] = field(default_factory=dict)
+
+
+class _Sum:
+    """Mean and covariance of rows, accumulated batch by batch about the first batch's mean, for precision."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.samples = 0
+        self._origin: Tensor | None = None
+
+    def add(self, rows: Tensor, samples: int) -> None:
+        """Take in rows, [rows, channels], of so many samples; real and imaginary parts are seen one by one."""
+        rows = real_rows(rows)
+        wide = accumulation_dtype(rows)
+        work = rows if rows.dtype == torch.float64 else rows.float()
+        if self._origin is None:
+            self._precision = torch.finfo(work.dtype).eps
+            self._origin = work.to(wide).mean(0)
+            self._first = torch.zeros_like(self._origin)
+            self._second = self._first.new_zeros(len(self._origin), len(self._origin))
+        if work.dtype != wide and not _has_squares(work):
+            work = work.to(wide)
+        shifted = work - self._origin.to(work.dtype)
+        self._first += shifted.to(wide).sum(0)
+        # Part by part: where the sum is as large as the model, another of its size is too much.
+        for part, channels in zip(self._second.split(_CHANNELS), shifted.T.split(_CHANNELS), strict=True):
+            part += channels @ shifted
+        self.rows += len(rows)
+        self.samples += samples
+
+    def moment(self) -> Moment:
+        """Return the moments of all rows; the sum is used up by it."""
+        assert self._origin is not None
+        shift = self._first / self.rows
+        covariance = self._second.div_(self.rows).addr_(shift, shift, alpha=-1)
+        del self._second
+        return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
+
+
+def _has_squares(rows: Tensor) -> bool:
+    """Tell whether the squares of the largest entries are within the range of single precision."""
+    low, high = rows.aminmax()
+    largest = max(-float(low), float(high))
+    return largest == 0 or _LEAST < largest < _MOST
+
+
+class _Average:
+    """The mean of arrays, weighted by what they are themselves averages of."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.weight = 0
+
+    def add(self, values: Tensor, weight: int) -> None:
+        """Take in one array that is the sum of so many."""
+        self.total = values if self.total is None else self.total + values
+        self.weight += weight
+
+    def value(self) -> Tensor:
+        """Return the mean so far."""
+        assert self.total is not None
+        return self.total / self.weight
+
+
+def _is_finite(values: Tensor) -> bool:
+    # A sum is finite only if all its terms are, and needs no memory.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def _sum_of(probe: Probe) -> object:
+    """Return what tells one sum from another: probes with the same keys add to one."""
+    return probe.keys if probe.measure == Measure.MOMENT else probe
+
+
+class Observer:
+    """Watches the ops of a run, finds each one's place on the analysis tape, and sums what the probes ask for."""
+
+    def __init__(self, analysis: Analysis, probes: Sequence[Probe]) -> None:
+        self.node = ""
+        self.samples = 0
+        self.missed: dict[str, str] = {}
+        self._analysis = analysis
+        self._probes: dict[int, list[Probe]] = {}
+        for probe in probes:
+            self._probes.setdefault(probe.call.index, []).append(probe)
+        self._sums: dict[object, _Sum | _Average] = {}
+        self._parts: dict[object, list[Probe]] = {}
+        for probe in probes:
+            self._parts.setdefault(_sum_of(probe), []).append(probe)
+        self._expected: deque[OpCall] = deque()
+        self._ends: dict[str, int] = {}
+        self._too_large: set[object] = set()
+
+    def begin(self, node: str) -> None:
+        """Expect the ops of a node."""
+        self.node = node
+        self._expected = deque(self._analysis.calls_of(node))
+
+    def end(self) -> None:
+        """Check that all the ops of the node have come."""
+        if self._expected:
+            self._stray(self._expected[0])
+
+    def see(self, call: OpCall) -> None:
+        """Take in one op that has just run."""
+        expected = self._expected.popleft() if self._expected else None
+        if expected is None or expected.name != call.name:
+            self._stray(expected)
+            self._expected.clear()
+            return
+        for probe in self._probes.get(expected.index, ()):
+            self._measure(probe, call.arguments[probe.argument])
+
+    def _stray(self, expected: OpCall | None) -> None:
+        """Note that the run has left the tape at an op; what depends on values may, and is known up to there."""
+        calls = self._analysis.calls_of(self.node)
+        if expected is not None and any(call.recorded is not None for call in calls[: expected.index - calls[0].index]):
+            self._ends[self.node] = min(expected.index, self._ends.get(self.node, expected.index))
+        elif expected is not None or not any(call.recorded is not None for call in calls):
+            self.missed[self.node] = OTHER_OPS
+
+    def seen(self) -> Seen:
+        """Return all that was seen."""
+        result = Seen(missed=self.missed)
+        for key, total in self._sums.items():
+            probes = self._parts[key]
+            if any(self._is_unseen(probe.call) for probe in probes):
+                continue
+            probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
+            if not _is_finite(value.covariance if isinstance(value, Moment) else value):
+                is_seen = isinstance(value, Moment) and _is_finite(value.mean)
+                self.missed[probe.call.node] = TOO_LARGE if is_seen or key in self._too_large else NOT_FINITE
+            elif isinstance(value, Moment):
+                result.contracted.update(dict.fromkeys(probe.keys, value))
+            elif probe.measure == Measure.SQUARES:
+                result.squares[probe.keys[0]] = value
+            elif probe.measure == Measure.PRODUCTS:
+                result.products[probe.keys[0]] = value
+            else:
+                result.deviations[probe.call.index] = value
+        return result
+
+    def _is_unseen(self, call: OpCall) -> bool:
+        return call.node in self.missed or call.index >= self._ends.get(call.node, call.index + 1)
+
+    def _measure(self, probe: Probe, tensor: Tensor) -> None:
+        if probe.measure == Measure.MOMENT:
+            total = self._sums.setdefault(_sum_of(probe), _Sum())
+            assert isinstance(total, _Sum)
+            # An input that is seen in several places is one input all the same.
+            samples = self.samples if self._parts[_sum_of(probe)][0] is probe else 0
+            total.add(probe.rows(tensor, ROWS_PER_BATCH // probe.places), samples)
+        else:
+            average = self._sums.setdefault(_sum_of(probe), _Average())
+            assert isinstance(average, _Average)
+            average.add(*probe.squares(tensor))
+            if not _is_finite(average.value()) and _is_finite(tensor):
+                self._too_large.add(_sum_of(probe))
+
+
+class Walker(fx.Interpreter):
+    """Runs a graph, telling an observer which node is at work; values are freed as soon as they are used up."""
+
+    def __init__(self, module: fx.GraphModule, observer: Observer, recorder: TapeRecorder) -> None:
+        super().__init__(module)
+        self._observer = observer
+        self._recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        self._observer.begin(n.name)
+        value = super().run_node(n)
+        self._observer.end()
+        # The tape would keep every activation alive.
+        self._recorder.calls.clear()
+        return value

@@ -1,0 +1,1 @@
+"""Oracles: the resized graph against the recorded ops at the new sizes."""

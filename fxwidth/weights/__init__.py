@@ -1,0 +1,1 @@
+"""Parameters as matrices that write and read channel groups, and their spectra."""

@@ -1,0 +1,317 @@
+"""Parameters that read activations, seen as matrices: their entries, what they contract, who takes a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.axes.factors import Axis, Factor, axis_size
+from fxwidth.axes.index_maps import Indices
+from fxwidth.axes.positions import occupied_positions, without_minor
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.memo import per_graph
+from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.weights.reparametrised import computed_values, normed_weights, own_values
+
+BATCH_NORMS = frozenset(
+    {
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_no_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    }
+)
+_CONVOLUTIONS = frozenset({"convolution", "_convolution"})
+_RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """The entries of a parameter that a tensor of the tape shows, as strides into the parameter's memory."""
+
+    parameter: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these entries of a tensor laid out like the parameter: writing to them writes to it."""
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    def overlaps(self, other: ParameterView) -> bool:
+        """Tell whether two views of one parameter have entries in common."""
+        if self._first > other._last or other._first > self._last:
+            return False
+        # Without a gap, every position between the first and the last is an entry.
+        if self._is_dense or other._is_dense:
+            return True
+        return bool(np.intersect1d(self._entries(), other._entries(), assume_unique=True).size)
+
+    @property
+    def _first(self) -> int:
+        return self.offset
+
+    @property
+    def _last(self) -> int:
+        return self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+
+    @property
+    def _is_dense(self) -> bool:
+        return prod(self.size) == self._last - self._first + 1
+
+    def _entries(self) -> Indices:
+        positions = np.zeros(1, dtype=np.int64)
+        for size, stride in zip(self.size, self.stride, strict=True):
+            positions = (positions[:, None] + np.arange(size)[None, :] * stride).reshape(-1)
+        return positions + self.offset
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A contraction of an activation with parameters: the weight as blocks [groups, rows, channels per group].
+
+    Attributes:
+        call: the op on the analysis tape.
+        source: the name of the op's argument that holds the activation.
+        source_dim: the dim of the activation that is contracted.
+        weight: the name of the op's argument that holds the weight.
+        weight_dim: the contracted dim of the weight.
+        axis: what the contracted dim is made of, without the positions counted as samples.
+        minor: how many neighbouring positions of the contracted dim belong to one channel and count as samples.
+        groups: how many groups of a convolution share the channels, major.
+        outputs: how many output channels there are per group.
+        view: the parameter entries that the weight is, or None when it is computed from parameters.
+    """
+
+    call: OpCall
+    source: str
+    source_dim: int
+    weight: str
+    weight_dim: int
+    axis: Axis
+    minor: int
+    groups: int
+    outputs: int
+    view: ParameterView | None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells one reader from another."""
+        return self.call.index, self.source
+
+    @property
+    def transposed(self) -> bool:
+        """Tell whether the op is a transposed convolution."""
+        return bool(self.call.arguments.get("transposed"))
+
+    @property
+    def strides(self) -> int:
+        """The share of a transposed convolution's kernel that meets one output position, inverted."""
+        return prod(self.call.arguments["stride"]) if self.transposed else 1
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """Return a weight operand as [groups, rows, channels per group], rows being output channel major."""
+        moved = weight.movedim(self.weight_dim, -1)
+        if self.transposed:
+            return moved.reshape(-1, self.groups, moved.shape[-1] // self.groups).transpose(0, 1)
+        if self.minor > 1:
+            return moved.reshape(-1, moved.shape[-1] // self.minor, self.minor).transpose(1, 2).flatten(0, 1)[None]
+        return moved.reshape(self.groups, -1, moved.shape[-1])
+
+    def operand(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """Return the weight operand whose blocks these are."""
+        moved = like.movedim(self.weight_dim, -1)
+        if self.transposed:
+            flat = blocks.transpose(0, 1)
+        elif self.minor > 1:
+            flat = blocks[0].reshape(-1, self.minor, blocks.shape[-1]).transpose(1, 2)
+        else:
+            flat = blocks
+        return flat.reshape(moved.shape).movedim(-1, self.weight_dim)
+
+
+class Wiring:
+    """How the parameters of a width graph meet its activations, looked up by op, tensor and parameter."""
+
+    def __init__(self, width_graph: WidthGraph) -> None:
+        # Not the width graph itself, which remembers its wiring: it is to go as soon as nobody holds it.
+        self._analysis = width_graph.analysis
+        self._lineage = width_graph.roles.lineage
+        self._normed = normed_weights(width_graph)
+        self.readers: list[Reader] = list(self._find_readers())
+
+    @cached_property
+    def consumers(self) -> dict[int, list[OpCall]]:
+        """The ops that take a tensor, by its id."""
+        result: dict[int, list[OpCall]] = {}
+        for call in self._analysis.calls:
+            for tensor in {id(tensor): tensor for tensor in call.inputs}.values():
+                result.setdefault(id(tensor), []).append(call)
+        return result
+
+    @cached_property
+    def uses(self) -> dict[str, list[tuple[OpCall, Tensor]]]:
+        """Where each parameter, or what is made of it, meets something that is no parameter."""
+        result: dict[str, list[tuple[OpCall, Tensor]]] = {}
+        inner = {index for normed in self._normed.values() for index in normed.inner}
+        for call in self._analysis.calls:
+            if call.index in inner or self._is_inside(call):
+                continue
+            for tensor in call.inputs:
+                for name in self._made_of.get(id(tensor), ()):
+                    result.setdefault(name, []).append((call, tensor))
+        return result
+
+    @cached_property
+    def shown(self) -> frozenset[str]:
+        """The parameters that a model's output holds, itself or something that is made of parameters alone."""
+        return frozenset(name for tensor in self._analysis.outputs for name in self._made_of.get(id(tensor), ()))
+
+    @cached_property
+    def _made_of(self) -> dict[int, frozenset[str]]:
+        """Of which parameters each tensor that is made of parameters alone is made, numbers without dims included."""
+        result = {id(entry.fake): frozenset({name}) for name, entry in self._analysis.parameters.items()}
+        for call in self._analysis.calls:
+            inputs = call.inputs
+            if not inputs or any(id(tensor) not in self._lineage for tensor in inputs):
+                continue
+            names = frozenset().union(*(result.get(id(tensor), frozenset()) for tensor in inputs))
+            for output in call.outputs:
+                result[id(output)] = result.get(id(output), frozenset()) | names
+        return result
+
+    def _is_inside(self, call: OpCall) -> bool:
+        """Tell whether an op makes tensors of parameters alone, which count where they are used.
+
+        Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
+        """
+        of_parameters = all(id(tensor) in self._lineage for tensor in call.inputs)
+        return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
+
+    def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
+        """Tell whether all uses of a parameter are of one kind: then other values in it change nothing else."""
+        return name not in self.shown and all(accepts(call, tensor) for call, tensor in self.uses.get(name, ()))
+
+    @cached_property
+    def audience(self) -> dict[Factor, float]:
+        """In how many readers each factor is, each counted by the share of its positions that are of the factor."""
+        result: dict[Factor, float] = {}
+        for reader in self.readers:
+            for factor, positions in occupied_positions(reader.axis).items():
+                result[factor] = result.get(factor, 0.0) + positions / axis_size(reader.axis)
+        return result
+
+    @cached_property
+    def _by_storage(self) -> dict[int, list[tuple[str, Tensor]]]:
+        """Which parameter, or normed weight in its place, a memory of the tape is, and the tensor that is all of it."""
+        result: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, entry in self._analysis.parameters.items():
+            result.setdefault(storage_of(entry.fake), []).append((name, entry.fake))
+        for name, normed in self._normed.items():
+            # Only the weight that is used has entries that readers see.
+            result[storage_of(self._analysis.parameters[name].fake)] = []
+            for whole in normed.results:
+                result.setdefault(storage_of(whole), []).append((name, whole))
+        return result
+
+    def view(self, tensor: Tensor) -> ParameterView | None:
+        """Return which entries of which parameter a tensor of the tape is, or None when it is a computed one."""
+        known = self._by_storage.get(storage_of(tensor), [])
+        if len(known) != 1:
+            return None
+        name, whole = known[0]
+        parameter = self._analysis.parameters[name].tensor
+        if parameter.layout != torch.strided or whole.stride() != parameter.detach().clone().stride():
+            return None
+        size = tuple(1 if stride == 0 else n for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return ParameterView(name, size, tensor.stride(), int(tensor.storage_offset() - whole.storage_offset()))
+
+    def values(self, tensor: Tensor | None) -> Tensor | None:
+        """Return the numbers of a tensor of the tape that is a parameter or computed from parameters."""
+        if tensor is None or id(tensor) not in self._lineage:
+            return None
+        view = self.view(tensor)
+        if view is not None:
+            return view.of(own_values(self._analysis, self._normed, view.parameter))
+        return computed_values(self._analysis, tensor)
+
+    def following_batch_norm(self, call: OpCall) -> OpCall | None:
+        """Return the batch norm that alone takes an op's result, if it keeps running statistics."""
+        (follower,) = self._only_consumer(call.outputs[0]) or (None,)
+        if follower is None or follower.name not in BATCH_NORMS:
+            return None
+        arguments = follower.arguments
+        is_input = arguments["input"] is call.outputs[0]
+        return follower if is_input and arguments.get("running_mean") is not None else None
+
+    def added_bias(self, call: OpCall) -> tuple[OpCall, Tensor] | None:
+        """Return what an op, or the addition right after it, adds to each output channel, and where."""
+        arguments = call.arguments
+        if call.name in _CONVOLUTIONS:
+            return (call, arguments["bias"]) if arguments["bias"] is not None else None
+        if call.name == "addmm":
+            plain = arguments["beta"] == 1 and arguments["alpha"] == 1 and arguments["self"].dim() == 1
+            return (call, arguments["self"]) if plain else None
+        value = call.outputs[0]
+        while (follower := self._only_consumer(value)) and follower[0].name in _RESHAPES:
+            following = follower[0].outputs[0]
+            if following.shape[-1:] != value.shape[-1:]:
+                return None
+            value = following
+        if follower and follower[0].name == "add" and follower[0].arguments.get("alpha", 1) == 1:
+            for tensor in follower[0].inputs:
+                if tensor is not value and id(tensor) in self._lineage and tensor.shape == value.shape[-1:]:
+                    return follower[0], tensor
+        return None
+
+    def _only_consumer(self, tensor: Tensor) -> tuple[OpCall] | None:
+        consumers = self.consumers.get(id(tensor), [])
+        is_result = any(tensor is output for output in self._analysis.outputs)
+        return (consumers[0],) if len(consumers) == 1 and not is_result else None
+
+    def _find_readers(self) -> Iterator[Reader]:
+        for call in self._analysis.calls:
+            for contraction in call.contractions:
+                left, right = contraction.left, contraction.right
+                for own, own_dims, other, other_dims in (
+                    (left, contraction.left_dims, right, contraction.right_dims),
+                    (right, contraction.right_dims, left, contraction.left_dims),
+                ):
+                    if id(own) in self._lineage and id(other) not in self._lineage and len(own_dims) == 1:
+                        yield self._reader(call, other, other_dims[0], own, own_dims[0])
+
+    def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:
+        groups = call.arguments["groups"] if call.name in _CONVOLUTIONS else 1
+        axis = self._analysis.space.normalise(call.axes[id(activation)][dim])
+        axis, minor = without_minor(axis) if groups == 1 and call.name not in _CONVOLUTIONS else (axis, 1)
+        transposed = bool(call.arguments.get("transposed"))
+        outputs = prod(size for i, size in enumerate(_distinct(weight)) if i != weight_dim)
+        if call.name in _CONVOLUTIONS:
+            outputs = weight.shape[1] if transposed else weight.shape[0] // groups
+        source, own = argument_name(call, activation), argument_name(call, weight)
+        view = self.view(weight)
+        return Reader(call, source, dim, own, weight_dim, axis, minor, groups, outputs, view)
+
+
+@per_graph
+def wiring_of(width_graph: WidthGraph) -> Wiring:
+    """Return the wiring of a width graph, found once."""
+    return Wiring(width_graph)
+
+
+def _distinct(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's sizes without the copies that expanding made."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def argument_name(call: OpCall, tensor: Tensor) -> str:
+    """Return under which name an op takes a tensor."""
+    return next(name for name, value in call.arguments.items() if value is tensor)

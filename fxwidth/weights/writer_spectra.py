@@ -1,0 +1,138 @@
+"""The singular spectrum of a group: how much of what its writers can say each direction holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fxwidth.analysis.roles import Dim, Lineage, Role
+from fxwidth.axes.factors import Axis, Factor
+from fxwidth.axes.positions import channel_positions
+from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.recording.tape import OpCall
+from fxwidth.runtime.tensor_slots import accumulation_dtype
+from fxwidth.weights.readers import Wiring, wiring_of
+from fxwidth.weights.reparametrised import normed_weights, weight_values
+
+# Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
+_STACKED_ENTRIES = 2**17
+_LOOK_UPS = {"embedding": "weight", "index": "self", "index_select": "self"}
+
+
+def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
+    """Return the singular values of a group's writers side by side, one per channel, largest first, [width].
+
+    Each writer is unfolded to [width, everything else], scaled by the batch norm that directly follows it, and stands
+    beside the others: the identity path of a residual block is among the writers of its stream. A group that nothing
+    but per-channel tensors writes, and one of a model without values (meta device), has a flat spectrum.
+
+    Source: J. Dejaegher, SVD evolutive CNN (2021), which decomposes each layer's own kernel.
+    """
+    writers = list(writer_matrices(width_graph, group))
+    if not writers or writers[0].device.type == "meta":
+        return torch.ones(group.width, dtype=torch.float64, device="cpu")
+    columns = sum(writer.shape[1] for writer in writers)
+    if group.width * columns <= _STACKED_ENTRIES:
+        values = torch.linalg.svdvals(torch.cat([writer.to(accumulation_dtype(writer)) for writer in writers], 1))
+        return torch.cat([values, values.new_zeros(group.width - len(values))])
+    gram = writer_gram(width_graph, group)
+    assert gram is not None
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)
+    return squares.clamp_min(0).sqrt()
+
+
+def writer_columns(width_graph: WidthGraph, group: ChannelGroup) -> int:
+    """Return how many columns the stacked writers of a group have; 0 where nothing but per-channel tensors writes."""
+    return sum(writer.shape[1] for writer in writer_matrices(width_graph, group))
+
+
+def writer_gram(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
+    """Return the stacked writers times their transpose, [width, width]; None where there are no values."""
+    gram: Tensor | None = None
+    for writer in writer_matrices(width_graph, group):
+        if writer.device.type == "meta":
+            return None
+        wide = writer.to(accumulation_dtype(writer))
+        gram = wide @ wide.T if gram is None else torch.addmm(gram, wide, wide.T)
+    return gram
+
+
+def tail_share(values: Tensor) -> Tensor:
+    """Return for every k from 0 to n the share of the sum of n values, largest first, that those after the k-th hold.
+
+    Returns:
+        [n + 1], from 1 down to 0.
+    """
+    from_end = torch.cat([values.new_zeros(1), values.flip(0).cumsum(0)]).flip(0)
+    return from_end / from_end[0] if float(from_end[0]) > 0 else torch.zeros_like(from_end)
+
+
+def writer_norms(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
+    """Return the Euclidean norm of each channel's row over all writers, [width]; None where there are no values."""
+    squares: Tensor | None = None
+    for writer in writer_matrices(width_graph, group):
+        if writer.device.type == "meta":
+            return None
+        # Without a copy of the whole in a wider dtype.
+        real = writer.abs() if writer.is_complex() else writer
+        own = torch.linalg.vector_norm(real, dim=1, dtype=accumulation_dtype(real)).square()
+        squares = own if squares is None else squares + own
+    return None if squares is None else squares.sqrt()
+
+
+def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Tensor]:
+    """Yield the weights that write a group as [width, everything else], scaled by a batch norm that directly follows.
+
+    Biases, position embeddings and per-channel parameters are left out: they hold no direction of their own.
+    """
+    wiring = wiring_of(width_graph)
+    space = width_graph.analysis.space
+    lineage = width_graph.roles.lineage
+    companions = {normed.companion for normed in normed_weights(width_graph).values()}
+    for site in group.sites:
+        entry = width_graph.analysis.parameters[site.parameter]
+        dim = site.parameter, site.dim
+        uses = wiring.uses.get(site.parameter, [])
+        calls = [call for call, tensor in uses if _writes(call, tensor, lineage.get(id(tensor), ()), dim)]
+        # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
+        if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
+            continue
+        weight = weight_values(width_graph, site.parameter).movedim(site.dim, 0).flatten(1)
+        for positions in channel_positions(space, entry.axes[site.dim], group.factor):
+            index = torch.from_numpy(positions).to(weight.device)
+            rows = weight[index.view(-1)].view(*index.shape, -1)
+            found = [_batch_norm_scale(wiring, width_graph, call, group.factor) for call in calls]
+            scales = [scale for scale in found if scale is not None]
+            if len(scales) == len(calls):
+                scale = torch.stack(scales).mean(0)
+                # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
+                rows = rows * (scale if scale.shape == index.shape else scale.mean(1, keepdim=True))[:, :, None]
+            yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
+
+
+def _writes(call: OpCall, tensor: Tensor, lineage: Lineage, dim: Dim) -> bool:
+    """Tell whether an op makes channels of a parameter's dim: not one that it sums over, nor one that it looks up."""
+    for contraction in call.contractions:
+        for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
+            if side is tensor and any(dim in lineage[k] for k in range(tensor.dim()) if k not in dims):
+                return True
+    is_table = call.arguments.get(_LOOK_UPS.get(call.name, "")) is tensor
+    return is_table and any(dim in sources for sources in lineage[1:])
+
+
+def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:
+    """Return gamma / sqrt(variance + eps) of the batch norm after an op, [channels of the factor, positions each]."""
+    norm = wiring.following_batch_norm(call)
+    if norm is None:
+        return None
+    signal: Axis = norm.axes[id(norm.arguments["input"])][1]
+    occurrences = channel_positions(width_graph.analysis.space, signal, factor)
+    variance = wiring.values(norm.arguments["running_var"])
+    gain = wiring.values(norm.arguments["weight"])
+    if not occurrences or variance is None:
+        return None
+    eps = norm.arguments["epsilon" if "epsilon" in norm.arguments else "eps"]
+    scale: Tensor = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
+    return scale[torch.from_numpy(occurrences[0]).to(scale.device)]

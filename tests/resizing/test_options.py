@@ -1,0 +1,188 @@
+"""Every option of `plan` and `resize` does the same on every way to a resized network, and does something at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.nn import functional as F
+
+import fxwidth
+from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
+from tests.zoo.nets import images, trained_like
+
+PLAN = [name for name in signature(fxwidth.plan).parameters if name != "width_graph"]
+RESIZE = [name for name in signature(fxwidth.resize).parameters if name not in ("gm", "plan")]
+
+
+class Network(nn.Module):
+    """Batch norms, a linear bottleneck, a stream that grows inexactly, and several groups of equal width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.middle = nn.Conv2d(12, 12, 3, padding=1)
+        self.narrow = nn.Conv2d(12, 10, 1)  # nothing nonlinear between it and what reads it
+        self.wide = nn.Conv2d(10, 12, 1)
+        self.head_norm = nn.BatchNorm2d(12)
+        self.merged = nn.LayerNorm(24)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.norm(self.stem(x)).relu()).relu()
+        x = self.head_norm(self.wide(self.narrow(x))).relu().mean((2, 3))
+        return self.head(self.merged(torch.cat([x[:, ::2], x[:, 1::2]], 1).repeat(1, 2)))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return trained_like(Network())
+
+
+def labelled() -> list[tuple[Tensor, Tensor]]:
+    x = images(48)
+    return [(x[:24], torch.arange(24) % 4), (x[24:], torch.arange(24) // 6)]
+
+
+Options = Mapping[str, Any]
+HALF = {"params": 0.6}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An option at a value that is not its default, beside others without which it would do nothing."""
+
+    value: Callable[[fx.GraphModule], Any]
+    beside: Callable[[], Options] = field(default=lambda: HALF)
+
+
+def _optimizer(gm: fx.GraphModule) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=0.01)
+    x, y = labelled()[0]
+    F.cross_entropy(gm(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _of(value: Any) -> Callable[[fx.GraphModule], Any]:
+    return lambda _: value
+
+
+ROWS: dict[str, Row] = {
+    "budget": Row(_of(fxwidth.Budget(flops=0.5)), dict),
+    "params": Row(_of(0.5), dict),
+    "data": Row(_of(labelled())),
+    "loss": Row(_of(F.cross_entropy), lambda: {"params": 0.45, "data": labelled()}),
+    "selection": Row(_of("magnitude")),
+    "shrink_energy": Row(_of(0.4), dict),
+    "grow_energy": Row(_of(0.0), lambda: {"grow_step": 2, "shrink_energy": 0.0}),
+    "grow_step": Row(_of(2), lambda: {"grow_energy": 0.0, "shrink_energy": 0.0}),
+    "min_width": Row(_of(7)),
+    "max_width": Row(_of(9), lambda: {"shrink_energy": 0.0}),
+    "align": Row(_of(4)),
+    "same_width": Row(_of([["stem", "middle"]])),
+    "only": Row(_of("middle"), lambda: {"params": 0.9}),
+    "keep": Row(_of(["stem"])),
+    "exact": Row(_of(False), lambda: {"grow_energy": 0.0, "grow_step": 2, "shrink_energy": 0.0}),
+    "rotate": Row(_of(False)),
+    "optimizer": Row(_optimizer),
+    "recalibrate": Row(_of(False), lambda: {**HALF, "data": labelled()}),
+    "fold": Row(_of(False)),
+}
+
+
+def test_every_option_has_a_row() -> None:
+    assert set(ROWS) == {*PLAN, *RESIZE}
+
+
+def _some(options: Options, names: list[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _for_plan(options: Options) -> dict[str, Any]:
+    # What a resize does not turn a plan must not count on.
+    turns = options.get("rotate", True) and options.get("fold", True) and options.get("optimizer") is None
+    return {**_some(options, PLAN), "rotate": turns}
+
+
+def _direct(gm: fx.GraphModule, options: Options) -> None:
+    chosen = fxwidth.plan(fxwidth.analyze(gm), **_for_plan(options))
+    fxwidth.resize(gm, chosen, **_some(options, RESIZE))
+
+
+def _evolve(gm: fx.GraphModule, options: Options) -> None:
+    assert fxwidth.evolve(gm, **options) is gm
+
+
+def _evolver(gm: fx.GraphModule, options: Options) -> None:
+    targets = options.get("params") is not None or options.get("budget") is not None
+    rounds = {"rounds": 1} if targets else {}
+    assert fxwidth.Evolver(gm, every=1, **rounds, **options).step() is not None
+
+
+def _passes(gm: fx.GraphModule, options: Options) -> None:
+    passes = [AnalyzeWidths(), PlanWidths(**_for_plan(options)), ResizeWidths(**_some(options, RESIZE))]
+    assert PassManager(passes)(gm).modified
+
+
+WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes}
+
+
+def _resized(way: Callable[[fx.GraphModule, Options], None], row: Row, name: str | None) -> fx.GraphModule:
+    """Return the network after a resize with an option (None: without it), and the optimizer's state with it."""
+    gm = fxwidth.trace(network(), images(4))
+    options = dict(row.beside())
+    if name is not None:
+        options[name] = row.value(gm)
+    way(gm, options)
+    optimizer = options.get("optimizer")
+    if optimizer is not None:
+        gm.moments = [optimizer.state[p]["exp_avg"] for p in gm.parameters()]
+    return gm
+
+
+def _tensors(gm: fx.GraphModule) -> dict[str, Tensor]:
+    moments = {f"moment {i}": moment for i, moment in enumerate(getattr(gm, "moments", []))}
+    return {**{name: tensor.detach() for name, tensor in gm.state_dict().items()}, **moments}
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].shape == other[name].shape and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_option_does_the_same_on_every_way(name: str) -> None:
+    wanted = _resized(_direct, ROWS[name], name)
+    for way, run in WAYS.items():
+        gm = _resized(run, ROWS[name], name)
+        assert _same(_tensors(gm), _tensors(wanted)), f"{name}= through {way} gives another network"
+        records = [{**one.meta["fxwidth_history"][-1]} for one in (gm, wanted)]
+        assert records[0] == records[1], f"{name}= through {way} is reported otherwise"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_option_does_something(name: str) -> None:
+    row = ROWS[name]
+    without = row if row.beside() else Row(row.value, lambda: {"shrink_energy": 0.05})
+    assert not _same(_tensors(_resized(_direct, row, name)), _tensors(_resized(_direct, without, None)))
+
+
+def test_options_that_make_no_sense_together_are_refused_on_every_way_before_anything_changes() -> None:
+    gm = fxwidth.trace(network(), images(4))
+    before = copy.deepcopy(gm.state_dict())
+    for way in (_evolve, _evolver):
+        for options in ({"loss": F.cross_entropy}, {**HALF, "recalibrate": True}, {**HALF, "selection": "nothing"}):
+            with pytest.raises(fxwidth.FxwidthError):
+                way(gm, options)
+            assert _same(dict(gm.state_dict()), before)
