@@ -21,7 +21,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.graph_meta import HISTORY, NOTES, notes_of
 from fxwidth.resizing.resize import resize_analyzed
-from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import named_tensors, tensor_slots
 from fxwidth.tracing import analyze_module, trace
 

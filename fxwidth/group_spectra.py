@@ -12,7 +12,7 @@ from fxwidth.groups.width_graph import ChannelGroup, WidthGraph, refuse_other_th
 from fxwidth.importance.estimates import Evidence
 from fxwidth.importance.loss_sensitivity import Loss, calibrated
 from fxwidth.planning.constraints import chosen_groups
-from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.statistics.moments import has_values
 from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.weights.writer_spectra import singular_values, writer_columns

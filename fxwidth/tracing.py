@@ -25,7 +25,7 @@ from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, INPUTS, VALUES, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
-from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import is_sound, tensor_slots
 
 

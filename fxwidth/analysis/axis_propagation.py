@@ -19,14 +19,15 @@ from fxwidth.axes.pins import HELD, NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, 
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.batch_dim import batch_factor
-from fxwidth.recording.composite_ops import calls_no_whole_op, is_plain_layer
+from fxwidth.recording.composite_ops import calls_no_whole_op
 from fxwidth.recording.data_dependent import ValueReader, ValueRecord
 from fxwidth.recording.submodules import watching_parts
-from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, evaluating, plain_kernels, quiet
+from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, plain_kernels
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
+from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode
 from fxwidth.runtime.gc_pause import without_collections
-from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.module_state import is_plain_layer, restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves, sample_count, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError, watching_gradients

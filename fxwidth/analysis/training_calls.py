@@ -12,8 +12,9 @@ from torch import nn
 
 from fxwidth.axes.pins import IN_TRAINING
 from fxwidth.axes.unification import unify
-from fxwidth.recording.tape import OpCall, TapeRecorder, training
+from fxwidth.recording.tape import OpCall, TapeRecorder
 from fxwidth.rules.registry import broadcast_all, rule_for
+from fxwidth.runtime.contexts import training
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import deep_tensors
 

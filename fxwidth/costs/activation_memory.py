@@ -16,8 +16,9 @@ from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
-from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, quiet, storage_of, training
+from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, storage_of
 from fxwidth.rules.registry import keeps
+from fxwidth.runtime.contexts import quiet, training
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.tensor_slots import substituted
 

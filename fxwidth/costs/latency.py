@@ -24,7 +24,8 @@ from fxwidth.costs.counts import call_flops
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
-from fxwidth.recording.tape import OpCall, evaluating, tensors_in, unbind
+from fxwidth.recording.tape import OpCall, tensors_in, unbind
+from fxwidth.runtime.contexts import evaluating
 from fxwidth.statistics.synthetic_inputs import noise_draws
 
 # The shares of every free width at which each op is timed: three unknowns per op, and one time to spare.

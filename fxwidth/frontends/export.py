@@ -20,7 +20,7 @@ from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Argu
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
-from fxwidth.recording.tape import quiet
+from fxwidth.runtime.contexts import quiet
 from fxwidth.runtime.module_state import restored, same_values, stores
 from fxwidth.runtime.pytrees import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.runtime.trace_guards import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients

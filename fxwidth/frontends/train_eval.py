@@ -15,7 +15,7 @@ from fxwidth.frontends.export import Region
 from fxwidth.frontends.random_draws import ALMOST_ONE, drawing
 from fxwidth.frontends.train_eval_alignment import DifferentError, align, path_of
 from fxwidth.frontends.train_eval_merge import InTraining, TrainingFlag, Writer, follow_flags
-from fxwidth.recording.tape import evaluating, training
+from fxwidth.runtime.contexts import evaluating, training
 from fxwidth.runtime.tensor_slots import tensor_slots
 
 

@@ -15,6 +15,7 @@ from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.least_widths import Least, least_widths
 from fxwidth.analysis.roles import Role, Roles, find_roles
 from fxwidth.axes.factors import Factor, term_size
+from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.axes.pins import BATCH, LOST, STRUCTURAL, UNUSED, Pin
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.drawing import draw
@@ -106,6 +107,10 @@ class WidthGraph:
     def free(self) -> list[ChannelGroup]:
         """The groups that can be resized."""
         return [group for group in self.groups if group.pinned is None]
+
+    def growths(self, maps: IndexMaps) -> dict[Factor, Growth]:
+        """Return what growing does, by the factors of the groups that get new channels."""
+        return {group.factor: group.growth for group in self.groups if (maps.of(group.factor) == NEW).any()}
 
     @cached_property
     def _by_name(self) -> dict[str, ChannelGroup]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.axes.factors import Axis, Factor, FactorSpace
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.growth.recipes import Fill, Growth
 from fxwidth.runtime.tensor_slots import accumulation_dtype
-
-if TYPE_CHECKING:
-    from fxwidth.groups.width_graph import WidthGraph
 
 # Of the Gram matrix of rows rounded to float32, an eigenvalue below this share of the largest is rounding.
 _NEGLIGIBLE = 1e-12
@@ -49,16 +46,19 @@ class _Filling:
     growth: Growth
 
 
-def new_entries(width_graph: WidthGraph, maps: IndexMaps, name: str, gathered: Tensor) -> Tensor:
+def new_entries(
+    analysis: Analysis, growths: Mapping[Factor, Growth], maps: IndexMaps, name: str, gathered: Tensor
+) -> Tensor:
     """Return a parameter or buffer with its new slots filled.
 
     Args:
-        width_graph: the analysis at the old sizes.
+        analysis: the analysis at the old sizes.
+        growths: what growing does, by the groups that grow.
         maps: the new indices of each resized group.
         name: the parameter or buffer.
         gathered: the tensor at its new shape: old entries in place, zeros in the new slots.
     """
-    fillings = list(_fillings(width_graph, maps, name))
+    fillings = list(_fillings(analysis, growths, maps, name))
     if not fillings or gathered.is_meta:
         return gathered
     result = gathered.detach().clone()
@@ -69,28 +69,27 @@ def new_entries(width_graph: WidthGraph, maps: IndexMaps, name: str, gathered: T
             if filling.fill is not kind:
                 continue
             if kind is Fill.DIRECTIONS:
-                _fill_directions(result, filling, _old_positions(width_graph, maps, name), name)
+                _fill_directions(result, filling, _old_positions(analysis, maps, name), name)
             elif kind in (Fill.MEAN, Fill.WEIGHTED):
-                _fill_means(result, filling, _scale(width_graph, maps, name, filling))
+                _fill_means(result, filling, _scale(analysis, maps, name, filling))
             else:
                 places = torch.from_numpy(np.flatnonzero(filling.at.new)).to(result.device)
                 result.index_fill_(filling.dim, places, 1 if kind is Fill.ONE else 0)
     return result
 
 
-def _fillings(width_graph: WidthGraph, maps: IndexMaps, name: str) -> Iterator[_Filling]:
-    space = width_graph.analysis.space
-    for dim, axis in enumerate(width_graph.analysis.parameters[name].axes):
+def _fillings(analysis: Analysis, growths: Mapping[Factor, Growth], maps: IndexMaps, name: str) -> Iterator[_Filling]:
+    space = analysis.space
+    for dim, axis in enumerate(analysis.parameters[name].axes):
         for factor in maps.changed_factors(axis):
             if (maps.of(factor) == NEW).any():
-                growth = next(group.growth for group in width_graph.groups if group.factor is factor)
-                fill = growth.fills.get((name, dim), Fill.ZERO)
-                yield _Filling(fill, dim, factor, _coordinates(space, maps, axis, factor), growth)
+                fill = growths[factor].fills.get((name, dim), Fill.ZERO)
+                yield _Filling(fill, dim, factor, _coordinates(space, maps, axis, factor), growths[factor])
 
 
-def _old_positions(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices]:
+def _old_positions(analysis: Analysis, maps: IndexMaps, name: str) -> list[Indices]:
     """Return the positions of each dim that are not new."""
-    return [np.flatnonzero(maps.indices(axis) != NEW) for axis in width_graph.analysis.parameters[name].axes]
+    return [np.flatnonzero(maps.indices(axis) != NEW) for axis in analysis.parameters[name].axes]
 
 
 # -- positions -----------------------------------------------------------------------------------------------------
@@ -138,11 +137,11 @@ def _product(major: _Coordinates, minor: _Coordinates) -> _Coordinates:
 # -- means ---------------------------------------------------------------------------------------------------------
 
 
-def _scale(width_graph: WidthGraph, maps: IndexMaps, name: str, filling: _Filling) -> Tensor | None:
+def _scale(analysis: Analysis, maps: IndexMaps, name: str, filling: _Filling) -> Tensor | None:
     """Return what weights the mean: one number per new channel of the factor, zero for those without an old one."""
     if filling.fill is not Fill.WEIGHTED:
         return None
-    entry = width_graph.analysis.parameters[filling.growth.weights[name, filling.dim]]
+    entry = analysis.parameters[filling.growth.weights[name, filling.dim]]
     kept = maps.of(filling.factor)
     scale = entry.tensor.detach().reshape(-1)
     weights = scale[torch.from_numpy(np.maximum(kept, 0)).to(scale.device)]

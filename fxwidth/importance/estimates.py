@@ -21,7 +21,8 @@ from fxwidth.selection.grams import Pairs, each_pairs, pairs_of
 from fxwidth.selection.registry import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
 from fxwidth.selection.silent_channels import silent_channels, silent_last
 from fxwidth.statistics.covariance_shrinkage import shrunk
-from fxwidth.statistics.moments import Moment, Moments, has_values, moments_from_data
+from fxwidth.statistics.moment import Moment
+from fxwidth.statistics.moments import Moments, has_values, moments_from_data
 from fxwidth.statistics.observation_points import Key
 from fxwidth.statistics.remembered_noise import noise_moments
 from fxwidth.weights.readers import BATCH_NORMS, wiring_of

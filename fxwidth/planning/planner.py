@@ -22,7 +22,7 @@ from fxwidth.planning.allocation import Choice, allocate
 from fxwidth.planning.constraints import Class, Limits, SameWidth, chosen_groups, classes
 from fxwidth.planning.thresholds import Thresholds, by_thresholds
 from fxwidth.plans import Plan
-from fxwidth.runtime.plain_contexts import plain_surroundings
+from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.selection.error_curves import Errors
 from fxwidth.tracing import refuse_nan
 from fxwidth.weights.readers import wiring_of

@@ -14,7 +14,8 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.ridge import regression
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import complex_rows, real_rows
-from fxwidth.statistics.moments import Moment, Moments
+from fxwidth.statistics.moment import Moment
+from fxwidth.statistics.moments import Moments
 from fxwidth.statistics.observation_points import NORMS
 from fxwidth.weights.reparametrised import weight_values
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets

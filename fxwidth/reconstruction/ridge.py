@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from math import sqrt
-
 import torch
 from torch import Tensor
 
-from fxwidth.statistics.observers import Moment
+from fxwidth.statistics.moment import Moment, effective_rows
 
 _SMALLEST_RIDGE = 1e-13
 _ITERATIONS = 12
@@ -53,11 +51,6 @@ def regression(moment: Moment, kept: Tensor, dropped: Tensor, weights: Tensor, *
         residual = torch.addmm(target, correlation, solution, alpha=-1)
         solution.add_(_solve(correlation, residual, smallest))
     return solution.mul_(scale[:, None]).T
-
-
-def effective_rows(moment: Moment) -> float:
-    """Return how many independent rows a moment is worth: neighbouring pixels or tokens tell much the same."""
-    return sqrt(moment.samples * moment.rows)
 
 
 def _solve(correlation: Tensor, target: Tensor, ridge: float) -> Tensor:

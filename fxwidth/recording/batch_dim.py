@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.axes.factors import Factor
-from fxwidth.recording.tape import evaluating, plain_kernels, quiet
+from fxwidth.recording.tape import plain_kernels
+from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import substituted

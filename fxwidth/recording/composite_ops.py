@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxwidth.runtime.module_state import is_plain_layer
 from fxwidth.runtime.trace_guards import UntraceableError
 
 
@@ -245,12 +246,6 @@ PLAIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.fxwidth.pad_packed_sequence.default: _PAD_PACKED,
 }
 
-_PLAIN_LAYERS = frozenset(
-    f"torch.nn.modules.{name}"
-    for name in ("activation", "batchnorm", "conv", "dropout", "flatten", "instancenorm", "linear", "normalization")
-    + ("padding", "pixelshuffle", "pooling", "sparse", "upsampling")
-)
-
 
 def calls_no_whole_op(target: Any, kind: str) -> bool:
     """Tell whether a node is sure to call none of these functions, so that its calls need no watching.
@@ -263,8 +258,3 @@ def calls_no_whole_op(target: Any, kind: str) -> bool:
         return is_plain_layer(target) and not isinstance(target, nn.MultiheadAttention | nn.RMSNorm)
     # What is written in C++ calls nothing that is written in Python.
     return kind == "call_function" and isinstance(target, BuiltinFunctionType | OpOverload) and target not in _WHOLE
-
-
-def is_plain_layer(module: nn.Module) -> bool:
-    """Tell whether only known code runs when a module is called: that of a layer of torch.nn, without hooks."""
-    return type(module).__module__ in _PLAIN_LAYERS and not (module._forward_hooks or module._forward_pre_hooks)

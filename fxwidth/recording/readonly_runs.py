@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxwidth.recording.tape import evaluating, plain_kernels
+from fxwidth.recording.tape import plain_kernels
+from fxwidth.runtime.contexts import evaluating
 from fxwidth.runtime.module_state import restored, same_values
 from fxwidth.runtime.pytrees import map_leaves
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots

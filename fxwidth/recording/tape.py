@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +19,6 @@ from fxwidth.axes.factors import Axis
 from fxwidth.recording.composite_ops import WholeOps, batch_norm
 from fxwidth.recording.data_dependent import Values
 from fxwidth.runtime.fake_tensors import run_op
-from fxwidth.runtime.module_state import walk
 
 Axes = tuple[Axis, ...]
 
@@ -240,52 +238,3 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-_LOGGERS = (
-    "torch._subclasses.fake_tensor",
-    "torch.export",
-    "torch.fx.experimental.proxy_tensor",
-    "torch.fx.experimental.symbolic_shapes",
-)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch's log of failures under fake tensors: here a failure is an answer, or is told in our words."""
-    loggers = list(map(logging.getLogger, _LOGGERS))
-    # Not by their levels: a new level makes logging forget what it knows of all loggers.
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module and its submodules in eval mode for a while."""
-    was_training = [submodule for _, submodule in walk(module) if submodule.training]
-    for submodule in was_training:
-        submodule.training = False
-    try:
-        yield
-    finally:
-        for submodule in was_training:
-            submodule.training = True
-
-
-@contextmanager
-def training(module: nn.Module) -> Iterator[None]:
-    """Put a module and its submodules in training mode for a while."""
-    was_evaluating = [submodule for _, submodule in walk(module) if not submodule.training]
-    for submodule in was_evaluating:
-        submodule.training = True
-    try:
-        yield
-    finally:
-        for submodule in was_evaluating:
-            submodule.training = False

@@ -50,13 +50,14 @@ def resized_tensors(
     folded = fold(width_graph, maps, moments, missed) if moments is not None and folds else {}
     missed |= gains_kept(width_graph, maps)
     ratios = _variance_ratios(width_graph, maps, moments, norms or {})
+    growths = width_graph.growths(maps)
     result = {}
     for name in analysis.parameters:
         old = folded[name] if name in folded else weight_values(width_graph, name)
         indices = dim_maps(width_graph, maps, name)
         if any(kept is not None for kept in indices):
             gathered = gather(old, indices)
-            result[name] = new_entries(width_graph, maps, name, gathered)
+            result[name] = new_entries(analysis, growths, maps, name, gathered)
         elif name in folded:
             result[name] = old
     maps = maps.with_variance_ratios(ratios)

@@ -15,15 +15,15 @@ from fxwidth.analysis.op_signatures import Signature, differ, observing, prescri
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.train_eval_merge import TrainingFlag
-from fxwidth.recording.composite_ops import is_plain_layer
-from fxwidth.recording.tape import evaluating, plain_kernels, quiet, training
+from fxwidth.recording.tape import plain_kernels
 from fxwidth.rewriting.added_modules import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
 from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.training_behaviour import Step, UnexplainedError, any_batch, training_steps
-from fxwidth.runtime.module_state import unchanged
+from fxwidth.runtime.contexts import evaluating, quiet, training
+from fxwidth.runtime.module_state import is_plain_layer, unchanged
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 

@@ -12,8 +12,8 @@ from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from fxwidth.analysis.axis_propagation import Analysis
-from fxwidth.recording.tape import evaluating, quiet
 from fxwidth.rewriting.graphs import RewrittenGraph
+from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 

@@ -24,11 +24,12 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.recording.data_dependent import ValueReader
-from fxwidth.recording.tape import OpCall, TapeRecorder, evaluating, plain_kernels, quiet, training
+from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.registry import keeps
+from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each

@@ -27,8 +27,9 @@ from torch.nn.modules.module import (
 from torch.utils import _pytree as pytree
 
 from fxwidth.recording.composite_ops import FUSED_ATTENTION, MULTI_HEAD_ATTENTION, WholeOps, attention
-from fxwidth.recording.tape import OpCall, TapeRecorder, evaluating, plain_kernels, training
+from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rules.registry import keeps
+from fxwidth.runtime.contexts import evaluating, training
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     functional.dropout: nn.Dropout,

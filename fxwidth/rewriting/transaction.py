@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxwidth.rewriting.optimizers import optimizers_in
+from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
 from fxwidth.runtime.module_state import walk
-from fxwidth.runtime.plain_contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")

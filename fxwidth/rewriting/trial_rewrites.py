@@ -23,10 +23,10 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import WRITTEN_IN
 from fxwidth.errors import FxwidthError
-from fxwidth.recording.tape import evaluating, quiet
 from fxwidth.rewriting.added_modules import Additions
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
+from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.tensor_slots import substituted
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxwidth.recording.composite_ops import is_plain_layer
 from fxwidth.runtime.kept_objects import SIMPLE, Kept
 from fxwidth.runtime.random_states import same_randomness
 
@@ -21,6 +20,18 @@ from fxwidth.runtime.random_states import same_randomness
 _MANAGED = frozenset({"_parameters", "_modules"})
 # What is noted about a graph is no state that its code writes to.
 _NOTES = frozenset({"meta"})
+
+
+_PLAIN_LAYERS = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "batchnorm", "conv", "dropout", "flatten", "instancenorm", "linear", "normalization")
+    + ("padding", "pixelshuffle", "pooling", "sparse", "upsampling")
+)
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Tell whether only known code runs when a module is called: that of a layer of torch.nn, without hooks."""
+    return type(module).__module__ in _PLAIN_LAYERS and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:

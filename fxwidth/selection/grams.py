@@ -13,10 +13,10 @@ from torch import Tensor
 from fxwidth.axes.factors import Factor, FactorSpace
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
-from fxwidth.reconstruction.ridge import effective_rows
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import real_rows
-from fxwidth.statistics.moments import Moment, Moments
+from fxwidth.statistics.moment import Moment, effective_rows
+from fxwidth.statistics.moments import Moments
 from fxwidth.statistics.observation_points import Key
 from fxwidth.weights.readers import Reader, wiring_of
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets

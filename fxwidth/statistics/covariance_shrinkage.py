@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxwidth.statistics.moments import Moment, Moments
+from fxwidth.statistics.moment import Moment
+from fxwidth.statistics.moments import Moments
 
 # Noise counts as much as this many rows per channel, and is left out where it would count for less than one part in:
 _WEIGHT, _NEGLIGIBLE = 1.0, 32

@@ -23,8 +23,9 @@ from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import is_sound
 from fxwidth.statistics.calibration_data import Gathered, batches_from, cut_anew
 from fxwidth.statistics.data_impressions import impressions
+from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, find_probes
-from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Moment, Observer, Walker
+from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Observer, Walker
 from fxwidth.statistics.synthetic_inputs import noise_draws
 from fxwidth.weights.readers import BATCH_NORMS, Reader
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.recording.tape import OpCall, TapeRecorder
 from fxwidth.runtime.tensor_slots import accumulation_dtype, real_rows
+from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, Measure, Probe
 
 ROWS_PER_BATCH = 65_536
@@ -25,39 +26,6 @@ _LEAST, _MOST = 1e-14, 1e15
 OTHER_OPS = "it ran other ops than when it was analysed"
 NOT_FINITE = "its inputs are not finite"
 TOO_LARGE = "its inputs are so large that their squares are beyond the range of their precision"
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The first two moments of one activation's channels.
-
-    Attributes:
-        mean: E h, [channels].
-        covariance: Cov h, [channels, channels].
-        rows: how many vectors h they were taken from; pixels and tokens are vectors of their own.
-        samples: how many inputs these came from.
-        precision: the rounding unit of the numbers they were computed from.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    rows: int
-    samples: int
-    precision: float
-
-    @property
-    def second(self) -> Tensor:
-        """E h h^T, [channels, channels]."""
-        return torch.addr(self.covariance, self.mean, self.mean)
-
-    def squares(self) -> Tensor:
-        """E h_j^2, [channels]."""
-        return self.covariance.diagonal() + self.mean.square()
-
-    def entries(self, rows: Tensor, columns: Tensor, *, centred: bool) -> Tensor:
-        """Return a copy of some entries of the covariance, or of E h h^T, [rows, columns]."""
-        entries = self.covariance[rows[:, None], columns]
-        return entries if centred else entries.addr_(self.mean[rows], self.mean[columns])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fxwidth import analyze
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver, parameter_count
-from fxwidth.recording.tape import evaluating
+from fxwidth.runtime.contexts import evaluating
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 

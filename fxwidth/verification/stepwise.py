@@ -12,8 +12,9 @@ from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.replay import ResizedReplay, ZeroedReplay, is_replayed
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.data_dependent import depends_on_values
-from fxwidth.recording.tape import OpCall, TapeRecorder, evaluating, plain_kernels
+from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rules.registry import keeps
+from fxwidth.runtime.contexts import evaluating
 from fxwidth.verification.replay_oracle import largest_difference
 
 # What these hold is chance until it is written to.

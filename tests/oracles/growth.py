@@ -66,7 +66,7 @@ def grown_parameters(wg: WidthGraph, maps: IndexMaps) -> dict[str, Tensor]:
             indices = torch.from_numpy(maps.indices(axis)).to(tensor.device)
             tensor = tensor.index_select(dim, indices.clamp(min=0))
             tensor = tensor.index_fill(dim, (indices == NEW).nonzero().flatten(), 0)
-        result[name] = new_entries(wg, maps, name, tensor)
+        result[name] = new_entries(wg.analysis, wg.growths(maps), maps, name, tensor)
     names = {id(entry.fake): name for name, entry in wg.analysis.parameters.items()}
     gains = {
         names[id(call.arguments["weight"])]: maps.variance_ratio(call.index)

@@ -12,7 +12,8 @@ import fxwidth
 from fxwidth.importance.estimates import gather_evidence
 from fxwidth.statistics.calibration_data import Gathered
 from fxwidth.statistics.covariance_shrinkage import shrunk
-from fxwidth.statistics.moments import Moment, Moments, moments_from_data, moments_from_noise
+from fxwidth.statistics.moment import Moment
+from fxwidth.statistics.moments import Moments, moments_from_data, moments_from_noise
 from fxwidth.statistics.observation_points import find_probes
 from fxwidth.statistics.synthetic_inputs import noise_draws
 from tests.zoo.nets import build, images, tokens, trained_like, width_graph

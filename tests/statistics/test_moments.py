@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fxwidth.errors import FxwidthError
-from fxwidth.statistics.moments import Moment, Moments, moments_from_data, moments_from_noise
+from fxwidth.statistics.moment import Moment
+from fxwidth.statistics.moments import Moments, moments_from_data, moments_from_noise
 from fxwidth.statistics.observation_points import Measure, Probe
 from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import (

@@ -1,0 +1,81 @@
+"""Contexts of a run: outside of what the caller has switched on, without torch's log, in one mode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from fxwidth.runtime.module_state import walk
+
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch.export",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "mtia", "hpu")
+
+
+@contextmanager
+def plain_surroundings() -> Iterator[None]:
+    """Switch autocast and inference mode off for a while.
+
+    Under autocast a model is other ops, in other precision; in inference mode ops are not taken apart, and what is made
+    can never be trained.
+    """
+    casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        for device in casting:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+    if casting:
+        # Autocast keeps the weights that it has cast, and some of them may have been written to.
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's log of failures under fake tensors: here a failure is an answer, or is told in our words."""
+    loggers = list(map(logging.getLogger, _LOGGERS))
+    # Not by their levels: a new level makes logging forget what it knows of all loggers.
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and its submodules in eval mode for a while."""
+    was_training = [submodule for _, submodule in walk(module) if submodule.training]
+    for submodule in was_training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in was_training:
+            submodule.training = True
+
+
+@contextmanager
+def training(module: nn.Module) -> Iterator[None]:
+    """Put a module and its submodules in training mode for a while."""
+    was_evaluating = [submodule for _, submodule in walk(module) if not submodule.training]
+    for submodule in was_evaluating:
+        submodule.training = True
+    try:
+        yield
+    finally:
+        for submodule in was_evaluating:
+            submodule.training = False
