@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
-from fxwidth.groups.width_graph import ChannelGroup
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.reconstruction.basis_change import rotation
 from fxwidth.selection.error_curves import lost_share

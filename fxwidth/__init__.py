@@ -13,7 +13,8 @@ from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError, FxwidthWarning
 from fxwidth.evolution import Evolver, evolve
 from fxwidth.group_spectra import GroupSpectrum, spectrum
-from fxwidth.groups.width_graph import ChannelGroup, Site, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup, Site
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph, refuse_other_than_groups
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence
 from fxwidth.importance.loss_sensitivity import Loss, calibrated
 from fxwidth.planning.constraints import chosen_groups

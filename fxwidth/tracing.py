@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.parameter import is_lazy
 
-from fxwidth.analysis.axis_propagation import Analysis, analyze_axes
+from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.data_dependent_runs import record_values
 from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
 from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
+from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
 from fxwidth.frontends.export import exported_graph

@@ -18,7 +18,7 @@ from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import tensor_slots
 
 if TYPE_CHECKING:
-    from fxwidth.analysis.axis_propagation import Analysis
+    from fxwidth.analysis.result import Analysis
 
 
 def pin_other_ways(analysis: Analysis) -> None:

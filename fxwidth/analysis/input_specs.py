@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxwidth.analysis.axis_propagation import TensorSpec, analyze_axes
+from fxwidth.analysis.axis_propagation import analyze_axes
+from fxwidth.analysis.result import TensorSpec
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, bound_to_placeholders
 from fxwidth.recording.graph_meta import INPUTS, notes_of

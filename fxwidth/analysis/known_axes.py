@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.op_signatures import COPIES, SPLITS, VIEWS, Signature, prescribed_signatures, structure
-from fxwidth.analysis.roles import Dim
+from fxwidth.analysis.result import Analysis, Dim, LostGroup
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, Link, find
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import Pin
@@ -70,15 +69,6 @@ class KnownCall:
     outputs: tuple[_KnownRow, ...]
     contractions: tuple[tuple[int, tuple[int, ...], int, tuple[int, ...]], ...]
     mixings: tuple[tuple[int, int, str], ...]
-
-
-@dataclass(frozen=True)
-class LostGroup:
-    """A group of width one of which nothing is known any more but its name, where it occurs, and why."""
-
-    name: str
-    dims: tuple[Dim, ...]
-    why: str
 
 
 @dataclass(frozen=True)

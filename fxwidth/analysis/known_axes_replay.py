@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from fxwidth.analysis.axis_propagation import Analysis, ParameterAxes, faked_inputs, judge, run_on_tape
-from fxwidth.analysis.known_axes import KnownAxes, KnownAxis, KnownCall, LostGroup, decoded, kind_of
+from fxwidth.analysis.axis_propagation import faked_inputs, judge, run_on_tape
+from fxwidth.analysis.known_axes import KnownAxes, KnownAxis, KnownCall, decoded, kind_of
 from fxwidth.analysis.op_signatures import COPIES, SILENT, observed_signature, structure
+from fxwidth.analysis.result import Analysis, LostGroup, ParameterAxes
 from fxwidth.axes.factors import Axis, Factor, axis_size, bare_factor, constant
 from fxwidth.axes.pins import HELD, LOST, Pin
 from fxwidth.recording.data_dependent import ValueRecord

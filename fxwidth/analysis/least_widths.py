@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, axis_size
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.errors import FxwidthError

@@ -9,11 +9,10 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis, Dim
 from fxwidth.axes.factors import ONE, axis_size
 from fxwidth.recording.tape import OpCall, storage_of
 
-Dim = tuple[str, int]
 Lineage = tuple[frozenset[Dim], ...]
 
 

@@ -19,7 +19,7 @@ from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import deep_tensors
 
 if TYPE_CHECKING:
-    from fxwidth.analysis.axis_propagation import Analysis
+    from fxwidth.analysis.result import Analysis
 
 
 def was_passed_through(args: tuple[Any, ...], value: Any) -> bool:

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor, axis_size, element_size
 from fxwidth.bases.channel_provenance import Origins, Place
 from fxwidth.groups.width_graph import WidthGraph

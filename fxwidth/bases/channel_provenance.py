@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import Indices
 from fxwidth.recording.tape import OpCall, tensors_in, unbind

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import Indices
@@ -17,7 +17,8 @@ from fxwidth.axes.positions import channel_positions
 from fxwidth.bases.activation_products import Product, product_places, products_over
 from fxwidth.bases.channel_provenance import Origins, Place, origins
 from fxwidth.bases.foldable_norms import InnerNorm, inner_norms
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.weights.readers import BATCH_NORMS

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.axis_propagation import Analysis, judge
+from fxwidth.analysis.axis_propagation import judge
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor, FactorSpace
 from fxwidth.axes.pins import Pin
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial

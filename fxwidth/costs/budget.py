@@ -13,7 +13,8 @@ from fxwidth.costs.activation_memory import activation_polynomial
 from fxwidth.costs.counts import call_flops, flop_polynomial, parameter_polynomial
 from fxwidth.costs.latency import latency_polynomial
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.weights.readers import wiring_of
 
 _MICROSECONDS = 1e6

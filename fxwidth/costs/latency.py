@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.replay import ResizedReplay
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial

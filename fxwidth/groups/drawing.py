@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import networkx as nx
 from torch import fx
 
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
 from fxwidth.errors import FxwidthError
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.graph_layout import Layout, Point, lay_out
 from fxwidth.recording.tape import Axes as TensorAxes
 from fxwidth.runtime.pytrees import deep_tensors
@@ -20,7 +22,6 @@ from fxwidth.runtime.pytrees import deep_tensors
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
 
 Colour = tuple[float, float, float]
 
@@ -55,7 +56,7 @@ class _Box:
         return max(len(self.title) * _LETTER, len(self.subtitle) * _LETTER * 0.84) + _PADDING
 
 
-def draw(graph: WidthGraph, path: str | Path) -> None:
+def draw(analysis: Analysis, groups: Sequence[ChannelGroup], path: str | Path) -> None:
     """Draw a graph's channel groups to an SVG or PNG file, by the suffix of `path`.
 
     Boxes are nodes, or runs of nodes that hand on the same channels; arrows point down. A box has the colours of the
@@ -75,10 +76,11 @@ def draw(graph: WidthGraph, path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise FxwidthError("drawing needs matplotlib. Run pip install 'fxwidth[draw]'.") from None
-    flow = _flow(graph)
+    free = [group for group in groups if group.pinned is None]
+    flow = _flow(analysis, free)
     layout = lay_out(flow, {vertex: flow.nodes[vertex]["box"].width for vertex in flow})
-    colours = _colours(graph.free)
-    entries = _legend(graph, colours)
+    colours = _colours(free)
+    entries = _legend(len(groups), colours)
     left, right, bottom = _extent(flow, layout)
     legend_width = max(len(text) for _, text in entries) * _LETTER + 0.6
     height = max(bottom, len(entries) * _ENTRY) + 2 * _MARGIN
@@ -102,10 +104,10 @@ def draw(graph: WidthGraph, path: str | Path) -> None:
 # -- what is drawn -----------------------------------------------------------------------------------------------------
 
 
-def _flow(graph: WidthGraph) -> nx.DiGraph:
+def _flow(analysis: Analysis, free: Sequence[ChannelGroup]) -> nx.DiGraph:
     """Return the boxes and the flow of tensors between them."""
-    by_factor = {group.factor: group for group in graph.free}
-    found = {node: _carried(graph, node, by_factor) for node in graph.analysis.module.graph.nodes}
+    by_factor = {group.factor: group for group in free}
+    found = {node: _carried(analysis, node, by_factor) for node in analysis.module.graph.nodes}
     carried = {node: groups for node, groups in found.items() if groups is not None}
     sources = {node: [source for source in node.all_input_nodes if source in carried] for node in carried}
     readers: dict[fx.Node, list[fx.Node]] = {node: [] for node in carried}
@@ -121,35 +123,34 @@ def _flow(graph: WidthGraph) -> nx.DiGraph:
     flow = nx.DiGraph()
     for node, run in runs.items():
         if run[0] is node:
-            kinds = tuple(_kind(graph, part) for part in run)
-            inner = [group for part in run for group in _inner(graph, part, by_factor) if group not in carried[node]]
+            kinds = tuple(_kind(analysis, part) for part in run)
+            inner = [group for part in run for group in _inner(analysis, part, by_factor) if group not in carried[node]]
             flow.add_node(node, box=_Box(_title(node), kinds, carried[node], tuple(dict.fromkeys(inner))))
         flow.add_edges_from((runs[source][0], run[0]) for source in sources[node] if runs[source] is not run)
     return flow
 
 
 def _carried(
-    graph: WidthGraph, node: fx.Node, by_factor: Mapping[Factor, ChannelGroup]
+    analysis: Analysis, node: fx.Node, by_factor: Mapping[Factor, ChannelGroup]
 ) -> tuple[ChannelGroup, ...] | None:
     """Return the free groups in a node's tensors, or None where the node is not drawn."""
-    analysis = graph.analysis
     if node.op == "get_attr" or not deep_tensors(analysis.node_values.get(node.name)):
         return None
-    return _groups_in(graph, analysis.node_axes[node.name], by_factor)
+    return _groups_in(analysis, analysis.node_axes[node.name], by_factor)
 
 
-def _inner(graph: WidthGraph, node: fx.Node, by_factor: Mapping[Factor, ChannelGroup]) -> tuple[ChannelGroup, ...]:
+def _inner(analysis: Analysis, node: fx.Node, by_factor: Mapping[Factor, ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """Return the free groups in what the ops of a module make."""
     if node.op != "call_module":
         return ()
-    made = (axes for call in graph.analysis.calls_of(node.name) if call.contractions for axes in call.output_axes)
-    return _groups_in(graph, made, by_factor)
+    made = (axes for call in analysis.calls_of(node.name) if call.contractions for axes in call.output_axes)
+    return _groups_in(analysis, made, by_factor)
 
 
 def _groups_in(
-    graph: WidthGraph, tensors: Iterable[TensorAxes], by_factor: Mapping[Factor, ChannelGroup]
+    analysis: Analysis, tensors: Iterable[TensorAxes], by_factor: Mapping[Factor, ChannelGroup]
 ) -> tuple[ChannelGroup, ...]:
-    factors = (factor for axes in tensors for axis in axes for factor in graph.analysis.space.factors(axis))
+    factors = (factor for axes in tensors for axis in axes for factor in analysis.space.factors(axis))
     return tuple(by_factor[factor] for factor in dict.fromkeys(factors) if factor in by_factor)
 
 
@@ -157,9 +158,9 @@ def _title(node: fx.Node) -> str:
     return _shortened(str(node.target) if node.op == "call_module" else node.name)
 
 
-def _kind(graph: WidthGraph, node: fx.Node) -> str:
+def _kind(analysis: Analysis, node: fx.Node) -> str:
     if node.op == "call_module":
-        return type(graph.analysis.module.get_submodule(str(node.target))).__name__
+        return type(analysis.module.get_submodule(str(node.target))).__name__
     if node.op in ("placeholder", "output"):
         return {"placeholder": "input", "output": "output"}[node.op]
     return str(getattr(node.target, "__name__", node.target)).removesuffix(".default")
@@ -179,8 +180,8 @@ def _colours(groups: Sequence[ChannelGroup]) -> dict[ChannelGroup, Colour]:
     return result
 
 
-def _legend(graph: WidthGraph, colours: Mapping[ChannelGroup, Colour]) -> list[tuple[Colour | None, str]]:
-    title = f"{len(graph.free)} free groups of {len(graph.groups)}, with their widths"
+def _legend(count: int, colours: Mapping[ChannelGroup, Colour]) -> list[tuple[Colour | None, str]]:
+    title = f"{len(colours)} free groups of {count}, with their widths"
     entries: list[tuple[Colour | None, str]] = [(None, title)]
     entries += [(colour, f"{group.name}  {group.width}") for group, colour in colours.items()][:_LEGEND_ENTRIES]
     if len(colours) > _LEGEND_ENTRIES:

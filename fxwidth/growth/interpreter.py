@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torch.nn import Parameter
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Roles
 from fxwidth.axes.factors import Axis, Factor, FactorSpace
 from fxwidth.growth import (

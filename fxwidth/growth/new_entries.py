@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor, FactorSpace
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.growth.recipes import Fill, Growth

@@ -12,7 +12,7 @@ from enum import Enum, Flag, StrEnum, auto
 
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import ADDING, WEIGHT_NORMS, Roles
 from fxwidth.axes.factors import ONE, Factor
 from fxwidth.growth.contraction import convolution_parts

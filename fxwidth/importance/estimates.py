@@ -13,7 +13,8 @@ from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import Indices
 from fxwidth.axes.positions import channel_positions
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.basis_change import Rotation, rotation
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share

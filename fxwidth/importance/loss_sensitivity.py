@@ -18,7 +18,8 @@ from fxwidth.analysis.roles import Role
 from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.importance.sensitivity_fit import Rise, rates_of
 from fxwidth.reconstruction.folding import fold

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from fxwidth.groups.width_graph import ChannelGroup
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence
 from fxwidth.importance.loss_sensitivity import shrunk_in_place
 from fxwidth.recording.readonly_runs import copies, left_as_it_is

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 
 
 @dataclass(frozen=True)

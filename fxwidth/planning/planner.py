@@ -14,7 +14,8 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
 from fxwidth.costs.budget import Bound, Budget, bounds_of, cost_polynomial, out_of_reach
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph, refuse_other_than_groups
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
 from fxwidth.importance.loss_sensitivity import Loss, calibrated
 from fxwidth.importance.plan_simulation import has_inputs, output_errors

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.planning.constraints import Class, Limits
 from fxwidth.weights.writer_spectra import singular_values, tail_share, writer_matrices
 

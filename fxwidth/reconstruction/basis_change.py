@@ -11,7 +11,8 @@ from torch import Tensor
 from fxwidth.bases.channel_provenance import Place
 from fxwidth.bases.foldable_norms import InnerNorm
 from fxwidth.bases.linear_groups import Basis, linear_group
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.basis_consumers import End, Turn, ends_of, in_place
 from fxwidth.reconstruction.norm_absorption import is_sound, normalise, spread, take_scales
 from fxwidth.rewriting.transaction import Transaction

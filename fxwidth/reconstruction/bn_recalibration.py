@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, Indices
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on

@@ -15,7 +15,8 @@ from fxwidth.analysis.known_axes import KnownAxes, known_axes
 from fxwidth.analysis.least_widths import why_too_narrow
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
 from fxwidth.planning.planner import Plan
 from fxwidth.reconstruction.basis_change import rotated

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.op_signatures import differ, observing, prescribed_signatures
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import Axes, OpCall, plain_kernels

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.data_dependent_pins import nodes_behind_values
 from fxwidth.analysis.op_signatures import Signature, differ, observing, prescribed_signatures
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.train_eval_merge import TrainingFlag

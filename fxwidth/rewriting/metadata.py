@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.rewriting.graphs import RewrittenGraph
 from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.pytrees import deep_tensors

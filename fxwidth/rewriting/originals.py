@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.op_signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.data_dependent_pins import nodes_behind_values
 from fxwidth.analysis.data_dependent_runs import run_with
+from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.training_calls import works_across_channels
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps

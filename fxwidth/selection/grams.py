@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fxwidth.axes.factors import Factor, FactorSpace
 from fxwidth.axes.positions import channel_positions
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import real_rows
 from fxwidth.statistics.moment import Moment, effective_rows

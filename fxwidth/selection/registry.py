@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxwidth.axes.index_maps import Indices
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.selection.grams import Pairs, pairs_of
 from fxwidth.selection.methods import (
     backward_order,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fxwidth.axes.positions import channel_positions
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.selection.grams import ROUNDING
 from fxwidth.statistics.moments import Moments
 from fxwidth.statistics.observation_points import NORMS

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.batch_dim import takes_larger
 from fxwidth.runtime.pytrees import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count

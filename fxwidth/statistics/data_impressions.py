@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import accumulation_dtype, substituted, tensor_slots

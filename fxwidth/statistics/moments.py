@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.bases.linear_groups import linear_norms
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph

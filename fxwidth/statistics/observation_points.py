@@ -10,7 +10,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis
 from fxwidth.bases.activation_products import Side
 from fxwidth.bases.linear_groups import linear_products

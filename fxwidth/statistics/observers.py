@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.recording.tape import OpCall, TapeRecorder
 from fxwidth.runtime.tensor_slots import accumulation_dtype, real_rows
 from fxwidth.statistics.moment import Moment

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.graph_meta import VALUES, notes_of
 from fxwidth.runtime.module_state import stores

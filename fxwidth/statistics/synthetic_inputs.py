@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.recording.graph_meta import VALUES, notes_of
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.pytrees import Structure, flatten, rebuild

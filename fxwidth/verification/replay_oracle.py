@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.replay import ResizedReplay, ZeroedReplay
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 
 

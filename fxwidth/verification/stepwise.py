@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxwidth.analysis.axis_propagation import Analysis
 from fxwidth.analysis.replay import ResizedReplay, ZeroedReplay, is_replayed
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.data_dependent import depends_on_values
 from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels

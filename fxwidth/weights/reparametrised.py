@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import WEIGHT_NORMS
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.groups.width_graph import WidthGraph

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.roles import Dim, Lineage, Role
+from fxwidth.analysis.result import Dim
+from fxwidth.analysis.roles import Lineage, Role
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.positions import channel_positions
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.weights.readers import Wiring, wiring_of

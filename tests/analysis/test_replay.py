@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxwidth.analysis.axis_propagation import TensorSpec, analyze_axes
+from fxwidth.analysis.axis_propagation import analyze_axes
+from fxwidth.analysis.result import TensorSpec
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fxwidth.analysis.roles import Role
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import Site, WidthGraph
+from fxwidth.groups.channel_group import Site
+from fxwidth.groups.width_graph import WidthGraph
 from tests.oracles.judges import analysed, as_one_node, randomise
 from tests.zoo.networks import CASES
 

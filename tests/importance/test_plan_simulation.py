@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
-from fxwidth.groups.width_graph import ChannelGroup
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.importance.plan_simulation import has_inputs, output_errors
 from fxwidth.planning import planner

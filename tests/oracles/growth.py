@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 import fxwidth
 from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import NEW, IndexMaps
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.new_entries import new_entries
 from fxwidth.growth.recipes import Growth, GrowthSearch, Recipe
 from fxwidth.recording.tape import plain_kernels, tensors_in, unbind

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxwidth
-from fxwidth.analysis.axis_propagation import Analysis, analyze_axes
+from fxwidth.analysis.axis_propagation import analyze_axes
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps, Indices
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import tensors_in
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.tracing import analyze_module

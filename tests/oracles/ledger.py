@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fxwidth
-from fxwidth.groups.width_graph import ChannelGroup
+from fxwidth.groups.channel_group import ChannelGroup
 from tests.zoo import models, nets, networks_of_calls, networks_of_norms
 from tests.zoo.networks import CASES
 from tests.zoo.networks_of_odd_forms import FORMS

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxwidth.analysis.axis_propagation import Analysis, analyze_axes
+from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.data_dependent_runs import record_values
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor, axis_size
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.recording.tape import Axes, OpCall, plain_kernels, tensors_in, unbind

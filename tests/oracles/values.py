@@ -10,7 +10,8 @@ from torch import Tensor, fx
 import fxwidth
 from fxwidth.analysis.roles import Role
 from fxwidth.axes.positions import channel_positions
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.fuzz.networks import INPUTS, POSITIONS, Program, RandomNetwork, example_input
 from tests.oracles.judges import ROUNDING, randomise

@@ -14,7 +14,8 @@ from torch.nn import functional
 import fxwidth
 from fxwidth.bases.channel_provenance import Place
 from fxwidth.bases.linear_groups import linear_group
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import gather_evidence
 from fxwidth.reconstruction import basis_change
 from fxwidth.reconstruction.basis_change import rotated

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxwidth.analysis.axis_propagation import Analysis
+from fxwidth.analysis.result import Analysis
 from fxwidth.recording import tape
 from fxwidth.runtime import fake_tensors
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode

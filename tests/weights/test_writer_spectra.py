@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.weights.writer_spectra import singular_values, tail_share, writer_norms
 from tests.zoo.nets import NETS, build, conv, grouped, images, trained_like, width_graph
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxwidth
-from fxwidth.groups.width_graph import ChannelGroup, WidthGraph
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence
 from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.rewriting.transaction import Transaction

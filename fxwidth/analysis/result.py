@@ -1,0 +1,124 @@
+"""What one run of a graph has shown: its tape, its axes, and which node did what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxwidth.analysis.graph_state import GraphState
+from fxwidth.axes.factors import Axis, Factor, FactorSpace, constant
+from fxwidth.axes.pins import HELD, Pin
+from fxwidth.recording.data_dependent import ValueReader, ValueRecord
+from fxwidth.recording.tape import Axes, OpCall
+from fxwidth.runtime.pytrees import deep_tensors, sample_count
+
+Dim = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class LostGroup:
+    """A group of width one of which nothing is known any more but its name, where it occurs, and why."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The shape, dtype and device of an input."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def with_batch(self, size: int) -> TensorSpec:
+        """Return the spec for another batch size."""
+        return TensorSpec((size, *self.shape[1:]), self.dtype, self.device)
+
+
+@dataclass(frozen=True)
+class ParameterAxes:
+    """A parameter or buffer of the model: the fake tensor that stood for it, and one new factor per dim."""
+
+    name: str
+    tensor: Tensor
+    fake: Tensor
+    origins: tuple[Factor | None, ...]
+    axes: Axes
+
+
+@dataclass(eq=False)
+class Analysis:
+    """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
+
+    `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
+    `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
+    the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
+    evaluation. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and
+    `seen` is what the module was.
+    """
+
+    module: fx.GraphModule
+    space: FactorSpace
+    mode: FakeTensorMode
+    parameters: dict[str, ParameterAxes]
+    inputs: tuple[Any, ...]
+    batch: Factor | None
+    record: ValueRecord | None = None
+    calls: list[OpCall] = field(default_factory=list)
+    node_calls: dict[str, range] = field(default_factory=dict)
+    part_calls: dict[int, list[range]] = field(default_factory=dict)
+    node_values: dict[str, Any] = field(default_factory=dict)
+    node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    states: set[int] = field(default_factory=set)
+    own_gradients: set[str] = field(default_factory=set)
+    is_single: bool = False
+    training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
+    axes: dict[int, Axes] = field(default_factory=dict)
+    kept_alive: list[Any] = field(default_factory=list)
+    lost: tuple[LostGroup, ...] = ()
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    seen: GraphState | None = None
+
+    def samples_in(self, values: Any) -> int:
+        """Return how many samples there are in one value per placeholder."""
+        return 1 if self.is_single else sample_count(values)
+
+    def axes_of(self, tensor: Tensor) -> Axes:
+        """Return the axes of a tensor; one that was never seen has fixed dims."""
+        axes = self.axes.get(id(tensor))
+        if axes is None:
+            axes = tuple(constant(size, Pin(HELD)) for size in tensor.shape)
+            self.set_axes(tensor, axes)
+        return axes
+
+    def set_axes(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        """Say of what a tensor is made; it is kept alive, since it is known by its identity."""
+        self.axes[id(tensor)] = tuple(axes)
+        self.kept_alive.append(tensor)
+
+    def in_memory_of(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors seen so far that are in the memory of one: what it is a view of, and other views."""
+        place = tensor.untyped_storage()._cdata
+        known = [entry.fake for entry in self.parameters.values()] + deep_tensors(self.inputs)
+        known += [output for call in self.calls for output in call.outputs]
+        return [other for other in known if other is not tensor and other.untyped_storage()._cdata == place]
+
+    def known_values(self, finds: int | None = None) -> ValueReader | None:
+        """Return a new reader of what is on record for ops that depend on values, or None where there are none."""
+        return None if self.record is None else ValueReader(self.record, self.mode, finds)
+
+    def calls_of_part(self, part: nn.Module) -> list[OpCall]:
+        """Return the ops that a module inside of a node's module ran."""
+        return [self.calls[i] for run in self.part_calls.get(id(part), ()) for i in run]
+
+    def calls_of(self, node: str) -> list[OpCall]:
+        """Return the ops that an fx node ran."""
+        return [self.calls[i] for i in self.node_calls.get(node, range(0))]

@@ -1,0 +1,64 @@
+"""A channel group: one factor and every place where it occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from fxwidth.analysis.least_widths import Least
+from fxwidth.analysis.roles import Role
+from fxwidth.axes.factors import Factor
+from fxwidth.axes.pins import LOST
+from fxwidth.growth.recipes import Growth
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dim of one parameter or buffer in which a group occurs, and what it does there."""
+
+    parameter: str
+    dim: int
+    role: Role
+
+
+@dataclass(eq=False)
+class ChannelGroup:
+    """One factor and every place it occurs: the channels that are added and removed together.
+
+    Attributes:
+        name: the writer that comes first, with a number where that dim holds several groups.
+        width: the number of channels.
+        sites: where the group occurs in parameters and buffers.
+        pinned: why the width must stay, or None.
+        mixed: the op that reduces over the channels (norm, softmax, mean), so that removing some changes the others.
+        least: below which width no resize goes, and why: a variance, a norm or a softmax over fewer tells nothing.
+    """
+
+    name: str
+    width: int
+    sites: tuple[Site, ...]
+    pinned: str | None
+    mixed: str | None
+    factor: Factor
+    find_growth: Callable[[], Growth]
+    least: Least
+
+    @cached_property
+    def growth(self) -> Growth:
+        """How new channels are made; found on first use, since it reads the whole tape."""
+        return self.find_growth()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing is known any more of a group of width one but where it was."""
+        return self.factor.pinned is not None and self.factor.pinned.reason.startswith(LOST)
+
+    @property
+    def inexact_growth(self) -> str | None:
+        """None, or why new channels cannot be added without changing the function."""
+        return self.growth.inexact
+
+    def sites_as(self, role: Role) -> list[Site]:
+        """Return the sites of one role."""
+        return [site for site in self.sites if site.role == role]
