@@ -31,7 +31,7 @@ from fxwidth.statistics.calibration_data import batches_from, targets_of
 
 Loss = Callable[..., Tensor]
 
-# The shares of what readers hear that are taken away by probes: less, and a rise of the loss drowns in noise.
+# The shares of what readers read that are taken away by probes: with less, noise exceeds the rise of the loss.
 _PROBED_SHARES = (0.2, 0.4)
 # Into how many parts a batch is divided to see how much the rise differs between samples.
 _PARTS = 16
@@ -93,7 +93,7 @@ def loss_rates(
 ) -> dict[ChannelGroup, float]:
     """Return by how much the loss rises per unit of each group's predicted error.
 
-    Each group is shrunk by itself until readers miss a fifth, and two fifths, of what they hear, and all groups
+    Each group is shrunk by itself until readers miss a fifth, and two fifths, of what they read, and all groups
     together by the first; each time the loss is taken again on the same samples.
 
     Args:

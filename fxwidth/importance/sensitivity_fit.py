@@ -42,8 +42,8 @@ def rates_of(rises: Mapping[Group, Sequence[Rise]], together: float | None = Non
 
     A network that is sure of its answers stands a little error without a rise of its loss: that of groups which shrink
     together is not the sum of what each does by itself, but grows with a power of their errors' sum, (sum of c e)^p.
-    So c follows from rises to the power 1/p, which tells how loud the groups are for the same rise. Rates are c times
-    what makes them rises of the loss per error where it rises as much as the probes made it rise on average.
+    So c follows from rises to the power 1/p, which tells how sensitive the groups are for the same rise. Rates are c
+    times what makes them rises of the loss per error where it rises as much as the probes made it rise on average.
 
     The logarithms of the rates are drawn toward their mean, the more the less the probes are sure of them.
 
@@ -66,9 +66,9 @@ def rates_of(rises: Mapping[Group, Sequence[Rise]], together: float | None = Non
     found = np.exp(_toward_mean(logs / power - errors, noise) + unit)
     rates = dict(zip(last, found.tolist(), strict=True))
     typical = float(np.median(found))
-    # What was probed and not heard at all does not matter.
-    unheard = {group: 0.0 if probes else typical for group, probes in rises.items()}
-    return {group: max(_LEAST_SENSITIVITY * typical, rates.get(group, unheard[group])) for group in rises}
+    # What was probed without any rise does not matter.
+    without_rise = {group: 0.0 if probes else typical for group, probes in rises.items()}
+    return {group: max(_LEAST_SENSITIVITY * typical, rates.get(group, without_rise[group])) for group in rises}
 
 
 def _power(rises: Mapping[Group, Sequence[Rise]]) -> float:

@@ -58,7 +58,7 @@ def plan_with_evidence(
 ) -> tuple[Plan, Evidence | None]:
     """Choose new widths.
 
-    Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they hear as
+    Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they read as
     can be found. Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the
     singular values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times
     the width exceeds `grow_energy` of the sum.
@@ -67,7 +67,7 @@ def plan_with_evidence(
         width_graph: the groups, from `fxwidth.analyze`.
         budget: what the network may cost.
         params: short for `budget=Budget(params=...)`.
-        data: under a budget, batches that begin with the graph's inputs, from which to see what readers hear; without
+        data: under a budget, batches that begin with the graph's inputs, from which to see what readers read; without
             them, that is estimated from the weights and batch norm statistics, and plans are tried out on noise.
         loss: called with the output and what follows the inputs in a batch; errors then are in its unit, each group's
             brought there by probes on the first batches.

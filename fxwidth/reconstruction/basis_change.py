@@ -20,7 +20,7 @@ from fxwidth.selection.error_curves import lost_share
 from fxwidth.selection.grams import Pairs
 from fxwidth.statistics.moments import Moments
 
-# Directions of less energy than this share of the loudest are not made louder: it would cost precision.
+# Directions of less energy than this share of the largest are not scaled up: it would cost precision.
 _FLOOR = 1e-6
 
 
@@ -110,25 +110,25 @@ def _change(S: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     values, vectors = torch.linalg.eigh(S)
     if not bool((values[:, -1] > 0).all()):
         return None
-    # Directions in which nothing is ever seen stay out: with the floor's loudness they would mix with others.
+    # Directions in which nothing is ever seen stay out: scaled to the floor's variance they would mix with others.
     seen = values.where(values > values.shape[-1] * torch.finfo(S.dtype).eps * values[:, -1:], 0)
     half = vectors * seen.sqrt()[:, None]
     energies, turned = torch.linalg.eigh(half.mT @ D @ half)
     root = seen.maximum(_FLOOR * values[:, -1:]).sqrt()
     energies, turned = energies.flip(1).clamp_min(0), turned.flip(2)
-    # As loud on the whole as the channels were.
+    # Keep the mean variance of the channels.
     scale = root.square().mean(1).sqrt()[:, None, None]
     forward = scale * turned.mT @ (vectors / root[:, None]).mT
     return forward, (vectors * root[:, None]) @ turned / scale, energies
 
 
 def _together(pairs: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
-    """Return one S and one D per head for all ends, each brought to one loudness, so that none drowns the others."""
+    """Return one S and one D per head for all consumers, each brought to one mean variance, so that none dominates."""
     if len(pairs) == 1:
         return pairs[0].seen.double(), pairs[0].wanted.double()
     seen, wanted = (torch.stack([getattr(one, name).double() for one in pairs]) for name in ("seen", "wanted"))
-    loudness = seen.diagonal(dim1=2, dim2=3).mean(2)[:, :, None, None]
-    scale = (loudness / loudness.mean(0)).clamp_min(torch.finfo(seen.dtype).tiny)
+    variance = seen.diagonal(dim1=2, dim2=3).mean(2)[:, :, None, None]
+    scale = (variance / variance.mean(0)).clamp_min(torch.finfo(seen.dtype).tiny)
     return (seen / scale).mean(0), (wanted * scale).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Folding dropped channels into the weights that read them: what is left speaks for what is gone."""
+"""Folding dropped channels into the weights that read them: the kept channels predict the dropped ones."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 # How many rows of a weight are folded at a time.
 _ROWS = 512
 _SMALLEST_SHARE = 0.05
-# Without a batch norm, outputs that have lost a share of their variance are made louder by the root of its inverse to
-# this power: in part, for what is made louder is the error too; and no louder than for a quarter that is left.
+# Without a batch norm, outputs that have lost a share of their variance are scaled by the root of its inverse to this
+# power: in part, since the error is scaled too; and by no more than for a quarter of the variance that is left.
 _MATCHING, _LEAST_MATCHED = 0.6, 0.25
 
 
@@ -201,10 +201,10 @@ def _fold_block(
         share = torch.where((lost != 0).view(-1, rows * len(d)).any(1), share, 1.0)
         constant = lost @ (moment.mean[d] - R @ moment.mean[K]) if centred else lost.new_zeros(len(lost))
         if matched:
-            louder = share.clamp_min(_LEAST_MATCHED).pow(-_MATCHING / 2).repeat_interleave(rows)
+            scale = share.clamp_min(_LEAST_MATCHED).pow(-_MATCHING / 2).repeat_interleave(rows)
             if centred:
-                constant = constant + (1 - louder) * (own @ moment.mean[K])
-            own *= louder[:, None]
+                constant = constant + (1 - scale) * (own @ moment.mean[K])
+            own *= scale[:, None]
         part.index_copy_(1, K, own.to(part.dtype))
         constants.append(constant.view(-1, rows).sum(1))
         shares.append(share)

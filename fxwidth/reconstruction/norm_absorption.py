@@ -81,8 +81,8 @@ def _covariance_made(width_graph: WidthGraph, norm: InnerNorm, moments: Moments,
     for group in range(groups):
         own = slice(group * reader.outputs, (group + 1) * reader.outputs)
         inputs = slice(group * size, (group + 1) * size)
-        heard = (blocks[group] @ moment.covariance[inputs, inputs]).view(reader.outputs, -1)
-        covariance[own, own] = heard @ blocks[group].reshape(reader.outputs, -1).T
+        crossed = (blocks[group] @ moment.covariance[inputs, inputs]).view(reader.outputs, -1)
+        covariance[own, own] = crossed @ blocks[group].reshape(reader.outputs, -1).T
     rows = torch.from_numpy(norm.writers[0].rows).to(covariance.device)
     return covariance[rows][:, rows]
 

@@ -30,7 +30,7 @@ WIDE = 128
 _ROWS = 512
 # The rounding unit of evidence in double precision.
 _EXACT = torch.finfo(torch.float64).eps
-# A channel whose deviation is this many rounding units of the loudest channel's is taken to be constant.
+# A channel whose deviation is this many rounding units of the largest channel's is taken to be constant.
 ROUNDING = 100.0
 
 
@@ -74,7 +74,7 @@ class Pairs:
         runs = min(count, max(1, int(_PRODUCTS / (8 * width**3))))
         if runs == count:
             return self
-        scale = self._loudness()
+        scale = self._mean_variance()
         places = torch.arange(count, device=self.seen.device) * runs // count
         S, D = (self.seen.new_zeros(runs, width, width) for _ in range(2))
         S.index_add_(0, places, self.seen / scale)
@@ -82,11 +82,11 @@ class Pairs:
         return Pairs(S, D, self.precision, is_sum=True)
 
     def on_one_scale(self) -> Pairs:
-        """Return the same evidence with channels of variance one on average, so that sums do not drown the quiet."""
-        scale = self._loudness()
+        """Return the same evidence with channels of variance one on average, so that small ones count in sums."""
+        scale = self._mean_variance()
         return Pairs(self.seen / scale, self.wanted * scale, self.precision, self.rows, self.is_sum)
 
-    def _loudness(self) -> Tensor:
+    def _mean_variance(self) -> Tensor:
         tiny = torch.finfo(self.seen.dtype).tiny
         return self.seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
 
@@ -226,7 +226,7 @@ def _reader_pairs(
     inside = S.reshape(len(D), size, len(D), size).diagonal(dim1=0, dim2=2)
     products = zip(D.permute(1, 2, 0).split(_ROWS), inside.split(_ROWS), strict=True)
     energy = sum(float((one * other).sum()) for one, other in products)
-    # A reader that hears rounding errors alone has no say.
+    # A reader that reads rounding errors alone is skipped.
     most = float(D.diagonal(dim1=1, dim2=2).sum() * S.diagonal().amax())
     if energy <= most * (ROUNDING * precision) ** 2:
         return

@@ -78,9 +78,9 @@ def _negligible(pairs: Pairs, variance: Tensor) -> Tensor:
 
 
 def _tie_break(pairs: Pairs) -> Tensor:
-    """Return a small score per channel: with few samples all is explained early, and what is loudest comes first."""
-    loudness = (pairs.wanted.diagonal(dim1=1, dim2=2) * pairs.seen.diagonal(dim1=1, dim2=2)).sum(0)
-    return loudness / loudness.sum().clamp_min(torch.finfo(loudness.dtype).tiny) * _EXPLAINED * pairs.precision
+    """Return a small score per channel: with few samples all is explained early, and the largest variance comes first."""
+    energy = (pairs.wanted.diagonal(dim1=1, dim2=2) * pairs.seen.diagonal(dim1=1, dim2=2)).sum(0)
+    return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny) * _EXPLAINED * pairs.precision
 
 
 def _by_blocks(pairs: Pairs) -> Tensor:
@@ -169,7 +169,7 @@ def _orthonormal(columns: Tensor, wish: Tensor, picked: Tensor, negligible: Tens
 
 
 def cholesky_order(pairs: Pairs, count: int) -> Tensor:
-    """Return channels by the variance that those before them leave unexplained, as loud as readers hear it.
+    """Return channels by the variance that those before them leave unexplained, weighted by how readers weigh it.
 
     It is Cholesky's decomposition with diagonal pivots E_jj D_jj: unlike the greedy order it does not look at what a
     channel tells about the others.
@@ -179,7 +179,7 @@ def cholesky_order(pairs: Pairs, count: int) -> Tensor:
     """
     del count
     E = pairs.seen.clone()
-    loud = pairs.wanted.diagonal(dim1=1, dim2=2)
+    weights = pairs.wanted.diagonal(dim1=1, dim2=2)
     negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
     tie_break = _tie_break(pairs)
     taken = torch.zeros(pairs.width, dtype=torch.bool, device=E.device)
@@ -187,7 +187,7 @@ def cholesky_order(pairs: Pairs, count: int) -> Tensor:
     for _ in range(pairs.width):
         variance = E.diagonal(dim1=1, dim2=2)
         open_ = variance > negligible
-        score = (torch.where(open_, variance, 0.0) * loud).sum(0) + tie_break
+        score = (torch.where(open_, variance, 0.0) * weights).sum(0) + tie_break
         j = int(score.masked_fill(taken, -1.0).argmax())
         chosen.append(j)
         taken[j] = True
@@ -200,16 +200,16 @@ def cholesky_order(pairs: Pairs, count: int) -> Tensor:
 def leverage_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels by their ridge leverage scores, the diagonal of A (A + lambda)^-1.
 
-    A = sqrt(D_jj D_kk) S_jk is what readers hear of the channels, and lambda is such that the scores of a pair add up
+    A = sqrt(D_jj D_kk) S_jk is what readers read of the channels, and lambda is such that the scores of a pair add up
     to the count: the effective number of dimensions that are kept.
 
     Source: A. El Alaoui and M. W. Mahoney, Fast Randomized Kernel Ridge Regression with Statistical Guarantees (2015);
         M. B. Cohen, C. Musco and C. Musco, Input Sparsity Time Low-Rank Approximation via Ridge Leverage Score Sampling
         (2017).
     """
-    loud = pairs.wanted.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    heard = pairs.seen * loud[:, :, None] * loud[:, None]
-    values, vectors = torch.linalg.eigh(heard)
+    weights = pairs.wanted.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    weighted = pairs.seen * weights[:, :, None] * weights[:, None]
+    values, vectors = torch.linalg.eigh(weighted)
     values = values.clamp_min(0)
     low, high = torch.zeros_like(values[:, :1]), values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     for _ in range(_BISECTIONS):

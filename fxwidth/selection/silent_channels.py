@@ -1,4 +1,4 @@
-"""Channels that norms over all channels do not hear: without them, what a norm makes of the others stays as it is."""
+"""Channels that add nothing to norms over all channels: without them, a norm treats the others as before."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def silent_channels(width_graph: WidthGraph, group: ChannelGroup, moments: Momen
         for dim, mixing in enumerate(mixings):
             for positions in channel_positions(space, call.axes[id(mixing.tensor)][mixing.dim], group.factor):
                 places = torch.from_numpy(positions).to(squares.device)
-                loudest = squares.movedim(dim, 0).reshape(squares.shape[dim], -1).amax(1)[places].amax(1)
-                quiet = loudest <= least
+                largest = squares.movedim(dim, 0).reshape(squares.shape[dim], -1).amax(1)[places].amax(1)
+                quiet = largest <= least
                 silent = quiet if silent is None else silent & quiet.to(silent.device)
     return silent
 

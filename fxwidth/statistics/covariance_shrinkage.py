@@ -15,7 +15,7 @@ from fxwidth.statistics.moments import Moments
 _WEIGHT, _NEGLIGIBLE = 1.0, 32
 # What is put together stands for the truth: no ridge for want of samples is added to it.
 _PLENTY = 10**9
-# Directions of less variance than this, in rounding units of the loudest, do not exist.
+# Directions of less variance than this, in rounding units of the largest, do not exist.
 _ROUNDING = 1e3
 
 

@@ -111,7 +111,7 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     Every batch norm normalises by the statistics of the noise itself, so that its channels have the mean and deviation
     they were trained to have, and only their correlations depend on the inputs: those the weights give to noise.
     In linear groups, where channels that depend on each other do so after the batch norm's own scales alone, the noise
-    has a say in how loud all channels are together, and the running statistics in how loud each is among them.
+    decides the mean variance of all channels together, and the running statistics that of each among them.
 
     Args:
         width_graph: the graph; it is run in eval mode and left as it was, running statistics included.
