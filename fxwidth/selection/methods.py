@@ -78,7 +78,7 @@ def _negligible(pairs: Pairs, variance: Tensor) -> Tensor:
 
 
 def _tie_break(pairs: Pairs) -> Tensor:
-    """Return a small score per channel: with few samples all is explained early, and the largest variance comes first."""
+    """Return a small score per channel: what is explained first is decided by variance where samples are few."""
     energy = (pairs.wanted.diagonal(dim1=1, dim2=2) * pairs.seen.diagonal(dim1=1, dim2=2)).sum(0)
     return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny) * _EXPLAINED * pairs.precision
 
