@@ -11,7 +11,6 @@ standard error. Writes a markdown table to benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import statistics
@@ -26,10 +25,11 @@ from torch import fx
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.shrinking import uniform
+from benchmarks.support.results import options_of, write
+from benchmarks.support.tables import header, line
 from benchmarks.trained_networks import Images, load_images, loss_and_accuracy, trained
 from fxwidth.costs.counts import parameter_count
 
-RESULTS = Path(__file__).parent / "results"
 NETWORK = "batch-norm-mlp"
 SHARES, COUNTS = (0.5, 0.25), (0, 32, 128, 1024)
 FIRST, LAST = (0.8, 0.88, 0.94, 1.0, 1.04), (0.6, 0.8, 1.0, 1.3, 1.7)
@@ -73,7 +73,7 @@ def render(rows: dict[tuple[float, int], list[dict[str, Figures]]], seeds: int) 
     lines += ["named by the first and the last group's multiple of its uniform width. The gain is the loss of uniform"]
     lines += ["widths less that of planned ones on the same network, with its standard error.", ""]
     titles = ("share", "images", "uniform", "planned", "gain", "split of least loss", "split of best accuracy")
-    lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines += header(*titles)
     for (share, images), runs in rows.items():
         keys = set.intersection(*map(set, runs))
         mean = {key: tuple(statistics.mean(run[key][i] for run in runs) for i in range(2)) for key in sorted(keys)}
@@ -83,7 +83,7 @@ def render(rows: dict[tuple[float, int], list[dict[str, Figures]]], seeds: int) 
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         cells = [_cell(mean["uniform"]), _cell(mean["planned"]), f"{statistics.mean(gains):.4f} ± {error:.4f}"]
         cells += [f"{key}: {_cell(mean[key])}" for key in (least, best)]
-        lines.append(f"| {share:.0%} | {images or 'none'} | " + " | ".join(cells) + " |")
+        lines.append(line(f"{share:.0%}", images or "none", *cells))
     return "\n".join(lines) + "\n"
 
 
@@ -93,7 +93,7 @@ def _cell(figures: tuple[float, ...]) -> str:
 
 def main() -> None:
     """Train the networks, measure all splits, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"), help="where trained networks are kept")
     parser.add_argument("--seeds", type=int, default=8)
@@ -106,8 +106,7 @@ def main() -> None:
         for share, images in itertools.product(SHARES, COUNTS):
             rows.setdefault((share, images), []).append(measure(gm, share, images, data))
     table = render(rows, options.seeds)
-    (RESULTS / "allocations.md").write_text(table, encoding="utf-8")
-    print(table)
+    write("allocations", table, folder=options.results)
 
 
 if __name__ == "__main__":

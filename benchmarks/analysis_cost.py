@@ -14,20 +14,16 @@ import argparse
 import gc
 import importlib
 import json
-import os
 import resource
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from math import log
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,9 +31,12 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
-from benchmarks.machine import one_thread
+from benchmarks.support.children import ChildError, in_child
+from benchmarks.support.machine import machine
+from benchmarks.support.measures import GIB, MIB, exponent, forget_peak, peak
+from benchmarks.support.results import options_of, write
+from benchmarks.support.tables import header, heading, line
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "densenet121", "densenet201", "vit_b_16", "swin_t", "convnext_tiny")
 CHAINS = (125, 250, 500, 1000)  # residual blocks of four ops each
 DENSE = (50, 100, 200, 400)  # layers; each reads all that came before
@@ -45,7 +44,6 @@ ROUNDS = 3  # of turns
 REPEATS = 5  # in one turn
 PRUNING_SECONDS = 60  # of CPU time
 PRUNING_GIB = 8
-GIB = 2**30
 
 
 class Chain(nn.Module):
@@ -120,14 +118,14 @@ def measure(kind: str, name: str, with_pruning: bool, repeats: int) -> dict[str,
         contestants["torch_pruning"] = lambda: build_pruning_groups(model, example[:1])
     with tempfile.TemporaryDirectory() as folder:
         fxwidth.save(gm, path := Path(folder) / "trace.pt")
-        memory = in_child(["--memory-of", str(path)])
+        memory = in_child(__file__, "--memory-of", path)
     contestants["analyze"]()
     graph = found[0]
     result: dict[str, Any] = {
         "ops": len(graph.analysis.calls),
         "groups": len(graph.groups),
         "sites": sum(len(group.sites) for group in graph.groups),
-        "analyze_mib": memory["mib"] if isinstance(memory, dict) else None,
+        "analyze_mib": memory["mib"],
     }
     del graph
     result |= {name: statistics.median(times) for name, times in _take_turns(contestants, found, repeats).items()}
@@ -156,11 +154,9 @@ def measure_memory(path: str) -> dict[str, Any]:
     small, image = build("chain", "1")
     fxwidth.analyze(fxwidth.trace(small, image))
     gm = fxwidth.load(path)
-    gc.collect()
-    _forget_peak()
-    before = _peak_mib()
+    before = forget_peak()
     graph = fxwidth.analyze(gm)
-    return {"groups": len(graph.groups), "mib": _peak_mib() - before}
+    return {"groups": len(graph.groups), "mib": (peak() - before) / MIB}
 
 
 def measure_pruning(kind: str, name: str) -> dict[str, Any]:
@@ -170,74 +166,57 @@ def measure_pruning(kind: str, name: str) -> dict[str, Any]:
     model, example = build(kind, name)
     small, image = build("chain", "1")
     build_pruning_groups(small, image)
-    _forget_peak()
-    before = _peak_mib()
+    before = forget_peak()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     seconds = int(time.process_time()) + PRUNING_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     groups = build_pruning_groups(model, example[:1])
-    return {"groups": groups, "mib": _peak_mib() - before}
-
-
-def in_child(arguments: list[str]) -> dict[str, Any] | str:
-    """Return what this file prints as JSON in a process of its own, or why there is none."""
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode == 0:
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"no end after {PRUNING_SECONDS} s"
-    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return f"out of memory at {PRUNING_GIB} GiB" if "emory" in last else last
+    return {"groups": groups, "mib": (peak() - before) / MIB}
 
 
 def run_case(kind: str, name: str, repeats: int) -> dict[str, Any]:
     """Return all figures of one case."""
-    pruning: dict[str, Any] | str = "not run"
-    if kind == "model":
-        pruning = in_child(["--pruning-alone", kind, name])
+    pruning = alone(name) if kind == "model" else "not run"
     flags = ["--with-pruning"] if isinstance(pruning, dict) else []
-    result = in_child(["--measure", kind, name, "--repeats", str(repeats), *flags])
-    if isinstance(result, str):
-        raise SystemExit(f"{kind} {name}: {result}")
+    result = in_child(__file__, "--measure", kind, name, "--repeats", repeats, *flags)
     return {"kind": kind, "case": name, **result, "torch_pruning_alone": pruning}
 
 
-def growth(rows: list[dict[str, Any]]) -> float:
-    """Return the slope of the log of the time of an analysis over the log of the ops, by least squares."""
-    slope, _ = np.polyfit([log(row["ops"]) for row in rows], [log(row["analyze"]) for row in rows], 1)
-    return float(slope)
+def alone(name: str) -> dict[str, Any] | str:
+    """Return what Torch-Pruning takes for a model in a process of its own, or why there is no answer."""
+    try:
+        return in_child(__file__, "--pruning-alone", "model", name)
+    except ChildError as error:
+        if error.status in (-signal.SIGXCPU, -signal.SIGKILL):
+            return f"no end after {PRUNING_SECONDS} s"
+        return f"out of memory at {PRUNING_GIB} GiB" if "emory" in error.last else error.last
 
 
-def render(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
+def render(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     """Return the results as markdown."""
     models, chains, dense = ([row for row in rows if row["kind"] == kind] for kind in ("model", "chain", "dense"))
-    lines = ["# The cost of an analysis", ""]
-    lines += [f"- {name}: {value}" for name, value in machine.items()]
+    lines = heading("The cost of an analysis", facts)
     lines += [
-        "",
-        "Medians of CPU seconds; memory is how far an analysis of a loaded trace goes above what was held before it.",
-        "",
+        "Medians of CPU seconds; memory is how far an analysis of a loaded trace goes above what was held before it."
     ]
-    lines += ["| model | ops | groups | analyze (s) | FakeTensorProp (s) | ratio | Torch-Pruning (s) | times as long |"]
-    lines[-1] += " analyze, memory (MiB) | Torch-Pruning, memory (MiB) |"
-    lines += ["|---" * 10 + "|"]
+    own = ("analyze (s)", "FakeTensorProp (s)", "ratio")
+    peers = ("Torch-Pruning (s)", "times as long", "analyze, memory (MiB)", "Torch-Pruning, memory (MiB)")
+    lines += ["", *header("model", "ops", "groups", *own, *peers)]
     for row in models:
-        alone = row["torch_pruning_alone"]
-        own, other = row["analyze"], row.get("torch_pruning")
-        pruning = [f"{other:.3f}", f"{other / own:.1f}"] if other else [alone, ""]
-        memory = f"{alone['mib']:.0f}" if isinstance(alone, dict) else ""
-        lines += [_line(row["case"], row["ops"], row["groups"], *_beside_fakes(row), *pruning, _mib(row), memory)]
-    header = "ops | couplings | analyze (s) | FakeTensorProp (s) | ratio | analyze, ms per op | memory (MiB) |"
+        by_itself = row["torch_pruning_alone"]
+        ours, other = row["analyze"], row.get("torch_pruning")
+        pruning = [f"{other:.3f}", f"{other / ours:.1f}"] if other else [by_itself, ""]
+        memory = f"{by_itself['mib']:.0f}" if isinstance(by_itself, dict) else ""
+        lines += [line(row["case"], row["ops"], row["groups"], *_beside_fakes(row), *pruning, _mib(row), memory)]
     for title, own_rows, word in (("Residual chains", chains, "blocks"), ("Dense networks", dense, "layers")):
-        lines += ["", f"## {title}", "", f"| {word} | {header}", "|---" * 8 + "|"]
+        titles = header(word, "ops", "couplings", *own, "analyze, ms per op", "memory (MiB)")
+        lines += ["", f"## {title}", "", *titles]
         for row in own_rows:
             per_op = f"{1000 * row['analyze'] / row['ops']:.2f}"
-            lines += [_line(row["case"], row["ops"], row["sites"], *_beside_fakes(row), per_op, _mib(row))]
-    lines += ["", f"The time of a chain grows with ops^{growth(chains):.2f}, that of a dense network with"]
-    lines += [f"ops^{growth(dense):.2f}: each layer reads the groups of all before it, so that the couplings, which"]
+            lines += [line(row["case"], row["ops"], row["sites"], *_beside_fakes(row), per_op, _mib(row))]
+    slopes = [exponent([row["ops"] for row in own], [row["analyze"] for row in own]) for own in (chains, dense)]
+    lines += ["", f"The time of a chain grows with ops^{slopes[0]:.2f}, that of a dense network with"]
+    lines += [f"ops^{slopes[1]:.2f}: each layer reads the groups of all before it, so that the couplings, which"]
     lines += ["are the result, grow with the square."]
     return "\n".join(lines) + "\n"
 
@@ -251,25 +230,10 @@ def _mib(row: dict[str, Any]) -> str:
     return f"{row['analyze_mib']:.0f}"
 
 
-def _line(*cells: object) -> str:
-    return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells) + " |"
-
-
-def _forget_peak() -> None:
-    """Have the kernel take the present memory of this process for its peak; without this, peaks of tracing count."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak_mib() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def main() -> None:
     """Run all cases and write the results, or one case in the role of a child."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--pruning-alone", nargs=2, help=argparse.SUPPRESS)
@@ -291,12 +255,8 @@ def main() -> None:
     for kind, name in cases:
         rows.append(run_case(kind, name, options.repeats if kind == "model" else 1))
         print(rows[-1], flush=True)
-    options.results.mkdir(parents=True, exist_ok=True)
-    record = {"machine": one_thread(), "cases": rows}
-    (options.results / "analysis-cost.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = render(rows, one_thread())
-    (options.results / "analysis-cost.md").write_text(table, encoding="utf-8")
-    print(table)
+    facts = machine("torch", "torchvision", "torch-pruning")
+    write("analysis-cost", render(rows, facts), {"machine": facts, "cases": rows}, options.results)
 
 
 if __name__ == "__main__":

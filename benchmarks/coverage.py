@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.coverage_cases import names
 from benchmarks.coverage_check import check_to_file
 from benchmarks.coverage_modes import COLUMNS, RIGHT, summed_up
+from benchmarks.support.results import RESULTS, read_record, write_record
+from benchmarks.support.tables import header, line
 
-RESULTS = Path(__file__).parent / "results"
 TOOLS = ("fxwidth", "torch-pruning")
 GOOD = {"fxwidth": "right", "torch-pruning": "runs"}
 Row = dict[str, Any]
@@ -148,8 +149,7 @@ def _summary(rows: dict[str, Row]) -> str:
 
 
 def _known(suite: str) -> dict[str, Row]:
-    path = RESULTS / f"coverage-{suite}.json"
-    return dict(json.loads(path.read_text())["rows"]) if path.exists() else {}
+    return dict((read_record(f"coverage-{suite}") or {"rows": {}})["rows"])
 
 
 def _write(suite: str, rows: dict[str, Row]) -> None:
@@ -157,7 +157,7 @@ def _write(suite: str, rows: dict[str, Row]) -> None:
     versions = {package: importlib.metadata.version(package) for package in packages}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, 1 thread per model"
     content = {"machine": machine, "versions": versions, "rows": rows}
-    (RESULTS / f"coverage-{suite}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_record(f"coverage-{suite}", content)
     (RESULTS / f"coverage-{suite}.md").write_text(_markdown(suite, rows, machine, versions))
 
 
@@ -182,8 +182,7 @@ def _markdown(suite: str, rows: dict[str, Row], machine: str, versions: dict[str
         "",
         *(f"- {line}" for line in _summary(rows).splitlines()),
         "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
+        *header(*columns),
     ]
     lines = [_line(name, row) for name, row in rows.items()]
     return "\n".join([*head, *lines, *_pins(rows), *_exceptions(rows)]) + "\n"
@@ -197,7 +196,7 @@ def _line(name: str, row: Row) -> str:
     pinned = f"{ours['pinned']} of {ours['pinned'] + ours['free']}" if "pinned" in ours else ""
     checks = [summed_up(ours.get("checks", {}), column) for column in COLUMNS]
     cells = [name, ours["status"], left[0], difference, analyze, pinned, *checks, theirs["status"], left[1]]
-    return f"| {' | '.join(map(str, cells))} |"
+    return line(*cells)
 
 
 def _pins(rows: dict[str, Row]) -> list[str]:

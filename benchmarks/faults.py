@@ -26,9 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.fault_cases import FAULTS, Fault
+from benchmarks.support.results import write
+from benchmarks.support.tables import header, line
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 _COPIED = ("fxwidth", "passes", "tests", "benchmarks", "pyproject.toml", "README.md", "docs")
 _FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _NEEDED = 0.9
@@ -53,8 +54,9 @@ def main() -> None:
         outcomes = list(pool.map(lambda fault: _told(plant(fault, options.nearest)), chosen))
     table = render(outcomes)
     if len(chosen) == len(FAULTS) and not options.nearest:
-        (RESULTS / "faults.md").write_text(table, encoding="utf-8")
-    print(table)
+        write("faults", table)
+    else:
+        print(table)
     if sum(outcome.found_by is not None for outcome in outcomes) < _NEEDED * len(outcomes):
         raise SystemExit("fewer than nine tenths of the faults were found")
 
@@ -110,10 +112,9 @@ def render(outcomes: list[Outcome]) -> str:
         "",
         f"{versions}. {found} of {len(outcomes)} are found by the tests that are not slow.",
         "",
-        "| file | fault | found by |",
-        "|---|---|---|",
+        *header("file", "fault", "found by"),
     ]
-    lines += [f"| {o.fault.file} | {o.fault.what} | {o.found_by or '**none**'} |" for o in outcomes]
+    lines += [line(o.fault.file, o.fault.what, o.found_by or "**none**") for o in outcomes]
     return "\n".join(lines) + "\n"
 
 

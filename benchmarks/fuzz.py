@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.support.results import options_of, write
+from benchmarks.support.tables import header, line
 from fxwidth.groups.width_graph import WidthGraph
 from tests.fuzz.networks import RandomNetwork, Tally, example_input, seeded_program
 from tests.oracles.judges import analysed, assert_replays, assert_replays_unchanged
 
-RESULTS = Path(__file__).parent / "results"
 # The seeds of the slow suite.
 FIRST_SEED = 10_000
 _AT_A_TIME = 50
@@ -41,9 +42,7 @@ def main() -> None:
             tally.merge(own)
             failed += wrong
     table = render(tally, failed, options.networks, options.processes, time.perf_counter() - started)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "fuzz.md").write_text(table, encoding="utf-8")
-    print(table)
+    write("fuzz", table, folder=options.results)
     if failed:
         raise SystemExit(f"{len(failed)} networks failed")
 
@@ -84,17 +83,16 @@ def render(tally: Tally, failed: list[tuple[int, str]], networks: int, processes
     lines += [f"- {tally.free:,} groups of channels are free, {pinned:,} are pinned: {share:.1%}"]
     rest = tally.needless() / max(1, tally.needless() + tally.free)
     lines += [f"- {tally.by_strides:,} of these behind views by strides; without them, {rest:.1%} are pinned", ""]
-    lines += ["| pinned groups | reason |", "|---|---|"]
-    lines += [f"| {count} | {reason} |" for reason, count in tally.reasons.most_common()]
+    lines += header("pinned groups", "reason")
+    lines += [line(count, reason) for reason, count in tally.reasons.most_common()]
     lines += [f"\nSeed {seed} failed: {error}" for seed, error in failed]
     return "\n".join(lines) + "\n"
 
 
 def _parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--networks", type=int, default=5000)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 

@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import platform
-import resource
-import subprocess
 import sys
-import time
-from importlib.metadata import version
-from math import log
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
+from benchmarks.support.children import in_child
+from benchmarks.support.machine import machine
+from benchmarks.support.measures import GIB, Clock, exponent, parameter_count, peak, told
+from benchmarks.support.results import options_of, write
+from benchmarks.support.tables import header, heading, line
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS = (10, 20, 40, 80)
 TOKENS = 16
 STAGES = ("trace", "analyze", "resize")
@@ -47,108 +44,61 @@ def measure(layers: int) -> dict[str, Any]:
     """Trace, analyse and halve a llama with so many layers, in this process."""
     transformers = importlib.import_module("transformers")
     torch.set_num_threads(1)
-    before = _peak_gib()
+    before = peak() / GIB
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **LLAMA)).eval()
     tokens = torch.zeros(2, TOKENS, dtype=torch.int64, device="meta")
-    result: dict[str, Any] = {"layers": layers, "before": _count(model), "gib_at_start": before}
-    clock = _Clock(result)
+    result: dict[str, Any] = {"layers": layers, "before": parameter_count(model), "gib_at_start": before}
+    clock = Clock()
     gm = fxwidth.trace(model, {"input_ids": tokens})
-    clock.ends("trace")
+    result["trace"] = clock.read()
     graph = fxwidth.analyze(gm)
-    clock.ends("analyze")
+    result["analyze"] = clock.read()
     halves = {group.name: max(group.least.width, group.width // 2) for group in graph.free}
     result |= {"ops": len(graph.analysis.calls), "groups": len(graph.groups), "free": len(graph.free)}
     del graph
-    clock.starts()
+    clock.read()
     fxwidth.resize(gm, halves)
-    clock.ends("resize")
+    result["resize"] = clock.read()
     after = {group.name: group.width for group in fxwidth.analyze(gm).groups}
     left = [name for name, width in halves.items() if after.get(name) != width]
     if left:
         raise SystemExit(f"{len(left)} groups are not halved, among them {left[0]}")
-    return result | {"after": _count(gm), "gib": _peak_gib()}
+    return result | {"after": parameter_count(gm), "gib": peak() / GIB}
 
 
-class _Clock:
-    def __init__(self, result: dict[str, Any]) -> None:
-        self._result = result
-        self.starts()
-
-    def starts(self) -> None:
-        """Begin a stage."""
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def ends(self, stage: str) -> None:
-        """Note what a stage took; the next begins."""
-        self._result[stage] = time.process_time() - self._cpu
-        self._result[f"{stage}_wall"] = time.perf_counter() - self._wall
-        self.starts()
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def exponent(rows: list[dict[str, Any]], stage: str) -> float:
-    """Return the slope of log time over log layers, by least squares."""
-    slope, _ = np.polyfit([log(row["layers"]) for row in rows], [log(row[stage]) for row in rows], 1)
-    return float(slope)
-
-
-def render(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
+def render(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     """Return the results as markdown."""
-    lines = ["# A llama of 70 billion parameters on the meta device", ""]
-    lines += [f"- {name}: {value}" for name, value in machine.items()]
-    lines += ["", "CPU seconds of one thread (wall seconds in brackets); memory is the peak of the whole process.", ""]
-    header = "layers | parameters | ops | free groups | trace | analyze | halve every free group | all | left | memory"
-    lines += [f"| {header} |", "|---" * 10 + "|"]
+    lines = heading("A llama of 70 billion parameters on the meta device", facts)
+    lines += ["CPU seconds of one thread (wall seconds in brackets); memory is the peak of the whole process.", ""]
+    stages = ("trace", "analyze", "halve every free group", "all")
+    lines += header("layers", "parameters", "ops", "free groups", *stages, "left", "memory")
     for row in rows:
-        stages = [f"{row[stage]:.1f} ({row[f'{stage}_wall']:.1f})" for stage in STAGES]
-        total = f"{sum(row[stage] for stage in STAGES):.1f} ({sum(row[f'{stage}_wall'] for stage in STAGES):.1f})"
-        counts = [f"{row['before'] / 1e9:.1f}e9", f"{row['ops']:,}", f"{row['free']:,}"]
+        whole = {kind: sum(row[stage][kind] for stage in STAGES) for kind in ("cpu", "wall")}
+        times = [told(row[stage]) for stage in STAGES]
+        counts = [f"{row['before'] / 1e9:.1f}e9", row["ops"], row["free"]]
         left = f"{row['after'] / row['before']:.1%}"
-        cells = [str(row["layers"]), *counts, *stages, total, left, f"{row['gib']:.2f} GiB"]
-        lines.append(f"| {' | '.join(cells)} |")
-    told = ", ".join(f"{stage} layers^{exponent(rows, stage):.2f}" for stage in STAGES)
-    return "\n".join([*lines, "", f"Growth, fitted by least squares over all rows: {told}."]) + "\n"
-
-
-def _machine(load: float) -> dict[str, str]:
-    versions = {"fxwidth": fxwidth.__version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("torch", "transformers")}
-    cores = f"{os.cpu_count()} cores, CPU, one thread; load average {load:.1f} when the run began"
-    return {"machine": cores} | versions
+        lines.append(line(row["layers"], *counts, *times, told(whole), left, f"{row['gib']:.2f} GiB"))
+    layers = [row["layers"] for row in rows]
+    grown = [f"{stage} layers^{exponent(layers, [row[stage]['cpu'] for row in rows]):.2f}" for stage in STAGES]
+    return "\n".join([*lines, "", f"Growth, fitted by least squares over all rows: {', '.join(grown)}."]) + "\n"
 
 
 def main() -> None:
     """Run all cases, each in a process of its own, and write the results; or one case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
-    machine = _machine(os.getloadavg()[0])
+    facts = machine("torch", "transformers")
     rows = []
     for layers in options.layers:
-        command = [sys.executable, str(Path(__file__).resolve()), "--measure", str(layers)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(in_child(__file__, "--measure", layers))
         print(rows[-1], flush=True)
-    options.results.mkdir(parents=True, exist_ok=True)
-    record = json.dumps({"machine": machine, "cases": rows}, indent=1)
-    (options.results / "giants.json").write_text(record + "\n", encoding="utf-8")
-    table = render(rows, machine)
-    (options.results / "giants.md").write_text(table, encoding="utf-8")
-    print(table)
+    write("giants", render(rows, facts), {"machine": facts, "cases": rows}, options.results)
 
 
 if __name__ == "__main__":

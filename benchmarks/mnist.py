@@ -24,13 +24,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
+from benchmarks.support.machine import processor
+from benchmarks.support.results import options_of, write
+from benchmarks.support.tables import header, heading, line
 from fxwidth.evolution import parameter_count
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.loop import TrainingConfig, fit
 from fxwidth.training.outputs import HISTORY_FILE, MODEL_FILE
 
-RESULTS = Path(__file__).parent / "results"
 GOAL = {"accuracy": 0.985, "params": 12_500, "minutes": 20}
 CASES = {"evolved": "from the full network, while it trains", "direct": "the final network from new random parameters"}
 
@@ -61,13 +64,9 @@ def main() -> None:
             runs += [evolved, direct]
             print(*(f"{run.case}: {100 * run.test_accuracy:.2f} % in {run.seconds:.0f} s" for run in (evolved, direct)))
     name = f"mnist-{options.device}" + ("-compile" if options.compile else "")
-    options.results.mkdir(parents=True, exist_ok=True)
-    machine = _machine(options, settings)
-    record = {"machine": machine, "settings": settings, "runs": [asdict(run) for run in runs]}
-    (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = render(runs, machine)
-    (options.results / f"{name}.md").write_text(table, encoding="utf-8")
-    print(table)
+    facts = _facts(options, settings)
+    record = {"machine": facts, "settings": settings, "runs": [asdict(run) for run in runs]}
+    write(name, render(runs, facts), record, options.results)
 
 
 def run_evolved(options: argparse.Namespace, seed: int, out: Path) -> tuple[Run, dict[str, Any]]:
@@ -111,24 +110,22 @@ def reset_parameters(gm: GraphModule) -> None:
             module.reset_parameters()
 
 
-def render(runs: list[Run], machine: dict[str, str]) -> str:
+def render(runs: list[Run], facts: dict[str, str]) -> str:
     """Return the results as markdown."""
     goal = f"{GOAL['params']:,} parameters, {100 * GOAL['accuracy']:.1f} % test accuracy, {GOAL['minutes']} minutes"
-    lines = ["# MNIST: evolved while training, and the same final network trained directly for the same time", ""]
-    lines += [f"- {name}: {value}" for name, value in {**machine, "goal": goal}.items()]
-    lines += ["", *(f"- {case}: {text}" for case, text in CASES.items()), ""]
-    lines += ["| case | seed | test accuracy (%) | parameters | training (s) | whole command (s) | epochs |"]
-    lines += ["|---" * 7 + "|"]
+    title = "MNIST: evolved while training, and the same final network trained directly for the same time"
+    lines = heading(title, {**facts, "goal": goal})
+    lines += [*(f"- {case}: {text}" for case, text in CASES.items()), ""]
+    lines += header("case", "seed", "test accuracy (%)", "parameters", "training (s)", "whole command (s)", "epochs")
     for case in CASES:
         own = [run for run in runs if run.case == case]
         lines += [_row(run.case, str(run.seed), [_figures(run)]) for run in own]
         lines += [_row(case, "median", [_figures(run) for run in own])]
     evolved = [run for run in runs if run.case == "evolved"]
     lines += ["", "Widths at the end:", ""]
-    lines += ["| channel group | " + " | ".join(f"seed {run.seed}" for run in evolved) + " |"]
-    lines += ["|---" * (len(evolved) + 1) + "|"]
+    lines += header("channel group", *(f"seed {run.seed}" for run in evolved))
     for group in evolved[0].widths:
-        lines += [f"| {group} | " + " | ".join(str(run.widths[group]) for run in evolved) + " |"]
+        lines += [line(group, *(run.widths[group] for run in evolved))]
     return "\n".join(lines) + "\n"
 
 
@@ -142,30 +139,21 @@ def _row(case: str, seed: str, figures: list[tuple[float, ...]]) -> str:
     return f"| {case} | {seed} | {accuracy:.2f} | " + " | ".join(f"{value:,.0f}" for value in others) + " |"
 
 
-def _machine(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, str]:
+def _facts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, str]:
     """Return the versions and the hardware that the results depend on."""
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{_cpu_model()}, {options.threads} threads"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{processor()}, {options.threads} threads"
     versions = {name: settings[name] for name in ("fxwidth", "torch")} | {"python": platform.python_version()}
     return {"device": device, **versions, "compiled": "yes" if options.compile else "no"}
 
 
-def _cpu_model() -> str:
-    """Return the processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def _parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--target-params", type=int, default=GOAL["params"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: that of the command line")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 

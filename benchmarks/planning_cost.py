@@ -12,24 +12,25 @@ markdown table to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import os
-import platform
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
+from benchmarks.support.children import in_child
+from benchmarks.support.machine import machine
+from benchmarks.support.measures import MIB, Clock, forget_peak, parameter_count, peak, told
+from benchmarks.support.results import options_of, read_record, write, write_record
+from benchmarks.support.tables import header, heading, line
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.reconstruction.basis_change import rotation
@@ -37,10 +38,8 @@ from fxwidth.selection.error_curves import lost_share
 from fxwidth.selection.grams import Pairs, pairs_of
 from fxwidth.selection.registry import channel_order
 
-RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 IMAGES, BATCH = 128, 16
-GIB, MIB = 2**30, 2**20
 NETWORKS = [[name, images] for name in ("resnet50", "vit_b_16", "resnet152") for images in ("0", str(IMAGES))]
 SPECTRA = [["resnet50"], ["vit_b_16"]]
 WIDTHS = [
@@ -60,19 +59,7 @@ LLAMA = {
 }
 ROWS = 512
 # Of a wide group freed matrices go back to the system at once: the peak is of what is held, not of what malloc keeps.
-ENVIRONMENT = {"OMP_NUM_THREADS": str(THREADS)}
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-
-
-class Clock:
-    """CPU and wall seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """Return the seconds so far."""
-        return {"cpu": time.process_time() - self._cpu, "wall": time.perf_counter() - self._wall}
 
 
 def network(name: str) -> torch.fx.GraphModule:
@@ -98,17 +85,17 @@ def warm_up() -> None:
 def measure_network(name: str, images: str) -> dict[str, Any]:
     """Plan and resize a network to half its parameters."""
     gm, data = network(name), batches(int(images))
-    before = _count(gm)
-    held = _forget_peak()
+    before = parameter_count(gm)
+    held = forget_peak()
     clock = Clock()
     fxwidth.evolve(gm, budget=fxwidth.Budget(params=0.5), data=data)
     times = clock.read()
-    memory = {"model_mib": before * 4 / MIB, "mib": (_peak() - held) / MIB}
+    memory = {"model_mib": before * 4 / MIB, "mib": (peak() - held) / MIB}
     return {
         "network": name,
         "images": int(images),
         "parameters": before,
-        "left": _count(gm) / before,
+        "left": parameter_count(gm) / before,
         **times,
         **memory,
     }
@@ -171,7 +158,7 @@ def measure_llama() -> dict[str, Any]:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
     tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
-    before, held = _count(model), _forget_peak()
+    before, held = parameter_count(model), forget_peak()
     result: dict[str, Any] = {"parameters": before}
     clock = Clock()
     gm = fxwidth.trace(model, {"input_ids": tokens})
@@ -182,11 +169,11 @@ def measure_llama() -> dict[str, Any]:
     result["plan"], clock = clock.read(), Clock()
     fxwidth.resize(gm, plan)
     result["resize"] = clock.read()
-    after = _count(gm)
+    after = parameter_count(gm)
     if after > before / 2 or after != plan.notes["cost"]["params"][1]:
         raise SystemExit(f"the plan leaves {after:,} of {before:,} parameters, and said {plan.notes['cost']}")
     evidence = plan.notes["evidence"] or "none: without values all spectra are flat"
-    return {**result, "groups": len(plan), "left": after / before, "evidence": evidence, "mib": (_peak() - held) / MIB}
+    return {**result, "groups": len(plan), "left": after / before, "evidence": evidence, "mib": (peak() - held) / MIB}
 
 
 def measure_width(width: str, dtype: str, evidence: str) -> dict[str, Any]:
@@ -196,27 +183,11 @@ def measure_width(width: str, dtype: str, evidence: str) -> dict[str, Any]:
     net = nn.Sequential(nn.Linear(64, size), nn.ReLU(), nn.Linear(size, 64)).to(kind).eval()
     x = torch.randn(ROWS, 64).to(kind)
     gm = fxwidth.trace(net, x[:2])
-    held = _forget_peak()
+    held = forget_peak()
     clock = Clock()
     fxwidth.evolve(gm, budget=fxwidth.Budget(params=0.5), data=[x] if evidence == "data" else None)
-    peak = (_peak() - held) / (4 * size * size)
-    return {"width": size, "dtype": dtype, "evidence": evidence, **clock.read(), "matrices": peak}
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _forget_peak() -> int:
-    """Have the kernel take the present memory of this process for its peak, and return it in bytes."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak()
-
-
-def _peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    matrices = (peak() - held) / (4 * size * size)
+    return {"width": size, "dtype": dtype, "evidence": evidence, **clock.read(), "matrices": matrices}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -224,29 +195,34 @@ def _peak() -> int:
 
 def render(record: dict[str, Any]) -> str:
     """Return the results as markdown."""
-    lines = ["# The cost of planning and resizing", ""]
-    lines += [f"- {name}: {value}" for name, value in record["machine"].items()]
+    lines = heading("The cost of planning and resizing", record["machine"])
     lines += [
-        "",
         "Times are CPU seconds of two threads together (wall seconds in brackets), the load average beside them",
     ]
     lines += ["is that when the case began. Memory is how far a case goes above what was held before it.", ""]
     lines += ["## To half the parameters", "", "`fxwidth.evolve(gm, budget=fxwidth.Budget(params=0.5), data=...)`", ""]
-    lines += _table(
-        "network | parameters | images | plan and resize (s) | memory (MiB) | the model (MiB) | left | load"
+    lines += header(
+        "network", "parameters", "images", "plan and resize (s)", "memory (MiB)", "the model (MiB)", "left", "load"
     )
     for row in record["networks"]:
         counts = [row["network"], f"{row['parameters']:,}", row["images"] or "none"]
         memory = [f"{row['mib']:,.0f}", f"{row['model_mib']:,.0f}"]
-        lines.append(_line(*counts, _seconds(row), *memory, f"{row['left']:.1%}", _load(row)))
+        lines.append(line(*counts, told(row), *memory, f"{row['left']:.1%}", _load(row)))
     lines += ["", "## The spectral part", "", *_SPECTRAL_WORDS, ""]
-    lines += _table(
-        "network | groups | spectral part (s) | `torch.linalg.eigh` (s) | ratio | one per group (s) | ratio | load"
+    lines += header(
+        "network",
+        "groups",
+        "spectral part (s)",
+        "`torch.linalg.eigh` (s)",
+        "ratio",
+        "one per group (s)",
+        "ratio",
+        "load",
     )
     for row in record["spectra"]:
         single = [f"{row['one_per_group']:.1f}", f"{row['strict_ratio']:.2f}"]
         eigen = [f"{row['parts']['eigenvectors']:.1f}", f"{row['ratio']:.2f}"]
-        lines.append(_line(row["network"], row["groups"], _seconds(row["spectral"]), *eigen, *single, _load(row)))
+        lines.append(line(row["network"], row["groups"], told(row["spectral"]), *eigen, *single, _load(row)))
     for row in record["spectra"]:
         parts = ", ".join(
             f"{name} {row['parts'][name]:.1f} s" for name in ("pairs", "selection", "curves", "rotations")
@@ -254,20 +230,22 @@ def render(record: dict[str, Any]) -> str:
         sizes = ", ".join(f"{count} of {size}" for size, count in row["matrices"].items())
         lines += ["", f"{row['network']}: {parts}. Matrices: {sizes}."]
     lines += ["", "## A llama of 7 billion parameters on the meta device", ""]
-    lines += _table("parameters | trace | analyze | plan | resize | groups that change | left | memory (MiB) | load")
+    lines += header(
+        "parameters", "trace", "analyze", "plan", "resize", "groups that change", "left", "memory (MiB)", "load"
+    )
     for row in record["llama"]:
-        stages = [_seconds(row[stage]) for stage in ("trace", "analyze", "plan", "resize")]
+        stages = [told(row[stage]) for stage in ("trace", "analyze", "plan", "resize")]
         counts = [row["groups"], f"{row['left']:.2%}", f"{row['mib']:,.0f}"]
-        lines.append(_line(f"{row['parameters']:,}", *stages, *counts, _load(row)))
+        lines.append(line(f"{row['parameters']:,}", *stages, *counts, _load(row)))
         lines += [
             "",
             f"Evidence of the plan: {row['evidence']}; so it weighs parameters alone, and is a check of cost.",
         ]
     lines += ["", "## Memory of one wide group", "", *_WIDTH_WORDS, ""]
-    lines += _table("channels | parameters | evidence | peak (matrices) | plan and resize (s) | load")
+    lines += header("channels", "parameters", "evidence", "peak (matrices)", "plan and resize (s)", "load")
     for row in record["widths"]:
         cells = [f"{row['width']:,}", row["dtype"], row["evidence"], f"{row['matrices']:.1f}"]
-        lines.append(_line(*cells, _seconds(row), _load(row)))
+        lines.append(line(*cells, told(row), _load(row)))
     return "\n".join(lines) + "\n"
 
 
@@ -281,18 +259,6 @@ _WIDTH_WORDS = [
     f"Linear(64, n), ReLU, Linear(n, 64) to half its parameters; with {ROWS} rows of data, or without. The peak is in",
     "n x n matrices of float32; two of them are the covariance, in float64.",
 ]
-
-
-def _table(header: str) -> list[str]:
-    return [f"| {header} |", "|---" * (header.count("|") + 1) + "|"]
-
-
-def _line(*cells: object) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _seconds(times: dict[str, float]) -> str:
-    return f"{times['cpu']:.1f} ({times['wall']:.1f})"
 
 
 def _load(row: dict[str, Any]) -> str:
@@ -309,27 +275,17 @@ SECTIONS: dict[str, tuple[Callable[..., dict[str, Any]], Sequence[Sequence[str]]
 }
 
 
-def in_child(section: str, case: Sequence[str]) -> dict[str, Any]:
+def run_case(section: str, case: Sequence[str]) -> dict[str, Any]:
     """Return what a case measures in a process of its own, and the load of the machine when it began."""
     load = os.getloadavg()[0]
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", section, *case]
-    environment = os.environ | ENVIRONMENT | SECTIONS[section][2]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "load": load}
-
-
-def _machine() -> dict[str, str]:
-    versions = {"fxwidth": fxwidth.__version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("torch", "torchvision", "transformers")}
-    return {"machine": f"{os.cpu_count()} cores, CPU, {THREADS} threads"} | versions
+    arguments = ("--measure", section, *case)
+    return {**in_child(__file__, *arguments, threads=THREADS, environment=SECTIONS[section][2]), "load": load}
 
 
 def main() -> None:
     """Run the cases of some sections, and write them with those of the others as they were; or one case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure anew")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -338,19 +294,16 @@ def main() -> None:
         section, *case = options.measure
         print(json.dumps(SECTIONS[section][0](*case)))
         return
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "planning-cost.json"
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    record = {"machine": _machine(), **{section: record.get(section, []) for section in SECTIONS}}
+    known = read_record("planning-cost", options.results) or {}
+    facts = machine("torch", "torchvision", "transformers", threads=THREADS)
+    record = {"machine": facts, **{section: known.get(section, []) for section in SECTIONS}}
     for section in options.only:
         record[section] = []
         for case in SECTIONS[section][1]:
-            record[section].append(in_child(section, case))
+            record[section].append(run_case(section, case))
             print(record[section][-1], flush=True)
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = render(record)
-    (options.results / "planning-cost.md").write_text(table, encoding="utf-8")
-    print(table)
+            write_record("planning-cost", record, options.results)
+    write("planning-cost", render(record), record, options.results)
 
 
 if __name__ == "__main__":

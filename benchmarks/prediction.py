@@ -1,6 +1,6 @@
 """Does the error that a plan predicts tell the loss of the resized network? Random plans, predicted and measured.
 
-python -m benchmarks.prediction --data FOLDER_WITH_MNIST [--network residual-cnn] [--plans 30] [--out FILE.json]
+python benchmarks/prediction.py --data FOLDER_WITH_MNIST [--network residual-cnn] [--plans 30] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.trained_networks import NETWORKS, Images, load_images, loss_and_accuracy, trained
 

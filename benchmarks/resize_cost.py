@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,13 +25,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
-from benchmarks.machine import one_thread
+from benchmarks.support.children import in_child
+from benchmarks.support.machine import machine
+from benchmarks.support.measures import parameter_count
+from benchmarks.support.results import options_of, write
+from benchmarks.support.tables import header, heading, line
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet18", "resnet50")
 SIZE = 224
 TURNS, REPEATS = 3, 3
-_COLUMNS = [(key, who) for key in ("first", "later") for who in ("fxwidth", "Torch-Pruning")]
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
@@ -48,7 +48,7 @@ def shrink(model: nn.Module, example: Tensor) -> int:
     gm = fxwidth.trace(model, example)
     widths = {group.name: max(1, group.width // 2) for group in fxwidth.analyze(gm).free}
     fxwidth.resize(gm, widths, selection="magnitude", fold=False)
-    return sum(parameter.numel() for parameter in gm.parameters())
+    return parameter_count(gm)
 
 
 def prune(model: nn.Module, example: Tensor) -> int:
@@ -58,7 +58,7 @@ def prune(model: nn.Module, example: Tensor) -> int:
     importance = pruning.importance.MagnitudeImportance(p=2)
     pruner = pruning.pruner.MagnitudePruner(model, example, importance, pruning_ratio=0.5, ignored_layers=classifier)
     pruner.step()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameter_count(model)
 
 
 def measure(name: str, who: str) -> dict[str, Any]:
@@ -73,49 +73,37 @@ def measure(name: str, who: str) -> dict[str, Any]:
     return {"first": times[0], "later": min(times[1:]), "parameters": left}
 
 
-def in_child(name: str, who: str) -> dict[str, Any]:
-    """Time one contestant in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", name, who]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return result
-
-
 def run_case(name: str) -> dict[str, Any]:
     """Time both contestants in turns; return medians over the turns."""
     runs: dict[str, list[dict[str, Any]]] = {"fxwidth": [], "torch_pruning": []}
     for _ in range(TURNS):
         for who, found in runs.items():
-            found.append(in_child(name, who))
+            found.append(in_child(__file__, "--measure", name, who))
     row: dict[str, Any] = {"model": name}
     for who, found in runs.items():
         row[who] = {key: statistics.median(run[key] for run in found) for key in ("first", "later", "parameters")}
     return row
 
 
-def render(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
+def render(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     """Return the results as markdown."""
-    lines = ["# The cost of a resize by magnitude", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines = heading("The cost of a resize by magnitude", facts)
     lines += [f"CPU seconds for one image of {SIZE} x {SIZE}; half of the channels of every free group go."]
     lines += ["First is the first run in a process, later the best of those after it; medians over processes.", ""]
-    lines += [
-        "| model | fxwidth, first | Torch-Pruning, first | ratio | fxwidth, later | Torch-Pruning, later | ratio |"
-    ]
-    lines += ["|---" * 7 + "|"]
+    titles = [[f"fxwidth, {when}", f"Torch-Pruning, {when}", "ratio"] for when in ("first", "later")]
+    lines += header("model", *titles[0], *titles[1])
     for row in rows:
         cells = [row["model"]]
         for key in ("first", "later"):
             own, other = row["fxwidth"][key], row["torch_pruning"][key]
             cells += [f"{own:.2f}", f"{other:.2f}", f"{own / other:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(*cells))
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run all cases and write the results, or one case in the role of a child."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser = options_of(__doc__)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -125,13 +113,8 @@ def main() -> None:
     for name in MODELS:
         rows.append(run_case(name))
         print(rows[-1], flush=True)
-    machine = one_thread()
-    options.results.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "cases": rows}
-    (options.results / "resize-cost.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = render(rows, machine)
-    (options.results / "resize-cost.md").write_text(table, encoding="utf-8")
-    print(table)
+    facts = machine("torch", "torchvision", "torch-pruning")
+    write("resize-cost", render(rows, facts), {"machine": facts, "cases": rows}, options.results)
 
 
 if __name__ == "__main__":

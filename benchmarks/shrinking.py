@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks import peers
 from benchmarks.shrinking_tables import COUNTS, OURS, PEER, PEER_AGAIN, SHARES, UNIFORM, Case, Place, Results, Row
+from benchmarks.support.results import options_of
 from benchmarks.trained_networks import NETWORKS, Images, load_images, loss_and_accuracy, train_epochs, trained
 from fxwidth.costs import counts
 from fxwidth.evolution import parameter_count
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 128
 _BISECTIONS = 12
 
@@ -153,7 +153,7 @@ def _machine() -> str:
 
 
 def _parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="which; all by default")
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's files")
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"), help="where trained networks are kept")
@@ -166,7 +166,6 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--without", default="", help='pattern of method and images to leave out: "Hessian 1024"')
     parser.add_argument("--resume", action="store_true", help="leave out what the last results have already")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 

@@ -1,0 +1,1 @@
+"""What benchmarks share: set-up, measurement, processes and tables, each in one place."""
