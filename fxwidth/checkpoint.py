@@ -38,6 +38,15 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
 
     Raises:
         FxwidthError: there is no folder for it, or the module cannot be pickled.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> fxwidth.resize(gm, {"0": 10}).get_parameter("0.weight").shape
+        torch.Size([10, 8])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fxwidth.save(gm, pathlib.Path(folder) / "narrow.safetensors")
     """
     if not Path(path).resolve().parent.is_dir():
         raise FxwidthError(f"there is no folder {Path(path).parent} to write {Path(path).name} to; make it first.")
@@ -102,6 +111,17 @@ def load(
 
     Raises:
         FxwidthError: the file is missing, is not one of ours, or does not fit the model.
+
+    Example:
+        >>> import copy, tempfile, pathlib
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(copy.deepcopy(net), torch.randn(2, 8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "narrow.safetensors"
+        ...     fxwidth.save(fxwidth.resize(gm, {"0": 10}), path)
+        ...     again = fxwidth.load(path, net, torch.randn(2, 8))
+        >>> torch.equal(again.get_parameter("0.weight"), gm.get_parameter("0.weight"))
+        True
     """
     path = Path(path)
     if not path.is_file():

@@ -53,6 +53,12 @@ def evolve(
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used; nothing has changed. So it is after any other
             exception, Ctrl-C included.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.evolve(net, torch.randn(2, 8), params=0.5)
+        >>> sum(parameter.numel() for parameter in gm.parameters())
+        95
     """
     check_options(options)
     modules = [model] if isinstance(model, nn.Module) else []
@@ -130,6 +136,20 @@ class Evolver:
 
     Raises:
         FxwidthError: an option or the optimizer cannot be used, or the target is out of reach.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+        >>> evolver = fxwidth.Evolver(gm, optimizer, every=2, params=0.5, rounds=2)
+        >>> for _ in range(4):
+        ...     x = torch.randn(16, 8)
+        ...     gm(x).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     plan = evolver.step(x)
+        >>> [record["step"] for record in evolver.history], evolver.finished
+        ([2, 4], True)
     """
 
     def __init__(

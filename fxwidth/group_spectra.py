@@ -34,6 +34,13 @@ class GroupSpectrum:
             loss where it was probed, else -log of the share of their outputs that readers keep, summed over readers.
         evidence: what the errors come from: "data", "noise", "weights", or None for the spectrum alone.
         is_calibrated: whether the errors are in units of the loss.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> found = fxwidth.spectrum(fxwidth.analyze(gm))["0"]
+        >>> found.width, 1 <= found.stable_rank <= found.effective_rank <= 16
+        (16, True)
     """
 
     width: int
@@ -74,6 +81,13 @@ def spectrum(
 
     Raises:
         FxwidthError: a pattern matches no group, there is no such method, or the data or the loss cannot be used.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> found = fxwidth.spectrum(fxwidth.analyze(gm))["0"]
+        >>> len(found.singular_values), len(found.errors)
+        (16, 17)
     """
     refuse_other_than_groups(width_graph)
     groups = chosen_groups(width_graph, only, keep)

@@ -18,6 +18,10 @@ class Plan(Mapping[str, int]):
 
     Raises:
         FxwidthError: a width is no positive integer.
+
+    Example:
+        >>> fxwidth.Plan({"conv1": 12}, notes={"why": "by hand"})
+        Plan({'conv1': 12})
     """
 
     def __init__(self, widths: Mapping[str, int] | None = None, notes: Mapping[str, Any] | None = None) -> None:

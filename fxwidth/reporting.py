@@ -24,6 +24,12 @@ class Report:
             them, and gains and running statistics that keep their values, with the reason), original (what has become
             of the model that was traced: "resized", "untouched", or None where there is none, or none any more that
             shares parameters).
+
+    Example:
+        >>> fxwidth.Report(()).resizes
+        ()
+        >>> print(fxwidth.Report(()))
+        nothing was resized
     """
 
     resizes: tuple[dict[str, Any], ...]
@@ -36,7 +42,16 @@ class Report:
 
 
 def report(gm: fx.GraphModule) -> Report:
-    """Return what `resize`, `evolve` and `Evolver` have done to a graph."""
+    """Return what `resize`, `evolve` and `Evolver` have done to a graph.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> gm = fxwidth.resize(gm, {"0": 10}, selection="magnitude", fold=False)
+        >>> print(fxwidth.report(gm))  # doctest: +ELLIPSIS
+        resize 1: 212 -> 134 parameters (63.2%), channels chosen by magnitude, readers not refitted...
+          0: 16 -> 10
+    """
     return Report(tuple(notes_of(gm).get(HISTORY, ())))
 
 

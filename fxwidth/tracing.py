@@ -22,6 +22,7 @@ from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, INPUTS, VALUES, notes_of
 from fxwidth.rewriting.originals import remember_original
@@ -56,6 +57,12 @@ def trace(
 
     Raises:
         FxwidthError: the model cannot be traced, or does not run on the inputs.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> gm(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
     """
     if not isinstance(model, nn.Module):
         raise FxwidthError(f"trace takes an nn.Module or a GraphModule, but received {type(model).__name__}.")
@@ -74,6 +81,31 @@ def trace(
         if isinstance(value, Tensor):
             node.meta["tensor_meta"] = _metadata(value)
     return module
+
+
+def analyze(
+    gm: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+) -> WidthGraph:
+    """Find the channel groups of a graph: what can be resized, what is coupled with what, what is pinned and why.
+
+    Args:
+        gm: a graph from `fxwidth.trace`, or any GraphModule.
+        example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
+        example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+
+    Raises:
+        FxwidthError: no shapes are known, or the graph does not run on them.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> print(fxwidth.analyze(gm))  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        group  width  writers  readers  notes
+        0      16     2        1
+        0:1    8      0        1        pinned: it must equal a dimension of fixed size...
+        2      4      2        0        pinned: the size of the model's output (model output)
+    """
+    return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
 
 
 @plain_surroundings()

@@ -18,6 +18,12 @@ class AnalyzeWidths(PassBase):
     """Writes the channel groups of a graph, as plain data, to `gm.meta["fxwidth_groups"]`; the graph stays.
 
     Requires a graph that carries shapes, or `example_inputs`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> sorted(fxwidth.passes.AnalyzeWidths().call(gm).graph_module.meta["fxwidth_groups"])
+        ['0', '0:1', '2']
     """
 
     def __init__(self, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> None:

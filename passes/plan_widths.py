@@ -19,6 +19,12 @@ class PlanWidths(PassBase):
     """Writes a plan, group name to new width, to `gm.meta["fxwidth_plan"]`; takes the options of `fxwidth.plan`.
 
     What the plan costs and is predicted to lose goes to `gm.meta["fxwidth_plan_notes"]`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> fxwidth.passes.PlanWidths(params=0.5).call(gm).graph_module.meta["fxwidth_plan"]
+        {'0': 7}
     """
 
     def __init__(self, **options: Any) -> None:

@@ -16,7 +16,16 @@ from fxwidth.selection.registry import check_selection
 
 
 class ResizeWidths(PassBase):
-    """Resizes a graph by a given plan, or by the one that `PlanWidths` has left in `gm.meta["fxwidth_plan"]`."""
+    """Resizes a graph by a given plan, or by the one that `PlanWidths` has left in `gm.meta["fxwidth_plan"]`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> from torch.fx.passes.infra.pass_manager import PassManager
+        >>> steps = [fxwidth.passes.PlanWidths(params=0.5), fxwidth.passes.ResizeWidths()]
+        >>> PassManager(steps)(gm).graph_module.get_parameter("0.weight").shape
+        torch.Size([7, 8])
+    """
 
     def __init__(
         self,

@@ -35,6 +35,13 @@ class Budget:
 
     Raises:
         FxwidthError: nothing is bounded, or a bound is out of range.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> plan = fxwidth.plan(fxwidth.analyze(gm), budget=fxwidth.Budget(params=0.5, flops=0.6))
+        >>> dict(plan)
+        {'0': 7}
     """
 
     params: int | float | None = None

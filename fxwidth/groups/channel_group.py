@@ -15,7 +15,13 @@ from fxwidth.growth.recipes import Growth
 
 @dataclass(frozen=True)
 class Site:
-    """One dim of one parameter or buffer in which a group occurs, and what it does there."""
+    """One dim of one parameter or buffer in which a group occurs, and what it does there.
+
+    Example:
+        >>> site = fxwidth.analyze(fxwidth.trace(torch.nn.Linear(8, 4), torch.randn(2, 8))).groups[0].sites[0]
+        >>> site.parameter, site.dim
+        ('weight', 0)
+    """
 
     parameter: str
     dim: int
@@ -33,6 +39,13 @@ class ChannelGroup:
         pinned: why the width must stay, or None.
         mixed: the op that reduces over the channels (norm, softmax, mean), so that removing some changes the others.
         least: below which width no resize goes, and why: a variance, a norm or a softmax over fewer tells nothing.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> group = fxwidth.analyze(gm)["0"]
+        >>> group.width, [(site.parameter, site.dim, str(site.role)) for site in group.sites]
+        (16, [('0.weight', 0, 'writer'), ('0.bias', 0, 'writer'), ('2.weight', 1, 'reader')])
     """
 
     name: str

@@ -25,7 +25,17 @@ from fxwidth.runtime.gc_pause import without_collections
 
 
 class WidthGraph:
-    """The channel groups of a graph, and the reasons for them."""
+    """The channel groups of a graph, and the reasons for them.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> graph = fxwidth.analyze(gm)
+        >>> [(group.name, group.width) for group in graph.free]
+        [('0', 16)]
+        >>> graph.why_pinned("2")  # doctest: +ELLIPSIS
+        "'2' keeps its width...
+    """
 
     @without_collections()
     def __init__(self, analysis: Analysis) -> None:

@@ -96,6 +96,12 @@ def plan_with_evidence(
             budget is out of reach, a parameter holds NaN or infinity, or no groups were passed.
 
     Source: the thresholds are those of J. Dejaegher, SVD evolutive CNN (2021).
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> dict(fxwidth.plan(fxwidth.analyze(gm), params=0.5))
+        {'0': 7}
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)

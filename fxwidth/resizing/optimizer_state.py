@@ -38,6 +38,13 @@ class Replacement:
         old: the parameter that goes.
         new: the one that comes.
         indices: for each dim the old position of each new one, -1 for none, or None for a dim that stays.
+
+    Example:
+        >>> import numpy as np
+        >>> new = torch.nn.Parameter(torch.zeros(2, 4))
+        >>> change = fxwidth.Replacement("weight", torch.nn.Parameter(torch.zeros(3, 4)), new, [np.array([0, 2]), None])
+        >>> change.follow(torch.tensor([1.0, 2.0, 3.0]), [0])
+        tensor([1., 3.])
     """
 
     name: str
@@ -72,6 +79,13 @@ def optimizer_state_rule(kind: type[Optimizer]) -> Callable[[_Rule], _Rule]:
 
     Raises:
         FxwidthError: it is no class of optimizers.
+
+    Example:
+        >>> class Signed(torch.optim.SGD):
+        ...     pass
+        >>> @fxwidth.optimizer_state_rule(Signed)
+        ... def follow_rows(state, replacement):
+        ...     return {"rows": replacement.follow(state["rows"], [0])}
     """
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise FxwidthError(f"optimizer_state_rule takes a class of torch.optim.Optimizer, but received {kind!r}.")

@@ -84,6 +84,12 @@ def resize(
     Raises:
         FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other
             exception, Ctrl-C included.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> fxwidth.resize(gm, {"0": 10}).get_parameter("2.weight").shape
+        torch.Size([4, 10])
     """
     transaction = Transaction(*resized_together(gm), optimizer=optimizer)
     return transaction.run(

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from fxwidth import analyze
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver, parameter_count
 from fxwidth.runtime.contexts import evaluating
+from fxwidth.tracing import analyze
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 
