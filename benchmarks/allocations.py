@@ -40,7 +40,7 @@ Figures = tuple[float, float]
 def splits(graph: fxwidth.WidthGraph, share: float) -> Iterator[tuple[str, list[int]]]:
     """Yield splits of a share of the parameters between the three groups, with their names."""
     budget = round(share * _count(graph, [group.width for group in graph.free]))
-    even = list(uniform(graph, budget).values())
+    even = list(uniform(graph, budget).widths.values())
     yield "uniform", even
     for first, last in itertools.product(FIRST, LAST):
         ends = int(even[0] * first), int(even[2] * last)

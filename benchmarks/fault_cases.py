@@ -322,8 +322,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "passes/resize_widths.py",
         "folding cannot be turned off",
-        "fold=self._fold",
-        "fold=True",
+        'self._options = options_from(ResizeOptions, {"optimizer": optimizer, **options})',
+        'self._options = options_from(ResizeOptions, {"optimizer": optimizer, **options, "fold": True})',
         ("resizing/test_options.py",),
     ),
     Fault(

@@ -83,7 +83,7 @@ def uniform(graph: fxwidth.WidthGraph, budget: int) -> fxwidth.Plan:
     for _ in range(_BISECTIONS):
         ratio = (low + high) / 2
         plan = fxwidth.Plan({group.name: max(group.least.width, int(ratio * group.width)) for group in graph.free})
-        if counts.parameter_count(graph, {graph[name].factor: width for name, width in plan.items()}) <= budget:
+        if counts.parameter_count(graph, {graph[name].factor: width for name, width in plan.widths.items()}) <= budget:
             low, best = ratio, plan
         else:
             high = ratio

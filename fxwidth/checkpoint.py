@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import ResizeOptions
 from fxwidth.recording.graph_meta import HISTORY, NOTES, notes_of
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.runtime.contexts import plain_surroundings
@@ -149,7 +150,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         for plan, ratios in zip(widths, norms, strict=True):
             graph = WidthGraph(analyze_module(module))
             plan = {_present_name(graph, name): width for name, width in plan.items()}
-            resize_analyzed(graph, plan, exact=False, blind=True, norms=ratios)
+            resize_analyzed(graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios)
         tensors = named_tensors(module)
         names = set(file.keys())
         filled = {id(tensor) for name, tensor in tensors.items() if name in names}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
 
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
@@ -12,28 +12,25 @@ from torch.optim import Optimizer
 from fxwidth.costs.budget import Budget, cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.planning.planner import Plan, budget_of, check_options, plan_with_evidence, refuse_out_of_reach
+from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_out_of_reach
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import check_optimizer
 from fxwidth.rewriting.originals import resized_together
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
-from fxwidth.selection.registry import check_selection
-from fxwidth.statistics.calibration_data import Gathered, replayed
+from fxwidth.statistics.calibration_data import Gathered
 from fxwidth.tracing import analyze_module, trace
 
 
+@tells_options(PlanOptions, ResizeOptions)
 def evolve(
     model: nn.Module,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizer | None = None,
-    data: Iterable[Any] | None = None,
-    selection: str = "greedy",
-    recalibrate: bool | None = None,
-    fold: bool = True,
-    **options: Any,
+    **options: Unpack[EvolveKeywords],
 ) -> fx.GraphModule:
     """Trace a model, plan new widths by its spectra, and resize it.
 
@@ -44,11 +41,8 @@ def evolve(
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model.
-        data: batches of inputs from which to see what readers see, as for `fxwidth.resize`.
-        selection: the method by which channels are chosen, as for `fxwidth.resize`.
-        recalibrate: whether batch norm's running statistics are corrected, as for `fxwidth.resize`.
-        fold: whether readers take over what they read from dropped channels.
-        options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`.
+        options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
+            `selection`, `exact` and `rotate` are for both.
 
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used; nothing has changed. So it is after any other
@@ -60,7 +54,7 @@ def evolve(
         >>> sum(parameter.numel() for parameter in gm.parameters())
         95
     """
-    check_options(options)
+    planning, resizing = both_options(options, optimizer)
     modules = [model] if isinstance(model, nn.Module) else []
     for module in modules:
         check_optimizer(optimizer, module)
@@ -68,43 +62,19 @@ def evolve(
 
     def work() -> fx.GraphModule:
         module = trace(model, example_inputs, example_kwargs)
-        width_graph = WidthGraph(analyze_module(module))
-        planned = partial(_planned_and_resized, width_graph, data, selection, options, optimizer, recalibrate, fold)
-        return planned(transaction)[1]
+        return _planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)[1]
 
     return transaction.run(work)
 
 
 def _planned_and_resized(
-    width_graph: WidthGraph,
-    data: Iterable[Any] | None,
-    selection: str,
-    options: Mapping[str, Any],
-    optimizer: Optimizer | None,
-    recalibrate: bool | None,
-    fold: bool,
-    transaction: Transaction,
+    width_graph: WidthGraph, planning: PlanOptions, resizing: ResizeOptions, transaction: Transaction
 ) -> tuple[Plan, fx.GraphModule]:
     """Plan and resize from the same evidence, so that it is gathered once."""
-    data = replayed(data)
-    # An optimizer's state knows the basis that there is, and a basis is of use only to what is folded.
-    rotate = bool(options.get("rotate", True)) and fold and optimizer is None
-    options = {**options, "data": data, "selection": selection, "rotate": rotate}
-    chosen, evidence = plan_with_evidence(width_graph, **options)
+    # A plan counts on those changes of basis alone that the resize will make.
+    chosen, evidence = plan_with_evidence(width_graph, replace(planning, rotate=resizing.rotates))
     # Without a budget a plan does not look at the data, and a resize still can.
-    return chosen, resize_analyzed(
-        width_graph,
-        chosen,
-        optimizer=optimizer,
-        data=data,
-        selection=selection,
-        evidence=evidence,
-        recalibrate=recalibrate,
-        rotate=rotate,
-        fold=fold,
-        exact=bool(options.get("exact", True)),
-        transaction=transaction,
-    )
+    return chosen, resize_analyzed(width_graph, chosen, resizing, evidence=evidence, transaction=transaction)
 
 
 class Evolver:
@@ -120,16 +90,11 @@ class Evolver:
         optimizer: the optimizer that trains it or a part of it.
         every: steps between two resizes.
         start: steps before the first.
-        params: the parameter count to reach, absolute or as a ratio of the present one.
-        budget: the costs to reach, absolute or as ratios of the present ones.
-        rounds: the number of resizes on the way there.
-        data: batches of inputs from which to see what readers see; by default some of those given to `step`, drawn
-            evenly from all.
-        selection: the method by which channels are chosen, as for `fxwidth.resize`.
-        recalibrate: whether batch norm's running statistics are corrected after a resize; None for doing so where data
-            are given. Training brings them up to date by itself.
-        fold: whether readers take over what they read from dropped channels.
-        options: those of `fxwidth.plan`.
+        rounds: the number of resizes on the way to the target.
+        options: those of `fxwidth.plan` and `fxwidth.resize`, as for `fxwidth.evolve`. The target, `params=` or
+            `budget=`, is absolute or in ratios of the present costs. Without `data=` some of the batches given to
+            `step` are looked at, drawn evenly from all; `recalibrate=None` corrects batch norm's running statistics
+            where data are given alone, since training brings them up to date by itself.
 
     Attributes:
         history: one dict per resize: step, params_before, params_after, widths {group: [old, new]}.
@@ -152,6 +117,7 @@ class Evolver:
         ([2, 4], True)
     """
 
+    @tells_options(PlanOptions, ResizeOptions)
     def __init__(
         self,
         gm: fx.GraphModule,
@@ -159,19 +125,22 @@ class Evolver:
         *,
         every: int = 200,
         start: int = 0,
-        params: int | float | None = None,
-        budget: Budget | None = None,
         rounds: int | None = None,
-        data: Iterable[Any] | None = None,
-        selection: str = "greedy",
-        recalibrate: bool | None = None,
-        fold: bool = True,
-        **options: Any,
+        **options: Unpack[EvolveKeywords],
     ) -> None:
         if every < 1:
             raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
-        check_options(options)
-        target = budget_of(budget, params)
+        recalibrate = options.pop("recalibrate", None)
+        # Of a generator's batches those that are looked at are kept for the next round.
+        self._planning, resizing = both_options(options, optimizer)
+        self._gathered = Gathered()
+        self._resizing = replace(
+            resizing,
+            # Batches of training are still to come.
+            data=self._gathered if resizing.data is None else resizing.data,
+            recalibrate=resizing.data is not None if recalibrate is None else recalibrate,
+        )
+        target = self._planning.target
         if rounds is not None and (target is None or rounds < 1):
             raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to, and must be at least 1.")
         if isinstance(gm, nn.Module):
@@ -183,20 +152,13 @@ class Evolver:
         self.history: list[dict[str, Any]] = []
         self._steps = 0
         self._rounds = rounds or 8
-        # Of a generator's batches those that are looked at are kept for the next round.
-        self._data = replayed(data)
-        self._selection = check_selection(selection)
-        self._recalibrate = data is not None if recalibrate is None else recalibrate
-        self._fold = fold
-        self._options = options
         # A graph without shapes, or one that does not run, is refused now and not in mid-training.
         width_graph = WidthGraph(analyze_module(gm))
         bounds = target.bounds if target is not None else {}
         self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
         self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
         if self._target:
-            refuse_out_of_reach(width_graph, Budget(**self._target), options)
-        self._gathered = Gathered()
+            refuse_out_of_reach(width_graph, replace(self._planning, budget=Budget(**self._target), params=None))
 
     @property
     def finished(self) -> bool:
@@ -235,17 +197,17 @@ class Evolver:
     def _remember(self, batch: Sequence[Any]) -> None:
         count = len(self.gm.graph.find_nodes(op="placeholder"))
         inputs = tuple(map_leaves(Tensor.detach, value) for value in batch if deep_tensors(value))[:count]
-        if self._data is None and inputs:
+        if self._planning.data is None and inputs:
             self._gathered.add(inputs)
 
     def _resize(self, transaction: Transaction) -> Plan:
         before = parameter_count(self.gm)
         width_graph = WidthGraph(analyze_module(self.gm))
-        data = self._data if self._data is not None else self._gathered if self._gathered.batches else None
-        options = {**self._target_option(), **self._options}
-        chosen, _ = _planned_and_resized(
-            width_graph, data, self._selection, options, self.optimizer, self._recalibrate, self._fold, transaction
-        )
+        gathered = self._gathered if self._gathered.batches else None
+        data = self._planning.data if self._planning.data is not None else gathered
+        planning = replace(self._planning, budget=self._budget_due(), params=None, data=data)
+        resizing = replace(self._resizing, optimizer=self.optimizer, data=data)
+        chosen, _ = _planned_and_resized(width_graph, planning, resizing, transaction)
         old = {name: width_graph[name].width for name in chosen}
         self.history.append(
             {
@@ -257,13 +219,13 @@ class Evolver:
         )
         return chosen
 
-    def _target_option(self) -> dict[str, Any]:
+    def _budget_due(self) -> Budget | None:
         if not self._target:
-            return {}
+            return None
         share = min(1.0, self._round / self._rounds)
         first = self._first
         due = {n: max(goal, round(first[n] * (goal / first[n]) ** share)) for n, goal in self._target.items()}
-        return {"budget": Budget(**due)}
+        return Budget(**due)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -11,9 +11,11 @@ import numpy as np
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence
-from fxwidth.importance.loss_sensitivity import Loss, calibrated
+from fxwidth.importance.loss_sensitivity import calibrated
+from fxwidth.options import Loss, PlanOptions, refuse_loss_without_data
 from fxwidth.planning.constraints import chosen_groups
 from fxwidth.runtime.contexts import plain_surroundings
+from fxwidth.selection.registry import Selection
 from fxwidth.statistics.moments import has_values
 from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.weights.writer_spectra import singular_values, writer_columns
@@ -64,7 +66,7 @@ def spectrum(
     *,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    selection: str = "greedy",
+    selection: Selection = "greedy",
     only: str | Sequence[str] | None = None,
     keep: str | Sequence[str] | None = None,
 ) -> dict[str, GroupSpectrum]:
@@ -75,7 +77,7 @@ def spectrum(
         data: batches that begin with the graph's inputs, from which to see what readers see; without them, that is
             estimated from the weights and batch norm statistics.
         loss: called with the output and what follows the inputs in a batch; brings errors to the unit of the loss.
-        selection: the method whose choices the errors are of.
+        selection: the method whose choices the errors are of, as for `fxwidth.plan`.
         only: names or patterns of the groups to look at.
         keep: names or patterns of groups to leave out.
 
@@ -89,8 +91,10 @@ def spectrum(
         >>> len(found.singular_values), len(found.errors)
         (16, 17)
     """
+    options = PlanOptions(data=data, selection=selection, only=only, keep=keep)
+    refuse_loss_without_data(loss, data)
     refuse_other_than_groups(width_graph)
-    groups = chosen_groups(width_graph, only, keep)
+    groups = chosen_groups(width_graph, options.only, options.keep)
     evidence, errors = calibrated(width_graph, groups, data, loss, selection)
     return {group.name: _of(evidence, group, errors[group], loss is not None) for group in groups}
 

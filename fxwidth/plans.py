@@ -1,62 +1,90 @@
-"""Plans: which channel group gets which width, as plain data."""
+"""Plans: which channel group gets which width, or which of its channels it keeps, as plain data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from operator import index
 from typing import Any
 
 from fxwidth.errors import FxwidthError
 
+Entry = int | tuple[int, ...]
+# How many channels an error lists.
+_SHOWN = 12
 
-class Plan(Mapping[str, int]):
-    """New widths by group name; groups that are not named stay as they are.
+
+class Plan(Mapping[str, Entry]):
+    """New widths, or the channels to keep, by group name; groups that are not named stay as they are.
 
     Args:
-        widths: group name -> new width.
+        widths: group name -> new width, or the channels that are kept, in any sequence: their positions of now, from 0,
+            ascending, as in `Plan({"conv1": 24, "conv2": [0, 2, 5]})`.
         notes: anything worth keeping beside it, such as the predicted parameter count; it does not change what is done.
 
+    Attributes:
+        widths: group name -> new width.
+        channels: group name -> the channels that are kept, of the groups for which they are named.
+
     Raises:
-        FxwidthError: a width is no positive integer.
+        FxwidthError: a width is no positive integer, or channels are not ascending from 0, each once.
 
     Example:
-        >>> fxwidth.Plan({"conv1": 12}, notes={"why": "by hand"})
-        Plan({'conv1': 12})
+        >>> fxwidth.Plan({"conv1": 12, "conv2": [0, 2, 5]}, notes={"why": "by hand"})
+        Plan({'conv1': 12, 'conv2': (0, 2, 5)})
+        >>> fxwidth.Plan({"conv2": [0, 2, 5]}).widths
+        {'conv2': 3}
     """
 
-    def __init__(self, widths: Mapping[str, int] | None = None, notes: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, widths: Mapping[str, int | Sequence[int]] | None = None, notes: Mapping[str, Any] | None = None
+    ) -> None:
         if not isinstance(widths or {}, Mapping):
             raise FxwidthError(f"a plan is made from a dict of group names and widths, but received {widths!r}.")
-        self._widths = {name: _checked(name, width) for name, width in (widths or {}).items()}
+        self._entries: dict[str, Entry] = {name: _checked(name, entry) for name, entry in (widths or {}).items()}
         self.notes: dict[str, Any] = dict(notes or {})
 
-    def __getitem__(self, name: str) -> int:
-        return self._widths[name]
+    @property
+    def widths(self) -> dict[str, int]:
+        """The new width of each group."""
+        return {name: len(entry) if isinstance(entry, tuple) else entry for name, entry in self._entries.items()}
+
+    @property
+    def channels(self) -> dict[str, tuple[int, ...]]:
+        """The channels that are kept, of the groups for which they are named."""
+        return {name: entry for name, entry in self._entries.items() if isinstance(entry, tuple)}
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._widths)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._widths)
+        return len(self._entries)
 
     def __eq__(self, other: object) -> bool:
-        return dict(self) == dict(other) if isinstance(other, Mapping) else NotImplemented
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        entries = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in other.items()}
+        return self._entries == entries
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Plan({self._widths!r})"
+        return f"Plan({self._entries!r})"
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        return json.dumps({"widths": self._widths, "notes": self.notes}, indent=2)
+        return json.dumps({"widths": self._entries, "notes": self.notes}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Return the plan that `to_json` wrote, or one written by hand as {group name: width}.
+        """Return the plan that `to_json` wrote, or one written by hand as {group name: width or channels}.
 
         Raises:
-            FxwidthError: the text is no such JSON, or a width is no positive integer.
+            FxwidthError: the text is no such JSON, or what it says is no plan.
         """
         try:
             data = json.loads(text)
@@ -69,9 +97,36 @@ class Plan(Mapping[str, int]):
         return cls(data)
 
 
-def _checked(name: Any, width: Any) -> int:
+def _checked(name: Any, entry: Any) -> Entry:
     if not isinstance(name, str):
         raise FxwidthError(f"a plan names groups by strings, but received {name!r}.")
-    if isinstance(width, bool) or not hasattr(width, "__index__") or int(width) < 1:
-        raise FxwidthError(f"the plan gives group {name!r} the width {width!r}; a width is an integer of at least 1.")
-    return int(width)
+    # Arrays and tensors give their numbers as Python has them.
+    plain = entry.tolist() if hasattr(entry, "tolist") else entry
+    if isinstance(plain, Sequence) and not isinstance(plain, (str, bytes)):
+        return _channels(name, plain)
+    if not _is_integer(plain) or index(plain) < 1:
+        raise FxwidthError(f"the plan gives group {name!r} the width {entry!r}; a width is an integer of at least 1.")
+    return index(plain)
+
+
+def _channels(name: str, given: Sequence[Any]) -> tuple[int, ...]:
+    plain = [one.tolist() if hasattr(one, "tolist") else one for one in given]
+    odd = [one for one in plain if not _is_integer(one) or index(one) < 0]
+    channels = [] if odd else list(map(index, plain))
+    if odd:
+        fault = f"{odd[0]!r} is none: a channel is an integer from 0"
+    elif not channels:
+        fault = "at least one channel stays"
+    elif any(later <= one for one, later in pairwise(channels)):
+        fault = "they must be ascending, each once"
+    else:
+        return tuple(channels)
+    shown = repr(plain) if len(plain) <= _SHOWN else f"[{', '.join(map(repr, plain[:_SHOWN]))}, ...]"
+    raise FxwidthError(
+        f"the plan keeps of group {name!r} the channels {shown}, but {fault}. Give those that stay by their "
+        "positions of now, such as [0, 2, 5]; a group grows by a width."
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__")

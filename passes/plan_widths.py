@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.planning.planner import check_options, plan
+from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
+from fxwidth.planning.planner import plan_with_evidence
 from fxwidth.tracing import analyze_module
 
 PLAN = "fxwidth_plan"
@@ -20,6 +21,9 @@ class PlanWidths(PassBase):
 
     What the plan costs and is predicted to lose goes to `gm.meta["fxwidth_plan_notes"]`.
 
+    Raises:
+        FxwidthError: an option is none, or out of range.
+
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
@@ -27,14 +31,14 @@ class PlanWidths(PassBase):
         {'0': 7}
     """
 
-    def __init__(self, **options: Any) -> None:
+    @tells_options(PlanOptions)
+    def __init__(self, **options: Unpack[PlanKeywords]) -> None:
         super().__init__()
-        check_options(options)
-        self._options = options
+        self._options = options_from(PlanOptions, options)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Plan widths for a graph."""
-        chosen = plan(WidthGraph(analyze_module(graph_module)), **self._options)
+        chosen, _ = plan_with_evidence(WidthGraph(analyze_module(graph_module)), self._options)
         graph_module.meta[PLAN] = dict(chosen)
         graph_module.meta[PLAN_NOTES] = chosen.notes
         return PassResult(graph_module, False)

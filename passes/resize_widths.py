@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.optim import Optimizer
 
 from fxwidth.errors import FxwidthError
+from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
 from fxwidth.passes.plan_widths import PLAN, PLAN_NOTES
-from fxwidth.resizing.resize import resize
-from fxwidth.selection.registry import check_selection
+from fxwidth.plans import Plan
+from fxwidth.resizing.resize import resize_with
 
 
 class ResizeWidths(PassBase):
     """Resizes a graph by a given plan, or by the one that `PlanWidths` has left in `gm.meta["fxwidth_plan"]`.
+
+    The plan and the options are those of `fxwidth.resize`.
+
+    Raises:
+        FxwidthError: the plan names no widths or channels, or an option is none, or out of range.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -27,44 +33,24 @@ class ResizeWidths(PassBase):
         torch.Size([7, 8])
     """
 
+    @tells_options(ResizeOptions)
     def __init__(
         self,
-        plan: Mapping[str, int] | None = None,
+        plan: Mapping[str, int | Sequence[int]] | None = None,
         *,
         optimizer: Optimizer | None = None,
-        data: Iterable[Any] | None = None,
-        selection: str = "greedy",
-        recalibrate: bool | None = None,
-        rotate: bool = True,
-        fold: bool = True,
-        exact: bool = True,
+        **options: Unpack[ResizeKeywords],
     ) -> None:
         super().__init__()
-        self._plan = plan
-        self._optimizer = optimizer
-        self._data = data
-        self._selection = check_selection(selection)
-        self._recalibrate = recalibrate
-        self._rotate = rotate
-        self._fold = fold
-        self._exact = exact
+        self._plan = None if plan is None else Plan(plan)
+        self._options = options_from(ResizeOptions, {"optimizer": optimizer, **options})
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Resize a graph in place."""
         widths = self._plan if self._plan is not None else graph_module.meta.get(PLAN)
         if widths is None:
             raise FxwidthError("ResizeWidths has no plan; give it one, or run PlanWidths before it.")
-        resize(
-            graph_module,
-            widths,
-            optimizer=self._optimizer,
-            data=self._data,
-            selection=self._selection,
-            recalibrate=self._recalibrate,
-            rotate=self._rotate,
-            fold=self._fold,
-            exact=self._exact,
-        )
+        resize_with(graph_module, widths, self._options)
         # The plan was made for the old widths and does not hold any more.
         graph_module.meta.pop(PLAN, None)
         graph_module.meta.pop(PLAN_NOTES, None)

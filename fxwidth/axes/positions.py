@@ -31,6 +31,12 @@ def channel_positions(space: FactorSpace, axis: Axis, factor: Factor) -> list[In
     return result
 
 
+def positions_by_channel(space: FactorSpace, axis: Axis, factor: Factor) -> list[Indices]:
+    """Return the positions of each channel of a factor in an axis, over all that it occurs in, ascending."""
+    parts = channel_positions(space, axis, factor)
+    return [np.unique(np.concatenate([part[channel] for part in parts])) for channel in range(factor.size)]
+
+
 def occupied_positions(axis: Axis) -> Counter[Factor]:
     """Return how many positions of an axis each factor is in, once for each time it occurs there."""
     result: Counter[Factor] = Counter()

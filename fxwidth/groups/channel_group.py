@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fxwidth.analysis.least_widths import Least
 from fxwidth.analysis.roles import Role
 from fxwidth.axes.factors import Factor
+from fxwidth.axes.index_maps import Indices
 from fxwidth.axes.pins import LOST
 from fxwidth.growth.recipes import Growth
 
@@ -17,15 +18,33 @@ from fxwidth.growth.recipes import Growth
 class Site:
     """One dim of one parameter or buffer in which a group occurs, and what it does there.
 
+    Attributes:
+        parameter: the name of the parameter or buffer.
+        dim: the dim.
+        role: what the group does there.
+
     Example:
         >>> site = fxwidth.analyze(fxwidth.trace(torch.nn.Linear(8, 4), torch.randn(2, 8))).groups[0].sites[0]
         >>> site.parameter, site.dim
         ('weight', 0)
+        >>> [positions.tolist() for positions in site.positions]
+        [[0], [1], [2], [3]]
     """
 
     parameter: str
     dim: int
     role: Role
+    find_positions: Callable[[], Sequence[Indices]] = field(default=tuple, repr=False, compare=False)
+
+    @cached_property
+    def positions(self) -> tuple[Indices, ...]:
+        """The positions of each channel in the dim, ascending, [channels][positions each].
+
+        A flattened feature map has several positions for each channel, a concatenation has positions of other groups in
+        between, and where a dim holds pairs of channels a position is of both. A resize drops all positions of the
+        channels that it drops. Empty for a group that is lost: of such nothing is known but its names.
+        """
+        return tuple(self.find_positions())
 
 
 @dataclass(eq=False)

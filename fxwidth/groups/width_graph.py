@@ -16,6 +16,7 @@ from fxwidth.analysis.roles import Role, Roles, find_roles
 from fxwidth.axes.factors import Factor, term_size
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.axes.pins import BATCH, STRUCTURAL, UNUSED, Pin
+from fxwidth.axes.positions import positions_by_channel
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.drawing import draw
@@ -219,7 +220,8 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
             role = roles.by_dim.get((parameter, dim), Role.PER_CHANNEL)
             for number, leaf in enumerate(leaves):
                 own_role = Role.PER_CHANNEL if (parameter, dim, leaf) in shared else role
-                sites.setdefault(leaf, []).append(Site(parameter, dim, own_role))
+                positions = partial(positions_by_channel, analysis.space, entry.axes[dim], leaf)
+                sites.setdefault(leaf, []).append(Site(parameter, dim, own_role, positions))
                 if role == Role.WRITER and leaf not in names:
                     names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)
     taken: set[str] = set()

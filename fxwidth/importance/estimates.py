@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,14 @@ from fxwidth.reconstruction.basis_change import Rotation, rotation
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share
 from fxwidth.selection.grams import Pairs, each_pairs, pairs_of
-from fxwidth.selection.registry import MAGNITUDE, NESTED, PROJECTION, channel_order, check_selection
+from fxwidth.selection.registry import (
+    PROJECTION,
+    Selection,
+    channel_order,
+    check_selection,
+    is_nested,
+    reads_moments,
+)
 from fxwidth.selection.silent_channels import silent_channels, silent_last
 from fxwidth.statistics.covariance_shrinkage import shrunk
 from fxwidth.statistics.moment import Moment
@@ -39,12 +46,12 @@ class Evidence:
     Args:
         width_graph: the graph.
         moments: what readers see; None where that is not known, as on the meta device.
-        selection: the method, one of `fxwidth.selection.registry.SELECTIONS`.
+        selection: the method, one of `fxwidth.selection.registry.SELECTIONS`, or a function that scores channels.
         rotates: whether linear groups are brought to the basis of their spectrum, of which the first channels are kept.
     """
 
     def __init__(
-        self, width_graph: WidthGraph, moments: Moments | None, selection: str = "greedy", rotates: bool = False
+        self, width_graph: WidthGraph, moments: Moments | None, selection: Selection = "greedy", rotates: bool = False
     ) -> None:
         self.width_graph = width_graph
         self.moments = moments
@@ -52,7 +59,8 @@ class Evidence:
         self._orders: dict[tuple[ChannelGroup, int], Tensor] = {}
         self._errors: dict[ChannelGroup, Errors] = {}
         self._read: set[ChannelGroup] = set()
-        self._rotates = rotates and moments is not None and selection not in (MAGNITUDE, PROJECTION)
+        # Scores and weights are of the channels as they are.
+        self._rotates = rotates and moments is not None and reads_moments(selection) and selection != PROJECTION
         self._rotations: dict[ChannelGroup, Rotation | None] = {}
 
     def unrotated(self) -> Evidence:
@@ -78,7 +86,7 @@ class Evidence:
     def _loses_less(self, group: ChannelGroup, turned: Rotation) -> bool:
         """Tell whether half of the channels as they are would be a better choice than half of the turned ones."""
         pairs, half = self._pairs(group), group.width // 2
-        key = group, 0 if self.selection in NESTED else half
+        key = group, 0 if is_nested(self.selection) else half
         if pairs is None:
             return False
         if key not in self._orders:
@@ -95,7 +103,7 @@ class Evidence:
 
     def order(self, group: ChannelGroup, count: int) -> Tensor:
         """Return all channels of a group, those first that are to be kept when so many are."""
-        key = group, 0 if self.selection in NESTED else count
+        key = group, 0 if is_nested(self.selection) else count
         if key not in self._orders:
             self._orders[key] = self._found_order(group, count, self._pairs(group))
         return self._orders[key]
@@ -112,7 +120,7 @@ class Evidence:
                 self._errors[group] = spectral_errors(self.width_graph, group)
             else:
                 self._read.add(group)
-                key = group, 0 if self.selection in NESTED else group.width // 2
+                key = group, 0 if is_nested(self.selection) else group.width // 2
                 if key not in self._orders:
                     self._orders[key] = self._found_order(group, group.width // 2, pairs)
                 self._errors[group] = logarithmic(self._lost(group, pairs, self._orders[key]))
@@ -128,7 +136,7 @@ class Evidence:
         return group in self._read
 
     def _pairs(self, group: ChannelGroup, *, always: bool = False) -> Pairs | None:
-        if self.moments is None or (self.selection == MAGNITUDE and not always):
+        if self.moments is None or not (always or reads_moments(self.selection)):
             return None
         return pairs_of(self.width_graph, group, self.moments)
 
@@ -140,7 +148,7 @@ class Evidence:
         return np.asarray(sum(lost_share(part, order) for part in parts), dtype=np.float64)
 
     def _found_order(self, group: ChannelGroup, count: int, pairs: Pairs | None) -> Tensor:
-        pairs = None if self.selection == MAGNITUDE else pairs
+        pairs = pairs if reads_moments(self.selection) else None
         order = channel_order(self.width_graph, group, count, pairs, self.selection)
         if pairs is None or self.moments is None:
             return order
@@ -164,7 +172,7 @@ def spectral_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
 
 
 def gather_evidence(
-    width_graph: WidthGraph, data: Iterable[Any] | None, selection: str = "greedy", rotates: bool = False
+    width_graph: WidthGraph, data: Iterable[Any] | None, selection: Selection = "greedy", rotates: bool = False
 ) -> Evidence:
     """Return what data, or without them noise sent through the network, tell of a graph's channels.
 
@@ -183,9 +191,19 @@ def gather_evidence(
     return Evidence(width_graph, noise_moments(width_graph), selection, rotates)
 
 
-def needs_moments(widths: Mapping[ChannelGroup, int], selection: str, folds: bool) -> bool:
-    """Tell whether a resize to some widths asks what readers see: to choose channels by it, or to refit readers."""
-    return any(width < group.width for group, width in widths.items()) and (folds or selection != MAGNITUDE)
+def needs_moments(
+    widths: Mapping[ChannelGroup, int], selection: Selection, folds: bool, given: Collection[ChannelGroup] = ()
+) -> bool:
+    """Tell whether a resize to some widths asks what readers see: to choose channels by it, or to refit readers.
+
+    Args:
+        widths: the new width of each group that changes.
+        selection: the method by which channels are chosen.
+        folds: whether readers are refitted.
+        given: groups whose channels are chosen already.
+    """
+    shrinking = [group for group, width in widths.items() if width < group.width]
+    return any(folds or (group not in given and reads_moments(selection)) for group in shrinking)
 
 
 def refuse_negative_variances(width_graph: WidthGraph) -> None:

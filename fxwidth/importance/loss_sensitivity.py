@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.importance.sensitivity_fit import Rise, rates_of
+from fxwidth.options import Loss
 from fxwidth.reconstruction.folding import fold
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
 from fxwidth.runtime.pytrees import sample_count
 from fxwidth.runtime.tensor_slots import substituted
 from fxwidth.selection.error_curves import Errors, share_of
+from fxwidth.selection.registry import Selection
 from fxwidth.statistics.calibration_data import batches_from, targets_of
-
-Loss = Callable[..., Tensor]
 
 # The shares of what readers read that are taken away by probes: with less, noise exceeds the rise of the loss.
 _PROBED_SHARES = (0.2, 0.4)
@@ -64,20 +64,19 @@ def calibrated(
     groups: Sequence[ChannelGroup],
     data: Iterable[Any] | None,
     loss: Loss | None,
-    selection: str,
+    selection: Selection,
     rotates: bool = False,
 ) -> tuple[Evidence, dict[ChannelGroup, Errors]]:
     """Return the evidence on a graph and the width curves of some groups, in units of the loss where that is given.
 
     Raises:
-        FxwidthError: the data or the loss cannot be used, or there is no such method of selection.
+        FxwidthError: the data or the loss cannot be used.
     """
     if loss is None:
         evidence = gather_evidence(width_graph, data, selection, rotates)
         return evidence, {group: evidence.errors(group) for group in groups}
-    if data is None:
-        raise FxwidthError("loss= needs data= to be taken on: batches of the inputs and what the loss compares with.")
-    if isinstance(data, Tensor) or not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
+    assert data is not None
+    if isinstance(data, Tensor):
         data = list(batches_from(width_graph.analysis, data, None))
     seen = Remembered(data)
     # Weights alone are evidence enough for some methods: the batches are gone through for the loss all the same.

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import PlanOptions, SameWidth
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,10 @@ class Limits:
     most: int | None
     align: int
 
-    def __post_init__(self) -> None:
-        most = () if self.most is None else (("max_width", self.most),)
-        for name, value in (("min_width", self.least), ("align", self.align), *most):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
-        if self.most is not None and self.most < self._up(self.least):
-            raise FxwidthError(
-                f"no width lies between min_width={self.least} and max_width={self.most} with align={self.align}; "
-                "widen the range or lower align."
-            )
+    @classmethod
+    def of(cls, options: PlanOptions) -> Limits:
+        """Return those that options set."""
+        return cls(options.min_width, options.max_width, options.align)
 
     def nearest(self, group: ChannelGroup, width: int) -> int:
         """Return the allowed width for a group that is to have some width: rounded up, and never across its own."""
@@ -79,11 +74,7 @@ def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str
     """
     names = [group.name for group in width_graph.groups]
     found: set[str] = set()
-    if not isinstance(patterns, Iterable):
-        raise FxwidthError(f"{option}= takes names or patterns of groups, but received {patterns!r}.")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if not isinstance(pattern, str):
-            raise FxwidthError(f"{option}= takes names or patterns of groups, but received {pattern!r}.")
         matches = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
@@ -91,10 +82,6 @@ def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str
             raise FxwidthError(f"{option}={pattern!r} matches no group; {hint}print(width_graph) lists all groups.")
         found |= matches
     return [group for group in width_graph.groups if group.name in found]
-
-
-# One pattern, or several, each a pattern or a list of them, whose groups get one width.
-SameWidth = str | Sequence[str | Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -136,8 +123,6 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
     free = list(free)
     result: list[Class] = []
     taken: dict[ChannelGroup, str | Sequence[str]] = {}
-    if same_width is not None and not isinstance(same_width, Iterable):
-        raise FxwidthError(f"same_width= takes patterns of groups, but received {same_width!r}.")
     patterns = [same_width] if isinstance(same_width, str) else list(same_width or ())
     # In a flat list of names each is a class of its own, which is hardly what was meant.
     is_flat = all(isinstance(pattern, str) for pattern in patterns)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from inspect import signature
-from typing import Any, ParamSpec
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Unpack
 
 import numpy as np
 
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
-from fxwidth.costs.budget import Bound, Budget, bounds_of, cost_polynomial, out_of_reach
+from fxwidth.costs.budget import Bound, bounds_of, cost_polynomial, out_of_reach
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
-from fxwidth.importance.loss_sensitivity import Loss, calibrated
+from fxwidth.importance.loss_sensitivity import calibrated
 from fxwidth.importance.plan_simulation import has_inputs, output_errors
+from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
 from fxwidth.planning.allocation import Choice, allocate
-from fxwidth.planning.constraints import Class, Limits, SameWidth, chosen_groups, classes
-from fxwidth.planning.thresholds import Thresholds, by_thresholds
+from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes
+from fxwidth.planning.thresholds import by_thresholds
 from fxwidth.plans import Plan
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.selection.error_curves import Errors
@@ -30,32 +28,12 @@ from fxwidth.weights.readers import wiring_of
 
 __all__ = ["Plan", "plan"]
 
-_Options = ParamSpec("_Options")
 # By which factor the outputs of a plan must be nearer for it to be preferred to that of least summed error.
 _CLEARLY = 0.5
 
 
-@plain_surroundings()
-def plan_with_evidence(
-    width_graph: WidthGraph,
-    *,
-    budget: Budget | None = None,
-    params: int | float | None = None,
-    data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
-    selection: str = "greedy",
-    shrink_energy: float = 0.05,
-    grow_energy: float = 0.5,
-    grow_step: int = 0,
-    min_width: int = 1,
-    max_width: int | None = None,
-    align: int = 1,
-    same_width: SameWidth | None = None,
-    only: str | Sequence[str] | None = None,
-    keep: str | Sequence[str] | None = None,
-    exact: bool = True,
-    rotate: bool = True,
-) -> tuple[Plan, Evidence | None]:
+@tells_options(PlanOptions)
+def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
     """Choose new widths.
 
     Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they read as
@@ -71,7 +49,8 @@ def plan_with_evidence(
             them, that is estimated from the weights and batch norm statistics, and plans are tried out on noise.
         loss: called with the output and what follows the inputs in a batch; errors then are in its unit, each group's
             brought there by probes on the first batches.
-        selection: under a budget, the method by which channels are to be chosen, as for `fxwidth.resize`.
+        selection: under a budget, the method by which channels are to be chosen, or a function that scores them, as for
+            `fxwidth.resize`.
         shrink_energy: in [0, 1); 0 for no shrinking.
         grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.
         grow_step: channels to add; 0 for no growing.
@@ -103,100 +82,52 @@ def plan_with_evidence(
         >>> dict(fxwidth.plan(fxwidth.analyze(gm), params=0.5))
         {'0': 7}
     """
+    return plan_with_evidence(width_graph, options_from(PlanOptions, options))[0]
+
+
+@plain_surroundings()
+def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
+    """Return the plan that `plan` makes, and the evidence that it was made from; None without a budget.
+
+    Raises:
+        FxwidthError: as for `plan`, but for options, which have been checked.
+    """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
-    limits = Limits(min_width, max_width, align)
-    thresholds = Thresholds(shrink_energy, grow_energy, grow_step)
-    bound = budget_of(budget, params)
-    units = classes(width_graph, chosen_groups(width_graph, only, keep), same_width)
-    if bound is not None:
-        problem = _Problem(width_graph, units, limits, bounds_of(width_graph, bound))
-        return problem.solved(data, loss, selection, rotate)
-    if loss is not None:
-        raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
-    widths = {
-        group: width
-        for unit in units
-        for group, width in by_thresholds(width_graph, unit, limits, thresholds, exact).items()
-    }
+    units = _units(width_graph, options)
+    if options.target is not None:
+        return _Problem(width_graph, units, options).solved(options)
+    widths = {group: width for unit in units for group, width in by_thresholds(width_graph, unit, options).items()}
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None), None
 
 
-def _alone(function: Callable[_Options, tuple[Plan, Evidence | None]]) -> Callable[_Options, Plan]:
-    """Return a function that gives the plan alone, with the same options and description."""
-
-    @wraps(function)
-    def plan(*args: _Options.args, **kwargs: _Options.kwargs) -> Plan:
-        check_options(name for name in kwargs if name != "width_graph")
-        return function(*args, **kwargs)[0]
-
-    plan.__name__ = plan.__qualname__ = "plan"
-    plan.__annotations__ = {**function.__annotations__, "return": "Plan"}
-    plan.__signature__ = signature(function).replace(return_annotation="Plan")  # type: ignore[attr-defined]
-    return plan
-
-
-plan = _alone(plan_with_evidence)
-
-
-def check_options(names: Iterable[str]) -> None:
-    """Check that all names are options of `plan`.
+def refuse_out_of_reach(width_graph: WidthGraph, options: PlanOptions) -> None:
+    """Check that the budget can be met at all.
 
     Raises:
-        FxwidthError: one is not.
+        FxwidthError: it cannot, or the options do not fit the groups.
     """
-    known = list(signature(plan_with_evidence).parameters)[1:]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}=? " if near else ""
-            raise FxwidthError(f"{name}= is no option of fxwidth.plan; {hint}They are {', '.join(known)}.")
+    _Problem(width_graph, _units(width_graph, options), options).refuse_out_of_reach()
 
 
-def refuse_out_of_reach(width_graph: WidthGraph, budget: Budget, options: Mapping[str, Any]) -> None:
-    """Check that a budget can be met at all with some of the options of `plan`.
-
-    Raises:
-        FxwidthError: it cannot, or the options are out of range or contradict each other.
-    """
-    limits = Limits(options.get("min_width", 1), options.get("max_width"), options.get("align", 1))
-    chosen = chosen_groups(width_graph, options.get("only"), options.get("keep"))
-    units = classes(width_graph, chosen, options.get("same_width"))
-    _Problem(width_graph, units, limits, bounds_of(width_graph, budget)).refuse_out_of_reach()
-
-
-def budget_of(budget: Budget | None, params: int | float | None) -> Budget | None:
-    """Return the budget that is given as such or by its short form, if one is.
-
-    Raises:
-        FxwidthError: both are given, or one is out of range.
-    """
-    if budget is None:
-        return None if params is None else Budget(params=params)
-    if not isinstance(budget, Budget):
-        raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
-    if params is not None:
-        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
-    return budget
+def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:
+    return classes(width_graph, chosen_groups(width_graph, options.only, options.keep), options.same_width)
 
 
 class _Problem:
     """Widths to be found for groups, some of them together, within bounds on costs."""
 
-    def __init__(
-        self, width_graph: WidthGraph, units: Sequence[Class], limits: Limits, bounds: Sequence[Bound]
-    ) -> None:
+    def __init__(self, width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions) -> None:
+        assert options.target is not None
         self._width_graph = width_graph
-        self.bounds = bounds
-        self._allowed = {unit: unit.widths(limits) for unit in units}
+        self.bounds = bounds_of(width_graph, options.target)
+        self._allowed = {unit: unit.widths(Limits.of(options)) for unit in units}
         self._groups = [group for unit in units for group in unit.groups]
         # Groups that go together are one to the solver: the first stands for all.
         self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
 
-    def solved(
-        self, data: Iterable[Any] | None, loss: Loss | None, selection: str, rotates: bool
-    ) -> tuple[Plan, Evidence | None]:
+    def solved(self, options: PlanOptions) -> tuple[Plan, Evidence | None]:
         """Return the widths of least summed error, and the evidence that errors were predicted from.
 
         Raises:
@@ -207,7 +138,9 @@ class _Problem:
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
             return _noted(self._width_graph, largest, self.bounds, errors, None), None
         self.refuse_out_of_reach()
-        evidence, errors = calibrated(self._width_graph, self._groups, data, loss, selection, rotates)
+        evidence, errors = calibrated(
+            self._width_graph, self._groups, options.data, options.loss, options.selection, options.rotate
+        )
         widths = self._rehearsed(evidence, errors)
         return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
 

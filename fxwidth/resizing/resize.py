@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -12,18 +12,18 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxwidth.analysis.known_axes import KnownAxes, known_axes
-from fxwidth.analysis.least_widths import why_too_narrow
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
-from fxwidth.planning.planner import Plan
-from fxwidth.reconstruction.basis_change import rotated
+from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
+from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
 from fxwidth.recording.graph_meta import AXES, HISTORY, notes_of
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
+from fxwidth.resizing.requested import Requested, refuse_too_narrow, requested
 from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
@@ -34,24 +34,20 @@ from fxwidth.rewriting.successors import successor
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.tensor_slots import is_sound, set_slot, tensor_slots
-from fxwidth.selection.registry import check_selection
+from fxwidth.selection.registry import selection_name
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import Moments, has_values
 from fxwidth.statistics.remembered_noise import forget_noise
 from fxwidth.tracing import analyze_module, refuse_nan
 
 
+@tells_options(ResizeOptions)
 def resize(
     gm: fx.GraphModule,
-    plan: Plan | Mapping[str, int],
+    plan: Mapping[str, int | Sequence[int]],
     *,
     optimizer: Optimizer | None = None,
-    data: Iterable[Any] | None = None,
-    selection: str = "greedy",
-    recalibrate: bool | None = None,
-    rotate: bool = True,
-    fold: bool = True,
-    exact: bool = True,
+    **options: Unpack[ResizeKeywords],
 ) -> fx.GraphModule:
     """Give channel groups new widths, in place.
 
@@ -64,7 +60,8 @@ def resize(
 
     Args:
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
-        plan: group name -> new width; groups that are not named stay.
+        plan: group name -> new width, or the channels to keep, ascending, as in `{"conv1": 24, "conv2": [0, 2, 5]}`;
+            groups that are not named stay.
         optimizer: the optimizer that trains `gm` or a part of it.
         data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
             with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
@@ -72,7 +69,8 @@ def resize(
         selection: the method by which channels are chosen: "greedy" (forward, by what readers can be told), "cholesky"
             (pivoted), "leverage" (ridge leverage scores), "backward" (Optimal Brain Surgeon), "spectral_pruning"
             (Suzuki et al.), "magnitude" (largest weights), or "projection" (by the writers' singular vectors, from
-            which alone readers are refitted then).
+            which alone readers are refitted then); or a function `(group, width_graph) -> scores`, one number per
+            channel, of which the highest stay: `group.sites` tells where the channels lie in the parameters.
         recalibrate: whether to correct batch norm's running statistics by what the data show before and after; None
             for doing so where data are given.
         rotate: whether groups with nothing nonlinear between writers and readers, such as values and outputs of
@@ -91,102 +89,95 @@ def resize(
         >>> fxwidth.resize(gm, {"0": 10}).get_parameter("2.weight").shape
         torch.Size([4, 10])
     """
-    transaction = Transaction(*resized_together(gm), optimizer=optimizer)
-    return transaction.run(
-        lambda: resize_analyzed(
-            WidthGraph(analyze_module(gm)),
-            plan,
-            optimizer=optimizer,
-            data=data,
-            selection=selection,
-            recalibrate=recalibrate,
-            rotate=rotate,
-            fold=fold,
-            exact=exact,
-            transaction=transaction,
-        )
+    resize_with(gm, plan, options_from(ResizeOptions, {"optimizer": optimizer, **options}))
+    return gm
+
+
+def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
+    """Do what `resize` does, with options that have been checked."""
+    transaction = Transaction(*resized_together(gm), optimizer=options.optimizer)
+    transaction.run(
+        lambda: resize_analyzed(WidthGraph(analyze_module(gm)), plan, options, transaction=transaction),
     )
 
 
 @dataclass(frozen=True)
-class _Options:
-    """Those of `resize`, and three more.
+class _Known:
+    """What is known before a resize.
 
     Attributes:
-        evidence: moments and a selection that are known already; data serve recalibration alone then.
-        blind: whether the first channels of each group are kept without a look at values, which are about to be loaded.
+        evidence: moments and a selection; data serve recalibration alone then.
+        blind: whether channels are kept without a look at values, which are about to be loaded.
         norms: the variance ratios of norms that were found with values, by the names of their gains.
     """
 
-    optimizer: Optimizer | None = None
-    data: Iterable[Any] | None = None
-    selection: str = "greedy"
     evidence: Evidence | None = None
-    recalibrate: bool | None = None
-    rotate: bool = True
-    fold: bool = True
-    exact: bool = True
     blind: bool = False
     norms: Mapping[str, float] | None = None
 
 
 def resize_analyzed(
     width_graph: WidthGraph,
-    plan: Plan | Mapping[str, int],
+    plan: Mapping[str, int | Sequence[int]],
+    options: ResizeOptions | None = None,
     *,
     transaction: Transaction | None = None,
-    **options: Any,
+    **known: Any,
 ) -> fx.GraphModule:
     """Carry out a plan on a graph that has just been analysed.
 
     Args:
         width_graph: the analysed graph.
         plan: as for `resize`.
+        options: those of `resize`; by default its defaults.
         transaction: that of which this is a part, which takes everything back on failure; by default one of its own.
-        options: those of `resize`, and `evidence`, `blind` and `norms`; see `_Options`.
+        known: `evidence`, `blind` and `norms`; see `_Known`.
 
     Raises:
         FxwidthError: the plan or the data cannot be used.
     """
-    chosen = _Options(**options)
+    options, before = options or ResizeOptions(), _Known(**known)
     if transaction is not None:
-        return _resize(width_graph, plan, chosen, transaction)
-    whole = Transaction(*resized_together(width_graph.analysis.module), optimizer=chosen.optimizer)
-    return whole.run(lambda: _resize(width_graph, plan, chosen, whole))
+        return _resize(width_graph, plan, options, before, transaction)
+    whole = Transaction(*resized_together(width_graph.analysis.module), optimizer=options.optimizer)
+    return whole.run(lambda: _resize(width_graph, plan, options, before, whole))
 
 
 def _resize(
-    width_graph: WidthGraph, plan: Plan | Mapping[str, int], options: _Options, transaction: Transaction
+    width_graph: WidthGraph,
+    plan: Mapping[str, int | Sequence[int]],
+    options: ResizeOptions,
+    known: _Known,
+    transaction: Transaction,
 ) -> fx.GraphModule:
     module = width_graph.analysis.module
-    check_selection(options.selection)
     check_optimizer(options.optimizer, module)
-    if options.recalibrate and options.data is None:
-        raise FxwidthError("recalibrate=True needs data= to run the network on.")
     width_graph.refuse_outdated()
-    groups = _checked(width_graph, plan, options.exact)
-    if not groups:
+    asked = requested(width_graph, plan, options.exact)
+    if not asked.widths:
         return module
-    if not options.blind:
+    if not known.blind:
         refuse_nan(module)
-        _refuse_too_narrow(width_graph, groups)
+        refuse_too_narrow(width_graph, asked)
     data = replayed(options.data)
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
     with torch.inference_mode(False):
-        drops = any(width < group.width for group, width in groups.items())
-        if drops and not options.blind:
+        drops = any(width < group.width for group, width in asked.widths.items())
+        if drops and not known.blind:
             refuse_negative_variances(width_graph)
-        evidence = _evidence(width_graph, groups, data, options)
+        evidence = _evidence(width_graph, asked, data, options, known)
         # Channels are chosen by the weights that the moments belong to.
-        kept = {group: _kept(evidence, group, width) for group, width in groups.items()}
-        moments = _turned(evidence, groups, transaction)
-        wanted = options.recalibrate is not False and drops and not options.blind and has_values(width_graph)
+        kept = {group: _kept(evidence, group, width, asked) for group, width in asked.widths.items()}
+        turns = _turns(evidence, asked)
+        moments = _turned(evidence, turns, transaction)
+        wanted = options.recalibrate is not False and drops and not known.blind and has_values(width_graph)
         # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
         # what follows: the network is run as it was before that.
         recalibration = None
         if wanted and data is not None:
             recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(width_graph))
-        change = _prepare(evidence, moments, groups, kept, options)
+        change = _prepare(evidence, moments, kept, options, known)
+        change.record.update(_channels_on_record(kept, asked, turns, known))
         change.put_in_place(module, transaction)
         if recalibration is not None:
             change.recalibrate(module, recalibration, transaction)
@@ -244,81 +235,59 @@ class _Change:
         self.record["recalibrated"] = True
 
 
-def _checked(width_graph: WidthGraph, plan: Plan | Mapping[str, int], exact: bool) -> dict[ChannelGroup, int]:
-    """Return the groups that change and their new widths.
-
-    Raises:
-        FxwidthError: a name, a width, a pinned group or an inexact growth makes the plan unusable.
-    """
-    if not isinstance(plan, Mapping):
-        raise FxwidthError(f"a plan maps group names to widths, but received {type(plan).__name__}.")
-    result = {}
-    for name, width in Plan(dict(plan)).items():
-        group = width_graph[name]
-        if width == group.width:
-            continue
-        if group.pinned is not None:
-            raise FxwidthError(
-                f"group {name!r} must keep its width {group.width}: {group.pinned}. Remove it from the plan."
-            )
-        if width > group.width and exact and group.inexact_growth is not None:
-            raise FxwidthError(
-                f"growing group {name!r} from {group.width} to {width} would change the function: "
-                f"{group.inexact_growth}. Pass exact=False to grow it all the same."
-            )
-        result[group] = width
-    return result
-
-
 def _evidence(
-    width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], data: Iterable[Any] | None, options: _Options
+    width_graph: WidthGraph, asked: Requested, data: Iterable[Any] | None, options: ResizeOptions, known: _Known
 ) -> Evidence:
     """Return what is known of the channels, as far as it is needed."""
-    selection = options.selection if options.evidence is None else options.evidence.selection
-    if options.blind or not needs_moments(groups, selection, options.fold):
+    selection = options.selection if known.evidence is None else known.evidence.selection
+    if known.blind or not needs_moments(asked.widths, selection, options.fold, asked.channels):
         return Evidence(width_graph, None, selection)
-    if options.evidence is not None:
-        return options.evidence
-    rotates = options.rotate and options.fold and options.optimizer is None
-    return gather_evidence(width_graph, data, selection, rotates)
+    if known.evidence is not None:
+        return known.evidence
+    return gather_evidence(width_graph, data, selection, options.rotates)
 
 
-def _refuse_too_narrow(width_graph: WidthGraph, groups: Mapping[ChannelGroup, int]) -> None:
-    for group, width in groups.items():
-        if width < min(group.width, group.least.width):
-            raise FxwidthError(
-                f"group {group.name!r} cannot shrink from {group.width} to {width}: {group.least.reason}. "
-                f"Its least width is {group.least.width}."
-            )
-    narrow = why_too_narrow(width_graph.analysis, {group.factor: width for group, width in groups.items()})
-    if narrow is not None:
-        names = ", ".join(repr(group.name) for group in groups)
-        raise FxwidthError(f"these widths do not go together: {narrow}. Keep one of {names} wider.")
-
-
-def _turned(evidence: Evidence, groups: Mapping[ChannelGroup, int], transaction: Transaction) -> Moments | None:
-    """Bring linear groups that lose channels to their new bases, and return the moments in these."""
+def _turns(evidence: Evidence, asked: Requested) -> dict[ChannelGroup, Rotation]:
+    """Return the new bases of linear groups that lose channels, but for those whose channels the plan names."""
     # All of them are found before any weight changes: readers of one group write another.
-    turns = [evidence.rotation(group) for group, width in groups.items() if width < group.width]
+    shrinking = (group for group, width in asked.widths.items() if width < group.width and group not in asked.channels)
+    found = {group: evidence.rotation(group) for group in shrinking}
+    return {group: turned for group, turned in found.items() if turned is not None}
+
+
+def _turned(evidence: Evidence, turns: Mapping[ChannelGroup, Rotation], transaction: Transaction) -> Moments | None:
+    """Bring groups to their new bases, and return the moments in these."""
     moments = evidence.moments
-    for turned in turns:
-        if turned is not None and moments is not None:
-            moments = rotated(evidence.width_graph, turned, moments, transaction)
+    for turned in turns.values():
+        assert moments is not None
+        moments = rotated(evidence.width_graph, turned, moments, transaction)
     return moments
+
+
+def _channels_on_record(
+    kept: Mapping[ChannelGroup, Indices], asked: Requested, turns: Mapping[ChannelGroup, Rotation], known: _Known
+) -> dict[str, Any]:
+    """Return what the history tells of channels; in a new basis there are no old ones, and blindly any were kept."""
+    lasting = {group: own for group, own in kept.items() if group not in turns and not known.blind}
+    return {
+        "kept": {group.name: own[own != NEW].tolist() for group, own in lasting.items()},
+        "rotated": [group.name for group in turns],
+        "named": [group.name for group in asked.channels],
+    }
 
 
 def _prepare(
     evidence: Evidence,
     moments: Moments | None,
-    groups: Mapping[ChannelGroup, int],
     kept: Mapping[ChannelGroup, Indices],
-    options: _Options,
+    options: ResizeOptions,
+    known: _Known,
 ) -> _Change:
     width_graph = evidence.width_graph
     analysis = width_graph.analysis
     maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
     missed: dict[str, str] = {}
-    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold, options.norms, missed)
+    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold, known.norms, missed)
     _refuse_infinite(width_graph, tensors)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
@@ -333,10 +302,10 @@ def _prepare(
     if original_of(analysis.module) is not None:
         original = RESIZED if goes_along(analysis, maps, fakes, tensors, edits) else UNTOUCHED
     record = {
-        "widths": {group.name: [group.width, width] for group, width in groups.items()},
+        "widths": {group.name: [group.width, len(own)] for group, own in kept.items()},
         "parameters": _count_after(width_graph, replacements),
         "evidence": moments.source if moments is not None else None,
-        "selection": evidence.selection,
+        "selection": selection_name(evidence.selection),
         "folded": options.fold and moments is not None,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
@@ -344,15 +313,15 @@ def _prepare(
         "not_refitted": missed,
         "original": original,
     }
-    return _Change(graph, tensors, replacements, update, edits, record, _axes_on_record(width_graph, groups, maps))
+    return _Change(graph, tensors, replacements, update, edits, record, _axes_on_record(width_graph, kept, maps))
 
 
-def _axes_on_record(width_graph: WidthGraph, groups: Mapping[ChannelGroup, int], maps: IndexMaps) -> KnownAxes | None:
+def _axes_on_record(width_graph: WidthGraph, kept: Mapping[ChannelGroup, Indices], maps: IndexMaps) -> KnownAxes | None:
     """Return what the next analysis needs to know of groups that are of width one after a resize, if there are any."""
     narrow = {
         group.name: tuple((site.parameter, site.dim) for site in group.sites)
         for group in width_graph.groups
-        if groups.get(group, group.width) == 1 and not group.is_lost
+        if not group.is_lost and (len(kept[group]) if group in kept else group.width) == 1
     }
     return known_axes(width_graph.analysis, maps, narrow) if narrow or width_graph.analysis.lost else None
 
@@ -368,7 +337,9 @@ def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> 
             )
 
 
-def _kept(evidence: Evidence, group: ChannelGroup, width: int) -> Indices:
+def _kept(evidence: Evidence, group: ChannelGroup, width: int, asked: Requested) -> Indices:
+    if group in asked.channels:
+        return asked.channels[group]
     if width > group.width:
         kept: Indices = np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
         return kept

@@ -26,11 +26,11 @@ def optimizers_in(optimizer: Any) -> list[Optimizer]:
     return found
 
 
-def check_optimizer(optimizer: Any, module: nn.Module) -> None:
-    """Check that an optimizer is one, and that it trains a module, or a part of it.
+def refuse_other_than_optimizers(optimizer: Any) -> None:
+    """Check that an optimizer, if there is one, is one whose state can be resized.
 
     Raises:
-        FxwidthError: it is something else, or was made for another model.
+        FxwidthError: it is something else.
     """
     if optimizer is None:
         return
@@ -42,6 +42,17 @@ def check_optimizer(optimizer: Any, module: nn.Module) -> None:
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise FxwidthError(f"LBFGS keeps one history for all parameters together, which cannot be resized; {_NEW_ONE}")
+
+
+def check_optimizer(optimizer: Any, module: nn.Module) -> None:
+    """Check that an optimizer is one, and that it trains a module, or a part of it.
+
+    Raises:
+        FxwidthError: it is something else, or was made for another model.
+    """
+    refuse_other_than_optimizers(optimizer)
+    if optimizer is None:
+        return
     own = {id(parameter) for parameter in module.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if own and not any(id(parameter) in own for parameter in held):

@@ -21,6 +21,7 @@ from fxwidth.selection.methods import (
     projection_order,
     spectral_pruning_order,
 )
+from fxwidth.selection.scores import Scores, scored_order
 from fxwidth.statistics.moments import Moments
 from fxwidth.weights.writer_spectra import writer_norms
 
@@ -38,25 +39,46 @@ RANKINGS: dict[str, Ranking] = {
 
 
 # Their order does not depend on how many channels are to be kept.
-NESTED = frozenset({"greedy", "cholesky", "backward", "spectral_pruning", MAGNITUDE})
+_NESTED = frozenset({"greedy", "cholesky", "backward", "spectral_pruning", MAGNITUDE})
+SELECTIONS = (*RANKINGS, MAGNITUDE)
+# A method by its name, or a function that scores the channels of a group.
+Selection = str | Scores
 
 
-def check_selection(name: str) -> str:
-    """Return the name of a method of selection.
+def check_selection(selection: Selection) -> Selection:
+    """Return a method of selection.
 
     Raises:
         FxwidthError: there is no such method.
     """
-    if name not in SELECTIONS:
-        raise FxwidthError(f"selection={name!r} is none of {', '.join(map(repr, SELECTIONS))}.")
-    return name
+    if not callable(selection) and selection not in SELECTIONS:
+        raise FxwidthError(
+            f"selection={selection!r} is none of {', '.join(map(repr, SELECTIONS))}, nor a function "
+            "(group, width_graph) -> scores."
+        )
+    return selection
 
 
-SELECTIONS = (*RANKINGS, MAGNITUDE)
+def selection_name(selection: Selection) -> str:
+    """Return what a method is called; for a function that is its module and its name in there."""
+    if isinstance(selection, str):
+        return selection
+    named = selection if hasattr(selection, "__qualname__") else type(selection)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def is_nested(selection: Selection) -> bool:
+    """Tell whether the order of the channels does not depend on how many of them are to be kept."""
+    return callable(selection) or selection in _NESTED
+
+
+def reads_moments(selection: Selection) -> bool:
+    """Tell whether a method asks what readers see of the channels."""
+    return not callable(selection) and selection != MAGNITUDE
 
 
 def select(
-    width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None, selection: str = "greedy"
+    width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None, selection: Selection = "greedy"
 ) -> Indices:
     """Return the channels of a group to keep, sorted.
 
@@ -65,7 +87,7 @@ def select(
         group: one of its groups.
         width: how many channels to keep.
         moments: what the readers see; without, or where nothing reads the group, the writers' largest rows are kept.
-        selection: the method, one of `SELECTIONS`.
+        selection: the method, one of `SELECTIONS`, or a function that scores the channels.
 
     Raises:
         FxwidthError: there is no such method.
@@ -73,14 +95,16 @@ def select(
     check_selection(selection)
     if width >= group.width:
         return np.arange(group.width, dtype=np.int64)
-    pairs = pairs_of(width_graph, group, moments) if moments is not None and selection != MAGNITUDE else None
+    pairs = pairs_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
     return _sorted(channel_order(width_graph, group, width, pairs, selection)[:width])
 
 
 def channel_order(
-    width_graph: WidthGraph, group: ChannelGroup, count: int, pairs: Pairs | None, selection: str
+    width_graph: WidthGraph, group: ChannelGroup, count: int, pairs: Pairs | None, selection: Selection
 ) -> Tensor:
     """Return all channels of a group, those first that are to be kept when so many are."""
+    if not isinstance(selection, str):
+        return scored_order(width_graph, group, selection)
     return by_magnitude(width_graph, group) if pairs is None else rank(pairs, count, selection)
 
 

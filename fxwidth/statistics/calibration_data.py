@@ -26,6 +26,16 @@ def input_names(analysis: Analysis) -> list[str]:
     return [str(node.target) for node in analysis.module.graph.find_nodes(op="placeholder")]
 
 
+def refuse_other_than_batches(data: Any) -> None:
+    """Check that data, if there are any, can be gone through batch by batch.
+
+    Raises:
+        FxwidthError: they cannot.
+    """
+    if data is not None and (not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping))):
+        raise FxwidthError(f"data is a {type(data).__name__}; pass an iterable of batches, such as a DataLoader.")
+
+
 def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> Iterator[list[Any]]:
     """Yield one value per placeholder for each batch of data, until there are as many samples as wanted.
 
@@ -34,8 +44,7 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
     """
     if isinstance(data, Tensor):
         data = [data]
-    if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
-        raise FxwidthError(f"data is a {type(data).__name__}; pass an iterable of batches, such as a DataLoader.")
+    refuse_other_than_batches(data)
     left = limit
     for number, batch in enumerate(data):
         values = _fitted(analysis, batch, number)

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import ResizeOptions
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.tracing import analyze_module
 
@@ -48,7 +49,7 @@ def test_a_lost_batch_is_not_written_down():
     with pytest.raises(
         FxwidthError, match=r"it does take tensors of shapes \[\[4, 6\]\] from 'mystery_default' where \[\[3, 6\]\]"
     ):
-        resize_analyzed(width_graph, {group.name: 2}, fold=False, blind=True)
+        resize_analyzed(width_graph, {group.name: 2}, ResizeOptions(fold=False), blind=True)
     assert module.code == code
     assert torch.equal(module(longer), expected)
 
@@ -57,5 +58,5 @@ def test_a_batch_that_is_lost_later_is_no_reason():
     module = _graph(is_last=True)
     width_graph = WidthGraph(analyze_module(module, (torch.randn(3, 6),)))
     group = width_graph.free[-1]
-    resize_analyzed(width_graph, {group.name: 2}, fold=False, blind=True)
+    resize_analyzed(width_graph, {group.name: 2}, ResizeOptions(fold=False), blind=True)
     assert module(torch.randn(5, 6)).shape == (5, 3)

@@ -20,6 +20,7 @@ from fxwidth.analysis.op_signatures import Signature, prescribed_signatures
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import LOST
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import ResizeOptions
 from fxwidth.recording.graph_meta import AXES, notes_of
 from fxwidth.recording.tape import tensors_in
 from fxwidth.resizing.resize import resize_analyzed
@@ -71,7 +72,7 @@ def check_narrowed(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequ
     sites, done = told(before), signatures(before)
     exact = {name for name in names if before[name].inexact_growth is None}
     widths = {name: before[name].width for name in names}
-    resize_analyzed(before, {name: before[name].least.width for name in names}, fold=False, blind=True)
+    resize_analyzed(before, {name: before[name].least.width for name in names}, ResizeOptions(fold=False), blind=True)
     narrow = fxwidth.analyze(module)
     assert told(narrow) == sites
     assert {name for name in names if narrow[name].width == 1} == {n for n in names if before[n].least.width == 1}
@@ -142,7 +143,7 @@ def test_the_tape_of_narrow_groups_replays(name: str) -> None:
     groups = fxwidth.tracing.analyze_module(module, tuple(inputs))
     free = WidthGraph(groups).free
     narrow = [group for group in free if group.least.width == 1][::2]
-    resize_analyzed(WidthGraph(groups), {group.name: 1 for group in narrow}, fold=False, blind=True)
+    resize_analyzed(WidthGraph(groups), {group.name: 1 for group in narrow}, ResizeOptions(fold=False), blind=True)
     assert_replays(fxwidth.analyze(module).analysis, at_batch_of(groups, inputs))
 
 

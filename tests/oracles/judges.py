@@ -18,6 +18,7 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps, Indices
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import ResizeOptions
 from fxwidth.recording.tape import tensors_in
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.tracing import analyze_module
@@ -117,7 +118,7 @@ def assert_rewrites(model: nn.Module, inputs: Sequence[Any], ratio: float = 0.5,
     expected = reference_outputs(analysis, IndexMaps(analysis.space, kept), at_batch_of(analysis, inputs))
     plan = {group.name: len(kept[group.factor]) for group in width_graph.free}
     with _without_improvements(lambda group: kept[group.factor]):
-        resize_analyzed(width_graph, plan, fold=False, blind=True)
+        resize_analyzed(width_graph, plan, ResizeOptions(fold=False), blind=True)
     with torch.no_grad():
         actual = tensors_in(module(*at_batch_of(analysis, inputs)))
     difference = largest_difference(actual, expected)
