@@ -26,16 +26,16 @@ from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import named_tensors, tensor_slots
 from fxwidth.tracing import analyze_module, trace
 
-_FORMAT, _NORMS = "fxwidth.resizes", "fxwidth.norms"
+_FORMAT, _NORMS, _KEPT = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept"
 
 
 def save(gm: fx.GraphModule, path: str | Path) -> None:
     """Write an evolved graph to a file.
 
-    A path that ends in ".safetensors" gets the tensors, the widths and what resizes have made of the scales of norms,
-    and is loaded into a fresh model of the original architecture; any other gets the whole module as Python's pickle,
-    which `load` brings back without the model's code. A file that is there already is replaced once the new one is
-    complete, and stays as it is if that fails.
+    A path that ends in ".safetensors" gets the tensors, the widths, which channels were kept, and what resizes have
+    made of the scales of norms, and is loaded into a fresh model of the original architecture; any other gets the whole
+    module as Python's pickle, which `load` brings back without the model's code. A file that is there already is
+    replaced once the new one is complete, and stays as it is if that fails.
 
     Raises:
         FxwidthError: there is no folder for it, or the module cannot be pickled.
@@ -62,7 +62,9 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
         history = notes_of(gm).get(HISTORY, [])
         widths = [{name: new for name, (_, new) in record["widths"].items()} for record in history]
         norms = [record.get("norms", {}) for record in history]
-        save_file(tensors, target, metadata={_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms)})
+        kept = [record.get("kept", {}) for record in history]
+        metadata = {_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms), _KEPT: json.dumps(kept)}
+        save_file(tensors, target, metadata=metadata)
 
 
 def _refuse_parametrized(gm: fx.GraphModule) -> None:
@@ -147,10 +149,12 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         widths = json.loads(metadata[_FORMAT])
         # Files from before norms were noted lack them; the sizes alone tell then.
         norms = json.loads(metadata[_NORMS]) if _NORMS in metadata else [None] * len(widths)
-        for plan, ratios in zip(widths, norms, strict=True):
+        kept = json.loads(metadata[_KEPT]) if _KEPT in metadata else [{}] * len(widths)
+        for plan, ratios, channels in zip(widths, norms, kept, strict=True):
             graph = WidthGraph(analyze_module(module))
             plan = {_present_name(graph, name): width for name, width in plan.items()}
-            resize_analyzed(graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios)
+            named = {_present_name(graph, name): own for name, own in channels.items()}
+            resize_analyzed(graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios, kept=named)
         tensors = named_tensors(module)
         names = set(file.keys())
         filled = {id(tensor) for name, tensor in tensors.items() if name in names}

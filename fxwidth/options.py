@@ -97,24 +97,15 @@ class PlanOptions:
         for name in ("only", "keep"):
             object.__setattr__(self, name, _patterns(getattr(self, name), name))
         object.__setattr__(self, "same_width", _classes(self.same_width))
+        _check_budget(self.budget, self.params)
         if self.loss is not None and self.target is None:
             raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
         refuse_loss_without_data(self.loss, self.data)
 
     @property
     def target(self) -> Budget | None:
-        """The budget that is given as such or by its short form, if one is.
-
-        Raises:
-            FxwidthError: both are given, or one is out of range.
-        """
-        if self.budget is None:
-            return None if self.params is None else Budget(params=self.params)
-        if not isinstance(self.budget, Budget):
-            raise FxwidthError(f"budget={self.budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
-        if self.params is not None:
-            raise FxwidthError(f"params={self.params} is short for a budget; put it into budget={self.budget}.")
-        return self.budget
+        """The budget that is given as such or by its short form, if one is."""
+        return self.budget if self.params is None else Budget(params=self.params)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -220,6 +211,16 @@ def _refuse_unknown(given: Iterable[str], kinds: Sequence[type]) -> None:
             kind = known[near[0]] if near else kinds[0]
             hint = f"did you mean {near[0]}=? " if near else ""
             raise FxwidthError(f"{name}= is no option of {_OWNERS[kind]}; {hint}They are {', '.join(_names(kind))}.")
+
+
+def _check_budget(budget: Any, params: Any) -> None:
+    """Check that there is one budget at most, and that it is one."""
+    if budget is not None and not isinstance(budget, Budget):
+        raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
+    if params is not None and budget is not None:
+        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
+    if params is not None:
+        Budget(params=params)
 
 
 def _check_limits(least: Any, most: Any, align: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxwidth.recording.graph_meta import HISTORY, notes_of
-from fxwidth.selection.registry import MAGNITUDE
+from fxwidth.selection.registry import RANKINGS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,10 @@ class Report:
     Attributes:
         resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels
             were chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the
-            method), folded (whether readers were refitted), recalibrated (whether batch norm statistics were
+            method; of a function its module and name), kept {group: the channels that stayed, by their positions of
+            then; behind those grown channels lie}, of groups that kept their basis, rotated (the groups that were
+            brought to another basis first, of which the first channels stayed), named (the groups whose channels the
+            plan named), folded (whether readers were refitted), recalibrated (whether batch norm statistics were
             corrected), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
             variances multiplied), not_refitted (readers that lost channels without taking over what they read from
             them, and gains and running statistics that keep their values, with the reason), original (what has become
@@ -58,7 +61,8 @@ def report(gm: fx.GraphModule) -> Report:
 def _paragraph(number: int, record: dict[str, Any]) -> str:
     before, after = record["parameters"]
     lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){_done(record)}"]
-    lines += [f"  {name}: {old} -> {new}" for name, (old, new) in record["widths"].items()]
+    named = dict.fromkeys(record.get("named", ()), ", channels named by the plan")
+    lines += [f"  {name}: {old} -> {new}{named.get(name, '')}" for name, (old, new) in record["widths"].items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
     lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
     return "\n".join(lines)
@@ -70,9 +74,12 @@ def _done(record: dict[str, Any]) -> str:
     # A record of an earlier version does not say; all that had evidence were refitted then.
     folded = record.get("folded", evidence is not None)
     parts = []
-    if any(new < old for old, new in record["widths"].values()):
-        source = f" from {evidence}" if evidence is not None and selection != MAGNITUDE and not folded else ""
-        parts += [f"channels chosen by {selection}{source}"] if evidence is not None or selection == MAGNITUDE else []
+    shrunk = [name for name, (old, new) in record["widths"].items() if new < old]
+    if shrunk:
+        source = f" from {evidence}" if evidence is not None and selection in RANKINGS and not folded else ""
+        # Magnitude and functions of the user's need no evidence.
+        is_chosen = set(shrunk) > set(record.get("named", ())) and (evidence is not None or selection not in RANKINGS)
+        parts += [f"channels chosen by {selection}{source}"] if is_chosen else []
         parts.append(f"readers refitted from {evidence}" if folded else "readers not refitted")
     parts += ["batch norm recalibrated"] if record.get("recalibrated") else []
     told = {"resized": "the traced model resized too", "untouched": "the traced model left as it was"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import numpy as np
@@ -109,11 +109,13 @@ class _Known:
         evidence: moments and a selection; data serve recalibration alone then.
         blind: whether channels are kept without a look at values, which are about to be loaded.
         norms: the variance ratios of norms that were found with values, by the names of their gains.
+        kept: which channels the values that are about to be loaded have kept, for the record.
     """
 
     evidence: Evidence | None = None
     blind: bool = False
     norms: Mapping[str, float] | None = None
+    kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def resize_analyzed(
@@ -131,7 +133,7 @@ def resize_analyzed(
         plan: as for `resize`.
         options: those of `resize`; by default its defaults.
         transaction: that of which this is a part, which takes everything back on failure; by default one of its own.
-        known: `evidence`, `blind` and `norms`; see `_Known`.
+        known: `evidence`, `blind`, `norms` and `kept`; see `_Known`.
 
     Raises:
         FxwidthError: the plan or the data cannot be used.
@@ -267,10 +269,10 @@ def _turned(evidence: Evidence, turns: Mapping[ChannelGroup, Rotation], transact
 def _channels_on_record(
     kept: Mapping[ChannelGroup, Indices], asked: Requested, turns: Mapping[ChannelGroup, Rotation], known: _Known
 ) -> dict[str, Any]:
-    """Return what the history tells of channels; in a new basis there are no old ones, and blindly any were kept."""
-    lasting = {group: own for group, own in kept.items() if group not in turns and not known.blind}
+    """Return what the history tells of channels; in a new basis there are no old ones."""
+    found = {group.name: own[own != NEW].tolist() for group, own in kept.items() if group not in turns}
     return {
-        "kept": {group.name: own[own != NEW].tolist() for group, own in lasting.items()},
+        "kept": dict(known.kept) if known.blind else found,
         "rotated": [group.name for group in turns],
         "named": [group.name for group in asked.channels],
     }

@@ -63,20 +63,20 @@ def train(
     out: options.Out = None,
 ) -> None:
     """Evolve a network while it trains; Ctrl-C ends the training and keeps what it has reached."""
-    config = TrainingConfig(
-        batch_size=batch_size,
-        rounds=rounds,
-        evolve_every=evolve_every,
-        max_minutes=max_minutes,
-        compile_backend="inductor" if compile_ else None,
-        seed=seed,
-    )
-    config = options.with_defaults(config, model, dataset, epochs, lr, target_params)
     folder = out or Path("runs") / f"{model}-{Path(dataset).name}"
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     try:
+        config = TrainingConfig(
+            batch_size=batch_size,
+            rounds=rounds,
+            evolve_every=evolve_every,
+            max_minutes=max_minutes,
+            compile_backend="inductor" if compile_ else None,
+            seed=seed,
+        )
+        config = options.with_defaults(config, model, dataset, epochs, lr, target_params)
         place = _choose_device(device)
         gm, images = _prepare(model, load_dataset(dataset, data, image_size).to(place), place)
         settings = {"model": model, "dataset": dataset, "device": str(place), **asdict(config), **_versions()}

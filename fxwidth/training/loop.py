@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver, parameter_count
+from fxwidth.options import PlanOptions
 from fxwidth.runtime.contexts import evaluating
 from fxwidth.tracing import analyze
 from fxwidth.training.images import ImageData
@@ -41,6 +42,16 @@ class TrainingConfig:
     max_minutes: float | None = None  # the schedule ends by then, whatever `epochs` says
     compile_backend: str | None = None  # of torch.compile, used once the widths are final; None: eager
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # A target that is none is refused before any data are loaded.
+        PlanOptions(params=self.params)
+
+    @property
+    def params(self) -> int | float | None:
+        """The target as `fxwidth.plan` takes it."""
+        target = self.target_params
+        return int(target) if target is not None and 1 <= target < math.inf else target
 
 
 @dataclass(frozen=True)
@@ -168,13 +179,11 @@ class _Training:
         self.epochs: list[EpochRecord] = []
 
     def _make_evolver(self, steps: int) -> Evolver | None:
-        target = self.config.target_params
-        if target is None:
+        if self.config.params is None:
             return None
         rounds = self.config.rounds
         every = self.config.evolve_every or max(1, round(_EVOLUTION * steps / rounds))
-        params = float(target) if target < 1 else int(target)
-        return Evolver(self.gm, self.optimizer, every=every, params=params, rounds=rounds)
+        return Evolver(self.gm, self.optimizer, every=every, params=self.config.params, rounds=rounds)
 
     def run(self) -> TrainingResult:
         generator = torch.Generator().manual_seed(self.config.seed)

@@ -142,8 +142,16 @@ def evolver() -> Work:
     return Work(lambda: one.step(x), [gm, model], optimizer, [one, one._gathered, one._gathered._random])
 
 
+def named_and_scored() -> Work:
+    model, x = convolutions(), images()
+    gm = fxwidth.trace(model, x)
+    optimizer = stepped(gm, x)
+    options: dict[str, Any] = {"optimizer": optimizer, "selection": lambda group, _: range(group.width)}
+    return Work(lambda: fxwidth.resize(gm, {"0": [1, 4, 5], "3": 2}, **options), [gm, model], optimizer)
+
+
 COMMIT = "put_in_place"
-CASES = (with_data, rotated, rotated_untouched, normed, grown, lowered, evolved, evolver)
+CASES = (with_data, rotated, rotated_untouched, normed, grown, lowered, evolved, evolver, named_and_scored)
 
 
 def assert_undone(work: Work, points: Iterable[int], since: str = "") -> None:

@@ -134,6 +134,9 @@ def test_a_second_interrupt_skips_the_evaluation(tmp_path: Path, monkeypatch: py
         (["--model", "resnet19"], "no model 'resnet19'"),
         (["--dataset", "nowhere"], "'nowhere' is neither a data set"),
         (["--image-size", "2"], "an image size of 2 is too small"),
+        # Before any data are looked for.
+        (["--dataset", "nowhere", "--target-params", "0"], r"params=0.0 as a ratio must lie in (0, 1]"),
+        (["--dataset", "nowhere", "--target-params", "inf"], r"params=inf as a ratio must lie in (0, 1]"),
     ],
 )
 def test_errors_are_one_message(options: list[str], message: str, tmp_path: Path) -> None:

@@ -1,0 +1,184 @@
+"""Options are typed and told in one place, and a wrong one is refused before anything is looked at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fxwidth
+from fxwidth import FxwidthError
+from fxwidth.options import EvolveKeywords, PlanKeywords, PlanOptions, ResizeKeywords, ResizeOptions
+from fxwidth.passes import PlanWidths, ResizeWidths
+from tests.zoo.nets import conv, images, trained_like
+
+# What each public function takes: keywords and defaults, as they are written in calls of users.
+PLAN = {
+    "budget": None, "params": None, "data": None, "loss": None, "selection": "greedy", "shrink_energy": 0.05,
+    "grow_energy": 0.5, "grow_step": 0, "min_width": 1, "max_width": None, "align": 1, "same_width": None,
+    "only": None, "keep": None, "exact": True, "rotate": True,
+}  # fmt: skip
+RESIZE = {
+    "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
+    "exact": True,
+}  # fmt: skip
+TAKES: dict[Callable[..., Any], dict[str, Any]] = {
+    fxwidth.plan: PLAN,
+    fxwidth.resize: RESIZE,
+    fxwidth.evolve: PLAN | RESIZE,
+    fxwidth.Evolver: PLAN | RESIZE | {"every": 200, "start": 0, "rounds": None},
+    PlanWidths: PLAN,
+    ResizeWidths: RESIZE,
+}
+POSITIONAL: dict[Callable[..., Any], dict[str, Any]] = {
+    fxwidth.plan: {"width_graph": Parameter.empty},
+    fxwidth.resize: {"gm": Parameter.empty, "plan": Parameter.empty},
+    fxwidth.evolve: {"model": Parameter.empty, "example_inputs": None, "example_kwargs": None},
+    fxwidth.Evolver: {"gm": Parameter.empty, "optimizer": None},
+    PlanWidths: {},
+    ResizeWidths: {"plan": None},
+}
+
+
+@pytest.mark.parametrize("function", TAKES, ids=lambda function: function.__name__)
+def test_signatures_name_every_option_with_its_default(function: Callable[..., Any]) -> None:
+    parameters = signature(function).parameters.values()
+    own = {one.name: one.default for one in parameters if one.kind is Parameter.POSITIONAL_OR_KEYWORD}
+    assert own == POSITIONAL[function]
+    assert list(own) == list(POSITIONAL[function])
+    by_keyword = {one.name: one.default for one in parameters if one.kind is Parameter.KEYWORD_ONLY}
+    assert by_keyword == {name: default for name, default in TAKES[function].items() if name not in own}
+    assert len(own) + len(by_keyword) == len(parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords", "apart"),
+    [(PlanOptions, PlanKeywords, set()), (ResizeOptions, ResizeKeywords, {"optimizer"})],
+)
+def test_what_type_checkers_are_told_is_what_is_taken(options: type, keywords: type, apart: set[str]) -> None:
+    own = get_type_hints(options)
+    assert get_type_hints(keywords) == {name: own[name] for name in own if name not in apart}
+    assert get_type_hints(keywords).items() <= get_type_hints(EvolveKeywords).items()
+    assert all(field.default is not MISSING for field in fields(options))
+
+
+@pytest.mark.parametrize(("function", "options"), [(fxwidth.plan, PlanOptions), (fxwidth.resize, ResizeOptions)])
+def test_every_option_is_told(function: Callable[..., Any], options: type) -> None:
+    for field in fields(options):
+        assert f"\n        {field.name}: " in (function.__doc__ or ""), field.name
+
+
+MISSPELT = """
+import fxwidth
+from fxwidth.passes import PlanWidths, ResizeWidths
+from torch import fx
+def use(gm: fx.GraphModule, graph: fxwidth.WidthGraph) -> None:
+    fxwidth.plan(graph, params=0.5, min_width=2)
+    fxwidth.evolve(gm, params=0.5, fold=False, rotate=False)
+    fxwidth.resize(gm, {"a": 3, "b": [0, 1]}, recalibrate=True)
+    fxwidth.resize(gm, fxwidth.plan(graph), selection=lambda group, graph: [1.0] * group.width)
+    fxwidth.plan(graph, min_widht=2)
+    fxwidth.plan(graph, min_width="2")
+    fxwidth.resize(gm, {"a": 3}, folds=False)
+    fxwidth.resize(gm, {"a": "3"})
+    fxwidth.evolve(gm, paramss=0.5)
+    fxwidth.Evolver(gm, recalibrates=True)
+    PlanWidths(aling=2)
+    ResizeWidths(exakt=True)
+    fxwidth.resize(gm, {"a": 3}, selection=lambda group: [1.0])
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_a_misspelt_option(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "use.py").write_text(MISSPELT.lstrip())
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=", "use.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"MYPYPATH": str(root), "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if " error: " in line}
+    assert found == set(range(9, 18)), done.stdout
+
+
+X = images(4)
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    # options, to which functions they belong, and what is said
+    ({"min_widht": 3}, "plan", r"min_widht= is no option of fxwidth.plan; did you mean min_width=\? They are budget, "),
+    (
+        {"folds": True},
+        "resize",
+        r"folds= is no option of fxwidth.resize; did you mean fold=\? They are optimizer, data",
+    ),
+    ({"params": 1.5}, "plan", r"params=1.5 as a ratio must lie in \(0, 1\]"),
+    ({"budget": 0.5}, "plan", r"budget=0.5 must be a fxwidth.Budget, such as Budget\(params=0.5\)"),
+    ({"budget": fxwidth.Budget(flops=0.5), "params": 0.5}, "plan", "params=0.5 is short for a budget; put it into"),
+    ({"align": 0}, "plan", "align=0 must be an integer of at least 1"),
+    ({"min_width": 9, "max_width": 4}, "plan", "no width lies between min_width=9 and max_width=4 with align=1"),
+    ({"shrink_energy": "much"}, "plan", "shrink_energy='much' must lie in"),
+    ({"grow_energy": 2}, "plan", "grow_energy=2 must lie in"),
+    ({"grow_step": True}, "plan", "grow_step=True must be an integer of at least 0"),
+    ({"only": 3}, "plan", "only= takes names or patterns of groups, but received 3"),
+    ({"keep": ["0", 3]}, "plan", "keep= takes names or patterns of groups, but received 3"),
+    ({"same_width": 3}, "plan", "same_width= takes patterns of groups, but received 3"),
+    ({"same_width": [["0", 3]]}, "plan", "same_width= takes names or patterns of groups, but received 3"),
+    ({"loss": F.mse_loss, "data": [X]}, "plan", "loss= weighs groups against each other under a budget"),
+    ({"loss": F.mse_loss, "params": 0.5}, "plan", "loss= needs data= to be taken on"),
+    ({"selection": "best"}, "plan resize", "selection='best' is none of 'greedy', .* nor a function"),
+    ({"selection": ["greedy"]}, "plan resize", r"selection=\['greedy'\] is none of"),
+    ({"data": 3}, "plan resize", "data is a int; pass an iterable of batches"),
+    ({"exact": "no"}, "plan resize", "exact='no' must be True or False"),
+    ({"rotate": None}, "plan resize", "rotate=None must be True or False"),
+    ({"fold": 2}, "resize", "fold=2 must be True or False"),
+    ({"recalibrate": "no"}, "resize", "recalibrate='no' must be True or False"),
+    ({"optimizer": "Adam"}, "resize", "optimizer= takes a torch.optim.Optimizer, but received str"),
+]
+ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {
+    "plan": ("plan", fxwidth.plan),
+    "PlanWidths": ("plan", lambda _, **options: PlanWidths(**options)),
+    "resize": ("resize", lambda gm, **options: fxwidth.resize(gm, {"0": 3}, **options)),
+    "ResizeWidths": ("resize", lambda _, **options: ResizeWidths(**options)),
+    "evolve": ("plan resize", fxwidth.evolve),
+    "Evolver": ("plan resize", fxwidth.Evolver),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_wrong_option_is_refused_before_anything_is_looked_at(route: str) -> None:
+    belongs, run = ROUTES[route]
+    tried = [(options, words) for options, kinds, words in WRONG if set(kinds.split()) & set(belongs.split())]
+    assert len(tried) > 7
+    for options, words in tried:
+        # What is no model at all would be told as such by whoever looked at it.
+        with pytest.raises(FxwidthError, match=words):
+            run(None, **options)
+
+
+def test_without_data_the_statistics_cannot_be_measured() -> None:
+    with pytest.raises(FxwidthError, match="recalibrate=True needs data= to run the network on"):
+        fxwidth.resize(None, {"0": 3}, recalibrate=True)  # type: ignore[arg-type]
+    with pytest.raises(FxwidthError, match="recalibrate=True needs data= to run the network on"):
+        fxwidth.evolve(None, recalibrate=True)
+    gm = fxwidth.trace(trained_like(conv()), X)
+    # Training gives data, which are still to come.
+    evolver = fxwidth.Evolver(gm, every=1, rounds=1, params=0.6, recalibrate=True)
+    with pytest.raises(FxwidthError, match="recalibrate=True needs data= to run the network on"):
+        evolver.step()
+    evolver.step(X)
+    assert fxwidth.report(gm).resizes[-1]["recalibrated"]
+
+
+def test_patterns_and_batches_may_come_from_iterators() -> None:
+    wanted, gm = (fxwidth.trace(trained_like(conv()), X) for _ in range(2))
+    fxwidth.evolve(wanted, params=0.8, only=["0", "2"], same_width=[["0", "2"]], data=[X])
+    fxwidth.evolve(gm, params=0.8, only=iter(["0", "2"]), same_width=iter([iter(["0", "2"])]), data=iter([X]))
+    assert all(torch.equal(a, b) for a, b in zip(gm.parameters(), wanted.parameters(), strict=True))
