@@ -146,7 +146,7 @@ def named_and_scored() -> Work:
     model, x = convolutions(), images()
     gm = fxwidth.trace(model, x)
     optimizer = stepped(gm, x)
-    options: dict[str, Any] = {"optimizer": optimizer, "selection": lambda group, _: range(group.width)}
+    options: dict[str, Any] = {"optimizer": optimizer, "data": [x], "selection": lambda group, _: range(group.width)}
     return Work(lambda: fxwidth.resize(gm, {"0": [1, 4, 5], "3": 2}, **options), [gm, model], optimizer)
 
 
