@@ -88,6 +88,12 @@ def resize(
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> fxwidth.resize(gm, {"0": 10}).get_parameter("2.weight").shape
         torch.Size([4, 10])
+        >>> gm = fxwidth.resize(gm, {"0": [0, 3, 5]})
+        >>> fxwidth.report(gm).resizes[-1]["kept"]
+        {'0': [0, 3, 5]}
+        >>> gm = fxwidth.resize(gm, {"0": 2}, selection=lambda group, graph: [0.1, 0.3, 0.2])
+        >>> fxwidth.report(gm).resizes[-1]["kept"]
+        {'0': [1, 2]}
     """
     resize_with(gm, plan, options_from(ResizeOptions, {"optimizer": optimizer, **options}))
     return gm
