@@ -8,7 +8,7 @@ from math import gcd, prod
 
 import numpy as np
 
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, element_size, is_integer_term, term_size
+from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, element_size, find, is_integer_term, term_size
 from fxwidth.axes.index_maps import Indices
 
 
@@ -24,17 +24,36 @@ def without_minor(axis: Axis) -> tuple[Axis, int]:
 
 def channel_positions(space: FactorSpace, axis: Axis, factor: Factor) -> list[Indices]:
     """Return, for each occurrence of a factor in an axis, the positions of its channels, [channels, positions each]."""
+    return _occurrences(space.normalise(axis), factor)
+
+
+def positions_by_channel(axis: Axis, factor: Factor) -> list[Indices]:
+    """Return the positions of each channel of a factor in an axis, over all its occurrences, ascending.
+
+    Normal forms have a pinned factor as a number; here it is looked for all the same.
+    """
+    parts = _occurrences(_unfolded(axis), factor)
+    return [np.unique(np.concatenate([part[channel] for part in parts])) for channel in range(factor.size)]
+
+
+def _occurrences(axis: Axis, factor: Factor) -> list[Indices]:
     result = []
-    for labels in _labels(space.normalise(axis), factor):
+    for labels in _labels(axis, factor):
         order = np.argsort(labels, kind="stable")
         result.append(order[np.count_nonzero(labels < 0) :].reshape(factor.size, -1))
     return result
 
 
-def positions_by_channel(space: FactorSpace, axis: Axis, factor: Factor) -> list[Indices]:
-    """Return the positions of each channel of a factor in an axis, over all that it occurs in, ascending."""
-    parts = channel_positions(space, axis, factor)
-    return [np.unique(np.concatenate([part[channel] for part in parts])) for channel in range(factor.size)]
+def _unfolded(axis: Axis) -> Axis:
+    """Return an axis of roots and numbers, what a factor consists of in its place."""
+    return tuple(tuple(map(_unfolded_element, term)) for term in axis)
+
+
+def _unfolded_element(element: int | Factor | Axis) -> int | Factor | Axis:
+    if isinstance(element, Factor):
+        root = find(element)
+        return root if root.refined_to is None else _unfolded(root.refined_to)
+    return _unfolded(element) if isinstance(element, tuple) else element
 
 
 def occupied_positions(axis: Axis) -> Counter[Factor]:

@@ -220,7 +220,7 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
             role = roles.by_dim.get((parameter, dim), Role.PER_CHANNEL)
             for number, leaf in enumerate(leaves):
                 own_role = Role.PER_CHANNEL if (parameter, dim, leaf) in shared else role
-                positions = partial(positions_by_channel, analysis.space, entry.axes[dim], leaf)
+                positions = partial(positions_by_channel, entry.axes[dim], leaf)
                 sites.setdefault(leaf, []).append(Site(parameter, dim, own_role, positions))
                 if role == Role.WRITER and leaf not in names:
                     names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)

@@ -80,6 +80,9 @@ def test_what_stays_lies_where_sites_say(name: str) -> None:
     gm, _ = build(own)
     graph = fxwidth.analyze(gm)
     kept = some_channels(graph)
+    for group in graph.groups:
+        # Those that are pinned lie somewhere too.
+        assert all(len(site.positions) == group.width and all(map(len, site.positions)) for site in group.sites)
     expected = of_positions(graph, kept)
     fxwidth.resize(gm, kept, **PLAIN)
     record = fxwidth.report(gm).resizes[-1]
