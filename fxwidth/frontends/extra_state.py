@@ -37,6 +37,10 @@ def _write(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> Non
     state[prefix + _KEY] = module.__dict__[_KEPT]
 
 
-def _take(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take(
+    module: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
+) -> None:
     if prefix + _KEY in state:
         module.__dict__[_KEPT] = state.pop(prefix + _KEY)
+    elif strict:
+        missing.append(prefix + _KEY)

@@ -10,7 +10,7 @@ import inspect
 import pickle
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pickle import load
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.fx import graph_module
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxwidth.errors import FxwidthError
-from fxwidth.serialization.graph_data import name_node
+from fxwidth.serialization.graph_data import WRAPPED, name_node
 from fxwidth.serialization.graph_pickling import blank, pickle_as_data
 
 __all__ = ["Unpickler", "load"]
@@ -40,6 +40,7 @@ _MOVED = {
     "fxwidth.value_record": "fxwidth.recording.data_dependent",
 }
 _IMPORT = re.compile(r"^from (fxwidth\.\w+) import (\w+) as (\w+)$", re.MULTILINE)
+_WRAP = re.compile(r"^torch\.fx\._symbolic_trace\.wrap\(['\"](\w+)['\"]\)", re.MULTILINE)
 
 
 class Unpickler(pickle.Unpickler):
@@ -107,33 +108,47 @@ def _graph_of_code(module: nn.Module, imports: str, code: str, tracer: type[fx.T
     # As torch.fx does when it reads a file.
     forward = graph_module._forward_from_src(imports + code, {})
     graph = fx.Graph(tracer_cls=tracer)
-    recorder = _Recorder(graph, _names(code))
+    recorder = _Recorder(graph, code)
     space = forward.__globals__
     space.update({name: recorder.shown(value) for name, value in space.items() if not name.startswith("__")})
     _, *parameters = inspect.signature(forward).parameters.values()
     results = forward(_Part(recorder, "", module), *map(recorder.placeholder, parameters))
     annotation = inspect.signature(forward).return_annotation
+    wrapped = _WRAP.findall(code)
+    for node in graph.nodes:
+        if node.op == "call_function" and fx.node._get_qualified_name(node.target).replace(".", "_") in wrapped:
+            node.meta[WRAPPED] = True
     graph.output(recorder.create_arg(results), None if annotation is inspect.Signature.empty else annotation)
     return graph
 
 
-def _names(code: str) -> Iterator[str]:
-    """Yield the names that code gives to what it computes; None is given to them when they are no longer needed."""
+def _names(code: str) -> tuple[dict[str, str], list[str]]:
+    """Return the names that code gives to its parameters where these are others, and to what it computes, in order."""
     function = next(part for part in ast.parse(code.strip()).body if isinstance(part, ast.FunctionDef))
+    parameters = {argument.arg for argument in function.args.args}
+    of_parameters: dict[str, str] = {}
+    names: list[str] = []
     for statement in function.body:
-        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-            is_none = isinstance(statement.value, ast.Constant) and statement.value.value is None
-            if isinstance(target, ast.Name) and not is_none:
-                yield target.id
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        value = statement.value
+        if not isinstance(target, ast.Name) or (isinstance(value, ast.Constant) and value.value is None):
+            continue  # what is no longer needed is set to None
+        if isinstance(value, ast.Name) and value.id in parameters:
+            of_parameters[value.id] = target.id
+        else:
+            names.append(target.id)
+    return of_parameters, names
 
 
 class _Recorder(GraphAppendingTracer):
     """Makes a node of everything that is called, whatever it is called with."""
 
-    def __init__(self, graph: fx.Graph, names: Iterator[str]) -> None:
+    def __init__(self, graph: fx.Graph, code: str) -> None:
         super().__init__(graph)
-        self._names = names
+        self._of_parameters, names = _names(code)
+        self._names = iter(names)
 
     def create_node(
         self,
@@ -159,7 +174,8 @@ class _Recorder(GraphAppendingTracer):
         if parameter.kind in stars:
             raise ValueError(f"it takes {stars[parameter.kind]}{parameter.name}")
         default = () if parameter.default is empty else (parameter.default,)
-        proxy: fx.Proxy = self.create_proxy("placeholder", parameter.name, default, {}, name=parameter.name)
+        name = self._of_parameters.get(parameter.name, parameter.name)
+        proxy: fx.Proxy = self.create_proxy("placeholder", parameter.name, default, {}, name=name)
         proxy.node.type = None if parameter.annotation is empty else parameter.annotation
         return proxy
 

@@ -22,7 +22,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.errors import FxwidthError
 
 # What there is of node metadata besides these belongs to the trace: places in the model's code, and fake tensors.
-_SHAPES, _VALUE = "tensor_meta", "val"
+_SHAPES, _VALUE, WRAPPED = "tensor_meta", "val", "is_wrapped"
 _PLAIN = (bool, int, float, str)
 # Where the types of annotations may come from: others need the code of the model.
 _COMMON = frozenset({"builtins", "typing", "types", "collections", "torch"})
@@ -162,13 +162,15 @@ def _leads_to(path: str, value: Any) -> bool:
 
 
 def _lasting(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is to be kept of a node's metadata: its shape, or the number that it is."""
+    """Return what is to be kept of a node's metadata: its shape, or the number that it is; how its code is written."""
     kept: dict[str, Any] = {}
     shapes, value = meta.get(_SHAPES), meta.get(_VALUE)
     if isinstance(shapes, TensorMetadata) and all(type(size) is int for size in (*shapes.shape, *shapes.stride)):
         kept[_SHAPES] = _with_layout(shapes, _named)
     if type(value) in _PLAIN:
         kept[_VALUE] = value
+    if meta.get(WRAPPED):
+        kept[WRAPPED] = True
     return kept
 
 
