@@ -213,11 +213,11 @@ def test_files_without_what_is_never_used_and_with_second_names_are_loaded(tmp_p
         fxwidth.load(tmp_path / "torn.safetensors", WithSpare(), x)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     ("buffer", "told"),
     [
         (torch.eye(4).to_sparse(), "is of torch.sparse_coo"),
-        (torch.eye(4).to_sparse_csr(), "is of torch.sparse_csr"),
         (torch.eye(4, device="meta"), "is on the meta device"),
     ],
 )

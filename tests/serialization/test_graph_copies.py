@@ -145,7 +145,7 @@ STOCK = {"_reduced": fx.GraphModule.__reduce__, "_deepcopied": fx.GraphModule.__
 
 
 @pytest.mark.parametrize("method", STOCK)
-@pytest.mark.parametrize("name", ["constant noise, export", "dropout by number, export", "buffer clamped"])
+@pytest.mark.parametrize("name", ["constant noise, leaves", "dropout by number, export", "buffer clamped"])
 def test_without_our_methods_a_copy_would_be_another(name: str, method: str, tmp_path: Path) -> None:
     """Planted fault: torch's own pickling and copying."""
     with patch.object(graph_pickling, method, STOCK[method]):
