@@ -217,7 +217,7 @@ def test_files_without_what_is_never_used_and_with_second_names_are_loaded(tmp_p
 @pytest.mark.parametrize(
     ("buffer", "told"),
     [
-        (torch.eye(4).to_sparse(), "is of torch.sparse_coo"),
+        (torch.eye(4).to_sparse(), "is torch.sparse_coo"),
         (torch.eye(4, device="meta"), "is on the meta device"),
     ],
 )
