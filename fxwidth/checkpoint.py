@@ -24,6 +24,8 @@ from fxwidth.recording.graph_meta import HISTORY, NOTES, notes_of
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import named_tensors, tensor_slots
+from fxwidth.serialization import earlier_files
+from fxwidth.serialization.graph_pickling import unpicklable
 from fxwidth.tracing import analyze_module, trace
 
 _FORMAT, _NORMS, _KEPT = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept"
@@ -34,11 +36,11 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
 
     A path that ends in ".safetensors" gets the tensors, the widths, which channels were kept, and what resizes have
     made of the scales of norms, and is loaded into a fresh model of the original architecture; any other gets the whole
-    module as Python's pickle, which `load` brings back without the model's code. A file that is there already is
-    replaced once the new one is complete, and stays as it is if that fails.
+    module as Python's pickle, which `load` brings back as the same graph, without the model's code. A file that is
+    there already is replaced once the new one is complete, and stays as it is if that fails.
 
     Raises:
-        FxwidthError: there is no folder for it, or the module cannot be pickled.
+        FxwidthError: there is no folder for it, or the file cannot hold a part of the module, which is named.
 
     Example:
         >>> import tempfile, pathlib
@@ -49,21 +51,52 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     fxwidth.save(gm, pathlib.Path(folder) / "narrow.safetensors")
     """
-    if not Path(path).resolve().parent.is_dir():
-        raise FxwidthError(f"there is no folder {Path(path).parent} to write {Path(path).name} to; make it first.")
-    if Path(path).suffix != ".safetensors":
-        _refuse_parametrized(gm)
-    with _beside(Path(path)) as target:
-        if Path(path).suffix != ".safetensors":
-            notes = notes_of(gm)
+    path = Path(path)
+    if not path.resolve().parent.is_dir():
+        raise FxwidthError(f"there is no folder {path.parent} to write {path.name} to; make it first.")
+    if path.suffix == ".safetensors":
+        _save_tensors(gm, path)
+    else:
+        _save_module(gm, path)
+
+
+def _save_module(gm: fx.GraphModule, path: Path) -> None:
+    _refuse_parametrized(gm)
+    notes = notes_of(gm)
+    with _beside(path) as target:
+        try:
             torch.save({"module": gm, "meta": {key: notes[key] for key in NOTES if key in notes}}, target)
-            return
-        tensors = {name: tensor.detach().contiguous() for name, (tensor, _) in tensor_slots(gm).items()}
-        history = notes_of(gm).get(HISTORY, [])
-        widths = [{name: new for name, (_, new) in record["widths"].items()} for record in history]
-        norms = [record.get("norms", {}) for record in history]
-        kept = [record.get("kept", {}) for record in history]
-        metadata = {_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms), _KEPT: json.dumps(kept)}
+        except Exception as error:
+            found = unpicklable(gm)
+            if found is None:
+                raise
+            raise FxwidthError(
+                f"{found} cannot be pickled; define it at the top of a module that can be imported, or save to a "
+                "path that ends in '.safetensors'."
+            ) from error
+
+
+def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, (tensor, _) in tensor_slots(gm).items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "on the meta device" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
+            raise FxwidthError(
+                f"{name} is {kind}, which a .safetensors file does not hold; save to another path, or make it a dense "
+                "tensor first."
+            )
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        # A file holds no memory twice.
+        plain = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
+        seen.add(plain.untyped_storage().data_ptr())
+        tensors[name] = plain
+    history = notes_of(gm).get(HISTORY, [])
+    widths = [{name: new for name, (_, new) in record["widths"].items()} for record in history]
+    norms = [record.get("norms", {}) for record in history]
+    kept = [record.get("kept", {}) for record in history]
+    metadata = {_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms), _KEPT: json.dumps(kept)}
+    with _beside(path) as target:
         save_file(tensors, target, metadata=metadata)
 
 
@@ -130,7 +163,7 @@ def load(
     if not path.is_file():
         raise FxwidthError(f"there is no file {path}; pass the path that fxwidth.save was given.")
     if path.suffix != ".safetensors":
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, weights_only=False, pickle_module=earlier_files)
         if not isinstance(saved, dict) or not isinstance(saved.get("module"), fx.GraphModule):
             raise FxwidthError(f"{path} holds a {type(saved).__name__}, not a graph written by fxwidth.save.")
         module: fx.GraphModule = saved["module"]

@@ -211,3 +211,45 @@ def test_files_without_what_is_never_used_and_with_second_names_are_loaded(tmp_p
     save_file(old, tmp_path / "torn.safetensors", metadata=metadata)
     with pytest.raises(FxwidthError, match=r"does not fit this model: down\.bias occur in only one"):
         fxwidth.load(tmp_path / "torn.safetensors", WithSpare(), x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(
+    ("buffer", "told"),
+    [
+        (torch.eye(4).to_sparse(), "is torch.sparse_coo"),
+        (torch.eye(4, device="meta"), "is on the meta device"),
+    ],
+)
+def test_what_a_file_of_tensors_cannot_hold_is_named(tmp_path: Path, buffer: Tensor, told: str) -> None:
+    model, x = network("layer norm")
+    gm = fxwidth.trace(model, x)
+    gm.register_buffer("near", buffer)
+    with pytest.raises(FxwidthError, match=rf"near {told}.*; save to another path"):
+        fxwidth.save(gm, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    fxwidth.save(gm, tmp_path / "a.pt")
+    near = fxwidth.load(tmp_path / "a.pt").near
+    assert (near.layout, near.device, near.shape) == (buffer.layout, buffer.device, buffer.shape)
+    assert near.is_meta or torch.equal(near.to_dense(), buffer.to_dense())
+
+
+class SharedMemory(nn.Module):
+    """Two parameters in one piece of memory, one of them transposed, and numbers that are seen as their conjugates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        both = torch.randn(2, 6, 6)
+        self.one, self.other = nn.Parameter(both[0]), nn.Parameter(both[1].T)
+        self.register_buffer("turn", torch.randn(6, dtype=torch.complex64).conj())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x @ self.one @ self.other) * self.turn).real
+
+
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    gm = fxwidth.trace(SharedMemory(), x)
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    assert torch.equal(fxwidth.load(tmp_path / "a.safetensors", SharedMemory(), x)(x), gm(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from fxwidth.frontends.extra_state import keep_extra_state
 from fxwidth.runtime.tensor_slots import named_tensors, register_at
 from fxwidth.runtime.trace_guards import UntraceableError
 
@@ -27,6 +28,7 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
     for path, tensor in named_tensors(model).items():
         if own.get(path) is not tensor and register_at(module, path, tensor) is not tensor:
             raise UntraceableError(f"the graph has something else in the place of the model's {path}")
+    keep_extra_state(model, module)
     saved = _saved(model)
     for path, _ in list(module.named_buffers(remove_duplicate=False)):
         if path not in saved:

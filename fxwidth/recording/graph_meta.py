@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import fx
 
+from fxwidth.serialization.graph_pickling import pickle_as_data
+
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
 NOTES = (INPUTS, VALUES, AXES, HISTORY)
-# Unpickling a GraphModule gives it a new `meta`, and leaves attributes that it does not know where they are.
+# Where torch unpickles a GraphModule, it gets a new `meta`, and keeps the attributes that torch does not know.
 _CARRIED = "_fxwidth_notes"
 
 
@@ -23,7 +25,8 @@ def notes_of(module: fx.GraphModule) -> dict[str, Any]:
 
 
 def _carry(module: fx.GraphModule) -> None:
-    """Have a graph's `meta` pickled under a name that unpickling keeps, and the same done to copies of the graph."""
+    """Have a graph pickled and copied as it is, its `meta` also under a name that any unpickling keeps."""
     module.__dict__[_CARRIED] = module.meta
+    pickle_as_data(module)
     if _carry not in module._deepcopy_hooks:
         module._deepcopy_hooks.append(_carry)

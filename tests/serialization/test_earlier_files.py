@@ -1,0 +1,108 @@
+"""Files of the version before modules went into packages: they are read as they were written, or refused."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import fx, nn
+
+import fxwidth
+from fxwidth import FxwidthError
+from fxwidth.serialization import earlier_files
+from fxwidth.serialization.earlier_files import module_of_code
+from tests.serialization.earlier_networks import ANSWERS, NETWORKS, answers
+
+FILES = Path(__file__).with_name("files")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_pickled_graph_does_what_it_did(name: str, tmp_path: Path) -> None:
+    gm = fxwidth.load(FILES / f"{name}.pt")
+    assert "scratch" not in gm.state_dict()
+    fxwidth.save(gm, tmp_path / "again.pt")
+    expected = {key: value for key, value in load_file(FILES / ANSWERS).items() if key.startswith(f"{name} ")}
+    for module in (gm, fxwidth.load(tmp_path / "again.pt")):
+        found = dict(answers(name, module))
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_can_be_resized(name: str) -> None:
+    gm = fxwidth.load(FILES / f"{name}.pt")
+    free = fxwidth.analyze(gm).free
+    assert free
+    fxwidth.resize(gm, {group.name: group.width + 1 for group in free})
+    assert len(dict(answers(name, gm))) >= 4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_tensors_alone_fit_a_fresh_model(name: str) -> None:
+    make, inputs, _ = NETWORKS[name]
+    gm = fxwidth.load(FILES / f"{name}.safetensors", make().double().eval(), inputs)
+    expected = load_file(FILES / ANSWERS)
+    key, value = next(answers(name, gm.eval()))
+    torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_files_name_has_moved() -> None:
+    """The files need most of the table; what they name is found by it, and not without it."""
+    named: set[tuple[str, str]] = set()
+    for name in NETWORKS:
+        with zipfile.ZipFile(FILES / f"{name}.pt") as archive:
+            (entry,) = (entry for entry in archive.namelist() if entry.endswith("data.pkl"))
+            found = pickletools.genops(archive.read(entry))
+            named |= {tuple(arg.split()) for op, arg, _ in found if op.name == "GLOBAL" and arg.startswith("fxwidth")}
+    assert len({module for module, _ in named} & earlier_files._MOVED.keys()) >= 8
+    for module, name in named:
+        assert earlier_files.Unpickler(io.BytesIO()).find_class(module, name).__name__ == name
+        with pytest.raises((ImportError, AttributeError)):
+            getattr(importlib.import_module(module), name)
+
+
+def code_of(lines: str) -> tuple[dict[str, Any], str]:
+    """Return what torch.fx pickles for a graph module with a layer `a`, given the lines of its code."""
+    gm = fx.symbolic_trace(nn.Sequential())
+    gm.a = nn.Linear(2, 2)
+    body = {name: value for name, value in gm.__dict__.items() if name != "_graph"}
+    return body | {"_code": f"\ndef forward(self, x):\n{lines}\n"}, "import torch\n"
+
+
+def test_what_is_computed_from_no_input_is_a_node() -> None:
+    lines = ["rand = torch.rand(2)", "add = x + rand;  x = rand = None", "a = self.a(add);  add = None", "return a"]
+    read = module_of_code(*code_of("\n".join(f"    {line}" for line in lines)))
+    assert [node.name for node in read.graph.nodes] == ["x", "rand", "add", "a", "output"]
+    assert not torch.equal(read(torch.ones(2)), read(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "    if x is None:\n        return 1\n    return x",  # no code of a graph
+        "    ones = [torch.ones(2)][0]\n    return x",  # the node has another name
+        "    return undefined(x)",
+    ],
+)
+def test_code_that_does_not_come_back_is_refused(lines: str) -> None:
+    with pytest.raises(FxwidthError, match=r"of an earlier version, .* load it with the versions of fxwidth and torch"):
+        module_of_code(*code_of(lines))
+
+
+def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:
+    source, target = FILES / "counts.pt", tmp_path / "counts.pt"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            new.writestr(entry, re.sub(rb"fxwidth\.analysis\n", b"fxwidth.lost\n", data))
+    with pytest.raises(FxwidthError, match=r"the file needs TensorSpec of fxwidth\.lost, which is not there"):
+        fxwidth.load(target)
