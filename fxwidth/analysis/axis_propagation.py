@@ -30,7 +30,8 @@ from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.module_state import is_plain_layer, restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
-from fxwidth.runtime.trace_guards import UntraceableError, watching_gradients
+from fxwidth.runtime.trace_guards import UntraceableError
+from fxwidth.runtime.unseen_effects import watching_effects
 
 if TYPE_CHECKING:
     pass
@@ -152,8 +153,8 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     recorder = TapeRecorder(keeps, on_call, values=analysis.known_values())
     analysis.calls = recorder.calls
     replaced = substituted(module, fakes, slots, restored)
-    gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
-    with gradients, evaluating(module), replaced, plain_kernels(), quiet(), analysis.mode, recorder:
+    effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}))
+    with effects, evaluating(module), replaced, plain_kernels(), quiet(), analysis.mode, recorder:
         result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))

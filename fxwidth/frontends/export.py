@@ -23,7 +23,8 @@ from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_r
 from fxwidth.runtime.contexts import quiet
 from fxwidth.runtime.module_state import restored, same_values, stores
 from fxwidth.runtime.pytrees import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
-from fxwidth.runtime.trace_guards import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
+from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
+from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
 
 aten = torch.ops.aten
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
@@ -84,7 +85,7 @@ def _program(
         others = [tensor for tensor in held if id(tensor) not in registered]
         stack.enter_context(same_values(others))
         stack.enter_context(refusing_reads(memory_of(others)))
-        for context in (watching_gradients(refuse_gradient), _no_hooks_left(), SetterWatch(), refusing_draws()):
+        for context in (watching_effects(refuse_effect), _no_hooks_left(), SetterWatch(), refusing_draws()):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet())

@@ -37,6 +37,7 @@ from fxwidth.runtime.trace_guards import (
     refuse_context,
     refuse_iterators,
 )
+from fxwidth.runtime.unseen_effects import refuse_effect, refuse_effects_of, watching_effects
 
 _PACKED = "fxwidth_packed"
 
@@ -65,7 +66,8 @@ def symbolic_graph(
     with restored(model) as held:
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
         reads = refusing_reads(tracer.watch.is_of_model)
-        with refusing_draws(), noticing(tracer.autocasts), assigned_buffers(), reads, tracer.watch:
+        effects = watching_effects(refuse_effect)
+        with refusing_draws(), noticing(tracer.autocasts), effects, assigned_buffers(), reads, tracer.watch:
             graph = tracer.trace(model)
         _refuse_stores(model, failed)
         belongings.refuse_replaced(failed)
@@ -169,6 +171,7 @@ class _Tracer(fx.Tracer):
         is_constant = kind == "get_attr" and target in self._buffers.values()
         is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
         refuse_context(self.autocasts, not is_constant)
+        refuse_effects_of(kind, target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, *rest, **named)
         if (written_attribute(node) or "").startswith("_tensor_constant"):
             raise UntraceableError(f"{target} writes to a tensor that was made while tracing, and not at every call")

@@ -1,0 +1,161 @@
+"""What code does beside computing tensors, of which no op tells: a graph of ops would not do it.
+
+Gradients are changed by hooks or have functions of their own, or are computed on the way; activations are computed
+anew for the backward pass; generators of random numbers are seeded. Who looks on is told, and decides.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.autograd import Function
+from torch.overrides import is_tensor_method_or_property
+
+from fxwidth.runtime.trace_guards import UntraceableError
+
+OWN_GRADIENT = "has a gradient of its own"
+_HOOKS = "puts hooks on gradients"
+_GRADIENTS = "computes gradients"
+_KEPT = "chooses what is kept for the backward pass, as activation checkpointing does"
+_SEEDS = "sets a generator of random numbers"
+
+# Takes what is done, as a predicate, and the name of what does it.
+See = Callable[[str, str], None]
+
+# What a tensor that is traced would have to do.
+_OF_TENSORS = {
+    "register_hook": _HOOKS,
+    "register_post_accumulate_grad_hook": _HOOKS,
+    "retain_grad": _HOOKS,
+    "grad_fn": _HOOKS,
+    "backward": _GRADIENTS,
+}
+_FUNCTIONS: dict[Any, str] = {torch.autograd.grad: _GRADIENTS, torch.autograd.backward: _GRADIENTS}
+
+_WATCHED: tuple[tuple[Any, str, str], ...] = (
+    *((Tensor, name, does) for name, does in _OF_TENSORS.items() if name != "grad_fn"),
+    (torch.autograd.graph, "register_multi_grad_hook", _HOOKS),
+    # All functions that compute gradients come to this one, by whatever name they were imported.
+    (torch.autograd, "_engine_run_backward", _GRADIENTS),
+    # Checkpointing that is not reentrant is made of such hooks; the other kind is a function with its own gradient.
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", _KEPT),
+    (torch, "manual_seed", _SEEDS),
+    (torch, "seed", _SEEDS),
+    (torch, "set_rng_state", _SEEDS),
+    (torch.random, "manual_seed", _SEEDS),
+    (torch.random, "seed", _SEEDS),
+    (torch.random, "set_rng_state", _SEEDS),
+    (torch.random, "fork_rng", _SEEDS),
+    (torch.cuda, "manual_seed", _SEEDS),
+    (torch.cuda, "manual_seed_all", _SEEDS),
+    (torch.cuda, "set_rng_state", _SEEDS),
+    (torch.cuda, "set_rng_state_all", _SEEDS),
+    (random, "seed", _SEEDS),
+    (random, "setstate", _SEEDS),
+    (np.random, "seed", _SEEDS),
+    (np.random, "set_state", _SEEDS),
+)
+# Where others stand while somebody looks on.
+PLACES: tuple[tuple[Any, str], ...] = ((Function, "apply"), *((owner, name) for owner, name, _ in _WATCHED))
+_MISSING = object()
+
+
+@contextmanager
+def watching_effects(see: See) -> Iterator[None]:
+    """Tell of all that code does of which no op tells.
+
+    Gradients are on, since some of it is left out without them.
+    """
+    # torch makes a list of all methods when it first needs it: not while some are others.
+    is_tensor_method_or_property(Tensor.add)
+    before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name in PLACES]
+    try:
+        with torch.enable_grad():
+            Function.apply = _seen_gradients(see)  # type: ignore[method-assign,assignment]
+            for owner, name, does in _WATCHED:
+                setattr(owner, name, _seen(see, getattr(owner, name), name, does))
+            yield
+    finally:
+        for owner, name, function in before:
+            if function is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)
+
+
+def _seen(see: See, function: Callable[..., Any], name: str, does: str) -> Callable[..., Any]:
+    by_torch_too = does != _SEEDS
+
+    @wraps(function)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        # Who looks on puts generators back, and so do parts of torch.
+        if by_torch_too or not str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "fxwidth.")):
+            see(does, name.strip("_"))
+        return function(*args, **kwargs)
+
+    return seen
+
+
+def _seen_gradients(see: See) -> classmethod[Function, Any, Any]:
+    """Return what applies functions with gradients of their own; those by which torch itself works are not told of."""
+    apply = inspect.getattr_static(Function, "apply")
+
+    def seen(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch._"):
+            see(OWN_GRADIENT, cls.__name__)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    return classmethod(seen)
+
+
+def refuse_effect(does: str, name: str) -> None:
+    """Say that code cannot be traced: a graph would only compute the same tensors.
+
+    Raises:
+        UntraceableError: always.
+    """
+    raise UntraceableError(f"{name} {does}, which a graph forgets")
+
+
+def refuse_effects_of(kind: str, target: Any, args: Any, kwargs: Any) -> None:
+    """Check that what a tracer is about to write into its graph computes tensors, and does nothing else.
+
+    Args:
+        kind: that of a node of a graph.
+        target: what it is to call.
+        args: with what.
+        kwargs: with what by name.
+
+    Raises:
+        UntraceableError: it would do more than that, or draw from a generator of the model's own.
+    """
+    name = args[1] if target is getattr and len(args) > 1 else target
+    if (kind == "call_method" or target is getattr) and name in _OF_TENSORS:
+        refuse_effect(_OF_TENSORS[name], name)
+    if kind == "call_function" and target in _FUNCTIONS:
+        refuse_effect(_FUNCTIONS[target], target.__name__)
+    refuse_generators(str(name), (args, kwargs))
+
+
+def refuse_generators(name: str, arguments: Any) -> None:
+    """Check that a function is given no generator of random numbers.
+
+    Raises:
+        UntraceableError: it is.
+    """
+    fx.node.map_aggregate(arguments, lambda leaf: _refuse_generator(name, leaf))
+
+
+def _refuse_generator(name: str, leaf: Any) -> Any:
+    if isinstance(leaf, torch.Generator):
+        raise UntraceableError(f"{name} draws from a generator of the model's own, which a graph forgets")
+    return leaf
