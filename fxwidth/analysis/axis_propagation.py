@@ -154,7 +154,7 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     analysis.calls = recorder.calls
     replaced = substituted(module, fakes, slots, restored)
     effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}))
-    with effects, evaluating(module), replaced, plain_kernels(), quiet(), analysis.mode, recorder:
+    with evaluating(module), replaced, plain_kernels(), effects, quiet(), analysis.mode, recorder:
         result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))

@@ -161,8 +161,8 @@ def _record(
         if isinstance(callee, nn.Module):
             stack.enter_context(training(callee) if in_training else evaluating(callee))
         stack.enter_context(any_batch())
-        stack.enter_context(watching_effects(_refuse_effect))
         stack.enter_context(plain_kernels(_Dropouts(run, open_spans)))
+        stack.enter_context(watching_effects(_refuse_effect))
         stack.enter_context(mode)
         stack.enter_context(recorder)
         run.value = callee(*args, **kwargs)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -18,17 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.autograd import Function
-from torch.overrides import is_tensor_method_or_property
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils.hooks import RemovableHandle
 
 from fxwidth.runtime.trace_guards import UntraceableError
 
 OWN_GRADIENT = "has a gradient of its own"
 _HOOKS = "puts hooks on gradients"
-_GRADIENTS = "computes gradients"
+COMPUTES_GRADIENTS = "computes gradients"
+_ASKS = "asks whether gradients are computed"
 _KEPT = "chooses what is kept for the backward pass, as activation checkpointing does"
 _SEEDS = "sets a generator of random numbers"
 
-# Takes what is done, as a predicate, and the name of what does it.
 See = Callable[[str, str], None]
 
 # What a tensor that is traced would have to do.
@@ -37,17 +39,18 @@ _OF_TENSORS = {
     "register_post_accumulate_grad_hook": _HOOKS,
     "retain_grad": _HOOKS,
     "grad_fn": _HOOKS,
-    "backward": _GRADIENTS,
+    "backward": COMPUTES_GRADIENTS,
 }
-_FUNCTIONS: dict[Any, str] = {torch.autograd.grad: _GRADIENTS, torch.autograd.backward: _GRADIENTS}
+_FUNCTIONS: dict[Any, str] = {torch.autograd.grad: COMPUTES_GRADIENTS, torch.autograd.backward: COMPUTES_GRADIENTS}
 
 _WATCHED: tuple[tuple[Any, str, str], ...] = (
     *((Tensor, name, does) for name, does in _OF_TENSORS.items() if name != "grad_fn"),
     (torch.autograd.graph, "register_multi_grad_hook", _HOOKS),
     # All functions that compute gradients come to this one, by whatever name they were imported.
-    (torch.autograd, "_engine_run_backward", _GRADIENTS),
+    (torch.autograd, "_engine_run_backward", COMPUTES_GRADIENTS),
     # Checkpointing that is not reentrant is made of such hooks; the other kind is a function with its own gradient.
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", _KEPT),
+    (torch, "is_grad_enabled", _ASKS),
     (torch, "manual_seed", _SEEDS),
     (torch, "seed", _SEEDS),
     (torch, "set_rng_state", _SEEDS),
@@ -67,23 +70,39 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
 # Where others stand while somebody looks on.
 PLACES: tuple[tuple[Any, str], ...] = ((Function, "apply"), *((owner, name) for owner, name, _ in _WATCHED))
 _MISSING = object()
+_HOOKING = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 @contextmanager
 def watching_effects(see: See) -> Iterator[None]:
     """Tell of all that code does of which no op tells.
 
-    Gradients are on, since some of it is left out without them.
+    Args:
+        see: takes what is done, as a predicate, and the name of what does it.
     """
     # torch makes a list of all methods when it first needs it: not while some are others.
     is_tensor_method_or_property(Tensor.add)
-    before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name in PLACES]
+    stead = [(owner, name, _seen(see, getattr(owner, name), name, does)) for owner, name, does in _WATCHED]
+    with _in_place_of([(Function, "apply", _seen_gradients(see)), *stead]), _Questions(see):
+        yield
+
+
+@contextmanager
+def hooks_on_gradients_alone() -> Iterator[None]:
+    """Let code that is run without gradients put hooks on tensors that have none, which torch refuses."""
+    is_tensor_method_or_property(Tensor.add)
+    with _in_place_of([(Tensor, name, _if_it_can(getattr(Tensor, name))) for name in _HOOKING]):
+        yield
+
+
+@contextmanager
+def _in_place_of(functions: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name, _ in functions]
     try:
-        with torch.enable_grad():
-            Function.apply = _seen_gradients(see)  # type: ignore[method-assign,assignment]
-            for owner, name, does in _WATCHED:
-                setattr(owner, name, _seen(see, getattr(owner, name), name, does))
-            yield
+        for place in functions:
+            setattr(*place)
+        yield
     finally:
         for owner, name, function in before:
             if function is _MISSING:
@@ -92,17 +111,46 @@ def watching_effects(see: See) -> Iterator[None]:
                 setattr(owner, name, function)
 
 
+def _if_it_can(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(hook)
+    def put(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hook(tensor, *args, **kwargs) if tensor.requires_grad else RemovableHandle(OrderedDict())
+
+    return put
+
+
 def _seen(see: See, function: Callable[..., Any], name: str, does: str) -> Callable[..., Any]:
-    by_torch_too = does != _SEEDS
+    by_anyone = does not in (_SEEDS, _ASKS)
 
     @wraps(function)
     def seen(*args: Any, **kwargs: Any) -> Any:
-        # Who looks on puts generators back, and so do parts of torch.
-        if by_torch_too or not str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "fxwidth.")):
-            see(does, name.strip("_"))
+        if by_anyone or not _is_called_by_others(2):
+            see(does, type(args[0]).__name__.strip("_") if name == "__enter__" else name.strip("_"))
         return function(*args, **kwargs)
 
     return seen
+
+
+def _is_called_by_others(depth: int) -> bool:
+    """Tell whether what called is no code of a model: parts of torch ask and put back, and so does who looks on."""
+    name = str(sys._getframe(depth).f_globals.get("__name__"))
+    return name.startswith(("torch.", "fxwidth.")) and name != "torch.utils.checkpoint"
+
+
+class _Questions(TorchFunctionMode):
+    """Tells of code that asks of a tensor whether it will have a gradient."""
+
+    def __init__(self, see: See) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one function of torch."""
+        if func == _REQUIRES_GRAD and not _is_called_by_others(2):
+            self._see(_ASKS, "requires_grad")
+        return func(*args, **(kwargs or {}))
 
 
 def _seen_gradients(see: See) -> classmethod[Function, Any, Any]:
