@@ -37,7 +37,7 @@ from fxwidth.runtime.trace_guards import (
     refuse_context,
     refuse_iterators,
 )
-from fxwidth.runtime.unseen_effects import refuse_effect, refuse_effects_of, watching_effects
+from fxwidth.runtime.unseen_effects import refuse_effect, refuse_effects_of, refuse_generator, watching_effects
 
 _PACKED = "fxwidth_packed"
 
@@ -171,7 +171,7 @@ class _Tracer(fx.Tracer):
         is_constant = kind == "get_attr" and target in self._buffers.values()
         is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
         refuse_context(self.autocasts, not is_constant)
-        refuse_effects_of(kind, target, args, kwargs)
+        refuse_effects_of(kind, target, args)
         node = super().create_node(kind, target, args, kwargs, *rest, **named)
         if (written_attribute(node) or "").startswith("_tensor_constant"):
             raise UntraceableError(f"{target} writes to a tensor that was made while tracing, and not at every call")
@@ -196,6 +196,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Return what stands for a value among the arguments of a node."""
         self.watch.refuse_computed(a)
+        refuse_generator(a)
         if isinstance(a, tuple) and isinstance(a, PackedSequence):
             # Its constructor looks at what it is given, which proxies cannot tell.
             leaves, structure = flatten(a)

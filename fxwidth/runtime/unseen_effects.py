@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils.hooks import RemovableHandle
@@ -30,6 +30,8 @@ COMPUTES_GRADIENTS = "computes gradients"
 _ASKS = "asks whether gradients are computed"
 _KEPT = "chooses what is kept for the backward pass, as activation checkpointing does"
 _SEEDS = "sets a generator of random numbers"
+_OWN_GENERATOR = "draws from a generator of its own"
+_WITHOUT = "runs a part without gradients"
 
 See = Callable[[str, str], None]
 
@@ -46,11 +48,15 @@ _FUNCTIONS: dict[Any, str] = {torch.autograd.grad: COMPUTES_GRADIENTS, torch.aut
 _WATCHED: tuple[tuple[Any, str, str], ...] = (
     *((Tensor, name, does) for name, does in _OF_TENSORS.items() if name != "grad_fn"),
     (torch.autograd.graph, "register_multi_grad_hook", _HOOKS),
+    # Made where a module is called that has hooks on its gradients.
+    (torch.utils.hooks.BackwardHook, "__init__", _HOOKS),
     # All functions that compute gradients come to this one, by whatever name they were imported.
     (torch.autograd, "_engine_run_backward", COMPUTES_GRADIENTS),
     # Checkpointing that is not reentrant is made of such hooks; the other kind is a function with its own gradient.
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", _KEPT),
     (torch, "is_grad_enabled", _ASKS),
+    # Its tensors never have a gradient.
+    (torch.inference_mode, "__enter__", _WITHOUT),
     (torch, "manual_seed", _SEEDS),
     (torch, "seed", _SEEDS),
     (torch, "set_rng_state", _SEEDS),
@@ -67,23 +73,33 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (np.random, "seed", _SEEDS),
     (np.random, "set_state", _SEEDS),
 )
+# What tracers follow in their own ways, but not who takes parts of a model apart.
+_REGIONS: tuple[tuple[Any, str, str], ...] = (
+    (torch.no_grad, "__enter__", _WITHOUT),
+    (torch.set_grad_enabled, "__init__", _WITHOUT),
+)
 # Where others stand while somebody looks on.
-PLACES: tuple[tuple[Any, str], ...] = ((Function, "apply"), *((owner, name) for owner, name, _ in _WATCHED))
+PLACES: tuple[tuple[Any, str], ...] = (
+    (Function, "apply"),
+    *((owner, name) for owner, name, _ in (*_WATCHED, *_REGIONS)),
+)
 _MISSING = object()
 _HOOKING = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_REQUIRES_GRAD, _GRAD_FN = Tensor.requires_grad.__get__, Tensor.grad_fn.__get__  # type: ignore[attr-defined]
 
 
 @contextmanager
-def watching_effects(see: See) -> Iterator[None]:
+def watching_effects(see: See, *, regions: bool = False) -> Iterator[None]:
     """Tell of all that code does of which no op tells.
 
     Args:
         see: takes what is done, as a predicate, and the name of what does it.
+        regions: whether parts that run without gradients are told of too.
     """
     # torch makes a list of all methods when it first needs it: not while some are others.
     is_tensor_method_or_property(Tensor.add)
-    stead = [(owner, name, _seen(see, getattr(owner, name), name, does)) for owner, name, does in _WATCHED]
+    watched = (*_WATCHED, *_REGIONS) if regions else _WATCHED
+    stead = [(owner, name, _seen(see, getattr(owner, name), name, does)) for owner, name, does in watched]
     with _in_place_of([(Function, "apply", _seen_gradients(see)), *stead]), _Questions(see):
         yield
 
@@ -92,7 +108,8 @@ def watching_effects(see: See) -> Iterator[None]:
 def hooks_on_gradients_alone() -> Iterator[None]:
     """Let code that is run without gradients put hooks on tensors that have none, which torch refuses."""
     is_tensor_method_or_property(Tensor.add)
-    with _in_place_of([(Tensor, name, _if_it_can(getattr(Tensor, name))) for name in _HOOKING]):
+    hooking = [(Tensor, name) for name in _HOOKING] + [(torch.autograd.graph, "register_multi_grad_hook")]
+    with _in_place_of([(owner, name, _if_it_can(getattr(owner, name))) for owner, name in hooking]):
         yield
 
 
@@ -113,19 +130,20 @@ def _in_place_of(functions: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 def _if_it_can(hook: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(hook)
-    def put(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hook(tensor, *args, **kwargs) if tensor.requires_grad else RemovableHandle(OrderedDict())
+    def put(tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        each = [tensors] if isinstance(tensors, Tensor) else tensors
+        return hook(tensors, *args, **kwargs) if any(t.requires_grad for t in each) else RemovableHandle(OrderedDict())
 
     return put
 
 
 def _seen(see: See, function: Callable[..., Any], name: str, does: str) -> Callable[..., Any]:
-    by_anyone = does not in (_SEEDS, _ASKS)
+    by_anyone = does not in (_SEEDS, _ASKS, _WITHOUT)
 
     @wraps(function)
     def seen(*args: Any, **kwargs: Any) -> Any:
         if by_anyone or not _is_called_by_others(2):
-            see(does, type(args[0]).__name__.strip("_") if name == "__enter__" else name.strip("_"))
+            see(does, type(args[0]).__name__.strip("_") if name.startswith("__") else name.strip("_"))
         return function(*args, **kwargs)
 
     return seen
@@ -133,12 +151,17 @@ def _seen(see: See, function: Callable[..., Any], name: str, does: str) -> Calla
 
 def _is_called_by_others(depth: int) -> bool:
     """Tell whether what called is no code of a model: parts of torch ask and put back, and so does who looks on."""
-    name = str(sys._getframe(depth).f_globals.get("__name__"))
+    frame = sys._getframe(depth)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back  # another mode, which has passed it on
+    name = str(frame.f_globals.get("__name__"))
+    if name == "torch.utils._contextlib":  # a function that is decorated by a context
+        name = str(getattr(frame.f_locals.get("func"), "__module__", name))
     return name.startswith(("torch.", "fxwidth.")) and name != "torch.utils.checkpoint"
 
 
 class _Questions(TorchFunctionMode):
-    """Tells of code that asks of a tensor whether it will have a gradient."""
+    """Tells of code that asks of a tensor whether it will have a gradient, or draws from a generator of its own."""
 
     def __init__(self, see: See) -> None:
         super().__init__()
@@ -148,9 +171,12 @@ class _Questions(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one function of torch."""
-        if func == _REQUIRES_GRAD and not _is_called_by_others(2):
-            self._see(_ASKS, "requires_grad")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (_REQUIRES_GRAD, _GRAD_FN) and not _is_called_by_others(2):
+            self._see(*((_ASKS, "requires_grad") if func == _REQUIRES_GRAD else (_HOOKS, "grad_fn")))
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            self._see(_OWN_GENERATOR, getattr(func, "__name__", str(func)))
+        return func(*args, **kwargs)
 
 
 def _seen_gradients(see: See) -> classmethod[Function, Any, Any]:
@@ -174,36 +200,29 @@ def refuse_effect(does: str, name: str) -> None:
     raise UntraceableError(f"{name} {does}, which a graph forgets")
 
 
-def refuse_effects_of(kind: str, target: Any, args: Any, kwargs: Any) -> None:
+def refuse_effects_of(kind: str, target: Any, args: Any) -> None:
     """Check that what a tracer is about to write into its graph computes tensors, and does nothing else.
 
     Args:
         kind: that of a node of a graph.
         target: what it is to call.
         args: with what.
-        kwargs: with what by name.
 
     Raises:
-        UntraceableError: it would do more than that, or draw from a generator of the model's own.
+        UntraceableError: it would do more than that.
     """
     name = args[1] if target is getattr and len(args) > 1 else target
     if (kind == "call_method" or target is getattr) and name in _OF_TENSORS:
         refuse_effect(_OF_TENSORS[name], name)
     if kind == "call_function" and target in _FUNCTIONS:
         refuse_effect(_FUNCTIONS[target], target.__name__)
-    refuse_generators(str(name), (args, kwargs))
 
 
-def refuse_generators(name: str, arguments: Any) -> None:
-    """Check that a function is given no generator of random numbers.
+def refuse_generator(value: Any) -> None:
+    """Check that what a node is to be given is no generator of random numbers.
 
     Raises:
         UntraceableError: it is.
     """
-    fx.node.map_aggregate(arguments, lambda leaf: _refuse_generator(name, leaf))
-
-
-def _refuse_generator(name: str, leaf: Any) -> Any:
-    if isinstance(leaf, torch.Generator):
-        raise UntraceableError(f"{name} draws from a generator of the model's own, which a graph forgets")
-    return leaf
+    if isinstance(value, torch.Generator):
+        refuse_effect(_OWN_GENERATOR, "the model")
