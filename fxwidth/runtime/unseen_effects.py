@@ -85,7 +85,7 @@ PLACES: tuple[tuple[Any, str], ...] = (
 )
 _MISSING = object()
 _HOOKING = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
-_REQUIRES_GRAD, _GRAD_FN = Tensor.requires_grad.__get__, Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+_REQUIRES_GRAD, _GRAD_FN = Tensor.requires_grad.__get__, Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]
 
 
 @contextmanager
