@@ -28,6 +28,7 @@ from fxwidth.frontends.call_signature import (
     native,
     refuse_guarded,
 )
+from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
@@ -83,6 +84,8 @@ def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torc
 
 def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequence[Tensor]) -> _Program:
     """Export a function of tensors with the parameters of a model, under their names."""
+    import torch._dynamo.external_utils  # the exporter would, later
+
     questions = SizeQuestions()
     shell = copy.copy(model)
     shell.forward = forward
@@ -99,6 +102,7 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         for context in (
             watching_effects(refuse_effect),
             questions.heard(),
+            answering_as_in_eager_mode(),
             _no_hooks_left(),
             SetterWatch(),
             refusing_draws(),

@@ -23,6 +23,7 @@ from fxwidth.frontends.call_signature import (
     invoke,
     native,
 )
+from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.in_place import written_attribute
 from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
 from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
@@ -67,7 +68,8 @@ def symbolic_graph(
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
         reads = refusing_reads(tracer.watch.is_of_model)
         effects = watching_effects(refuse_effect)
-        with refusing_draws(), noticing(tracer.autocasts), effects, assigned_buffers(), reads, tracer.watch:
+        asked = answering_as_in_eager_mode()
+        with refusing_draws(), noticing(tracer.autocasts), effects, asked, assigned_buffers(), reads, tracer.watch:
             graph = tracer.trace(model)
         _refuse_stores(model, failed)
         belongings.refuse_replaced(failed)
