@@ -84,6 +84,7 @@ PLACES: tuple[tuple[Any, str], ...] = (
     *((owner, name) for owner, name, _ in (*_WATCHED, *_REGIONS)),
 )
 _MISSING = object()
+_CHECKPOINTS = "torch.utils.checkpoint"
 _HOOKING = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _REQUIRES_GRAD, _GRAD_FN = Tensor.requires_grad.__get__, Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]
 
@@ -142,22 +143,29 @@ def _seen(see: See, function: Callable[..., Any], name: str, does: str) -> Calla
 
     @wraps(function)
     def seen(*args: Any, **kwargs: Any) -> Any:
-        if by_anyone or not _is_called_by_others(2):
+        asker = _asker(2)
+        if does == _ASKS and asker == _CHECKPOINTS:
+            see(_KEPT, "checkpoint")
+        elif by_anyone or not _is_no_model(asker):
             see(does, type(args[0]).__name__.strip("_") if name.startswith("__") else name.strip("_"))
         return function(*args, **kwargs)
 
     return seen
 
 
-def _is_called_by_others(depth: int) -> bool:
-    """Tell whether what called is no code of a model: parts of torch ask and put back, and so does who looks on."""
+def _asker(depth: int) -> str:
+    """Return the name of the Python module whose code is at work."""
     frame = sys._getframe(depth)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back  # another mode, which has passed it on
-    name = str(frame.f_globals.get("__name__"))
-    if name == "torch.utils._contextlib":  # a function that is decorated by a context
-        name = str(getattr(frame.f_locals.get("func"), "__module__", name))
-    return name.startswith(("torch.", "fxwidth.")) and name != "torch.utils.checkpoint"
+    if frame.f_globals.get("__name__") == "torch.utils._contextlib":  # a function that is decorated by a context
+        return str(getattr(frame.f_locals.get("func"), "__module__", ""))
+    return str(frame.f_globals.get("__name__"))
+
+
+def _is_no_model(asker: str) -> bool:
+    """Tell whether code is none of a model's: parts of torch ask and put back, and so does who looks on."""
+    return asker.startswith(("torch.", "fxwidth."))
 
 
 class _Questions(TorchFunctionMode):
@@ -172,7 +180,7 @@ class _Questions(TorchFunctionMode):
     ) -> Any:
         """Run one function of torch."""
         kwargs = kwargs or {}
-        if func in (_REQUIRES_GRAD, _GRAD_FN) and not _is_called_by_others(2):
+        if func in (_REQUIRES_GRAD, _GRAD_FN) and not _is_no_model(_asker(2)):
             self._see(*((_ASKS, "requires_grad") if func == _REQUIRES_GRAD else (_HOOKS, "grad_fn")))
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             self._see(_OWN_GENERATOR, getattr(func, "__name__", str(func)))
