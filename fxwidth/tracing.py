@@ -69,6 +69,7 @@ def trace(
     call = call_of(example_inputs, example_kwargs)
     _refuse_scripts(model)
     _refuse_unmade(model)
+    _refuse_names(model)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
@@ -249,6 +250,19 @@ def _refuse_scripts(model: nn.Module) -> None:
             raise FxwidthError(
                 f"{place} is a module of TorchScript ({part.original_name}), whose code and parameters are out of "
                 "reach; pass the model with the module that it was made of."
+            )
+
+
+def _refuse_names(model: nn.Module) -> None:
+    """Check that nothing of a model goes by a name that graphs have for something of their own."""
+    if isinstance(model, fx.GraphModule):
+        return
+    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if name in taken:
+            raise FxwidthError(
+                f"{type(model).__name__} holds {name!r}, which is the name of something else in every fx graph; rename "
+                "it, or trace a module that holds the model, as torch.nn.Sequential(model) does."
             )
 
 

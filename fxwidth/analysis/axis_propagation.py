@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.module_state import is_plain_layer, restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
-from fxwidth.runtime.trace_guards import UntraceableError, watching_gradients
+from fxwidth.runtime.trace_guards import UntraceableError
+from fxwidth.runtime.unseen_effects import COMPUTES_GRADIENTS, watching_effects
 
 if TYPE_CHECKING:
     pass
@@ -152,16 +153,24 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     recorder = TapeRecorder(keeps, on_call, values=analysis.known_values())
     analysis.calls = recorder.calls
     replaced = substituted(module, fakes, slots, restored)
-    gradients = watching_gradients(lambda _: analysis.own_gradients.add(recorder.node))
-    with gradients, evaluating(module), replaced, plain_kernels(), quiet(), analysis.mode, recorder:
-        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs)
+    effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}), regions=True)
+    with evaluating(module), replaced, plain_kernels(), effects, quiet(), analysis.mode, recorder:
+        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs, analysis.effects)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))
     analysis.seen = GraphState.of(module, slots)
 
 
-def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any]) -> Any:
+def run_graph(
+    interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Sequence[Any], effects: Mapping[str, str] | None = None
+) -> Any:
     """Run a graph on one value per placeholder.
+
+    Args:
+        interpreter: runs it.
+        recorder: knows which node is at work.
+        inputs: the values.
+        effects: what nodes have been seen to do of which no op tells.
 
     Raises:
         FxwidthError: it does not run on these inputs.
@@ -175,6 +184,12 @@ def run_graph(interpreter: fx.Interpreter, recorder: TapeRecorder, inputs: Seque
     except Exception as error:
         shapes = [map_leaves(lambda leaf: tuple(leaf.shape), value) for value in inputs]
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if (effects or {}).get(recorder.node) == COMPUTES_GRADIENTS:
+            raise FxwidthError(
+                f"node {recorder.node!r} computes gradients in its forward pass, which fails here, where gradients are "
+                f"off ({lines[0].rstrip('.')}). Let the model turn them on for that part, by torch.enable_grad(), as "
+                "its evaluation without gradients needs too."
+            ) from error
         raise FxwidthError(
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "
             "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."

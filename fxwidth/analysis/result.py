@@ -58,7 +58,7 @@ class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
-    `own_gradients` are the nodes in which functions with a gradient of their own were applied. `is_single` tells that
+    `effects` is what nodes do besides of which no op tells, as to put hooks on gradients. `is_single` tells that
     the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
     evaluation. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and
     `seen` is what the module was.
@@ -78,7 +78,7 @@ class Analysis:
     node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     states: set[int] = field(default_factory=set)
-    own_gradients: set[str] = field(default_factory=set)
+    effects: dict[str, str] = field(default_factory=dict)
     is_single: bool = False
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     axes: dict[int, Axes] = field(default_factory=dict)

@@ -152,6 +152,9 @@ class Inputs(nn.Module):
         self.shapes = tuple(shapes)
         self.guards = tuple(guards)
 
+    # Where training has others.
+    guards_in_training: tuple[str, ...] | None = None
+
     def forward(self, *values: Any) -> list[Any]:
         """Return the tensors among the arguments.
 
@@ -173,13 +176,23 @@ class Inputs(nn.Module):
                     f"a tensor of shape {tuple(sizes)} was given where the graph was traced with ({wanted}); "
                     "trace the model with example_inputs of that shape."
                 )
-        for guard in self.guards:
-            if not eval(guard, {**SYMPY_INTERP, "leaves": leaves}):
-                raise FxwidthError(
-                    f"the graph holds only for inputs with {guard}, since the model branches on it. "
-                    "Trace the model with example_inputs like these."
-                )
+        others = self.guards_in_training if self.training else None
+        refuse_guarded(self.guards if others is None else others, leaves)
         return leaves
+
+
+def refuse_guarded(guards: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Check that conditions on `leaves`, the tensors of a call, hold.
+
+    Raises:
+        FxwidthError: one does not.
+    """
+    for guard in guards:
+        if not eval(guard, {**SYMPY_INTERP, "leaves": leaves}):
+            raise FxwidthError(
+                f"the graph holds only for inputs with {guard}, since the model branches on it. "
+                "Trace the model with example_inputs like these."
+            )
 
 
 def _differs(size: int, wanted: int | None) -> bool:

@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
@@ -16,14 +17,26 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
-from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Argument, Inputs, Outputs, invoke, native
+from fxwidth.frontends.batch_of_one import SizeQuestions
+from fxwidth.frontends.call_signature import (
+    INPUTS_MODULE,
+    OUTPUTS_MODULE,
+    Argument,
+    Inputs,
+    Outputs,
+    invoke,
+    native,
+    refuse_guarded,
+)
+from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
 from fxwidth.runtime.contexts import quiet
 from fxwidth.runtime.module_state import restored, same_values, stores
 from fxwidth.runtime.pytrees import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
-from fxwidth.runtime.trace_guards import UntraceableError, refuse_gradient, refuse_iterators, watching_gradients
+from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
+from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
 
 aten = torch.ops.aten
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
@@ -65,13 +78,15 @@ def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torc
             program = _program(model, forward, doubled)
         except Exception:
             program = _program(model, forward, examples)
+        refuse_guarded(program.guards, examples)
     return _Reassembly(program, arguments, structures, answers[-1]).run()
 
 
-def _program(
-    model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequence[Tensor]
-) -> torch.export.ExportedProgram:
+def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequence[Tensor]) -> _Program:
     """Export a function of tensors with the parameters of a model, under their names."""
+    import torch._dynamo.external_utils  # the exporter would, later
+
+    questions = SizeQuestions()
     shell = copy.copy(model)
     shell.forward = forward
     # The hooks are the model's, which is called inside.
@@ -84,7 +99,14 @@ def _program(
         others = [tensor for tensor in held if id(tensor) not in registered]
         stack.enter_context(same_values(others))
         stack.enter_context(refusing_reads(memory_of(others)))
-        for context in (watching_gradients(refuse_gradient), _no_hooks_left(), SetterWatch(), refusing_draws()):
+        for context in (
+            watching_effects(refuse_effect),
+            questions.heard(),
+            answering_as_in_eager_mode(),
+            _no_hooks_left(),
+            SetterWatch(),
+            refusing_draws(),
+        ):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet())
@@ -98,7 +120,20 @@ def _program(
             # What has no batch in its shape is a table that is made once.
             if not _is_static(getattr(part, place.rpartition(".")[2])):
                 raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
-        return program
+        # How a tensor lies in memory changes nothing of what is computed.
+        kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
+        placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+        own = [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
+        guards = [*(guard.replace("L['leaves']", "leaves") for guard in kept), *questions.guards(own)]
+        return _Program(program.module(), guards)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model."""
+
+    module: fx.GraphModule
+    guards: Sequence[str]
 
 
 def _refuse_transforms(graph: fx.Graph) -> None:
@@ -145,17 +180,13 @@ class _Reassembly:
 
     def __init__(
         self,
-        program: torch.export.ExportedProgram,
+        program: _Program,
         arguments: Sequence[Argument],
         structures: Sequence[Structure],
         answer: Structure,
     ) -> None:
-        exported = program.module()
-        assert isinstance(exported, fx.GraphModule)
-        self._exported = exported
-        # How a tensor lies in memory changes nothing of what is computed.
-        guards = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
-        self._guards = [guard.replace("L['leaves']", "leaves") for guard in guards]
+        self._exported = program.module
+        self._guards = program.guards
         self._arguments = arguments
         self._structures = structures
         self._answer = answer

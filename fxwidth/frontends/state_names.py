@@ -30,10 +30,12 @@ def keep_names(model: nn.Module, module: fx.GraphModule) -> None:
             raise UntraceableError(f"the graph has something else in the place of the model's {path}")
     keep_extra_state(model, module)
     saved = _saved(model)
+    parts = set(map(id, model.modules()))
     for path, _ in list(module.named_buffers(remove_duplicate=False)):
-        if path not in saved:
-            parent, _, name = path.rpartition(".")
-            module.get_submodule(parent)._non_persistent_buffers_set.add(name)
+        parent, _, name = path.rpartition(".")
+        # Parts of the model that are called as they are go on as they are, whatever the name of the call.
+        if path not in saved and id(owner := module.get_submodule(parent)) not in parts:
+            owner._non_persistent_buffers_set.add(name)
 
 
 def _add_parts(model: nn.Module, module: fx.GraphModule) -> None:

@@ -23,6 +23,7 @@ from fxwidth.frontends.call_signature import (
     invoke,
     native,
 )
+from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.in_place import written_attribute
 from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
 from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
@@ -37,6 +38,7 @@ from fxwidth.runtime.trace_guards import (
     refuse_context,
     refuse_iterators,
 )
+from fxwidth.runtime.unseen_effects import refuse_effect, refuse_effects_of, refuse_generator, watching_effects
 
 _PACKED = "fxwidth_packed"
 
@@ -65,7 +67,9 @@ def symbolic_graph(
     with restored(model) as held:
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
         reads = refusing_reads(tracer.watch.is_of_model)
-        with refusing_draws(), noticing(tracer.autocasts), assigned_buffers(), reads, tracer.watch:
+        effects = watching_effects(refuse_effect)
+        asked = answering_as_in_eager_mode()
+        with refusing_draws(), noticing(tracer.autocasts), effects, asked, assigned_buffers(), reads, tracer.watch:
             graph = tracer.trace(model)
         _refuse_stores(model, failed)
         belongings.refuse_replaced(failed)
@@ -169,6 +173,7 @@ class _Tracer(fx.Tracer):
         is_constant = kind == "get_attr" and target in self._buffers.values()
         is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
         refuse_context(self.autocasts, not is_constant)
+        refuse_effects_of(kind, target, args)
         node = super().create_node(kind, target, args, kwargs, *rest, **named)
         if (written_attribute(node) or "").startswith("_tensor_constant"):
             raise UntraceableError(f"{target} writes to a tensor that was made while tracing, and not at every call")
@@ -193,6 +198,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Return what stands for a value among the arguments of a node."""
         self.watch.refuse_computed(a)
+        refuse_generator(a)
         if isinstance(a, tuple) and isinstance(a, PackedSequence):
             # Its constructor looks at what it is given, which proxies cannot tell.
             leaves, structure = flatten(a)

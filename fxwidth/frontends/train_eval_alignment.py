@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.frontends.call_signature import Inputs, Outputs
+from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Inputs, Outputs
 from fxwidth.frontends.export import Region
 from fxwidth.frontends.in_place import is_write
 from fxwidth.frontends.node_arguments import leaves_of, named_arguments, replaced
 from fxwidth.runtime.pytrees import difference
 
+_OTHERWISE = {
+    INPUTS_MODULE: "takes inputs of other shapes than in evaluation",
+    OUTPUTS_MODULE: "returns an object of another form than in evaluation",
+}
 # How many nodes that evaluation alone runs are looked past in search of the next one that both run.
 _REACH = 16
 
@@ -71,7 +75,10 @@ class DifferentError(Exception):
     """The graphs differ by more than numbers and regions; the nodes are the first of each that have no counterpart."""
 
     def __init__(self, in_eval: fx.Node, in_training: fx.Node) -> None:
-        super().__init__(f"in training it runs {told(in_training)} where in evaluation it runs {told(in_eval)}")
+        other = f"runs {told(in_training)} where in evaluation it runs {told(in_eval)}"
+        if in_eval.target == in_training.target:
+            other = _OTHERWISE.get(str(in_eval.target), other)
+        super().__init__(f"in training it {other}")
         self.nodes = (in_eval, in_training)
 
 
@@ -303,7 +310,7 @@ def _same_module(own: nn.Module, other: nn.Module) -> bool:
     if isinstance(own, Outputs) and isinstance(other, Outputs):
         return difference(own.structure, other.structure) is None
     if isinstance(own, Inputs) and isinstance(other, Inputs):
-        return own.shapes == other.shapes and own.guards == other.guards
+        return own.shapes == other.shapes
     if isinstance(own, Region) and isinstance(other, Region):
         return own.body.code == other.body.code and own.settings == other.settings
     return False

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxwidth.frontends.call_signature import Inputs
 from fxwidth.frontends.node_arguments import named_arguments, replaced, set_named_arguments
 from fxwidth.frontends.train_eval_alignment import Alignment, Choice, TrainingRegion, attribute, is_counter
 from fxwidth.runtime.tensor_slots import register_at
@@ -61,6 +62,7 @@ class Writer:
 
     def run(self) -> None:
         """Change the graph of evaluation."""
+        _take_guards(self._evaluated, self._trained)
         found = self._alignment
         if not found.arguments and not found.counters and all(region.result is not None for region in found.regions):
             return  # sizes that nobody uses
@@ -110,6 +112,14 @@ class Writer:
             return self._graph.get_attr(_share(self._trained, self._evaluated, str(source.target)))
         written = (node for region, node in self._written.items() if region.result is source and region.nodes)
         return self._alignment.partner.get(source) or next(written)
+
+
+def _take_guards(evaluated: fx.GraphModule, trained: fx.GraphModule) -> None:
+    """Let the inputs of a graph be those that the model takes in the graph's mode."""
+    for name, part in evaluated.named_children():
+        other = getattr(trained, name, None)
+        if isinstance(part, Inputs) and isinstance(other, Inputs) and part.guards != other.guards:
+            part.guards_in_training = other.guards
 
 
 def _operands(region: TrainingRegion) -> list[fx.Node]:

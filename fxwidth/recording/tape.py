@@ -19,6 +19,7 @@ from fxwidth.axes.factors import Axis
 from fxwidth.recording.composite_ops import WholeOps, batch_norm
 from fxwidth.recording.data_dependent import Values
 from fxwidth.runtime.fake_tensors import run_op
+from fxwidth.runtime.unseen_effects import hooks_on_gradients_alone
 
 Axes = tuple[Axis, ...]
 
@@ -233,6 +234,7 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
         with (
             torch.no_grad(),
             patch.object(torch, "batch_norm", batch_norm),
+            hooks_on_gradients_alone(),
             whole_ops or WholeOps(),
         ):
             yield

@@ -240,7 +240,7 @@ class _Rewriter:
             self._values[node] = self._run_inserted(node, name, problem)
             return
         whole = "what it does depends on values" if name in self._behind_values else None
-        whole = "it has a gradient of its own" if name in self._analysis.own_gradients else whole
+        whole = f"it {self._analysis.effects[name]}" if name in self._analysis.effects else whole
         if whole is not None:
             raise FxwidthError(
                 f"node {name!r} has a size written into its code ({problem}), and {whole}, so that it cannot be taken "

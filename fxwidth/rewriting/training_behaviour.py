@@ -30,6 +30,7 @@ from fxwidth.recording.composite_ops import FUSED_ATTENTION, MULTI_HEAD_ATTENTIO
 from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.contexts import evaluating, training
+from fxwidth.runtime.unseen_effects import watching_effects
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     functional.dropout: nn.Dropout,
@@ -161,10 +162,15 @@ def _record(
             stack.enter_context(training(callee) if in_training else evaluating(callee))
         stack.enter_context(any_batch())
         stack.enter_context(plain_kernels(_Dropouts(run, open_spans)))
+        stack.enter_context(watching_effects(_refuse_effect))
         stack.enter_context(mode)
         stack.enter_context(recorder)
         run.value = callee(*args, **kwargs)
     return run
+
+
+def _refuse_effect(does: str, _: str) -> None:
+    raise UnexplainedError(f"it {does}")
 
 
 def any_batch() -> AbstractContextManager[Any]:

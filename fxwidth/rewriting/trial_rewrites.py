@@ -35,7 +35,7 @@ _FINDS = (0, 2)
 
 def pin_what_is_written_in(analysis: Analysis) -> None:
     """Pin the factors with which a node that cannot be taken apart does not do what is prescribed."""
-    if analysis.record is None and not analysis.own_gradients and not any(analysis.training_calls.values()):
+    if analysis.record is None and not analysis.effects and not any(analysis.training_calls.values()):
         return
     trials = _Trials(analysis)
     factors = trials.resizable()
@@ -62,7 +62,7 @@ class _Trials:
         found: dict[Factor, None] = {}
         in_training = (call for calls in self.analysis.training_calls.values() for call in calls)
         calls = [call for call in in_training if works_across_channels(call)]
-        for node in {**dict.fromkeys(nodes_behind_values(self.analysis)), **dict.fromkeys(self.analysis.own_gradients)}:
+        for node in {**dict.fromkeys(nodes_behind_values(self.analysis)), **dict.fromkeys(self.analysis.effects)}:
             calls += self.analysis.calls_of(node)
         for call in calls:
             for axes in (*call.axes.values(), *call.output_axes):

@@ -12,6 +12,8 @@ from torch.overrides import _pop_mode as pop_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
 
+from fxwidth.runtime import unseen_effects
+
 # Where other functions are put for a while.
 _PATCHED: tuple[tuple[Any, str], ...] = (
     (torch, "batch_norm"),
@@ -19,7 +21,7 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (functional, "_verify_batch_size"),
     (torch.autocast, "__enter__"),
     (torch.autocast, "__exit__"),
-    (torch.autograd.Function, "apply"),
+    *unseen_effects.PLACES,
 )
 _MISSING = object()
 

@@ -137,14 +137,25 @@ def difference(structure: Structure, other: Structure, place: str = "") -> str |
     if isinstance(structure, Again) and isinstance(other, Again):
         return None
     if isinstance(structure, Container) and isinstance(other, Container):
-        if structure.spec != other.spec:
+        if structure.spec != other.spec and not _same_named_tuples(structure.spec, other.spec):
             return f"{place} has other keys or another length"
         pairs = zip(_keys(structure), structure.parts, other.parts, strict=True)
         found = (difference(one, two, f"{place}{key}") for key, one, two in pairs)
         return next((text for text in found if text is not None), None)
-    if isinstance(structure, Instance) and isinstance(other, Instance) and structure.kind is other.kind:
+    if isinstance(structure, Instance) and isinstance(other, Instance) and _same_class(structure.kind, other.kind):
         return _difference_of_instances(structure, other, place)
     return f"{place} is {_noun(other)}, not {_noun(structure)}"
+
+
+def _same_named_tuples(spec: pytree.TreeSpec, other: pytree.TreeSpec) -> bool:
+    if spec.type is not namedtuple or other.type is not namedtuple:
+        return False
+    return _same_class(spec.context, other.context) and bool(spec.context._fields == other.context._fields)
+
+
+def _same_class(one: type, other: type) -> bool:
+    """Tell whether two classes are one, or made by the same code, as by a function that is called twice."""
+    return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def _difference_of_instances(structure: Instance, other: Instance, place: str) -> str | None:

@@ -1,20 +1,18 @@
 """What a tracer would forget without a word; noticed here, so that another front end is asked.
 
-A graph says which ops are run. It does not say that some of them run without gradients or in another precision, that a
-function has a gradient of its own, or that a layer was given other weights for the time of a call.
+A graph says which ops are run. It does not say that some of them run without gradients or in another precision, or
+that a layer was given other weights for the time of a call. `unseen_effects.py` has what else code does.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
 
@@ -44,9 +42,9 @@ def noticing(autocasts: list[Any]) -> Iterator[None]:
     """Trace a model so that nothing in it is overlooked that a graph of ops would forget.
 
     Gradients are on, so that code which turns them off is noticed; the list takes the autocasts that are entered and
-    not yet left; a function with a gradient of its own ends the trace.
+    not yet left.
     """
-    with torch.enable_grad(), counting_autocasts(autocasts), watching_gradients(refuse_gradient):
+    with torch.enable_grad(), counting_autocasts(autocasts):
         yield
 
 
@@ -59,29 +57,6 @@ def refuse_context(autocasts: list[Any], has_gradients: bool) -> None:
     if autocasts or (has_gradients and not torch.is_grad_enabled()):
         context = "under an autocast of its own" if autocasts else "without gradients"
         raise UntraceableError(f"a part of the model runs {context}, which symbolic tracing forgets")
-
-
-@contextmanager
-def watching_gradients(see: Callable[[str], None]) -> Iterator[None]:
-    """Tell of each function with a gradient of its own that is applied, but those by which torch itself works."""
-    apply = inspect.getattr_static(Function, "apply")
-
-    def seen(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch._"):
-            see(cls.__name__)
-        return apply.__get__(None, cls)(*args, **kwargs)
-
-    with patch.object(Function, "apply", classmethod(seen)):
-        yield
-
-
-def refuse_gradient(name: str) -> None:
-    """Say that a function cannot be traced: only its forward pass would be in the graph.
-
-    Raises:
-        UntraceableError: always.
-    """
-    raise UntraceableError(f"function {name} has a gradient of its own, which a graph forgets")
 
 
 class Belongings:

@@ -1,0 +1,59 @@
+"""What a model that asks whether it is being traced is told: that it is not.
+
+Code that goes another way when it is compiled or exported would have that way in its graph, and not its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.fx._symbolic_trace
+
+_QUESTIONS: tuple[Any, ...] = (
+    torch.compiler.is_compiling,
+    torch.compiler.is_exporting,
+    torch._utils.is_compiling,
+    torch.fx._symbolic_trace.is_fx_tracing,
+    torch.fx._symbolic_trace.is_fx_symbolic_tracing,
+)
+
+
+def _asked(*, answer: Callable[[], bool]) -> bool:
+    return answer()
+
+
+@contextmanager
+def answering_as_in_eager_mode() -> Iterator[None]:
+    """Answer questions of code outside of torch as if nothing was being traced; torch itself needs to know.
+
+    The functions stay the same objects with other code, since models may have imported them by name.
+    """
+    # Heavy to import, and never true without: who exports has imported it.
+    dynamo = sys.modules.get("torch._dynamo.external_utils")
+    questions = [*_QUESTIONS, *([] if dynamo is None else [dynamo.is_compiling])]
+    before = [(question, question.__code__, question.__kwdefaults__) for question in questions]
+    try:
+        for question, code, defaults in before:
+            real = FunctionType(
+                code, question.__globals__, question.__name__, question.__defaults__, question.__closure__
+            )
+            real.__kwdefaults__ = defaults
+            question.__kwdefaults__ = {"answer": _answer_of(real)}
+            question.__code__ = _asked.__code__
+        yield
+    finally:
+        for question, code, defaults in before:
+            question.__code__, question.__kwdefaults__ = code, defaults
+
+
+def _answer_of(real: Callable[[], bool]) -> Callable[[], bool]:
+    def answer() -> bool:
+        asker = str(sys._getframe(2).f_globals.get("__name__"))
+        return real() if asker.startswith("torch.") else False
+
+    return answer
