@@ -6,6 +6,7 @@ is not touched.
 
 from __future__ import annotations
 
+import gc
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _MISSING = object()
 # What holds no other objects, or none that are a model's own. Modules are gone through one by one.
@@ -47,6 +49,7 @@ class Kept:
         self._namespaces: list[_Namespace] = []
         self._containers: list[_Container] = []
         self._empty: list[Any] = []
+        self._caches: list[Any] = []
         self._seen: set[int] = set()
 
     def add_attributes(self, value: Any, shallow: frozenset[str] = frozenset()) -> None:
@@ -55,6 +58,18 @@ class Kept:
         before = own.copy()
         self._namespaces.append(_Namespace(own, before))
         self._add_parts([item for name, item in before.items() if name not in shallow], 0)
+
+    def add_value(self, value: Any) -> None:
+        """Remember what is in a container or an object."""
+        self._add_parts((value,), 0)
+
+    def add_namespace(self, space: MutableMapping[str, Any]) -> None:
+        """Remember what names stand for, and not what is in that."""
+        self._namespaces.append(_Namespace(space, dict(space)))
+
+    def add_cache(self, cache: Any) -> None:
+        """Take the cache of a function, which is emptied where values of a run that only looked have got into it."""
+        self._caches.append(cache)
 
     def add_class(self, kind: type) -> None:
         """Remember the attributes of a class."""
@@ -75,6 +90,9 @@ class Kept:
         for value in self._empty:
             if value and judge(value):
                 value.clear()
+        for cache in self._caches:
+            if holds_stand_ins(_cached(cache)):
+                cache.cache_clear()
 
     def _add_parts(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
@@ -110,6 +128,25 @@ class Kept:
                 before = dict(space)
                 self._namespaces.append(_Namespace(space, before))
                 self._add_parts(before.values(), depth + 1)
+
+
+def holds(value: Any, *kinds: type) -> bool:
+    """Tell whether a value is of one of some kinds, or a list, tuple or dict with such a value in it."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(holds(part, *kinds) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kinds)
+
+
+def holds_stand_ins(value: Any) -> bool:
+    """Tell whether there is something in a value that stands for tensors in a run that only looks."""
+    return holds(value, FakeTensor, fx.Proxy)
+
+
+def _cached(cache: Any) -> list[Any]:
+    """Return the keys and results in the cache of a function, which Python hands out only as what it refers to."""
+    held = [part for part in gc.get_referents(cache) if part is not vars(cache)]
+    results = [value for part in held if isinstance(part, dict) for value in (*part.keys(), *part.values())]
+    return [*held, *results]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxwidth.runtime.kept_objects import SIMPLE, Kept
+from fxwidth.runtime.kept_objects import SIMPLE, Kept, holds
 from fxwidth.runtime.random_states import same_randomness
+from fxwidth.runtime.reachable_state import called_functions, has_global_hooks, keep_reachable
 
 # Substitution takes care of these.
 _MANAGED = frozenset({"_parameters", "_modules"})
@@ -75,13 +76,15 @@ def restored(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _restoring(kept: Kept, judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
+def _restoring(kept: tuple[Kept, Kept], judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
     """Leave the global random states as they are, too."""
+    own, outside = kept
     with same_randomness():
         try:
-            yield kept.tensors
+            yield own.tensors
         finally:
-            kept.put_back(judge)
+            own.put_back(judge)
+            outside.put_back(judge)
 
 
 @contextmanager
@@ -108,19 +111,25 @@ def _set_version(tensor: Tensor, version: int | None) -> None:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _kept_by(module: nn.Module) -> Kept:
-    """Return what is kept by the modules that code of their own, or of another of them, may write to."""
+def _kept_by(module: nn.Module) -> tuple[Kept, Kept]:
+    """Return what is kept by modules that code of their own, or of another of them, may write to, and outside."""
     parts = [part for _, part in walk(module)]
     kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
-    if all(type(part) is nn.Module or isinstance(part, fx.GraphModule) or is_plain_layer(part) for part in parts):
-        return kept
+    if not has_global_hooks() and all(map(_runs_known_code, parts)):
+        return kept, Kept()
     for part in parts:
         kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
     for kind in {kind for part in parts for kind in type(part).__mro__}:
         if not kind.__module__.startswith(("torch.", "builtins")):
             kept.add_class(kind)
-    return kept
+    return kept, keep_reachable(parts)
+
+
+def _runs_known_code(part: nn.Module) -> bool:
+    if isinstance(part, fx.GraphModule):
+        return not (part._forward_hooks or part._forward_pre_hooks or called_functions(part))
+    return type(part) is nn.Module or is_plain_layer(part)
 
 
 def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
@@ -129,10 +138,3 @@ def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
             if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
-
-
-def holds(value: Any, kind: type) -> bool:
-    """Tell whether a value is of a kind, or a list, tuple or dict with such a value in it."""
-    if isinstance(value, (dict, list, tuple)):
-        return any(holds(part, kind) for part in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, kind)
