@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -26,12 +27,11 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, INPUTS, VALUES, notes_of
 from fxwidth.rewriting.originals import remember_original
+from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
-from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import is_sound, tensor_slots
 
 
-@plain_surroundings()
 def trace(
     model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> fx.GraphModule:
@@ -67,6 +67,11 @@ def trace(
     if not isinstance(model, nn.Module):
         raise FxwidthError(f"trace takes an nn.Module or a GraphModule, but received {type(model).__name__}.")
     call = call_of(example_inputs, example_kwargs)
+    # The exporter's settings are context variables: they end with the context.
+    return copy_context().run(Transaction(model).run, partial(_trace, model, call))
+
+
+def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
     _refuse_scripts(model)
     _refuse_unmade(model)
     _refuse_names(model)
@@ -109,7 +114,6 @@ def analyze(
     return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
 
 
-@plain_surroundings()
 def analyze_module(
     module: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> Analysis:
@@ -123,6 +127,10 @@ def analyze_module(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
     call = call_of(example_inputs, example_kwargs)
+    return Transaction(module, is_run_only=True).run(partial(_analyzed, module, call))
+
+
+def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
     specs = input_specs(module, call)
     doubled = with_batch_of_two(specs)
     try:

@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 from fxwidth.rewriting.optimizers import optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
-from fxwidth.runtime.module_state import walk
+from fxwidth.runtime.kept_objects import SIMPLE
+from fxwidth.runtime.module_state import is_plain_layer, kept_by, walk
 from fxwidth.runtime.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")
 # Of these the contents are put back too; what a model keeps in objects of other classes is not written to.
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
 
 
 class Transaction:
@@ -35,14 +36,27 @@ class Transaction:
         modules: all that may change: their attributes, containers, parameters, buffers, submodules, and graphs.
         optimizer: likewise: its groups and its state, by identity.
         objects: others of which attributes may change.
+        is_run_only: whether modules are but run, so that of plain layers only tensors and modes change meanwhile.
     """
 
-    def __init__(self, *modules: nn.Module, optimizer: Optimizer | None = None, objects: Iterable[object] = ()) -> None:
+    def __init__(
+        self,
+        *modules: nn.Module,
+        optimizer: Optimizer | None = None,
+        objects: Iterable[object] = (),
+        is_run_only: bool = False,
+    ) -> None:
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        # What is deeper in attributes than below, on classes, and what the code of the modules reaches elsewhere.
+        self._reached = kept_by(*modules)
         parts = {id(part): part for module in modules for _, part in walk(module)}
-        self._kept = [_Kept(part.__dict__) for part in (*parts.values(), *objects)]
+        plain = [part for part in parts.values() if is_run_only and (type(part) is nn.Module or is_plain_layer(part))]
+        self._modes = [(part, part.training) for part in plain]
+        self._kept = [_Kept(space) for part in plain for space in (part._parameters, part._buffers) if space]
+        known = set(map(id, plain))
+        self._kept += [_Kept(one.__dict__) for one in (*parts.values(), *objects) if id(one) not in known]
         self._forwards = [
             (type(part), vars(type(part)).get("forward"))
             for part in parts.values()
@@ -75,8 +89,12 @@ class Transaction:
         """Make everything what it was before."""
         # A step that fails must not keep the others from being taken.
         with uninterrupted(), ExitStack() as steps:
+            for reached in self._reached:
+                steps.callback(reached.put_back, lambda _: True)
             for kept in self._kept:
                 steps.callback(kept.put_back)
+            for part, mode in self._modes:
+                steps.callback(setattr, part, "training", mode)
             for kind, forward in self._forwards:
                 steps.callback(setattr, kind, "forward", forward)
             for tensor, values in self._values.values():
@@ -97,8 +115,10 @@ class _Kept:
     def __init__(self, owner: Any) -> None:
         self.owner = owner
         self.items = dict(owner)
-        self.contents = [(value, value.copy()) for value in self.items.values() if type(value) in _CONTAINERS]
-        self.generators = [(one, one.getstate()) for one in self.items.values() if isinstance(one, random.Random)]
+        held = [value for value in self.items.values() if type(value) not in SIMPLE]
+        # Nearly all are empty, and a copy takes a while.
+        self.contents = [(value, value.copy() if value else ()) for value in held if type(value) in _CONTAINERS]
+        self.generators = [(one, one.getstate()) for one in held if isinstance(one, random.Random)]
 
     def put_back(self) -> None:
         """Make the dict what it was, its order included."""

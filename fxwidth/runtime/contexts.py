@@ -43,16 +43,20 @@ def plain_surroundings() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence torch's log of failures under fake tensors: here a failure is an answer, or is told in our words."""
-    loggers = list(map(logging.getLogger, _LOGGERS))
     # Not by their levels: a new level makes logging forget what it knows of all loggers.
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
+    before = [(logger, logger.disabled) for logger in loggers()]
+    for logger, _ in before:
         logger.disabled = True
     try:
         yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
+        for logger, disabled in before:
             logger.disabled = disabled
+
+
+def loggers() -> list[logging.Logger]:
+    """Return those by which torch tells of failures under fake tensors."""
+    return list(map(logging.getLogger, _LOGGERS))
 
 
 @contextmanager

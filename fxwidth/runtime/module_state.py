@@ -51,12 +51,12 @@ def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def undisturbed(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    return _restoring(_kept_by(module), lambda value: holds(value, FakeTensor))
+    return _restoring(kept_by(module), lambda value: holds(value, FakeTensor))
 
 
 def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
-    return _restoring(_kept_by(module), lambda value: not holds(value, FakeTensor))
+    return _restoring(kept_by(module), lambda value: not holds(value, FakeTensor))
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def restored(module: nn.Module) -> Iterator[list[Tensor]]:
     The context is all tensors that they hold: parameters, buffers and those in attributes. Their values are in the
     care of others; that they have been written to is forgotten.
     """
-    with _restoring(_kept_by(module), lambda _: True) as tensors:
+    with _restoring(kept_by(module), lambda _: True) as tensors:
         versions = list(map(_version, tensors))
         try:
             yield tensors
@@ -111,9 +111,9 @@ def _set_version(tensor: Tensor, version: int | None) -> None:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _kept_by(module: nn.Module) -> tuple[Kept, Kept]:
-    """Return what is kept by modules that code of their own, or of another of them, may write to, and outside."""
-    parts = [part for _, part in walk(module)]
+def kept_by(*modules: nn.Module) -> tuple[Kept, Kept]:
+    """Return what modules keep that code of their own, or of another of them, may write to, and that outside of them."""
+    parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
     kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
     if not has_global_hooks() and all(map(_runs_known_code, parts)):
