@@ -29,6 +29,7 @@ from fxwidth.frontends.call_signature import (
     refuse_guarded,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
+from fxwidth.frontends.forgotten_state import refuse_computed_outside, refuse_progress
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
@@ -87,8 +88,13 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
     import torch._dynamo.external_utils  # the exporter would, later
 
     questions = SizeQuestions()
-    shell = copy.copy(model)
-    shell.forward = forward
+    shell, watch = copy.copy(model), SetterWatch()
+
+    def watched(*leaves: Any) -> list[Any]:
+        watch.take(model.buffers())
+        return forward(*leaves)
+
+    shell.forward = watched
     # The hooks are the model's, which is called inside.
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
@@ -96,7 +102,7 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         held = stack.enter_context(restored(model))
         registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         # It works on stand-ins for parameters and buffers, but on other tensors themselves.
-        others = [tensor for tensor in held if id(tensor) not in registered]
+        others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         stack.enter_context(same_values(others))
         stack.enter_context(refusing_reads(memory_of(others)))
         for context in (
@@ -104,7 +110,7 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
             questions.heard(),
             answering_as_in_eager_mode(),
             _no_hooks_left(),
-            SetterWatch(),
+            watch,
             refusing_draws(),
         ):
             stack.enter_context(context)
@@ -114,12 +120,17 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         stack.enter_context(redirect_stderr(StringIO()))
         # What a model keeps is looked at here, and what recurrent layers keep are their own weights.
         warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
-        program = torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+
+        def exported() -> torch.export.ExportedProgram:
+            return torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+
+        program = exported()
         _refuse_transforms(program.graph)
         for place, part in stores(model, FakeTensor):
-            # What has no batch in its shape is a table that is made once.
-            if not _is_static(getattr(part, place.rpartition(".")[2])):
+            if not all(map(watch.is_table, deep_tensors(getattr(part, place.rpartition(".")[2])))):
                 raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
+        refuse_computed_outside(held, watch.is_table)
+        refuse_progress(model, held.own, str(program.graph), lambda: str(exported().graph), [])
         # How a tensor lies in memory changes nothing of what is computed.
         kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
         placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
@@ -141,10 +152,6 @@ def _refuse_transforms(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if getattr(node.target, "__module__", None) == _TRANSFORMS:
             raise UntraceableError(f"the exported graph has a part under a transform of torch.func ({node.name})")
-
-
-def _is_static(value: Any) -> bool:
-    return all(isinstance(size, int) for tensor in deep_tensors(value) for size in tensor.shape)
 
 
 @contextmanager

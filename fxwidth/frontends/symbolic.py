@@ -24,11 +24,12 @@ from fxwidth.frontends.call_signature import (
     native,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
+from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
 from fxwidth.frontends.in_place import written_attribute
 from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
 from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
 from fxwidth.frontends.watched_tensors import TensorWatch, refusing_reads
-from fxwidth.runtime.module_state import restored, stores
+from fxwidth.runtime.module_state import Held, restored, stores
 from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
 from fxwidth.runtime.random_states import Generators
 from fxwidth.runtime.trace_guards import (
@@ -65,14 +66,20 @@ def symbolic_graph(
     failed = [] if failed is None else failed
     belongings = Belongings(model)
     with restored(model) as held:
-        tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
-        reads = refusing_reads(tracer.watch.is_of_model)
-        effects = watching_effects(refuse_effect)
-        asked = answering_as_in_eager_mode()
-        with refusing_draws(), noticing(tracer.autocasts), effects, asked, assigned_buffers(), reads, tracer.watch:
-            graph = tracer.trace(model)
+
+        def traced() -> tuple[_Tracer, fx.Graph]:
+            tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, held)
+            reads = refusing_reads(tracer.watch.is_of_model)
+            effects = watching_effects(refuse_effect)
+            asked = answering_as_in_eager_mode()
+            with refusing_draws(), noticing(tracer.autocasts), effects, asked, assigned_buffers(), reads, tracer.watch:
+                return tracer, tracer.trace(model)
+
+        tracer, graph = traced()
         _refuse_stores(model, failed)
+        refuse_stores_outside(held)
         belongings.refuse_replaced(failed)
+        refuse_progress(model, held.own, str(graph), lambda: str(traced()[1]), failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
     graph._tracer_cls = CodeTracer
@@ -142,10 +149,11 @@ class _Tracer(fx.Tracer):
         leaves: Collection[nn.Module],
         failed: list[nn.Module],
         belongings: Belongings,
-        watch: TensorWatch,
+        held: Held,
     ) -> None:
         super().__init__()
-        self.watch = watch
+        self.watch = TensorWatch(held.tensors)
+        self._held = held
         self._failed = failed
         self.helpers: dict[str, nn.Module] = {}
         self._arguments = arguments
@@ -221,6 +229,7 @@ class _Tracer(fx.Tracer):
             generators = Generators()
             result = super().call_module(m, forward, args, kwargs)
             refuse_draws(generators)
+            refuse_stores_outside(self._held)
             return result
         except Exception:
             if not self._failed and id(m) not in self._leaves:

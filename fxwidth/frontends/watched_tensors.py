@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,7 +116,24 @@ class TensorWatch(TorchDispatchMode):
 
 
 class SetterWatch(TorchFunctionMode):
-    """Ends a trace where another tensor is put into one by an assignment to an attribute, which no graph tells of."""
+    """Ends an export where another tensor is put into one by an assignment, and knows tables.
+
+    A table is made of numbers, shapes and buffers alone, and of no input or parameter: a model may keep it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Kept alive, since they are known by their identities.
+        self._tables: dict[int, Tensor] = {}
+
+    def take(self, buffers: Iterable[Tensor]) -> None:
+        """Take buffers, as they are in the export."""
+        self._tables.update({id(buffer): buffer for buffer in buffers})
+
+    def is_table(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is one, or real, and has no batch in its shape."""
+        known = id(tensor) in self._tables or not isinstance(tensor, FakeTensor)
+        return known and all(isinstance(size, int) for size in tensor.shape)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -123,7 +141,16 @@ class SetterWatch(TorchFunctionMode):
         """Run one function of torch."""
         if func == _SET_DATA:
             raise UntraceableError("the model sets .data of a tensor, which an exported graph does not")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = str(getattr(func, "__name__", ""))
+        if all(id(tensor) in self._tables for tensor in operands) or name.startswith("new_") or name.endswith("_like"):
+            self.take(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        else:
+            # A table that an input is written to is none any more.
+            for tensor in operands[:1] if name.endswith("_") or name == "__setitem__" else ():
+                self._tables.pop(id(tensor), None)
+        return result
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

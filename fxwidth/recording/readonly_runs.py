@@ -38,5 +38,5 @@ def left_as_it_is(module: nn.Module) -> Iterator[None]:
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
     with evaluating(module), restored(module) as kept, substituted(module, buffers):
         known = set(map(id, tensors.values()))
-        with same_values([tensor for tensor in kept if id(tensor) not in known]):
+        with same_values([tensor for tensor in kept.tensors if id(tensor) not in known]):
             yield

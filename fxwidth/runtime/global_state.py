@@ -70,7 +70,8 @@ class GlobalState:
         self._functions = [(owner, vars(owner).copy()) for owner in _OWNERS]
         # Functions by `fx.wrap` are replaced where they are defined.
         self._wrapped = [
-            (space, name, space.get(name, _MISSING)) for (_, name), space in _symbolic_trace._wrapped_fns_to_patch.items()
+            (space, name, space.get(name, _MISSING))
+            for (_, name), space in _symbolic_trace._wrapped_fns_to_patch.items()
         ]
         self._methods = [
             (kind, name, vars(kind).get(name, _MISSING))
@@ -92,12 +93,19 @@ class GlobalState:
     def put_back(self) -> None:
         """Make it what it was."""
         # Functions first: what follows may need them.
+        self._put_back_functions()
+        self._put_back_settings()
+        self._generators.restore()
+
+    def _put_back_functions(self) -> None:
         for owner, functions in self._functions:
             _put_back(owner, functions)
         for space, name, function in self._wrapped:
             _set_item(space, name, function)
         for kind, name, function in self._methods:
             _set_attribute(kind, name, function)
+
+    def _put_back_settings(self) -> None:
         while len(_get_current_function_mode_stack()) > self._depths[0]:
             pop_function_mode()
         while len(_get_current_dispatch_mode_stack()) > self._depths[1]:
@@ -119,7 +127,6 @@ class GlobalState:
             logger.disabled = disabled
         if self._collects:
             gc.enable()
-        self._generators.restore()
 
 
 def _put_back(owner: Any, before: Any) -> None:

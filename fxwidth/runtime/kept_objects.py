@@ -37,6 +37,28 @@ _LONGEST = 4096
 Judge = Callable[[Any], bool]
 
 
+@dataclass(frozen=True)
+class Change:
+    """What is held otherwise than before.
+
+    Attributes:
+        owner: the object or class it hangs on, None for what is found by code alone.
+        name: of an attribute or a global, empty for what is in a container.
+        old: what was there.
+        new: what is there.
+    """
+
+    owner: Any
+    name: str
+    old: Any
+    new: Any
+
+    @property
+    def is_of_plain_data(self) -> bool:
+        """Tell whether numbers, flags or texts are others now, and not merely other objects of the same value."""
+        return _is_plain(self.new) and (self.old is _MISSING or _is_plain(self.old)) and self.old != self.new
+
+
 class Kept:
     """What some objects hold, and what the containers and the plain objects among that hold in turn.
 
@@ -51,12 +73,14 @@ class Kept:
         self._empty: list[Any] = []
         self._caches: list[Any] = []
         self._seen: set[int] = set()
+        self._owner: Any = None
 
     def add_attributes(self, value: Any, shallow: frozenset[str] = frozenset()) -> None:
         """Remember the attributes of an object, and what is in them but for some, which are data."""
         own = vars(value)
         before = own.copy()
-        self._namespaces.append(_Namespace(own, before))
+        self._owner = value
+        self._namespaces.append(_Namespace(own, before, value))
         self._add_parts([item for name, item in before.items() if name not in shallow], 0)
 
     def add_value(self, value: Any) -> None:
@@ -65,7 +89,7 @@ class Kept:
 
     def add_namespace(self, space: MutableMapping[str, Any]) -> None:
         """Remember what names stand for, and not what is in that."""
-        self._namespaces.append(_Namespace(space, dict(space)))
+        self._namespaces.append(_Namespace(space, dict(space), None))
 
     def add_cache(self, cache: Any) -> None:
         """Take the cache of a function, which is emptied where values of a run that only looked have got into it."""
@@ -78,7 +102,8 @@ class Kept:
         self._seen.add(id(kind))
         space = _ClassSpace(kind)
         before = dict(space)
-        self._namespaces.append(_Namespace(space, before))
+        self._owner = kind
+        self._namespaces.append(_Namespace(space, before, kind))
         self._add_parts(before.values(), 0)
 
     def put_back(self, judge: Judge) -> None:
@@ -87,19 +112,34 @@ class Kept:
             namespace.put_back(judge)
         for container in self._containers:
             container.put_back(judge)
-        for value in self._empty:
+        for value, _ in self._empty:
             if value and judge(value):
                 value.clear()
         for cache in self._caches:
             if holds_stand_ins(_cached(cache)):
                 cache.cache_clear()
 
+    def changes(self) -> Iterator[Change]:
+        """Yield what is held otherwise now."""
+        for namespace in self._namespaces:
+            for name, value in list(namespace.space.items()):
+                old = namespace.before.get(name, _MISSING)
+                if old is not value:
+                    yield Change(namespace.owner, name, old, value)
+        for container in self._containers:
+            now = container.kind.read(container.value)
+            if not container.is_same(now):
+                yield Change(container.owner, "", container.before, now)
+        for value, owner in self._empty:
+            if value:
+                yield Change(owner, "", type(value)(), value)
+
     def _add_parts(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
             if type(value) in SIMPLE:
                 continue
             if type(value) in _EMPTIABLE and not value:
-                self._empty.append(value)
+                self._empty.append((value, self._owner))
                 continue
             if type(value) is tuple:
                 self._add_parts(value, depth)
@@ -117,7 +157,7 @@ class Kept:
     def _add(self, value: Any, depth: int) -> None:
         kind = next((kind for kind in _KINDS if isinstance(value, kind.base)), None)
         if kind is not None:
-            container = _Container(value, kind, kind.read(value))
+            container = _Container(value, kind, kind.read(value), self._owner)
             self._containers.append(container)
             if len(container.before) <= _LONGEST:
                 is_mapping = isinstance(container.before, dict)
@@ -126,8 +166,14 @@ class Kept:
         for space in (own if isinstance(own, dict) else None, _SlotSpace(value) if _slots(type(value)) else None):
             if space is not None and depth < _DEEPEST:
                 before = dict(space)
-                self._namespaces.append(_Namespace(space, before))
+                self._namespaces.append(_Namespace(space, before, self._owner))
                 self._add_parts(before.values(), depth + 1)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def holds(value: Any, *kinds: type) -> bool:
@@ -155,6 +201,7 @@ class _Namespace:
 
     space: Any
     before: Mapping[str, Any]
+    owner: Any
 
     def put_back(self, judge: Judge) -> None:
         if len(self.space) == len(self.before) and all(map(is_, self.space.values(), self.before.values())):
@@ -177,18 +224,20 @@ class _Container:
     value: Any
     kind: _Kind
     before: Any
+    owner: Any
 
     def put_back(self, judge: Judge) -> None:
-        now = self.kind.read(self.value)
-        if len(now) != len(self.before):
-            same = False
-        elif isinstance(now, set):
-            same = all(map(is_, sorted(now, key=id), sorted(self.before, key=id)))
-        else:
-            same = all(map(is_, now, self.before))
-            same = same and (not isinstance(now, dict) or all(map(is_, now.values(), self.before.values())))
-        if not same and judge(self.value):
+        if not self.is_same(self.kind.read(self.value)) and judge(self.value):
             self.kind.fill(self.value, self.before)
+
+    def is_same(self, now: Any) -> bool:
+        """Tell whether what is in it now is what was in it."""
+        if len(now) != len(self.before):
+            return False
+        if isinstance(now, set):
+            return all(map(is_, sorted(now, key=id), sorted(self.before, key=id)))
+        same = all(map(is_, now, self.before))
+        return same and (not isinstance(now, dict) or all(map(is_, now.values(), self.before.values())))
 
 
 @dataclass(frozen=True)

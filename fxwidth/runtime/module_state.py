@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,17 +60,32 @@ def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     return _restoring(kept_by(module), lambda value: not holds(value, FakeTensor))
 
 
+@dataclass(frozen=True)
+class Held:
+    """What modules hold before their code is run.
+
+    Attributes:
+        tensors: parameters, buffers and tensors in attributes.
+        own: what is kept in the modules.
+        outside: what their code reaches elsewhere.
+    """
+
+    tensors: list[Tensor]
+    own: Kept
+    outside: Kept
+
+
 @contextmanager
-def restored(module: nn.Module) -> Iterator[list[Tensor]]:
+def restored(module: nn.Module) -> Iterator[Held]:
     """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
 
-    The context is all tensors that they hold: parameters, buffers and those in attributes. Their values are in the
-    care of others; that they have been written to is forgotten.
+    The values of tensors are in the care of others; that they have been written to is forgotten.
     """
-    with _restoring(kept_by(module), lambda _: True) as tensors:
+    own, outside = kept_by(module)
+    with _restoring((own, outside), lambda _: True) as tensors:
         versions = list(map(_version, tensors))
         try:
-            yield tensors
+            yield Held(tensors, own, outside)
         finally:
             for tensor, version in zip(tensors, versions, strict=True):
                 _set_version(tensor, version)
@@ -112,7 +128,7 @@ def _set_version(tensor: Tensor, version: int | None) -> None:
 
 
 def kept_by(*modules: nn.Module) -> tuple[Kept, Kept]:
-    """Return what modules keep that code of their own, or of another of them, may write to, and that outside of them."""
+    """Return what is kept by modules that code of their own, or of another of them, may write to; and outside of them."""
     parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
     kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.

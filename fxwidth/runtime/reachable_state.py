@@ -145,9 +145,8 @@ class _Reach:
             self.kept.add_namespace(_Cell(cell))
             self.add_all(dict(_Cell(cell)).values())
         self.add_all((function.__defaults__ or (), function.__kwdefaults__ or {}))
-        if function.__dict__:
-            self.kept.add_namespace(function.__dict__)
-            self.add_all(function.__dict__.values())
+        self.kept.add_namespace(function.__dict__)
+        self.add_all(function.__dict__.values())
         names = set(_names_in(function.__code__))
         self._names |= names
         space = function.__globals__

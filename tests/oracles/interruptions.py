@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import inspect
+import logging
+import math
+import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+import torch._export.non_strict_utils
+from torch import Tensor, _ops, fx, nn
+from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
@@ -21,6 +29,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import fxwidth
 
 _PACKAGE = str(Path(fxwidth.__file__).parent)
+# The tracers of torch put functions in the place of others too.
+TRACERS = tuple(str(Path(str(part.__file__))) for part in (torch.fx._symbolic_trace, torch._export.non_strict_utils))
+_OWNERS = (nn.Module, Tensor, torch, functional, torch.autograd.Function, builtins, math, random, np.random, fx.Proxy)
 
 
 class Counter:
@@ -29,19 +40,21 @@ class Counter:
     Args:
         at: which one is interrupted; none by default.
         since: the name of a function from whose first call on calls are counted.
+        places: files of which calls are counted besides.
     """
 
-    def __init__(self, at: int | None = None, since: str = "") -> None:
+    def __init__(self, at: int | None = None, since: str = "", places: tuple[str, ...] = ()) -> None:
         self.count = 0
         self.functions: dict[str, list[int]] = {}
         self._at = at
         self._since = since
+        self._places = (_PACKAGE, *places)
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         """See one call; resumed generators, such as contexts that are left, are calls too."""
         # Python ignores what is raised in a generator that it drops: of generators only contexts count.
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(_PACKAGE):
+        if event != "call" or not code.co_filename.startswith(self._places):
             return
         if code.co_flags & inspect.CO_GENERATOR and not _is_of_contextlib(frame.f_back):
             return
@@ -59,9 +72,11 @@ def _is_of_contextlib(frame: FrameType | None) -> bool:
     return frame is not None and frame.f_code.co_filename == contextlib.__file__
 
 
-def counted(work: Callable[[], object], at: int | None = None, since: str = "") -> Counter:
+def counted(
+    work: Callable[[], object], at: int | None = None, since: str = "", places: tuple[str, ...] = ()
+) -> Counter:
     """Run a piece of work, interrupted at its n-th call or not at all, and return what was counted."""
-    counter = Counter(at, since)
+    counter = Counter(at, since, places)
     before = sys.gettrace()
     sys.settrace(counter)
     try:
@@ -105,6 +120,16 @@ def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: I
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.backends.mha.get_fastpath_enabled(),
         torch.batch_norm, functional.scaled_dot_product_attention, torch.autograd.Function.apply,
         len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack()), gc.isenabled(),
+    )  # fmt: skip
+    for owner in _OWNERS:
+        functions = {name: id(value) for name, value in vars(owner).items() if callable(value) or name == "data"}
+        result[f"functions of {owner.__name__}"] = functions
+    result["settings"] = (
+        torch.compiler.is_compiling(), torch.compiler.is_exporting(), _symbolic_trace._get_is_fx_tracing(),
+        _symbolic_trace.CURRENT_PATCHER, torch._C._get_mkldnn_enabled(), _ops._len_torch_dispatch_stack_pre_dispatch(),
+        list(warnings.filters), logging.getLogger("torch.export").disabled, sys.stderr,
+        random.getstate(), torch.get_rng_state().tolist(), torch.is_autocast_enabled("cpu"),
+        [list(getattr(nn.modules.module, name)) for name in vars(nn.modules.module) if name.endswith("_hooks")],
     )  # fmt: skip
     return result
 

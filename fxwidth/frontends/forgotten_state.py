@@ -1,0 +1,83 @@
+"""State that a model's code keeps in Python and a graph would not: counters, and tensors kept outside of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, fx, nn
+
+from fxwidth.runtime.kept_objects import Change, Kept, holds
+from fxwidth.runtime.module_state import Held
+from fxwidth.runtime.pytrees import deep_tensors
+from fxwidth.runtime.trace_guards import UntraceableError
+
+# What a tracer itself puts on the module that it traces.
+_OF_TRACER = "_tensor_constant"
+
+
+def refuse_stores_outside(held: Held) -> None:
+    """Check that no proxy is kept outside of a model: the graph would not keep what it is run with.
+
+    Raises:
+        UntraceableError: one is.
+    """
+    for change in held.outside.changes():
+        if holds(change.new, fx.Proxy):
+            raise UntraceableError(f"the model keeps what it computes {_place(change)}, which a graph does not")
+
+
+def refuse_computed_outside(held: Held, is_table: Callable[[Tensor], bool]) -> None:
+    """Check that of what an exported model has kept outside of it, all is a table that is made once.
+
+    Raises:
+        UntraceableError: it keeps what it computes.
+    """
+    for change in held.outside.changes():
+        if not all(map(is_table, deep_tensors(change.new))):
+            raise UntraceableError(f"the model keeps what it computes {_place(change)}, which a graph does not")
+
+
+def refuse_progress(model: nn.Module, kept: Kept, code: str, again: Callable[[], str], failed: list[nn.Module]) -> None:
+    """Check that no plain data of a model goes on from call to call, or leads to another graph.
+
+    What is set by a first call and stays, as the sizes that a cache is made for, may be forgotten.
+
+    Args:
+        model: the module, which has been traced.
+        kept: what it kept before.
+        code: of the graph.
+        again: traces the model as the first trace has left it; returns the code.
+        failed: takes the part that keeps such data.
+
+    Raises:
+        UntraceableError: some does.
+    """
+    first = _plain_changes(kept.changes())
+    if not first:
+        return
+    since = Kept()
+    for part in model.modules():
+        since.add_attributes(part)
+    for kind in {kind for part in model.modules() for kind in type(part).__mro__}:
+        if not kind.__module__.startswith(("torch.", "builtins")):
+            since.add_class(kind)
+    same = again() == code
+    changes = _plain_changes(since.changes())
+    if same and not changes:
+        return
+    change = (changes or first)[0]
+    parts = [part for part in model.modules() if part is change.owner or type(part) is change.owner]
+    failed += parts[:1]
+    raise UntraceableError(f"the model changes {_place(change)} from call to call, which a graph does not")
+
+
+def _plain_changes(changes: Iterable[Change]) -> list[Change]:
+    return [one for one in changes if one.is_of_plain_data and not one.name.startswith(_OF_TRACER)]
+
+
+def _place(change: Change) -> str:
+    owner = change.owner
+    name = repr(change.name) if change.name else "a container"
+    if owner is None:
+        return f"{name} outside of it"
+    return f"{name} of {owner.__name__ if isinstance(owner, type) else type(owner).__name__}"
