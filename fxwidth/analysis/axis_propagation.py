@@ -27,7 +27,7 @@ from fxwidth.rules.registry import RuleContext, keeps, rule_for
 from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode
 from fxwidth.runtime.gc_pause import without_collections
-from fxwidth.runtime.module_state import is_plain_layer, restored, walk
+from fxwidth.runtime.module_state import is_plain_layer, keeps_tensors, restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
@@ -156,6 +156,8 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}), regions=True)
     with evaluating(module), replaced, plain_kernels(), effects, quiet(), analysis.mode, recorder:
         result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs, analysis.effects)
+        calls = module.graph.find_nodes(op="call_module")
+        analysis.keeping = [node.name for node in calls if keeps_tensors(module.get_submodule(str(node.target)))]
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))
     analysis.seen = GraphState.of(module, slots)

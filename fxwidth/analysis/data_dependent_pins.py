@@ -3,7 +3,7 @@
 A part that looks at values is called as it is, also after a resize, and nothing that one run has found is written into
 the graph. What the run cannot show are the ways that it did not take. So parameters stay as they are where another way
 may use them otherwise: behind a number read from a tensor, in parts of which something was never used, and beside ops
-on empty tensors, which take short cuts.
+on empty tensors, which take short cuts. What a part keeps from one call may lead the next one another way, too.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 
 
 def pin_other_ways(analysis: Analysis) -> None:
-    """Pin the parameters that a node may use otherwise for other values than those on record."""
-    if not analysis.record:
+    """Pin the parameters that a node may use otherwise for other values than those on record, or in its next call."""
+    if not (analysis.record or analysis.keeping):
         return
     pins = _Pins(analysis)
-    for node in analysis.record:
+    for node in analysis.record or ():
         pins.behind_numbers(node)
+    for node in dict.fromkeys([*(analysis.record or ()), *analysis.keeping]):
         pins.beside_unused(node)
-    pins.beside_empty_tensors()
+    if analysis.record:
+        pins.beside_empty_tensors()
 
 
 def nodes_behind_values(analysis: Analysis) -> list[str]:

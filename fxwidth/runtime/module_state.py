@@ -128,7 +128,7 @@ def _set_version(tensor: Tensor, version: int | None) -> None:
 
 
 def kept_by(*modules: nn.Module) -> tuple[Kept, Kept]:
-    """Return what is kept by modules that code of their own, or of another of them, may write to; and outside of them."""
+    """Return what is kept by modules that their code, or that of others, may write to; and outside of them."""
     parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
     kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
@@ -154,3 +154,14 @@ def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
             if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
+
+
+def keeps_tensors(module: nn.Module) -> bool:
+    """Tell whether code of others has left fake tensors of a run in attributes of a module or a submodule."""
+    return any(
+        holds(value, FakeTensor)
+        for _, part in walk(module)
+        if not (type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule))
+        for name, value in part.__dict__.items()
+        if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers"
+    )

@@ -136,7 +136,7 @@ class Masked(nn.Module):
 
 def forget() -> None:
     """Empty all that is kept here."""
-    global LAST  # noqa: PLW0603
+    global LAST
     LAST, SPACE.last = None, None
     for one in (TABLES, FOUND, SPACE.many, Registry.known, vars(LOCAL), vars(from_attribute), BY_MODULE):
         one.clear()

@@ -1,0 +1,172 @@
+"""State that a model's code keeps in Python goes on in the graph as in the model: counters, kept tensors, hidden state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxwidth
+from fxwidth.verification.replay_oracle import largest_difference
+from tests.oracles.judges import ROUNDING
+from tests.oracles.untouched import untouched
+
+KEPT: list[Tensor] = []
+IN, HIDDEN, OUT = 6, 8, 3
+
+
+def rows(count: int = 5, seed: int = 3) -> Tensor:
+    return torch.randn(count, IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Part(nn.Module):
+    """A part of a model that does something to what it keeps; symbolic tracing can follow it, or not."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], Any], looks: bool) -> None:
+        super().__init__()
+        self.keep, self.looks = keep, looks
+        self.layer = nn.Linear(HIDDEN, HIDDEN)
+        self.step, self.state, self.last, self.many = 0, {"n": 0}, None, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.ones(HIDDEN, dtype=x.dtype)
+        if self.looks:
+            scale[1:] = 0.5
+        h = self.layer(x) * scale
+        factor = self.keep(self, h)
+        return h if factor is None else h * factor
+
+
+def network(keep: Callable[[Any, Tensor], Any], looks: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    parts = nn.Linear(IN, HIDDEN), nn.ReLU(), Part(keep, looks), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()
+    return nn.Sequential(*parts, nn.Linear(HIDDEN, OUT)).double()
+
+
+def count(part: Part, _: Tensor) -> float:
+    part.step += 1
+    return min(1.0, part.step / 4)
+
+
+def count_in_training(part: Part, _: Tensor) -> float:
+    part.step += part.training
+    return 1 / (1 + part.step)
+
+
+def count_in_dict(part: Part, _: Tensor) -> float:
+    part.state["n"] += 1
+    return float(part.state["n"])
+
+
+def switch(part: Part, _: Tensor) -> float:
+    first, part.last = part.last is None, True
+    return 2.0 if first else 1.0
+
+
+def count_later(part: Part, _: Tensor) -> float:
+    part.step += 1
+    return 1.0 if part.step < 4 else 0.5
+
+
+COUNTERS = [count, count_in_training, count_in_dict, switch, count_later]
+KEEPERS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "scalar": lambda part, h: setattr(part, "last", h.mean()),
+    "feature": lambda part, h: setattr(part, "last", h.detach()),
+    "list": lambda part, h: part.many.append(h.mean()),
+    "of a parameter": lambda part, _: setattr(part, "last", part.layer.weight.square().sum()),
+    "outside": lambda _, h: KEPT.append(h.mean()),
+}
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["symbolic", "export"])
+@pytest.mark.parametrize("keep", COUNTERS, ids=lambda keep: keep.__name__)
+def test_counters_go_on(keep: Callable[[Any, Tensor], Any], looks: bool) -> None:
+    model = network(keep, looks).train()
+    twin = copy.deepcopy(model)
+    with untouched(model):
+        gm = fxwidth.trace(model, rows())
+    for mode in (True, False, True):
+        gm.train(mode)
+        twin.train(mode)
+        for seed in range(3):
+            assert largest_difference([gm(rows(4, seed))], [twin(rows(4, seed))]) < ROUNDING
+    assert "3" in [group.name for group in fxwidth.analyze(gm).free]
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["symbolic", "export"])
+@pytest.mark.parametrize("name", KEEPERS)
+def test_tensors_are_kept(name: str, looks: bool) -> None:
+    KEPT.clear()
+    model = network(KEEPERS[name], looks)
+    twin = copy.deepcopy(model)
+    with untouched(model, KEPT):
+        gm = fxwidth.trace(model, rows())
+        fxwidth.analyze(gm)
+    found = []
+    for one in (gm, twin):
+        KEPT.clear()
+        one(rows(4))
+        part = next(part for part in one.modules() if isinstance(part, Part))
+        found.append([value for value in (part.last, *part.many, *KEPT) if value is not None])
+    assert len(found[0]) == 1
+    assert largest_difference(*found) < ROUNDING
+
+
+def sizes(part: Part, h: Tensor) -> None:
+    part.state["width"] = HIDDEN
+    part.step = h.dim() if isinstance(h.dim(), int) else 2
+
+
+def table(part: Part, h: Tensor) -> Tensor:
+    if part.last is None:
+        part.last = torch.arange(HIDDEN, dtype=torch.float64)
+    return part.last
+
+
+def same(part: Part, _: Tensor) -> None:
+    part.state["n"] += 1
+    part.state["n"] -= 1
+
+
+@pytest.mark.parametrize("keep", [sizes, table, same], ids=lambda keep: keep.__name__)
+@pytest.mark.parametrize("looks", [False, True], ids=["symbolic", "export"])
+def test_what_is_kept_once_is_no_reason_to_call_a_part_as_it_is(
+    keep: Callable[[Any, Tensor], Any], looks: bool
+) -> None:
+    gm = fxwidth.trace(network(keep, looks), rows())
+    assert not [part for part in gm.modules() if isinstance(part, Part)] or not gm.graph.find_nodes(
+        op="call_module", target="2"
+    )
+
+
+class Recurrent(nn.Module):
+    """Its second call reads a layer that the first one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.again, self.down = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x) if self.state is None else self.up(x) + self.again(self.state)
+        self.state = torch.tanh(h).detach()
+        return self.down(self.state)
+
+
+def test_a_part_with_a_state_keeps_what_its_next_call_may_use() -> None:
+    model = nn.Sequential(Recurrent(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUT)).double()
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = fxwidth.trace(model, rows())
+    wg = fxwidth.analyze(gm)
+    assert [group.name for group in wg.free] == ["1"]
+    assert "0.again" in str(wg.why_pinned("0.up"))
+    fxwidth.resize(gm, {"1": 12})
+    for seed in range(3):
+        assert largest_difference([gm(rows(4, seed))], [twin(rows(4, seed))]) < 1e-9
