@@ -29,11 +29,12 @@ from fxwidth.frontends.call_signature import (
     refuse_guarded,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
-from fxwidth.frontends.forgotten_state import refuse_computed_outside, refuse_progress
+from fxwidth.frontends.forgotten_state import leave, plain_changes, progress, refuse_computed_outside, same_changes
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
 from fxwidth.runtime.contexts import quiet
+from fxwidth.runtime.kept_objects import Change
 from fxwidth.runtime.module_state import restored, same_values, stores
 from fxwidth.runtime.pytrees import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
 from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
@@ -88,11 +89,18 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
     import torch._dynamo.external_utils  # the exporter would, later
 
     questions = SizeQuestions()
-    shell, watch = copy.copy(model), SetterWatch()
+    shell, watch, changes = copy.copy(model), SetterWatch(), list[Change]()
 
     def watched(*leaves: Any) -> list[Any]:
         watch.take(model.buffers())
-        return forward(*leaves)
+        result = forward(*leaves)
+        # Here, since the exporter puts attributes of submodules back when it ends.
+        for place, part in stores(model, FakeTensor):
+            is_buffer = place.rpartition(".")[2] in part._buffers
+            if not is_buffer and not all(map(watch.is_table, deep_tensors(getattr(part, place.rpartition(".")[2])))):
+                raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
+        changes[:] = plain_changes(held.own.changes())
+        return result
 
     shell.forward = watched
     # The hooks are the model's, which is called inside.
@@ -126,11 +134,11 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
 
         program = exported()
         _refuse_transforms(program.graph)
-        for place, part in stores(model, FakeTensor):
-            if not all(map(watch.is_table, deep_tensors(getattr(part, place.rpartition(".")[2])))):
-                raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
         refuse_computed_outside(held, watch.is_table)
-        refuse_progress(model, held.own, str(program.graph), lambda: str(exported().graph), [])
+        first = list(changes)
+        leave(first)
+        if first and (str(exported().graph) != str(program.graph) or not same_changes(first, changes)):
+            raise progress(first[0])
         # How a tensor lies in memory changes nothing of what is computed.
         kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
         placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}

@@ -52,7 +52,7 @@ def refuse_progress(model: nn.Module, kept: Kept, code: str, again: Callable[[],
     Raises:
         UntraceableError: some does.
     """
-    first = _plain_changes(kept.changes())
+    first = plain_changes(kept.changes())
     if not first:
         return
     since = Kept()
@@ -62,16 +62,41 @@ def refuse_progress(model: nn.Module, kept: Kept, code: str, again: Callable[[],
         if not kind.__module__.startswith(("torch.", "builtins")):
             since.add_class(kind)
     same = again() == code
-    changes = _plain_changes(since.changes())
+    changes = plain_changes(since.changes())
     if same and not changes:
         return
     change = (changes or first)[0]
     parts = [part for part in model.modules() if part is change.owner or type(part) is change.owner]
     failed += parts[:1]
-    raise UntraceableError(f"the model changes {_place(change)} from call to call, which a graph does not")
+    raise progress(change)
 
 
-def _plain_changes(changes: Iterable[Change]) -> list[Change]:
+def leave(changes: Iterable[Change]) -> None:
+    """Put what a run has changed where an exporter has put back what was there before.
+
+    Raises:
+        UntraceableError: a container has changed, which may have been put back or not.
+    """
+    for change in changes:
+        if not change.name:
+            raise progress(change)
+        if isinstance(change.owner, nn.Module) and change.name in vars(change.owner):
+            vars(change.owner)[change.name] = change.new
+
+
+def same_changes(first: Iterable[Change], second: Iterable[Change]) -> bool:
+    """Tell whether two runs have left the same behind."""
+    left = [[(id(one.owner), one.name, one.new) for one in changes] for changes in (first, second)]
+    return left[0] == left[1]
+
+
+def progress(change: Change) -> UntraceableError:
+    """Return the error that tells of data that goes on from call to call."""
+    return UntraceableError(f"the model changes {_place(change)} from call to call, which a graph does not")
+
+
+def plain_changes(changes: Iterable[Change]) -> list[Change]:
+    """Return those of numbers, flags and texts."""
     return [one for one in changes if one.is_of_plain_data and not one.name.startswith(_OF_TRACER)]
 
 
