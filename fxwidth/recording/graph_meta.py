@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
-NOTES = (INPUTS, VALUES, AXES, HISTORY)
+EXAMPLES = "fxwidth_examples"
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY)
 # Unpickling a GraphModule gives it a new `meta`, and leaves attributes that it does not know where they are.
 _CARRIED = "_fxwidth_notes"
 
