@@ -13,11 +13,12 @@ from fxwidth.recording.graph_meta import EXAMPLES, notes_of
 from fxwidth.runtime.pytrees import flatten
 from fxwidth.statistics.integer_uses import IntegerUses, uses_of
 
-# From so many samples of an example on, each position has a range of its own: columns of a table are of several kinds.
+# From so many samples on, a position at which all are alike is taken to be so always.
 _SAMPLES = 8
 # Neither of two truth values is rarer.
 _LEAST_SHARE = 0.1
 _BYTES = (0, 255)
+_NOT_NEGATIVE = torch.tensor(0, device="cpu"), torch.tensor(torch.iinfo(torch.long).max, device="cpu")
 # From this size on the last two dims of an input with four or more are taken for those of an image.
 _SMALLEST_IMAGE = 4
 
@@ -194,11 +195,11 @@ def _source(analysis: Analysis, leaf: Tensor, known: Tensor | None, cautious: bo
         return None
     uses = uses_of(analysis, leaf)
     is_sure = not (uses.of_changed or uses.unknown)
-    inside = _range(uses) if is_sure else None
+    inside = _range(uses, known) if is_sure else None
     if uses.bags is not None:
         return Offsets(*uses.bags)
     if cautious:
-        return Rows(known) if known is not None else inside or Ones()
+        return Rows(known) if known is not None else inside or _harmless(leaf)
     if inside is not None:
         return inside
     if known is None:
@@ -208,12 +209,30 @@ def _source(analysis: Analysis, leaf: Tensor, known: Tensor | None, cautious: bo
     return _like(leaf, known, uses) if is_sure else Mixed(known)
 
 
-def _range(uses: IntegerUses) -> Between | None:
-    """Return the values that every look-up and comparison allows, where there are any."""
-    if not uses.bounds:
+def _range(uses: IntegerUses, known: Tensor | None) -> Between | None:
+    """Return the values that every look-up and comparison allows, where there are any.
+
+    What sums allow is more than what there is: a column whose rows are behind those of another has none of these.
+    """
+    bounds = [(torch.tensor(low, device="cpu"), torch.tensor(high, device="cpu")) for low, high in uses.bounds]
+    if uses.shifted:
+        bounds += [*uses.shifted, _guessed(known) if known is not None else _NOT_NEGATIVE]
+    if not bounds:
         return None
-    low, high = max(low for low, _ in uses.bounds), min(high for _, high in uses.bounds)
-    return _between(low, high) if low <= high else None
+    low, high = bounds[0]
+    for other_low, other_high in bounds[1:]:
+        low, high = torch.maximum(low, other_low), torch.minimum(high, other_high)
+    return Between(low, high) if bool((low <= high).all()) else None
+
+
+def _guessed(known: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the range of each position from that of a few samples, by how far the largest of them is from the end.
+
+    Source: L. A. Goodman, Serial Number Analysis (1952), with both ends unknown.
+    """
+    low, high = known.amin(0).long(), known.amax(0).long()
+    beyond = -((low - high) // max(1, len(known) - 1))
+    return torch.where(low >= 0, (low - beyond).clamp_min(0), low - beyond), high + beyond
 
 
 def _between(low: int, high: int, *, is_image: bool = False) -> Between:
@@ -227,6 +246,11 @@ def _unseen(leaf: Tensor, uses: IntegerUses) -> Source:
     return _between(*_BYTES, is_image=is_image(leaf)) if leaf.dtype == torch.uint8 else Ones()
 
 
+def _harmless(leaf: Tensor) -> Source:
+    """Return values that work in most networks: as torch has it, padding is where a mask is true."""
+    return Padding(kept=False, from_start=True) if leaf.dtype == torch.bool else Ones()
+
+
 def _like(leaf: Tensor, known: Tensor, uses: IntegerUses) -> Source:
     """Return values like those of an example, of several kinds if it has but one."""
     low, high = int(known.min()), int(known.max())
@@ -236,9 +260,18 @@ def _like(leaf: Tensor, known: Tensor, uses: IntegerUses) -> Source:
         return _between(*(_BYTES if low == high else (low, high)), is_image=True)
     if low == high:
         return Rows(known)
-    if is_image(leaf) or len(known) < _SAMPLES:
-        return _between(low, high, is_image=is_image(leaf))
-    return Between(known.amin(0), known.amax(0))
+    if is_image(leaf):
+        return _between(low, high, is_image=True)
+    return _columns(known)
+
+
+def _columns(known: Tensor) -> Between:
+    """Return values of which each position has a range of its own: columns of a table are of several kinds."""
+    low, high = known.amin(0), known.amax(0)
+    if len(known) < _SAMPLES:
+        # One value in a few samples is no range: from it to none.
+        low, high = torch.where(low == high, low.clamp_max(0), low), torch.where(low == high, high.clamp_min(0), high)
+    return Between(low, high)
 
 
 def _mask(known: Tensor) -> Source:

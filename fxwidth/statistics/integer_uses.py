@@ -89,7 +89,8 @@ class IntegerUses:
 
     Attributes:
         bounds: the least and the largest value that each look-up or comparison with a range allows.
-        of_changed: whether anything is looked up by what is reckoned from it, of whose range nothing is known.
+        shifted: likewise, of sums of the input and numbers that are known: for all places, or for each.
+        of_changed: whether anything is looked up by what else is reckoned from it, of whose range nothing is known.
         bags: of the bags whose first entries it tells: how many entries there are, and whether it tells their end too.
         numeric: whether it becomes a number that is reckoned with.
         compared: whether it is compared with a number, or taken for a truth value.
@@ -97,6 +98,7 @@ class IntegerUses:
     """
 
     bounds: list[tuple[int, int]] = field(default_factory=list)
+    shifted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     of_changed: bool = False
     bags: tuple[int, bool] | None = None
     numeric: bool = False
@@ -106,7 +108,8 @@ class IntegerUses:
     @property
     def is_lookup_alone(self) -> bool:
         """Tell whether entries are looked up by it, and nothing else is done with it."""
-        return bool(self.bounds) and not (self.of_changed or self.bags or self.numeric or self.compared or self.unknown)
+        others = self.shifted or self.of_changed or self.bags or self.numeric or self.compared or self.unknown
+        return bool(self.bounds) and not others
 
 
 def uses_of(analysis: Analysis, example: Tensor) -> IntegerUses:
@@ -126,11 +129,16 @@ class _Follower:
         self.uses = IntegerUses()
         self._unchanged = {storage_of(example): True}
         self._ranges: dict[int, tuple[int, int]] = {}
+        self._example = example
+        # What was added to values of the input, and the buffers of whole numbers that may be.
+        self._added: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
         for entry in analysis.parameters.values():
             tensor = entry.tensor
             if _is_integer(tensor) and tensor.numel() and not tensor.is_meta:
                 low, high = tensor.aminmax()
                 self._ranges[storage_of(entry.fake)] = int(low), int(high)
+                self._known[id(entry.fake)] = tensor
         for call in analysis.calls:
             taken = [tensor for tensor in call.inputs if self._holds(tensor)]
             if taken:
@@ -154,10 +162,7 @@ class _Follower:
         unchanged = all(self._unchanged[storage_of(tensor)] for tensor in taken)
         sizes = _looked_up(call, {id(tensor) for tensor in taken})
         if sizes is not None:
-            self.uses.bounds += [(0, size - 1) for size in sizes] if unchanged else []
-            self.uses.of_changed |= bool(sizes) and not unchanged
-            if call.name in _BAGS and self._holds_offsets(call):
-                self.uses.bags = call.arguments["indices"].numel(), bool(call.arguments["include_last_offset"])
+            self._look_up(call, taken, sizes, unchanged)
             if call.name not in _SAME_RANGE:
                 return
         if call.func.namespace not in ("aten", "prims"):
@@ -168,15 +173,52 @@ class _Follower:
             self.uses.compared = True
         elif not call.outputs:
             self.uses.unknown = True
-        if call.name in _POSITIONS:
-            return
+        if call.name not in _POSITIONS:
+            self._pass_on(call, taken, unchanged, is_table=bool(sizes))
+
+    def _look_up(self, call: OpCall, taken: list[Tensor], sizes: list[int], unchanged: bool) -> None:
+        """Note a look-up by values of the input, or by what was made of them, in dims of some sizes."""
+        added = self._added.get(storage_of(taken[0])) if len(taken) == 1 else None
+        if unchanged:
+            self.uses.bounds += [(0, size - 1) for size in sizes]
+        elif added is not None:
+            self.uses.shifted += [(-added, size - 1 - added) for size in sizes]
+        else:
+            self.uses.of_changed |= bool(sizes)
+        if call.name in _BAGS and self._holds_offsets(call):
+            self.uses.bags = call.arguments["indices"].numel(), bool(call.arguments["include_last_offset"])
+
+    def _pass_on(self, call: OpCall, taken: list[Tensor], unchanged: bool, *, is_table: bool) -> None:
+        """Follow what an op makes of values of the input, or looks up by them in a table."""
         for output in call.outputs[:1] if call.name in _WITH_POSITIONS else call.outputs:
             if _is_integer(output):
                 is_view = any(storage_of(output) == storage_of(tensor) for tensor in taken)
                 same = unchanged and (call.name in _SAME_RANGE or (is_view and not call.func._schema.is_mutable))
                 self._unchanged[storage_of(output)] = same
-            elif output.dtype != torch.bool and not (sizes and call.name in _SAME_RANGE):
+                added = self._sum(call, taken) if unchanged else None
+                if added is not None:
+                    self._added[storage_of(output)] = added
+            elif output.dtype != torch.bool and not is_table:
                 self.uses.numeric = True
+
+    def _sum(self, call: OpCall, taken: list[Tensor]) -> Tensor | None:
+        """Return what an op adds to the input as it is, where that is known."""
+        if (
+            call.name not in ("add", "sub")
+            or call.arguments.get("alpha", 1) != 1
+            or len(taken) > 1
+            or taken[0] is not self._example
+        ):
+            return None
+        first, second = call.arguments["self"], call.arguments["other"]
+        other = second if first is self._example else first
+        known = torch.tensor(other, device="cpu") if isinstance(other, int) else self._known.get(id(other))
+        shape = self._example.shape
+        if known is None or call.outputs[0].shape != shape or (known.dim() == len(shape) and len(known) > 1):
+            return None
+        if call.name == "sub":
+            return -known.cpu() if other is second else None
+        return known.cpu()
 
     def _holds_offsets(self, call: OpCall) -> bool:
         offsets = call.arguments.get("offsets")
