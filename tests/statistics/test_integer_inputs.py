@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor, fx, nn
 import fxwidth
 from fxwidth.recording.graph_meta import EXAMPLES, notes_of
 from fxwidth.statistics.integer_inputs import Mask, Offsets, Padding
-from fxwidth.statistics.moments import moments_from_noise
+from fxwidth.statistics.moments import moments_from_data, moments_from_noise
 from fxwidth.statistics.observation_points import find_probes
 from fxwidth.statistics.observers import OTHER_OPS
+from fxwidth.statistics.remembered_noise import noise_moments
 from fxwidth.statistics.synthetic_inputs import noise_draws
 from tests.zoo.models import relative_difference
 from tests.zoo.networks_of_integers import (
@@ -135,6 +138,22 @@ class TestWhatIsDrawn:
         assert all(bool((drawn[:, None] == x[None]).any(1).all()) for (drawn,) in found)
         assert any(bool((drawn[:, None] != x[None]).any(2).all(1).any()) for (drawn,) in found)
 
+    def test_copies_and_pickles_of_a_graph_draw_the_same(self) -> None:
+        gm, _ = traced("columns of counts", 0)
+        for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+            assert all(
+                torch.equal(*pair)
+                for (one, two) in zip(batches(gm), batches(other), strict=True)
+                for pair in zip(one, two, strict=True)
+            )
+
+    def test_noise_is_known_again_by_the_example_too(self) -> None:
+        gm, (x,) = traced("columns of counts", 0)
+        means = [noise_moments(fxwidth.analyze(gm, values)) for values in (x, 2 * x, x)]
+        first, second, again = (next(iter(found.contracted.values())).mean for found in means if found is not None)
+        assert not torch.equal(first, second)
+        assert torch.equal(first, again)
+
     def test_the_random_states_stay(self) -> None:
         gm, _ = traced("tokens and padding", 0)
         before = torch.get_rng_state()
@@ -254,3 +273,50 @@ class TestNothingKnown:
 
     def test_what_is_exact_is_still_done(self) -> None:
         assert self.resized(+2)[1] < 1e-12
+
+
+class TestBagsInData:
+    """Entries of bags and where these begin go together: neither is cut without the other."""
+
+    def test_more_data_than_are_wanted(self) -> None:
+        gm, _ = traced("bags by offsets", 0)
+        data = [INTEGER_NETWORKS["bags by offsets"].inputs(4) for _ in range(50)]
+        moments = moments_from_data(fxwidth.analyze(gm), data, limit=100)
+        assert moments is not None
+        assert moments.samples == 5 * 24
+
+    def test_bags_of_one_entry_each(self) -> None:
+        model, _ = integer_network("bags by offsets", 0)
+        entries, starts = tokens(4, 1).flatten(), torch.arange(4)
+        gm = fxwidth.trace(model, (entries, starts))
+        data = [(tokens(4, 1).flatten(), torch.arange(4)) for _ in range(20)]
+        graph = fxwidth.analyze(gm)
+        found, wanted = (
+            moments_from_data(graph, data),
+            torch.cat([model.get_submodule("bag")(*batch) for batch in data]),
+        )
+        assert found is not None
+        seen = {len(moment.mean): moment.mean for moment in found.contracted.values()}
+        torch.testing.assert_close(
+            seen[8], torch.relu(model.get_submodule("body.0")(wanted)).mean(0), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_masks_that_leave_nothing_over_are_given_up() -> None:
+    class FirstKept(nn.Module):
+        """A softmax over the first entry alone, which is never masked in what the network is given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body(6)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            first = x[:, :1].masked_fill(mask[:, :1], -torch.inf).softmax(1)
+            return self.body(x.masked_fill(mask, 0.0) * first)
+
+    gm = fxwidth.trace(FirstKept().double().eval(), (floats(4, 6), torch.zeros(4, 6, dtype=torch.bool)))
+    notes_of(gm).pop(EXAMPLES)
+    assert not bool(gm(*batches(gm)[0]).isfinite().all())
+    moments = moments_from_noise(fxwidth.analyze(gm), work=1e6)
+    assert moments is not None
+    assert not moments.missed
