@@ -13,18 +13,25 @@ from torch.nn.parameter import is_lazy
 
 from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.data_dependent_runs import record_values
-from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
+from fxwidth.analysis.input_specs import (
+    device_of,
+    input_specs,
+    integer_examples,
+    real_inputs,
+    whole_numbers,
+    with_batch_of_two,
+)
 from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import Call, arguments_of, call_of
+from fxwidth.frontends.call_signature import Call, arguments_of, bound_to_placeholders, call_of
 from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
-from fxwidth.recording.graph_meta import AXES, INPUTS, VALUES, notes_of
+from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.contexts import plain_surroundings
@@ -131,7 +138,10 @@ def analyze_module(
         if doubled is None:
             raise
         analysis = _analyze(module, specs, call)
-    notes_of(module)[INPUTS] = specs
+    notes = notes_of(module)
+    notes[INPUTS] = specs
+    if call is not None:
+        notes[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
     return analysis
 
 

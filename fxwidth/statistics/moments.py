@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from fxwidth.rules.registry import keeps
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import is_sound
 from fxwidth.statistics.calibration_data import Gathered, batches_from, cut_anew
+from fxwidth.statistics.constant_evidence import constant_inputs, without_constants
 from fxwidth.statistics.data_impressions import impressions
+from fxwidth.statistics.integer_inputs import integer_sources
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, find_probes
 from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Observer, Walker
@@ -125,13 +128,31 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     analysis = width_graph.analysis
     if not has_values(width_graph):
         return None
-    draws = noise_draws(analysis, find_probes(width_graph), seed, work)
+    drawn = partial(_moments_of_draws, width_graph, seed, work)
+    try:
+        moments = drawn(cautious=False)
+    except FxwidthError:
+        if not any(integer_sources(analysis)):
+            raise
+        return drawn(cautious=True)
+    if NOT_FINITE in moments.missed.values() and any(integer_sources(analysis)):
+        # Masks that were drawn may leave nothing over beside those of the network's own.
+        return min(moments, drawn(cautious=True), key=lambda found: len(found.missed))
+    return moments
+
+
+def _moments_of_draws(width_graph: WidthGraph, seed: int, work: float, *, cautious: bool) -> Moments:
+    analysis = width_graph.analysis
+    draws = noise_draws(analysis, find_probes(width_graph), seed, work, cautious=cautious)
     with statistics_of_noise(width_graph):
         # All of them at once: the ops that moments are collected on have no gradients.
         batches = list(impressions(analysis, draws, work, seed))
         # A model may write to its inputs.
         first = [map_leaves(torch.clone, value) for value in batches[0]]
-        return replace(collect_moments(width_graph, batches, source="noise"), inputs=first)
+        constant = constant_inputs(batches)
+        moments = collect_moments(width_graph, batches, source="noise")
+    contracted, untold = without_constants(analysis, moments.contracted, constant)
+    return replace(moments, contracted=contracted, missed={**moments.missed, **untold}, inputs=first)
 
 
 def statistics_of_noise(width_graph: WidthGraph) -> AbstractContextManager[object]:
