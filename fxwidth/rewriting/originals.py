@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxwidth.analysis.op_signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
@@ -23,6 +23,7 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
+from fxwidth.frontends.own_modes import PartModes, switch_modes
 from fxwidth.recording.data_dependent import ValueReader
 from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
@@ -31,9 +32,10 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.fake_tensors import fake_like
-from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.module_copies import moved, put_copies, shallow_copies
+from fxwidth.runtime.module_state import restored, same_values, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
-from fxwidth.runtime.tensor_slots import Slots, overwrite, set_slot, substituted, tensor_slots
+from fxwidth.runtime.tensor_slots import Slots, copies_of, overwrite, set_slot, substituted, tensor_slots
 
 RESIZED, UNTOUCHED = "resized", "untouched"
 
@@ -99,9 +101,9 @@ def goes_along(
         # Again, for weights that a module computes when it is called.
         _set_sizes(original, holders, edits)
     if follows and not trains:
-        with edits.suspended(), substituted(original, _fakes_of(slots, analysis, {}), slots, restored):
-            # What never ran on fake tensors says nothing.
-            trains = not _trains(analysis, original)
+        # What never ran says nothing, as it needs targets; what fails on fake tensors alone may fail at other sizes.
+        with edits.suspended():
+            trains = not (_trained_on_fakes(analysis, original, slots) or _trained_on_values(analysis, original, slots))
     if not trains:
         edits.undo(start)
     return trains
@@ -137,10 +139,35 @@ def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None
     return None
 
 
+def _trained_on_fakes(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
+    with substituted(original, _fakes_of(slots, analysis, {}), slots, restored):
+        return _trains(analysis, original)
+
+
+def _trained_on_values(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
+    """Tell whether a model runs in training mode at the old sizes, on copies of its tensors."""
+    if any(tensor.is_meta for tensor, _ in slots.values()):
+        return False
+    leaves, structures = flatten_each(analysis.inputs, (Tensor,))
+    real = [torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
+    with suppress(Exception), torch.no_grad(), quiet(), restored(original) as held:
+        registered = {id(tensor) for tensor, _ in slots.values()}
+        others = [tensor for tensor in held if id(tensor) not in registered]
+        with same_values(others), substituted(original, copies_of(slots), slots, nullcontext):
+            with training(original):
+                invoke(original, _ORIGINALS[analysis.module].arguments, rebuild_each(structures, real))
+            switch_modes(original)
+            return True
+    return False
+
+
 def _trains(analysis: Analysis, original: nn.Module) -> bool:
-    """Tell whether a model runs in training mode."""
-    with suppress(Exception), training(original):
-        _call(analysis, original, lambda _: None)
+    """Tell whether a model runs in training mode, and can change its mode."""
+    with suppress(Exception):
+        with training(original):
+            _call(analysis, original, lambda _: None)
+        with analysis.mode, quiet():
+            switch_modes(original)
         return True
     return False
 
@@ -195,29 +222,13 @@ def _separate(module: nn.Module, original: nn.Module) -> None:
     """Put shallow copies in the place of the submodules that a graph shares with a model."""
     own = {id(part) for _, part in walk(module)}
     shared = [(path, part) for path, part in walk(original) if id(part) in own]
-    copies: dict[int, nn.Module] = {}
     for path, part in shared:
         _refuse_own_forward(path, part)
-        copies[id(part)] = part.__class__.__new__(part.__class__)
-    for _, part in shared:
-        slots = {name: dict(part.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
-        copies[id(part)].__dict__ = {n: _moved(value, copies) for n, value in (part.__dict__ | slots).items()}
+    copies = shallow_copies(part for _, part in shared)
+    put_copies(module, copies)
     for _, part in walk(module):
-        for name, child in part._modules.items() if id(part) not in copies else ():
-            if child is not None and id(child) in copies:
-                part._modules[name] = copies[id(child)]
-
-
-def _moved(value: Any, copies: Mapping[int, nn.Module]) -> Any:
-    """Return what a copied module keeps for what a module keeps: containers of its own, and copied modules in them."""
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, copies.get(id(value.__self__), value.__self__))
-    # Hooks are in an OrderedDict: that stays the same, so that one handle takes a hook out of both.
-    if type(value) in (list, tuple, set):
-        return type(value)(_moved(one, copies) for one in value)
-    return {key: _moved(one, copies) for key, one in value.items()} if type(value) is dict else value
+        if isinstance(part, PartModes):
+            part.parts = moved(part.parts, copies)
 
 
 def _refuse_own_forward(path: str, part: nn.Module) -> None:
