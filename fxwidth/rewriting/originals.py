@@ -3,12 +3,13 @@
 A graph shares parameters, and where it was traced symbolically also submodules, with its model. Whether the model's own
 code works at the new sizes is tried out under fake tensors. Where it does, and does the same ops as the graph, the
 model is resized with the graph. Where it does not, it is given what it had: the graph keeps the parameters, which an
-optimizer knows, and the model gets copies.
+optimizer knows, and the model gets copies. So do other graphs that share tensors with the two.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -64,7 +65,22 @@ def original_of(module: fx.GraphModule) -> nn.Module | None:
 def resized_together(module: nn.Module) -> list[nn.Module]:
     """Return all modules that a resize of one may change."""
     original = original_of(module) if isinstance(module, fx.GraphModule) else None
-    return [module] if original is None else [module, original]
+    own = [module] if original is None else [module, original]
+    return [*own, *_other_graphs(own)]
+
+
+def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
+    """Return the traced graphs that share tensors with some modules, but for these."""
+    if _sharing(modules):
+        # Graphs are in cycles: those that nobody has any more must not get tensors of their own.
+        gc.collect()
+    return _sharing(modules)
+
+
+def _sharing(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
+    own = {id(tensor) for module in modules for tensor, _ in tensor_slots(module).values()}
+    others = [graph for graph in list(_ORIGINALS) if all(graph is not module for module in modules)]
+    return [graph for graph in others if any(id(tensor) in own for tensor, _ in tensor_slots(graph).values())]
 
 
 def goes_along(
@@ -185,46 +201,68 @@ def _call(analysis: Analysis, original: nn.Module, see: Callable[[OpCall], None]
         invoke(original, arguments, values)
 
 
-def detach_original(
-    module: fx.GraphModule, replaced: Iterable[Tensor], edits: AttributeEdits, transaction: Transaction
+def leave_behind(
+    module: fx.GraphModule, resized: bool, replaced: Iterable[Tensor], edits: AttributeEdits, transaction: Transaction
 ) -> None:
-    """Give a graph modules of its own, and the model that it was traced from the tensors that it had.
+    """Part a graph, and its model where that is resized too, from all that stays as it was, which keeps what it had.
 
-    The graph keeps the tensors that change in value alone, and those that do not change, for an optimizer knows them:
-    the model gets copies. Attributes that have been set for the new sizes stay set in the graph.
+    That is the model where its own code does not go along, and every other graph that shares tensors with the two. The
+    graph keeps the tensors that change in value alone, and those that do not change, for an optimizer knows them:
+    what stays gets copies. Attributes that have been set for the new sizes stay set in what is resized.
 
     Args:
         module: the graph.
+        resized: whether the model that it was traced from is resized with it.
         replaced: the tensors in whose place the graph is about to get others.
         edits: the attributes that have been set.
         transaction: what has been written to so far, and takes the rest.
     """
     original = original_of(module)
-    assert original is not None
-    _separate(module, original)
-    edits.take_back(part for _, part in walk(original))
-    transaction.undo.callback(_ORIGINALS.__setitem__, module, _ORIGINALS[module])
-    del _ORIGINALS[module]
-    shared = {id(tensor) for tensor, _ in tensor_slots(module).values()}
+    models = [] if original is None else [original]
+    others = _other_graphs([module, *models])
+    if resized:
+        # The modules are the model's: other graphs get copies of them, as they were before.
+        with edits.suspended():
+            for other in others:
+                _separate(other, [module, *models])
+        staying, forgetting = others, others
+    else:
+        staying, forgetting = [*models, *others], [module] if models else []
+        _separate(module, staying)
+        edits.take_back(part for one in staying for _, part in walk(one))
+    for graph in forgetting:
+        transaction.undo.callback(_ORIGINALS.__setitem__, graph, _ORIGINALS[graph])
+        del _ORIGINALS[graph]
+    _give_back([module, *(models if resized else [])], staying, replaced, transaction)
+
+
+def _give_back(
+    moving: Sequence[nn.Module], staying: Sequence[nn.Module], replaced: Iterable[Tensor], transaction: Transaction
+) -> None:
+    """Give modules that stay the values that they had, and copies of the tensors that they share with others."""
+    shared = {id(tensor) for one in moving for tensor, _ in tensor_slots(one).values()}
     given_up = {id(tensor) for tensor in replaced}
-    for tensor, places in tensor_slots(original).values():
+    copies: dict[int, Tensor] = {}
+    for tensor, places in [slot for one in staying for slot in tensor_slots(one).values()]:
         before = transaction.before(tensor)
         if id(tensor) in given_up:
             if before is not tensor:
                 overwrite(tensor, before)
         elif id(tensor) in shared:
-            copied = twin(tensor, before)
+            # What stays goes on sharing with what stays.
+            if id(tensor) not in copies:
+                copies[id(tensor)] = twin(tensor, before)
             for holder, attribute in places:
-                set_slot(holder, attribute, copied)
+                set_slot(holder, attribute, copies[id(tensor)])
 
 
-def _separate(module: nn.Module, original: nn.Module) -> None:
-    """Put shallow copies in the place of the submodules that a graph shares with a model."""
+def _separate(module: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Put shallow copies in the place of the submodules that a graph shares with others."""
     own = {id(part) for _, part in walk(module)}
-    shared = [(path, part) for path, part in walk(original) if id(part) in own]
-    for path, part in shared:
+    shared = {id(part): (path, part) for other in others for path, part in walk(other) if id(part) in own}
+    for path, part in shared.values():
         _refuse_own_forward(path, part)
-    copies = shallow_copies(part for _, part in shared)
+    copies = shallow_copies(part for _, part in shared.values())
     put_copies(module, copies)
     for _, part in walk(module):
         if isinstance(part, PartModes):
@@ -236,5 +274,6 @@ def _refuse_own_forward(path: str, part: nn.Module) -> None:
     if forward is not None and not isinstance(forward, MethodType):
         raise FxwidthError(
             f"{path} has a forward put over that of its class, which a copy of it would not follow, and the model that "
-            "was traced cannot do what the graph does at these widths. Delete the model before the resize."
+            "was traced, or another graph of it, cannot do what the graph does at these widths. Delete that before the "
+            "resize."
         )

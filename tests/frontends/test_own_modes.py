@@ -58,7 +58,7 @@ class PutOver(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh())
-        self.body.train = lambda mode=True: self.body  # type: ignore[method-assign]  # noqa: ARG005
+        self.body.train = lambda mode=True: self.body  # type: ignore[method-assign]
         for part in self.body.modules():
             part.training = False
 
@@ -78,7 +78,7 @@ class FrozenLayer(nn.Module):
         super().__init__()
         self.mix, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
 
-    def train(self, mode: bool = True) -> FrozenLayer:  # noqa: ARG002
+    def train(self, mode: bool = True) -> FrozenLayer:
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
