@@ -6,9 +6,10 @@ with: a mask of a fixed width fits one width alone.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxwidth.axes.pins import IN_TRAINING
 from fxwidth.axes.unification import unify
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 
 def was_passed_through(args: tuple[Any, ...], value: Any) -> bool:
-    """Tell whether a module that ran no op in evaluation gave back what it was given."""
+    """Tell whether a module that ran no op in evaluation gave back what it was given, or nothing: it may write."""
     given, returned = deep_tensors(args), deep_tensors(value)
-    return bool(returned) and {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
+    if not returned:
+        return value is None and bool(given)
+    return {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
 
 
 def follow_training(
@@ -49,13 +52,11 @@ def follow_training(
         value: what it returns in evaluation: some of these.
     """
     given, evaluated = deep_tensors((args, kwargs)), deep_tensors(value)
-    with recorder.aside() as calls, training(module), restored(module):
-        try:
-            returned = deep_tensors(module(*args, **kwargs))
-        except Exception:
-            returned = []
+    returned: list[Tensor] | None = None
+    with recorder.aside() as calls, training(module), restored(module), suppress(Exception):
+        returned = deep_tensors(module(*args, **kwargs))
     analysis.space.context = f"node {recorder.node}"
-    if [tensor.shape for tensor in returned] != [tensor.shape for tensor in evaluated]:
+    if returned is None or [tensor.shape for tensor in returned] != [tensor.shape for tensor in evaluated]:
         for tensor in given:
             for axis in analysis.axes_of(tensor):
                 analysis.space.pin(axis, IN_TRAINING)
@@ -63,6 +64,7 @@ def follow_training(
     for own, other in zip(returned, evaluated, strict=True):
         for one, two in zip(analysis.axes_of(own), analysis.axes_of(other), strict=True):
             unify(analysis.space, one, two)
+        analysis.in_training.append((own, other))
     return calls
 
 
