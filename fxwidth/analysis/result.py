@@ -60,8 +60,9 @@ class Analysis:
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `effects` is what nodes do besides of which no op tells, as to put hooks on gradients. `is_single` tells that
     the inputs are one sample, without a batch. `training_calls` are what nodes do in training that do nothing in
-    evaluation, and `in_training` what they return there, each with what that stands for. `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and
-    `seen` is what the module was.
+    evaluation, or return something else, and `in_training` what they return there, each with what that stands for.
+    `lost` are groups of width one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and `seen` is
+    what the module was.
     """
 
     module: fx.GraphModule

@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MethodType
 from weakref import WeakKeyDictionary, ref
 
@@ -79,8 +80,13 @@ def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
 
 def _sharing(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
     own = {id(tensor) for module in modules for tensor, _ in tensor_slots(module).values()}
-    others = [graph for graph in list(_ORIGINALS) if all(graph is not module for module in modules)]
-    return [graph for graph in others if any(id(tensor) in own for tensor, _ in tensor_slots(graph).values())]
+    known = set(map(id, modules))
+    found = []
+    for graph in list(_ORIGINALS):
+        tensors = chain(graph.parameters(), graph.buffers())
+        if id(graph) not in known and not own.isdisjoint(map(id, tensors)):
+            found.append(graph)
+    return found
 
 
 def goes_along(
