@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fxwidth.axes.pins import IN_TRAINING
+from fxwidth.axes.pins import IN_TRAINING, OUTPUT
 from fxwidth.axes.unification import unify
 from fxwidth.recording.tape import OpCall, TapeRecorder
 from fxwidth.rules.registry import broadcast_all, rule_for
@@ -52,9 +52,8 @@ def follow_training(
         value: what it returns in evaluation: some of these.
     """
     given, evaluated = deep_tensors((args, kwargs)), deep_tensors(value)
-    returned: list[Tensor] | None = None
-    with recorder.aside() as calls, training(module), restored(module), suppress(Exception):
-        returned = deep_tensors(module(*args, **kwargs))
+    with recorder.aside() as calls:
+        returned = _in_training(module, args, kwargs)
     analysis.space.context = f"node {recorder.node}"
     if returned is None or [tensor.shape for tensor in returned] != [tensor.shape for tensor in evaluated]:
         for tensor in given:
@@ -66,6 +65,48 @@ def follow_training(
             unify(analysis.space, one, two)
         analysis.in_training.append((own, other))
     return calls
+
+
+def follow_other_answer(
+    analysis: Analysis,
+    recorder: TapeRecorder,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    value: Any,
+) -> list[OpCall]:
+    """Pin the sizes of what a model returns in training, where that is something else, and return its ops there.
+
+    Args:
+        analysis: takes the pins.
+        recorder: the tape, which is at work on the node of the module that returns for the model.
+        module: what is run.
+        args: its positional arguments.
+        kwargs: those by name.
+        value: what it returns in evaluation.
+    """
+    # Its ops in training are judged only where they are for more than the tape is.
+    with recorder.aside(judged=False):
+        returned = _in_training(module, args, kwargs)
+    shapes = [tensor.shape for tensor in deep_tensors(value)]
+    if returned is None or [tensor.shape for tensor in returned] == shapes:
+        return []
+    recorder.begin(recorder.node)
+    with recorder.aside() as calls:
+        returned = _in_training(module, args, kwargs)
+    analysis.space.context = f"node {recorder.node}, in training"
+    for axis in (axis for tensor in returned or () for axis in analysis.axes_of(tensor)):
+        for factor in analysis.space.factors(axis):
+            if not factor.is_batch:
+                analysis.space.pin(((factor,),), OUTPUT)
+    return calls
+
+
+def _in_training(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+    """Return the tensors that a module returns in training, or None where it does not run."""
+    with training(module), restored(module), suppress(Exception):
+        return deep_tensors(module(*args, **kwargs))
+    return None
 
 
 def works_across_channels(call: OpCall) -> bool:

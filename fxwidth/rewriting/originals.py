@@ -231,9 +231,11 @@ def leave_behind(
         with edits.suspended():
             for other in others:
                 _separate(other, [module, *models])
-        staying, forgetting = others, others
+        staying: list[nn.Module] = [*others]
+        forgetting = others
     else:
-        staying, forgetting = [*models, *others], [module] if models else []
+        staying = [*models, *others]
+        forgetting = [module] if models else []
         _separate(module, staying)
         edits.take_back(part for one in staying for _, part in walk(one))
     for graph in forgetting:
