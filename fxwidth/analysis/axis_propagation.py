@@ -197,7 +197,8 @@ def run_graph(
             ) from error
         raise FxwidthError(
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "
-            "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."
+            "Pass example_inputs of the shapes and dtypes the model takes, batch first, as a tensor or a tuple; for a "
+            "graph that is there already, call fxwidth.analyze(gm, example_inputs), by which later calls go."
         ) from error
 
 

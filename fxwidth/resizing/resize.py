@@ -9,7 +9,6 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.optim import Optimizer
 
 from fxwidth.analysis.known_axes import KnownAxes, known_axes
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
@@ -28,7 +27,7 @@ from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.metadata import renew_metadata
-from fxwidth.rewriting.optimizers import check_optimizer
+from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_behind, original_of, resized_together
 from fxwidth.rewriting.successors import successor
 from fxwidth.rewriting.transaction import Transaction
@@ -46,7 +45,7 @@ def resize(
     gm: fx.GraphModule,
     plan: Mapping[str, int | Sequence[int]],
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     **options: Unpack[ResizeKeywords],
 ) -> fx.GraphModule:
     """Give channel groups new widths, in place.
@@ -63,7 +62,7 @@ def resize(
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
         plan: group name -> new width, or the channels to keep, ascending, as in `{"conv1": 24, "conv2": [0, 2, 5]}`;
             groups that are not named stay.
-        optimizer: the optimizer that trains `gm` or a part of it.
+        optimizer: the optimizer that trains `gm` or a part of it; a list where several do, each for its parameters.
         data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
             with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
             norm statistics.
