@@ -7,7 +7,6 @@ from typing import Unpack
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.optim import Optimizer
 
 from fxwidth.errors import FxwidthError
 from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
@@ -38,7 +37,7 @@ class ResizeWidths(PassBase):
         self,
         plan: Mapping[str, int | Sequence[int]] | None = None,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         **options: Unpack[ResizeKeywords],
     ) -> None:
         super().__init__()

@@ -50,6 +50,7 @@ def symbolic_graph(
     live_numbers: bool = True,
     leaves: Collection[nn.Module] = (),
     failed: list[nn.Module] | None = None,
+    modes: dict[nn.Module, bool] | None = None,
 ) -> fx.GraphModule:
     """Return the graph of a model, traced by running it on proxies.
 
@@ -61,11 +62,14 @@ def symbolic_graph(
         live_numbers: whether numbers stay inputs too; a model that branches on them cannot be traced so.
         leaves: submodules that are called as they are.
         failed: takes the innermost submodule in which tracing ends, if it does.
+        modes: takes the mode of each submodule when it is called as it is.
     """
+    modes = {} if modes is None else modes
+    modes.clear()
     failed = [] if failed is None else failed
     belongings = Belongings(model)
     with restored(model) as held:
-        tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held))
+        tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held), modes)
         reads = refusing_reads(tracer.watch.is_of_model)
         effects = watching_effects(refuse_effect)
         asked = answering_as_in_eager_mode()
@@ -87,7 +91,9 @@ def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
         raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
-def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module]) -> fx.GraphModule:
+def graph_with_leaves(
+    model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module], modes: dict[nn.Module, bool] | None = None
+) -> fx.GraphModule:
     """Return the graph of a model, in which parts that cannot be traced are called as they are.
 
     A part is the innermost module at which tracing ends. Where that is the model itself, the graph is one call of it,
@@ -97,12 +103,13 @@ def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: l
         model: the module.
         arguments: those of its forward, with examples or defaults.
         leaves: submodules that are called as they are; takes those that are found.
+        modes: takes the mode of each submodule when it is called as it is.
     """
     known = len(leaves)
     while True:
         failed: list[nn.Module] = []
         try:
-            return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed)
+            return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed, modes=modes)
         except Exception:
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
@@ -143,9 +150,11 @@ class _Tracer(fx.Tracer):
         failed: list[nn.Module],
         belongings: Belongings,
         watch: TensorWatch,
+        modes: dict[nn.Module, bool],
     ) -> None:
         super().__init__()
         self.watch = watch
+        self._modes = modes
         self._failed = failed
         self.helpers: dict[str, nn.Module] = {}
         self._arguments = arguments
@@ -214,8 +223,11 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace a submodule, or call it as it is."""
+        is_leaf = self.is_leaf_module(m, "")
+        if is_leaf:
+            self._note_modes(m)
         try:
-            if self.is_leaf_module(m, ""):
+            if is_leaf:
                 self._belongings.refuse_others(m)
                 return super().call_module(m, forward, args, kwargs)
             generators = Generators()
@@ -226,6 +238,12 @@ class _Tracer(fx.Tracer):
             if not self._failed and id(m) not in self._leaves:
                 self._failed.append(m)
             raise
+
+    def _note_modes(self, module: nn.Module) -> None:
+        """Note in which modes a module and its parts are called, which must be one for all calls."""
+        for part in module.modules():
+            if self._modes.setdefault(part, part.training) != part.training:
+                raise UntraceableError(f"a {type(part).__name__} is called in both modes, which a graph forgets")
 
     def create_args_for_root(
         self,

@@ -49,6 +49,12 @@ class TapeIndex:
                 self.calls.setdefault(factor, []).append(call)
             for key in call.axes.keys() & self.users.keys():
                 self.users[key].append(call)
+        self.in_training: dict[Factor, list[OpCall]] = {}
+        for call in (call for calls in analysis.training_calls.values() for call in calls):
+            self.used |= call.axes.keys()
+            rows = [*call.axes.values(), *call.output_axes]
+            for factor in self._mentioned(analysis.space, (axis for axes in rows for axis in axes)):
+                self.in_training.setdefault(factor, []).append(call)
         for name, entry in analysis.parameters.items():
             for dim, axis in enumerate(entry.axes):
                 for factor in self._mentioned(analysis.space, [axis]):
@@ -113,6 +119,7 @@ class Interpretation:
         self.states: dict[int, States] = {}
         self._ranges: dict[int, Range] = {}
         self._by_storage: dict[int, dict[int, Tensor]] = {}
+        self._most: dict[int, States] = {}
         self.refusal: RefusedError | None = None
         self.progress = -1
         self.needed: set[Slot] = set()
@@ -122,6 +129,14 @@ class Interpretation:
 
     def run(self) -> Interpretation:
         """Follow the new channels along the tape."""
+        self._follow()
+        while self.refusal is None and self._less_in_training():
+            for found in (self.states, self._ranges, self._by_storage, self.needed, self.norms, self.sources):
+                found.clear()
+            self._follow()
+        return self
+
+    def _follow(self) -> None:
         for slot in self._slots:
             self._start(slot[0])
         for call in self._index.calls.get(self._factor, ()):
@@ -129,8 +144,28 @@ class Interpretation:
                 self._pass(call)
             except RefusedError as refusal:
                 self.refusal, self.progress = refusal, call.index
-                break
-        return self
+                return
+        # What training alone does comes last: its ops have no index on the tape, and read what is on it.
+        try:
+            for call in self._index.in_training.get(self._factor, ()):
+                known = len(self.norms)
+                self._pass(call)
+                if len(self.norms) > known:
+                    raise RefusedError(f"a norm sees more channels ({call.place})")
+        except RefusedError as refusal:
+            self.refusal, self.progress = RefusedError(f"in training, {refusal}"), len(self._analysis.calls)
+
+    def _less_in_training(self) -> bool:
+        """Note what holds for less in training than in evaluation: what reads it may rely on what holds in both."""
+        found = False
+        for own, other in self._analysis.in_training:
+            states = self.states.get(id(other), ())
+            in_training = self.states.get(id(own), states if own is other else (CONSTANT,) * len(states))
+            both = tuple(one & two for one, two in zip(states, in_training, strict=True))
+            if both != states:
+                self._most[id(other)] = both
+                found = True
+        return found
 
     # -- what calls ask and tell (see `growth_states.Observer`) ------------------------------------------------------
 
@@ -238,7 +273,8 @@ class Interpretation:
         return (float(value), float(value)) if isinstance(value, (int, float)) else ANYTHING
 
     def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
-        self.states[id(tensor)] = states
+        most = self._most.get(id(tensor), states)
+        self.states[id(tensor)] = tuple(one & two for one, two in zip(states, most, strict=True))
         self.sources[id(tensor)] = origins
         self._by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
 

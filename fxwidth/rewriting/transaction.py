@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
-from torch.optim import Optimizer
 
-from fxwidth.rewriting.optimizers import optimizers_in
+from fxwidth.rewriting.optimizers import Optimizers, optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
 from fxwidth.runtime.module_state import walk
@@ -37,7 +36,9 @@ class Transaction:
         objects: others of which attributes may change.
     """
 
-    def __init__(self, *modules: nn.Module, optimizer: Optimizer | None = None, objects: Iterable[object] = ()) -> None:
+    def __init__(
+        self, *modules: nn.Module, optimizer: Optimizers | None = None, objects: Iterable[object] = ()
+    ) -> None:
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}

@@ -193,7 +193,8 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
                 shapes = [tuple(tensor.shape) for tensor in deep_tensors(values)]
                 raise FxwidthError(
                     f"batch {number} of {source}, of shapes {shapes}, fails at node {observer.node!r}: {error}. "
-                    "Pass batches like the example_inputs the graph was analysed with."
+                    "Pass batches like the example_inputs the graph was analysed with; where it takes other dtypes, "
+                    "devices or shapes now, call fxwidth.analyze(gm, example_inputs) first, by which later calls go."
                 ) from error
             samples += size
     if samples == 0:
