@@ -77,7 +77,6 @@ def trace(
     call = call_of(example_inputs, example_kwargs)
     _refuse_scripts(model)
     _refuse_unmade(model)
-    _refuse_names(model)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
@@ -229,6 +228,7 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
         warn_of_modes(model, partial[0].unfollowed)
         warn_of_own_methods(model, partial[0].module, own)
         return partial[0].module, partial[1]
+    _refuse_names(model)
     if unusable is not None:
         raise unusable
     raise _untraceable(model, reasons, call) from list(reasons.values())[-1]
@@ -277,8 +277,6 @@ def _refuse_scripts(model: nn.Module) -> None:
 
 def _refuse_names(model: nn.Module) -> None:
     """Check that nothing of a model goes by a name that graphs have for something of their own."""
-    if isinstance(model, fx.GraphModule):
-        return
     taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
     for name in (*model._modules, *model._parameters, *model._buffers):
         if name in taken:
