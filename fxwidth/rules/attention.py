@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxwidth.axes.factors import Axis, axis_size
 from fxwidth.axes.pins import ORDER, SCALE
+from fxwidth.rules.op_families import Attention
 from fxwidth.rules.registry import RuleContext, rule
 
+aten = torch.ops.aten
+
 _KERNELS = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
 )
 
 
-@rule("fxwidth::attention")
+@rule(torch.ops.fxwidth.attention, family=Attention())
 def _attention(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Couple [*lead, L, E] with [*lead, S, E] to weights [*lead, L, S], and these with [*lead, S, V]."""
     query, key, value = c.axes("query"), c.axes("key"), c.axes("value")
@@ -49,7 +54,7 @@ def _match(
         c.broadcast([[*leading, query[-2], key[-2]], c.axes(mask)])
 
 
-@rule(*_KERNELS)
+@rule(*_KERNELS, family=Attention())
 def _kernel(c: RuleContext) -> Sequence[Sequence[Axis]]:
     query, key, value = c.axes("query"), c.axes("key"), c.axes("value")
     for dim in (0, 1):
