@@ -19,6 +19,7 @@ _KERNELS = (
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 )
+_ONE_TILE = _KERNELS[:2]
 
 
 @rule(torch.ops.fxwidth.attention, family=Attention())
@@ -60,7 +61,7 @@ def _kernel(c: RuleContext) -> Sequence[Sequence[Axis]]:
     for dim in (0, 1):
         c.unify(query[dim], key[dim])
         c.unify(key[dim], value[dim])
-    if "flash" in c.call.name:
+    if c.call.func.overloadpacket in _ONE_TILE:
         c.unify(query[3], value[3])  # one tile size serves all three
     _match(c, query, key, value, query[:2], "attn_mask" if "attn_mask" in c.call.arguments else "attn_bias")
     # The kernels' default scale is computed from head_dim, which must therefore stay.

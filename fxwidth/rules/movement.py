@@ -256,7 +256,7 @@ def _split_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
     sizes = [maps.size(axes[dim]) for axes in call.output_axes]
     arguments = {"self": call.arguments["self"], "split_sizes": sizes, "dim": dim}
     # What is written to in place afterwards must not be one of several views, for autograd's sake.
-    safe = not call.name.startswith("unsafe")
+    safe = call.func.overloadpacket not in (aten.unsafe_split, aten.unsafe_split_with_sizes)
     return (torch.ops.aten.split_with_sizes if safe else torch.ops.aten.unsafe_split_with_sizes).default, arguments
 
 
