@@ -20,7 +20,8 @@ from fxwidth.axes.factors import Axis, Factor, FactorSpace, Link, find
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import Pin
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Move, is_move
+from fxwidth.rules.family_table import is_move
+from fxwidth.rules.op_families import Move
 from fxwidth.rules.op_names import rule_name
 from fxwidth.runtime.pytrees import deep_tensors
 

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall, TapeRecorder, functional_name
-from fxwidth.rules.op_families import Move, is_move
+from fxwidth.rules.family_table import is_move
+from fxwidth.rules.op_families import Move
 from fxwidth.rules.op_names import op_name, rule_name
 from fxwidth.rules.registry import keeps, prescribed
 

@@ -24,7 +24,8 @@ from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import Axes, OpCall, functional_name, tensors_in, unbind
-from fxwidth.rules.op_families import Move, Norm, NormKind, as_family, channel_norm, is_move
+from fxwidth.rules.family_table import as_family, channel_norm, is_move
+from fxwidth.rules.op_families import Move, Norm, NormKind
 from fxwidth.rules.registry import Prescribed, prescribed, revised
 from fxwidth.runtime.pytrees import deep_tensors
 

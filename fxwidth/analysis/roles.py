@@ -12,7 +12,8 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis, Dim
 from fxwidth.axes.factors import ONE, axis_size
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm, adds, family_of
+from fxwidth.rules.family_table import adds, family_of
+from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
 
 Lineage = tuple[frozenset[Dim], ...]
 

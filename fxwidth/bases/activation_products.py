@@ -13,7 +13,8 @@ from fxwidth.axes.factors import Factor, axis_size, element_size
 from fxwidth.bases.channel_provenance import Origins, Place
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import Contraction, OpCall
-from fxwidth.rules.op_families import Attention, family_of
+from fxwidth.rules.family_table import family_of
+from fxwidth.rules.op_families import Attention
 from fxwidth.weights.readers import argument_name
 
 

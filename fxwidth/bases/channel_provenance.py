@@ -13,18 +13,8 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import Indices
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
-from fxwidth.rules.op_families import (
-    Arithmetic,
-    Attention,
-    Convolution,
-    Family,
-    Norm,
-    Product,
-    as_family,
-    family_of,
-    is_arithmetic,
-    running_norm,
-)
+from fxwidth.rules.family_table import as_family, family_of, is_arithmetic, running_norm
+from fxwidth.rules.op_families import Arithmetic, Attention, Convolution, Family, Norm, Product
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from fxwidth.axes.index_maps import Indices
 from fxwidth.bases.channel_provenance import Origins
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Convolution, Move, Product, family_of, is_move, running_norm
+from fxwidth.rules.family_table import family_of, is_move, running_norm
+from fxwidth.rules.op_families import Convolution, Move, Product
 from fxwidth.weights.readers import wiring_of
 
 # Between writer and batch norm nothing may be but what leaves all channels of all samples where they are.

@@ -23,16 +23,8 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.rules import op_families
-from fxwidth.rules.op_families import (
-    Arithmetic,
-    Attention,
-    Convolution,
-    Move,
-    family_of,
-    is_arithmetic,
-    is_move,
-    running_norm,
-)
+from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
+from fxwidth.rules.op_families import Arithmetic, Attention, Convolution, Move
 from fxwidth.weights.reparametrised import normed_weights
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 

@@ -19,7 +19,8 @@ from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
-from fxwidth.rules.op_families import Attention, Convolution, Family, Product, family_of
+from fxwidth.rules.family_table import family_of
+from fxwidth.rules.op_families import Attention, Convolution, Family, Product
 from fxwidth.rules.registry import prescribed
 
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]

@@ -21,6 +21,7 @@ from fxwidth.growth.states import (
     transfer,
 )
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family
 from fxwidth.rules.normalization import weight_norm_dim
 from fxwidth.rules.op_families import (
     Attention,
@@ -32,7 +33,6 @@ from fxwidth.rules.op_families import (
     Product,
     Reduction,
     WeightNorm,
-    as_family,
 )
 
 aten = torch.ops.aten

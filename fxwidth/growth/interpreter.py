@@ -29,7 +29,7 @@ from fxwidth.growth.states import (
 )
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.op_families import channel_norm
+from fxwidth.rules.family_table import channel_norm
 from fxwidth.rules.op_names import rule_name
 from fxwidth.rules.registry import broadcast_all, rule_for
 

@@ -18,7 +18,8 @@ from fxwidth.growth.states import (
     of_number,
     transfer,
 )
-from fxwidth.rules.op_families import Move, Movement, Positions, as_family, is_move
+from fxwidth.rules.family_table import as_family, is_move
+from fxwidth.rules.op_families import Move, Movement, Positions
 
 aten = torch.ops.aten
 

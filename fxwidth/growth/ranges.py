@@ -17,18 +17,8 @@ from torch.utils import _pytree as pytree
 
 from fxwidth.growth.states import CallView, State
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
-from fxwidth.rules.op_families import (
-    Arithmetic,
-    Family,
-    LookUp,
-    Move,
-    Movement,
-    Positions,
-    Reduction,
-    family_of,
-    is_arithmetic,
-    is_move,
-)
+from fxwidth.rules.family_table import family_of, is_arithmetic, is_move
+from fxwidth.rules.op_families import Arithmetic, Family, LookUp, Move, Movement, Positions, Reduction
 from fxwidth.rules.op_names import op_name, rule_name
 
 aten = torch.ops.aten

@@ -19,7 +19,8 @@ from fxwidth.growth.contraction import convolution_parts
 from fxwidth.growth.interpreter import Interpretation, Slot, tape_index
 from fxwidth.growth.states import AxisFacts, DirectionlessError, NormedWriterError, ProductRefusedError, State
 from fxwidth.recording.tape import Axes, OpCall
-from fxwidth.rules.op_families import Arithmetic, Norm, WeightNorm, adds, as_family, channel_norm, is_arithmetic
+from fxwidth.rules.family_table import adds, as_family, channel_norm, is_arithmetic
+from fxwidth.rules.op_families import Arithmetic, Norm, WeightNorm
 
 
 class Recipe(StrEnum):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, Term
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import FAMILIES, Family
+from fxwidth.rules.family_table import FAMILIES
+from fxwidth.rules.op_families import Family
 from fxwidth.rules.op_names import Op, op_name, rule_name
 from fxwidth.rules.registry import POINTWISE
 

@@ -16,7 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.basis_change import Rotation, rotation
-from fxwidth.rules.op_families import running_norm
+from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share
 from fxwidth.selection.grams import Pairs, each_pairs, pairs_of

@@ -17,7 +17,7 @@ from fxwidth.axes.index_maps import NEW, Indices
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import OpCall, bind
-from fxwidth.rules.op_families import running_norm
+from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.statistics.calibration_data import batches_from, cut_anew
 from fxwidth.weights.readers import wiring_of

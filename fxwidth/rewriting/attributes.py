@@ -11,7 +11,8 @@ from torch import nn
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Convolution, Family, Move, Norm, NormKind, family_of, is_move
+from fxwidth.rules.family_table import family_of, is_move
+from fxwidth.rules.op_families import Convolution, Family, Move, Norm, NormKind
 from fxwidth.rules.registry import prescribed
 
 Attributes = dict[str, Any]

@@ -10,7 +10,8 @@ from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import KERNEL, POSITION, SORTED_ROWS
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Convolution, GroupedProduct, Product, as_family
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Convolution, GroupedProduct, Product
 from fxwidth.rules.op_names import Op
 from fxwidth.rules.registry import (
     Prescribed,

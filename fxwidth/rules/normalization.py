@@ -11,7 +11,8 @@ import torch
 from fxwidth.axes.factors import ONE, Axis, axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Norm, NormKind, WeightNorm, as_family
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Norm, NormKind, WeightNorm
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 
 aten = torch.ops.aten

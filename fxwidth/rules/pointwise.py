@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fxwidth.rules.op_families import Arithmetic, Elementwise, Move, Movement, declare
+from fxwidth.rules.family_table import declare
+from fxwidth.rules.op_families import Arithmetic, Elementwise, Move, Movement
 from fxwidth.rules.registry import pointwise
 
 aten = torch.ops.aten

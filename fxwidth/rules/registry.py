@@ -19,7 +19,8 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import MADE, Pin
 from fxwidth.axes.unification import cut, split, unify
 from fxwidth.recording.tape import Axes, Contraction, Mixing, OpCall, tensors_in
-from fxwidth.rules.op_families import Family, declare
+from fxwidth.rules.family_table import declare
+from fxwidth.rules.op_families import Family
 from fxwidth.rules.op_names import Op, op_name, rule_name
 
 Rule = Callable[["RuleContext"], Sequence[Sequence[Axis]]]

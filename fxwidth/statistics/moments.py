@@ -19,7 +19,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import TapeRecorder, bind
-from fxwidth.rules.op_families import running_norm
+from fxwidth.rules.family_table import running_norm
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import is_sound

@@ -13,7 +13,8 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.graph_meta import VALUES, notes_of
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Convolution, as_family
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Convolution
 from fxwidth.runtime.pytrees import Structure, flatten, rebuild
 from fxwidth.statistics.integer_inputs import Between, Offsets, Rows, Source, has_batch, integer_sources, is_image
 from fxwidth.statistics.integer_uses import uses_of

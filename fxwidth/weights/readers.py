@@ -17,16 +17,8 @@ from fxwidth.axes.positions import occupied_positions, without_minor
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.op_families import (
-    Arithmetic,
-    Convolution,
-    Move,
-    Product,
-    family_of,
-    is_arithmetic,
-    is_move,
-    running_norm,
-)
+from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
+from fxwidth.rules.op_families import Arithmetic, Convolution, Move, Product
 from fxwidth.weights.reparametrised import computed_values, normed_weights, own_values
 
 

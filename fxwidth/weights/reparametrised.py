@@ -20,8 +20,9 @@ from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, plain_kernels, tensors_in, unbind
+from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
 from fxwidth.rules.normalization import weight_norm_dim
-from fxwidth.rules.op_families import Arithmetic, Move, Product, WeightNorm, as_family, is_arithmetic, is_move
+from fxwidth.rules.op_families import Arithmetic, Move, Product, WeightNorm
 from fxwidth.rules.registry import prescribed
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 

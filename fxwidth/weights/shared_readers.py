@@ -10,7 +10,8 @@ from torch import Tensor
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import Norm, running_norm, takes_rows
+from fxwidth.rules.family_table import running_norm, takes_rows
+from fxwidth.rules.op_families import Norm
 from fxwidth.weights.readers import ParameterView, Reader, Wiring, wiring_of
 
 

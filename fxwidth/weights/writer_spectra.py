@@ -14,7 +14,8 @@ from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import LookUp, as_family, running_norm
+from fxwidth.rules.family_table import as_family, running_norm
+from fxwidth.rules.op_families import LookUp
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import normed_weights, weight_values

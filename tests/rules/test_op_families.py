@@ -17,7 +17,8 @@ from fxwidth.costs.counts import flop_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.rules.contraction import product
-from fxwidth.rules.op_families import FAMILIES, Norm, NormKind, Product, adds, declare, running_norm
+from fxwidth.rules.family_table import FAMILIES, adds, declare, running_norm
+from fxwidth.rules.op_families import Norm, NormKind, Product
 from fxwidth.rules.registry import POINTWISE, RULES, pointwise, rule
 from fxwidth.rules.unruled import UNRULED
 from fxwidth.weights.shared_readers import reader_sets
