@@ -15,7 +15,7 @@ from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
 from fxwidth.analysis.training_calls import follow_other_answer, follow_training, was_passed_through
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
-from fxwidth.axes.pins import NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
+from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import OUTPUTS_MODULE
@@ -25,6 +25,7 @@ from fxwidth.recording.data_dependent import ValueRecord
 from fxwidth.recording.submodules import watching_parts
 from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, plain_kernels
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
+from fxwidth.rules.unruled import why_unruled
 from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode
 from fxwidth.runtime.gc_pause import without_collections
@@ -280,7 +281,7 @@ def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -
 def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:
     judge = rule_for(call.func)
     if judge is None:
-        return None, NO_RULE
+        return None, why_unruled(call.func)
     context = RuleContext(call, analysis.space, analysis.axes_of, analysis.in_memory_of)
     try:
         result = [tuple(axes) for axes in judge(context)]

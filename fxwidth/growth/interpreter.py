@@ -16,15 +16,25 @@ from fxwidth.growth import (
 )
 from fxwidth.growth.pointwise import pass_pointwise
 from fxwidth.growth.ranges import ANYTHING, Range, refuse_not_finite, result_range
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, CallView, RefusedError, State, States
+from fxwidth.growth.states import (
+    ALL_ZERO,
+    CONSTANT,
+    NO_TRANSFER,
+    AxisFacts,
+    CallView,
+    RefusedError,
+    State,
+    States,
+    transfer_of,
+)
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
+from fxwidth.rules.family_table import channel_norm
+from fxwidth.rules.op_names import rule_name
+from fxwidth.rules.registry import broadcast_all, rule_for
 
 Slot = tuple[str, int]
 """A dim of a parameter or buffer."""
-
-CHANNEL_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "fxwidth::rms_norm"})
 
 
 class TapeIndex:
@@ -201,7 +211,7 @@ class Interpretation:
         if id(weight) not in self._index.names:
             return "computes its gain, which can therefore not be rescaled"
         for call in self._index.users[id(weight)]:
-            if rule_name(call.func) not in CHANNEL_NORMS or call.arguments["weight"] is not weight:
+            if channel_norm(call.func) is None or call.arguments["weight"] is not weight:
                 return "shares its gain, which would have to be rescaled, with other ops"
         return None
 
@@ -247,10 +257,10 @@ class Interpretation:
         if not call.outputs:
             return
         view = CallView(call, self._facts, self)
-        passes = TRANSFERS.get(rule_name(call.func))
+        passes = transfer_of(rule_name(call.func))
         if passes is None:
             if rule_for(call.func) is not broadcast_all:
-                view.refuse("how new channels pass it is not known")
+                view.refuse(NO_TRANSFER)
             passes = pass_pointwise
             refuse_not_finite(view, self._range_of)
         settled = view.results(passes(view))

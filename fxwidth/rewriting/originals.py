@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.op_signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
+from fxwidth.analysis.op_signatures import Signature, differ, is_silent, observed_signature, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
@@ -152,7 +152,7 @@ def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None
     observed: list[Signature] = []
 
     def see(call: OpCall) -> None:
-        if call.name not in SILENT:
+        if not is_silent(call.func):
             observed.append(observed_signature(call))
 
     with suppress(Exception):

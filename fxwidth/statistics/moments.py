@@ -18,7 +18,8 @@ from fxwidth.bases.linear_groups import linear_norms
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on
-from fxwidth.recording.tape import TapeRecorder, bind, functional_name
+from fxwidth.recording.tape import TapeRecorder, bind
+from fxwidth.rules.family_table import running_norm
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import is_sound
@@ -30,7 +31,7 @@ from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, find_probes
 from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Observer, Walker
 from fxwidth.statistics.synthetic_inputs import noise_draws
-from fxwidth.weights.readers import BATCH_NORMS, Reader
+from fxwidth.weights.readers import Reader
 
 __all__ = ["Moment", "Moments", "collect_moments", "has_values", "moments_from_data", "moments_from_noise"]
 
@@ -225,16 +226,17 @@ class _OwnStatistics(TorchDispatchMode):
     ) -> Any:
         """Run one op."""
         result = func(*args, **(kwargs or {}))
-        if functional_name(func) not in BATCH_NORMS:
+        norm = running_norm(func)
+        if norm is None:
             return result
         arguments = bind(func, args, kwargs or {})
-        signal, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
+        signal, weight, bias = (arguments[name] for name in ("input", "weight", norm.bias))
         dims = [dim for dim in range(signal.dim()) if dim != 1]
         if signal.numel() // signal.shape[1] < 2:
             return result
         variance, mean = torch.var_mean(signal, dims, correction=0)
-        eps = arguments["epsilon" if "epsilon" in arguments else "eps"]
-        if (running := arguments["running_var"]) is not None:
+        eps = arguments[norm.eps]
+        if (running := arguments[norm.variance]) is not None:
             # As small against the noise as it is against what the network was trained on.
             ratio = variance.mean() / running.mean()
             eps = eps * ratio

@@ -13,6 +13,8 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.graph_meta import VALUES, notes_of
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Convolution
 from fxwidth.runtime.pytrees import Structure, flatten, rebuild
 from fxwidth.statistics.integer_inputs import Between, Offsets, Rows, Source, has_batch, integer_sources, is_image
 from fxwidth.statistics.integer_uses import uses_of
@@ -228,7 +230,7 @@ def _products(call: OpCall) -> int:
     total = 0
     for contraction in call.contractions:
         weight = contraction.right
-        per_output = weight.numel() // max(1, weight.shape[0]) if call.name.endswith("convolution") else 0
+        per_output = weight.numel() // max(1, weight.shape[0]) if _is_convolution(call) else 0
         per_output = per_output or contraction.left.shape[contraction.left_dims[0]]
         total += call.outputs[0].numel() * per_output
     return total
@@ -241,13 +243,17 @@ def _products_of_moment(probe: Probe) -> int:
     return tensor.numel() * channels if probe.measure == Measure.MOMENT else 0
 
 
+def _is_convolution(call: OpCall) -> bool:
+    return as_family(call.func, Convolution) is not None
+
+
 def _has_places(analysis: Analysis, example: Tensor) -> bool:
     """Tell whether something sums over all places of an image at once, each with a weight of its own."""
     places = prod(example.shape[-2:])
     for call, derived in _followed(analysis, example, lambda call: [] if call.contractions else call.outputs):
         for contraction in call.contractions:
             summed = prod(contraction.left.shape[dim] for dim in contraction.left_dims)
-            if id(contraction.left) in derived and summed % places == 0 and not call.name.endswith("convolution"):
+            if id(contraction.left) in derived and summed % places == 0 and not _is_convolution(call):
                 return True
     return False
 
