@@ -13,6 +13,7 @@ from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_o
 from fxwidth.passes.plan_widths import PLAN, PLAN_NOTES
 from fxwidth.plans import Plan
 from fxwidth.resizing.resize import resize_with
+from fxwidth.rewriting.optimizers import Optimizers
 
 
 class ResizeWidths(PassBase):
