@@ -27,7 +27,7 @@ from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.in_place import written_attribute
 from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
 from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
-from fxwidth.frontends.watched_tensors import TensorWatch, refusing_reads
+from fxwidth.frontends.watched_tensors import SetterWatch, TensorWatch, refusing_reads
 from fxwidth.runtime.module_state import restored, stores
 from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
 from fxwidth.runtime.random_states import Generators
@@ -72,8 +72,17 @@ def symbolic_graph(
         tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, TensorWatch(held), modes)
         reads = refusing_reads(tracer.watch.is_of_model)
         effects = watching_effects(refuse_effect)
-        asked = answering_as_in_eager_mode()
-        with refusing_draws(), noticing(tracer.autocasts), effects, asked, assigned_buffers(), reads, tracer.watch:
+        asked, setters = answering_as_in_eager_mode(), SetterWatch()
+        with (
+            refusing_draws(),
+            noticing(tracer.autocasts),
+            effects,
+            asked,
+            assigned_buffers(),
+            reads,
+            tracer.watch,
+            setters,
+        ):
             graph = tracer.trace(model)
         _refuse_stores(model, failed)
         belongings.refuse_replaced(failed)

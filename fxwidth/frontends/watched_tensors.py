@@ -122,7 +122,7 @@ class SetterWatch(TorchFunctionMode):
     ) -> Any:
         """Run one function of torch."""
         if func == _SET_DATA:
-            raise UntraceableError("the model sets .data of a tensor, which an exported graph does not")
+            raise UntraceableError("the model sets .data of a tensor, which a graph does not")
         return func(*args, **(kwargs or {}))
 
 

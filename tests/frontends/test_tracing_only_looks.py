@@ -343,7 +343,7 @@ def test_what_no_op_tells_of_is_refused(name: str) -> None:
     model = made(name)
     with (
         untouched(model),
-        pytest.raises(FxwidthError, match=r"sets \.data of a tensor, which an exported graph does not"),
+        pytest.raises(FxwidthError, match=r"sets \.data of a tensor, which a graph does not"),
     ):
         fxwidth.trace(model, rows())
 

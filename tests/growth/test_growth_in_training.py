@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -52,7 +53,7 @@ class Tracker(nn.Module):
 
 def network(*parts: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(nn.Sequential(nn.Linear(6, 8), *parts, nn.Linear(8, 3))).double()
+    return randomise(nn.Sequential(nn.Linear(6, 8), *copy.deepcopy(parts), nn.Linear(8, 3))).double()
 
 
 def rows() -> Tensor:
