@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import Tensor, fx, nn
-from torch.optim import Optimizer
 
 from fxwidth.costs.budget import Budget, cost_polynomial
 from fxwidth.errors import FxwidthError
@@ -15,7 +14,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_out_of_reach
 from fxwidth.resizing.resize import resize_analyzed
-from fxwidth.rewriting.optimizers import check_optimizer
+from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resized_together
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
@@ -29,7 +28,7 @@ def evolve(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     **options: Unpack[EvolveKeywords],
 ) -> fx.GraphModule:
     """Trace a model, plan new widths by its spectra, and resize it.
@@ -40,7 +39,7 @@ def evolve(
             see `fxwidth.resize`.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
-        optimizer: the optimizer that trains the model.
+        optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
         options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
             `selection`, `exact` and `rotate` are for both.
 
@@ -87,7 +86,7 @@ class Evolver:
 
     Args:
         gm: a graph from `fxwidth.trace`.
-        optimizer: the optimizer that trains it or a part of it.
+        optimizer: the optimizer that trains it or a part of it; a list where several do, each for its parameters.
         every: steps between two resizes.
         start: steps before the first.
         rounds: the number of resizes on the way to the target.
@@ -121,7 +120,7 @@ class Evolver:
     def __init__(
         self,
         gm: fx.GraphModule,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         *,
         every: int = 200,
         start: int = 0,

@@ -14,11 +14,10 @@ from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
-from fxwidth.rewriting.optimizers import refuse_other_than_optimizers
+from fxwidth.rewriting.optimizers import Optimizers, refuse_other_than_optimizers
 from fxwidth.selection.registry import Selection, check_selection
 from fxwidth.statistics.calibration_data import refuse_other_than_batches, replayed
 
@@ -116,7 +115,7 @@ class ResizeOptions:
         FxwidthError: an option is out of range, or options contradict each other.
     """
 
-    optimizer: Optimizer | None = None
+    optimizer: Optimizers | None = None
     data: Iterable[Any] | None = None
     selection: Selection = "greedy"
     recalibrate: bool | None = None
@@ -165,7 +164,7 @@ def options_from(kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
     return kind(**given)
 
 
-def both_options(given: Mapping[str, Any], optimizer: Optimizer | None) -> tuple[PlanOptions, ResizeOptions]:
+def both_options(given: Mapping[str, Any], optimizer: Optimizers | None) -> tuple[PlanOptions, ResizeOptions]:
     """Return the options of `plan` and of `resize` that some keywords give, those that both have to both.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -14,18 +14,26 @@ from torch.nn.parameter import is_lazy
 
 from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.data_dependent_runs import record_values
-from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs, whole_numbers, with_batch_of_two
+from fxwidth.analysis.input_specs import (
+    device_of,
+    input_specs,
+    integer_examples,
+    real_inputs,
+    whole_numbers,
+    with_batch_of_two,
+)
 from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import Call, arguments_of, call_of
+from fxwidth.frontends.call_signature import Argument, Call, arguments_of, bound_to_placeholders, call_of
 from fxwidth.frontends.export import exported_graph
+from fxwidth.frontends.own_modes import own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
-from fxwidth.recording.graph_meta import AXES, INPUTS, VALUES, notes_of
+from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
@@ -74,7 +82,6 @@ def trace(
 def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
     _refuse_scripts(model)
     _refuse_unmade(model)
-    _refuse_names(model)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
@@ -139,7 +146,10 @@ def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
         if doubled is None:
             raise
         analysis = _analyze(module, specs, call)
-    notes_of(module)[INPUTS] = specs
+    notes = notes_of(module)
+    notes[INPUTS] = specs
+    if call is not None:
+        notes[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
     return analysis
 
 
@@ -193,21 +203,19 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
     reasons: dict[str, Exception] = {}
     unusable: FxwidthError | None = None
     front_ends: list[tuple[str, Tracer]] = [
-        (_SYMBOLIC, lambda leaves, failed: symbolic_graph(model, arguments, leaves=leaves, failed=failed)),
-        (
-            _SYMBOLIC,
-            lambda leaves, failed: symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed),
-        ),
+        (_SYMBOLIC, lambda *found: _symbolic(model, arguments, True, *found)),
+        (_SYMBOLIC, lambda *found: _symbolic(model, arguments, False, *found)),
     ]
     if call is not None:
-        front_ends.append((_EXPORT, lambda _, __: exported_graph(model, arguments, device_of(model))))
-        front_ends.append((_LEAVES, lambda leaves, _: graph_with_leaves(model, arguments, leaves)))
+        front_ends.append((_EXPORT, lambda *_: exported_graph(model, arguments, device_of(model))))
+        front_ends.append((_LEAVES, lambda leaves, _, modes: graph_with_leaves(model, arguments, leaves, modes)))
+    own = own_modes(model)
     partial: tuple[Traced, Analysis] | None = None
     for name, front_end in front_ends:
         if partial is not None and name != _EXPORT:
             continue  # it would follow no more
         try:
-            traced = in_both_modes(model, front_end, takes_leaves=name != _EXPORT)
+            traced = in_both_modes(model, front_end, own, takes_leaves=name != _EXPORT)
             keep_names(model, traced.module)
         except Exception as error:
             reasons[name] = error
@@ -221,14 +229,28 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
             continue
         if not traced.untraceable:
             warn_of_modes(model, traced.unfollowed)
+            warn_of_own_methods(model, traced.module, own)
             return traced.module, analysis
         partial = partial or (traced, analysis)
     if partial is not None:
         warn_of_modes(model, partial[0].unfollowed)
+        warn_of_own_methods(model, partial[0].module, own)
         return partial[0].module, partial[1]
+    _refuse_names(model)
     if unusable is not None:
         raise unusable
     raise _untraceable(model, reasons, call) from list(reasons.values())[-1]
+
+
+def _symbolic(
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    live_numbers: bool,
+    leaves: list[nn.Module],
+    failed: list[nn.Module],
+    modes: dict[nn.Module, bool],
+) -> fx.GraphModule:
+    return symbolic_graph(model, arguments, live_numbers=live_numbers, leaves=leaves, failed=failed, modes=modes)
 
 
 _SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.fx.symbolic_trace with leaves"
@@ -263,8 +285,6 @@ def _refuse_scripts(model: nn.Module) -> None:
 
 def _refuse_names(model: nn.Module) -> None:
     """Check that nothing of a model goes by a name that graphs have for something of their own."""
-    if isinstance(model, fx.GraphModule):
-        return
     taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
     for name in (*model._modules, *model._parameters, *model._buffers):
         if name in taken:

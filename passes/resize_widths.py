@@ -7,13 +7,13 @@ from typing import Unpack
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.optim import Optimizer
 
 from fxwidth.errors import FxwidthError
 from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
 from fxwidth.passes.plan_widths import PLAN, PLAN_NOTES
 from fxwidth.plans import Plan
 from fxwidth.resizing.resize import resize_with
+from fxwidth.rewriting.optimizers import Optimizers
 
 
 class ResizeWidths(PassBase):
@@ -38,7 +38,7 @@ class ResizeWidths(PassBase):
         self,
         plan: Mapping[str, int | Sequence[int]] | None = None,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         **options: Unpack[ResizeKeywords],
     ) -> None:
         super().__init__()

@@ -140,7 +140,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"rotate": None}, "plan resize", "rotate=None must be True or False"),
     ({"fold": 2}, "resize", "fold=2 must be True or False"),
     ({"recalibrate": "no"}, "resize", "recalibrate='no' must be True or False"),
-    ({"optimizer": "Adam"}, "resize", "optimizer= takes a torch.optim.Optimizer, but received str"),
+    ({"optimizer": "Adam"}, "resize", "optimizer= takes a torch.optim.Optimizer, or a list of them, but received str"),
 ]
 ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {
     "plan": ("plan", fxwidth.plan),

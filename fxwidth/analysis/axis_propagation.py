@@ -13,17 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxwidth.analysis.data_dependent_pins import pin_other_ways
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
-from fxwidth.analysis.training_calls import follow_training, was_passed_through
+from fxwidth.analysis.training_calls import follow_other_answer, follow_training, was_passed_through
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
-from fxwidth.axes.pins import NO_RULE, NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
+from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import OUTPUTS_MODULE
 from fxwidth.recording.batch_dim import batch_factor
 from fxwidth.recording.composite_ops import calls_no_whole_op
 from fxwidth.recording.data_dependent import ValueRecord
 from fxwidth.recording.submodules import watching_parts
 from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, plain_kernels
 from fxwidth.rules.registry import RuleContext, keeps, rule_for
+from fxwidth.rules.unruled import why_unruled
 from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode
 from fxwidth.runtime.gc_pause import without_collections
@@ -57,18 +59,22 @@ class NodeInterpreter(fx.Interpreter):
         else:
             value = self._run_plainly(n)
         self._analysis.node_calls[n.name] = range(first, len(self._recorder.calls))
-        if module is not None and first == len(self._recorder.calls) and not is_plain_layer(module):
-            self._follow_training(n, module, value)
+        if module is not None and not is_plain_layer(module):
+            self._follow_training(n, module, value, is_silent=first == len(self._recorder.calls))
         self._analysis.node_values[n.name] = value
         # As they are now: a later op may give the tensor other dims in place.
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
 
-    def _follow_training(self, node: fx.Node, module: nn.Module, value: Any) -> None:
+    def _follow_training(self, node: fx.Node, module: nn.Module, value: Any, is_silent: bool) -> None:
         analysis, (args, kwargs) = self._analysis, self.fetch_args_kwargs_from_env(node)
-        if was_passed_through(args, value):
-            calls = follow_training(analysis, self._recorder, module, args, kwargs, value)
-            analysis.training_calls[node.name] = calls
+        if is_silent and was_passed_through(args, value):
+            follow = follow_training
+        elif not is_silent and all(user.op == "output" or user.target == OUTPUTS_MODULE for user in node.users):
+            follow = follow_other_answer
+        else:
+            return
+        analysis.training_calls[node.name] = follow(analysis, self._recorder, module, args, kwargs, value)
 
     def _run_plainly(self, node: fx.Node) -> Any:
         # As the base class does, without its book-keeping of stack traces.
@@ -194,7 +200,8 @@ def run_graph(
             ) from error
         raise FxwidthError(
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "
-            "Pass example_inputs of the shapes the model takes, batch first, as a tensor or a tuple."
+            "Pass example_inputs of the shapes and dtypes the model takes, batch first, as a tensor or a tuple; for a "
+            "graph that is there already, call fxwidth.analyze(gm, example_inputs), by which later calls go."
         ) from error
 
 
@@ -276,7 +283,7 @@ def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -
 def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:
     judge = rule_for(call.func)
     if judge is None:
-        return None, NO_RULE
+        return None, why_unruled(call.func)
     context = RuleContext(call, analysis.space, analysis.axes_of, analysis.in_memory_of)
     try:
         result = [tuple(axes) for axes in judge(context)]

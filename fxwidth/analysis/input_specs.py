@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxwidth.analysis.axis_propagation import analyze_axes
-from fxwidth.analysis.result import TensorSpec
+from fxwidth.analysis.result import Analysis, TensorSpec
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, bound_to_placeholders
 from fxwidth.recording.graph_meta import INPUTS, notes_of
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild
 from fxwidth.runtime.tensor_slots import tensor_slots
+
+# How many samples of integers are remembered, and of how many numbers, of which one sample may have more.
+_SAMPLES, _NUMBERS = 64, 2**20
 
 
 def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
@@ -85,6 +89,33 @@ def whole_numbers(values: Sequence[Any]) -> list[Tensor | None]:
     """
     tensors = deep_tensors(tuple(values))
     return [None if tensor.is_floating_point() or tensor.is_complex() else tensor for tensor in tensors]
+
+
+def integer_examples(analysis: Analysis, given: Sequence[Any]) -> list[Tensor | None]:
+    """Return some samples of the integers among the inputs of an example, with None for each other tensor.
+
+    What they may be is not told by their type; noise in the place of inputs goes by them.
+
+    Args:
+        analysis: the graph, analysed on inputs like these.
+        given: one value per placeholder.
+    """
+    tensors = deep_tensors(tuple(given))
+    fakes = deep_tensors(tuple(analysis.inputs))
+    if len(tensors) != len(fakes):
+        return []
+    return [
+        None
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or isinstance(tensor, FakeTensor)
+        else _some_samples(analysis, *pair)
+        for tensor, *pair in zip(tensors, tensors, fakes, strict=True)
+    ]
+
+
+def _some_samples(analysis: Analysis, tensor: Tensor, fake: Tensor) -> Tensor:
+    if fake.dim() and any(factor.is_batch for factor in analysis.space.factors(analysis.axes_of(fake)[0])):
+        tensor = tensor[: max(1, min(_SAMPLES, _NUMBERS // max(1, tensor[:1].numel())))]
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _real(spec: TensorSpec, known: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -14,20 +14,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxwidth.analysis.op_signatures import COPIES, SPLITS, VIEWS, Signature, prescribed_signatures, structure
+from fxwidth.analysis.op_signatures import Signature, is_copy, is_view, prescribed_signatures, structure
 from fxwidth.analysis.result import Analysis, Dim, LostGroup
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, Link, find
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import Pin
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.registry import rule_name
+from fxwidth.rules.family_table import is_move
+from fxwidth.rules.op_families import Move
+from fxwidth.rules.op_names import rule_name
 from fxwidth.runtime.pytrees import deep_tensors
 
 
 def kind_of(call: OpCall) -> str:
     """Return a name that an op shares with those that a resize may put in its place."""
-    name = rule_name(call.func)
-    return "view" if name in VIEWS else "split" if name in SPLITS else name
+    return "view" if is_view(call.func) else "split" if is_move(call.func, Move.SPLIT) else rule_name(call.func)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def known_axes(analysis: Analysis, maps: IndexMaps, narrow: Mapping[str, tuple[D
     notation = _Notation(analysis.space, maps)
     parameters = {name: tuple(map(notation.axis, entry.axes)) for name, entry in analysis.parameters.items()}
     inputs = tuple(notation.axes(analysis.axes_of(tensor)) for tensor in deep_tensors(analysis.inputs))
-    calls = tuple(notation.call(call) for call in _in_order(analysis) if call.name not in COPIES)
+    calls = tuple(notation.call(call) for call in _in_order(analysis) if not is_copy(call.func))
     batch = None if analysis.batch is None else notation.number(analysis.batch)
     links = tuple((notation.number(a), notation.number(b), context) for a, b, context in analysis.space.links)
     factors = tuple(notation.factors())

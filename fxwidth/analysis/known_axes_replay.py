@@ -14,7 +14,7 @@ from torch import fx
 
 from fxwidth.analysis.axis_propagation import faked_inputs, judge, run_on_tape
 from fxwidth.analysis.known_axes import KnownAxes, KnownAxis, KnownCall, decoded, kind_of
-from fxwidth.analysis.op_signatures import COPIES, SILENT, observed_signature, structure
+from fxwidth.analysis.op_signatures import is_copy, is_silent, observed_signature, structure
 from fxwidth.analysis.result import Analysis, LostGroup, ParameterAxes
 from fxwidth.axes.factors import Axis, Factor, axis_size, bare_factor, constant
 from fxwidth.axes.pins import HELD, LOST, Pin
@@ -133,7 +133,7 @@ class _Follower:
 
     def see(self, call: OpCall) -> None:
         """Take note of an op that has just run."""
-        if call.name in COPIES:
+        if is_copy(call.func):
             judge(self._analysis, call)
         elif self.problem is None:
             self.problem = self._follow(call, next(self._calls, None))
@@ -145,7 +145,7 @@ class _Follower:
         if (len(inputs), len(call.outputs)) != (len(known.inputs), len(known.outputs)):
             return f"{call.place} has another number of operands or results"
         # Of another batch are the sizes that it is in.
-        if self._same_batch and call.name not in SILENT and structure(observed_signature(call)) != known.literals:
+        if self._same_batch and not is_silent(call.func) and structure(observed_signature(call)) != known.literals:
             return f"{call.place} is called with other numbers"
         operands, results = list(map(self._decoded, known.inputs)), list(map(self._decoded, known.outputs))
         for tensor, axes in zip(inputs, operands, strict=True):

@@ -24,18 +24,20 @@ from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import Axes, OpCall, functional_name, tensors_in, unbind
+from fxwidth.rules.family_table import as_family, channel_norm, is_move
+from fxwidth.rules.op_families import Move, Norm, NormKind
 from fxwidth.rules.registry import Prescribed, prescribed, revised
 from fxwidth.runtime.pytrees import deep_tensors
 
 aten = torch.ops.aten
 
 # Checks of dtype and layout made while tracing; a replay has a dtype of its own.
-_SKIPPED = frozenset({"_assert_tensor_metadata"})
+_SKIPPED = aten._assert_tensor_metadata
 
 
 def is_replayed(call: OpCall) -> bool:
     """Tell whether an op takes part in a replay."""
-    return call.name not in _SKIPPED and bool(call.outputs)
+    return call.func.overloadpacket is not _SKIPPED and bool(call.outputs)
 
 
 class _Places:
@@ -149,7 +151,7 @@ class _Replay(ABC):
     def laid_out(self, call: OpCall, tensor: Tensor) -> Tensor:
         """Return the value of an operand, as it lay in memory when it was recorded for a view by strides."""
         value = self.value(tensor)
-        if call.name != "as_strided" or call.layouts[id(tensor)] == (value.stride(), value.storage_offset()):
+        if not is_move(call.func, Move.STRIDES) or call.layouts[id(tensor)] == (value.stride(), value.storage_offset()):
             return value
         stride, offset = call.layouts[id(tensor)]
         memory = value.new_zeros(offset + 1 + sum((n - 1) * step for n, step in zip(value.shape, stride, strict=True)))
@@ -251,11 +253,12 @@ class ZeroedReplay(_Replay):
 
     def _on_kept(self, call: OpCall) -> Prescribed:
         """Return the call on the kept channels alone; sizes are those of its operands, no prescription is believed."""
-        if call.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
+        norm = as_family(call.func, Norm)
+        if channel_norm(call.func) is not None:
             count = len(call.arguments["normalized_shape"])
             kept = self._compact(call, call.arguments["input"]).shape
             return revised(call, normalized_shape=list(kept[len(kept) - count :]))
-        if call.name == "native_group_norm":
+        if norm is not None and norm.kind is NormKind.GROUP:
             signal, old = call.arguments["input"], call.arguments
             samples, channels, *positions = self._compact(call, signal).shape
             places, _ = self.places.of(call.axes[id(signal)][1], signal.device)
@@ -284,7 +287,7 @@ class ZeroedReplay(_Replay):
         if not self.places.changed(axes):
             return tensor
         if _is_view(call, tensor, map(self.value, call.inputs)):
-            if call.name != "expand":
+            if not is_move(call.func, Move.EXPANSION):
                 return tensor  # what it shows was erased before
             # The copies of one element share its memory, but only some of them are removed.
             tensor = tensor.clone()

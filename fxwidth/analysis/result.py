@@ -60,8 +60,9 @@ class Analysis:
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `effects` is what nodes do besides of which no op tells, as to put hooks on gradients. `keeping` are the nodes that
     keep tensors in attributes. `is_single` tells that the inputs are one sample, without a batch. `training_calls` are
-    what nodes do in training that do nothing in evaluation. `lost` are groups of width one that cannot be told any
-    more. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
+    what nodes do in training that do nothing in evaluation, or return something else, and `in_training` what they
+    return there, each with what that stands for. `lost` are groups of width one that cannot be told any more. `memo` is
+    for `fxwidth.memo.per_graph`, and `seen` is what the module was.
     """
 
     module: fx.GraphModule
@@ -82,6 +83,7 @@ class Analysis:
     effects: dict[str, str] = field(default_factory=dict)
     is_single: bool = False
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
+    in_training: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     axes: dict[int, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
     lost: tuple[LostGroup, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis, Dim
 from fxwidth.axes.factors import ONE, axis_size
 from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.rules.family_table import adds, family_of
+from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
 
 Lineage = tuple[frozenset[Dim], ...]
 
@@ -113,57 +115,50 @@ def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[int, Lineage]
     if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
         return
     # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
-    adds = call.name in ADDING or bool(call.contractions)
+    writes = adds(call.func) or bool(call.contractions)
     for sources in lineage[id(tensor)]:
-        _assign(by_dim, sources, Role.WRITER if adds else Role.PER_CHANNEL)
-
-
-ADDING = frozenset({"add", "sub", "rsub", "cat", "stack", "embedding", "index", "where", "copy"}) | {
-    "_thnn_fused_lstm_cell",
-    "_thnn_fused_gru_cell",
-}
-
-
-_PRODUCTS: dict[str, Callable[[Lineage, Lineage], Lineage]] = {
-    "mm": lambda left, right: (left[0], right[1]),
-    "bmm": lambda left, right: (left[0] | right[0], left[1], right[2]),
-    "mv": lambda left, _: (left[0],),
-    "dot": lambda *_: (),
-    "vdot": lambda *_: (),
-}
-WEIGHT_NORMS = frozenset({"weight_norm", "_weight_norm_interface"})
+        _assign(by_dim, sources, Role.WRITER if writes else Role.PER_CHANNEL)
 
 
 def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[int, Lineage]) -> Lineage:
     """Follow parameter dims through an op on parameters alone: exactly for movements, broadly for the rest."""
+    family = family_of(call.func)
     if len(inputs) == 1:
         source = lineage[id(inputs[0])]
-        name, arguments = call.name, call.arguments
-        if name in ("t", "numpy_T", "mT"):
-            return source[::-1]
-        if name == "permute":
-            return tuple(source[dim] for dim in arguments["dims"])
-        if name == "transpose":
-            order = list(range(len(source)))
-            i, j = arguments["dim0"], arguments["dim1"]
-            order[i], order[j] = order[j], order[i]
-            return tuple(source[k] for k in order)
+        if family == Movement(Move.PERMUTATION):
+            return tuple(source[dim] for dim in _permuted(call, len(source)))
         if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[id(inputs[0])])):
             return source
-    if call.name in WEIGHT_NORMS and output.dim() == call.arguments["v"].dim():
+    if isinstance(family, WeightNorm) and output.dim() == call.arguments["v"].dim():
         direction, gain = (lineage[id(call.arguments[part])] for part in ("v", "g"))
         axes = call.axes[id(call.arguments["g"])]
         lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
         return tuple(one | other for one, other in zip(direction, lengths, strict=True))
-    if call.name in _PRODUCTS and len(inputs) == 2:
-        left, right = (lineage[id(tensor)] for tensor in inputs)
-        return _PRODUCTS[call.name](left, right)
+    if isinstance(family, Product) and len(inputs) == 2:
+        return _of_product(family, *(lineage[id(call.arguments[name])] for name in (family.left, family.right)))
     # A number has no dims to give.
     inputs = [tensor for tensor in inputs if lineage[id(tensor)]]
     # Broadcasting aligns from the last dim; where that does not fit, any dim may come from any other.
     same_rank = all(len(lineage[id(tensor)]) == output.dim() for tensor in inputs)
-    if same_rank and call.name not in ("view", "reshape", "_unsafe_view"):
+    if same_rank and family != Movement(Move.RESHAPE):
         columns = zip(*(lineage[id(tensor)] for tensor in inputs), strict=True)
         return tuple(frozenset().union(*column) for column in columns)
     everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in lineage[id(tensor)]))
     return (everything,) * output.dim()
+
+
+def _permuted(call: OpCall, rank: int) -> list[int]:
+    """Return the dim of its operand that each dim of a permutation's result is."""
+    arguments, order = call.arguments, list(range(rank))
+    if "dims" in arguments:
+        return list(arguments["dims"])
+    i, j = (arguments["dim0"], arguments["dim1"]) if "dim0" in arguments else (0, -1)
+    if order:
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def _of_product(family: Product, left: Lineage, right: Lineage) -> Lineage:
+    """Return the parameter dims that each dim of a product of parameters comes from."""
+    sides = [dict(zip(letters, dims, strict=True)) for letters, dims in zip(family.terms, (left, right), strict=False)]
+    return tuple(frozenset[Dim]().union(*(side.get(letter, ()) for side in sides)) for letter in family.terms[2])

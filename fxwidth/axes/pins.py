@@ -91,6 +91,10 @@ SORTED_ROWS = "rows are sorted by the matrix they are multiplied by"
 LOST = "it was given width 1, and the graph or the shapes of its inputs are others since"
 SCALE = "the attention scale is computed from it"
 NO_RULE = "no rule for this op"
+KERNEL_OF_A_DEVICE = "no rule for this kernel of one device or build"
+FUSED = "no rule for several ops in one"
+PACKED = "no rule for packed, sparse or quantized weights"
+ACROSS_PROCESSES = "no rule for a part of a batch norm across processes"
 NOT_COVERED = "its rule does not cover this call"
 OTHER_SHAPES = "its rule expected results of shapes"
 
@@ -148,6 +152,10 @@ REMEDIES = {
     "dimensions from those that are broadcast.",
     SCALE: "Pass scale= to the attention, so that it does not depend on a width.",
     NOT_COVERED: _REWRITE,
+    KERNEL_OF_A_DEVICE: "Call the function of torch or torch.nn.functional that chooses the kernel: it has a rule.",
+    FUSED: "Call the ops one after the other.",
+    PACKED: "Resize the network before its weights are packed, made sparse or quantized.",
+    ACROSS_PROCESSES: "Call torch.nn.functional.batch_norm, or trace the model in evaluation mode.",
     OTHER_SHAPES: "Mend the op's rule: it must return one axis per dim of each result, of that dim's size.",
 }
 
@@ -165,6 +173,7 @@ def remedy(pin: Pin) -> str:
 
 
 def _rule_for(op: str) -> str:
-    lines = [f"@fxwidth.rules.registry.rule({op!r})", "def its_axes(c):"]
+    named = repr(op) if "::" in op else f"torch.ops.aten.{op}"
+    lines = [f"@fxwidth.rules.registry.rule({named})", "def its_axes(c):"]
     lines += ["    return [c.axes(...)]  # if the result has the axes of this operand"]
     return "\n".join(f"    {line}" for line in lines)

@@ -13,6 +13,8 @@ from fxwidth.axes.factors import Factor, axis_size, element_size
 from fxwidth.bases.channel_provenance import Origins, Place
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import Contraction, OpCall
+from fxwidth.rules.family_table import family_of
+from fxwidth.rules.op_families import Attention
 from fxwidth.weights.readers import argument_name
 
 
@@ -108,10 +110,8 @@ def product_places(
             channels = first.reshape(-1, first.shape[-1]).T.numpy()
             places.append(Place(path.parameter, path.dim, channels, operand is right))
     # Softmax over keys does not notice what is added to all scores of a query.
-    sides = (
-        Side(argument_name(call, one.tensor), one.dim, one.sizes, heads, call.name == "attention" and one is right)
-        for one in (left, right)
-    )
+    centred = right if isinstance(family_of(call.func), Attention) else None
+    sides = (Side(argument_name(call, one.tensor), one.dim, one.sizes, heads, one is centred) for one in (left, right))
     return tuple(places), Product(call, *sides)
 
 

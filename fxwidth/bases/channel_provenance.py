@@ -13,7 +13,8 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import Indices
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
-from fxwidth.weights.readers import BATCH_NORMS
+from fxwidth.rules.family_table import as_family, family_of, is_arithmetic, running_norm
+from fxwidth.rules.op_families import Arithmetic, Attention, Convolution, Family, Norm, Product
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def origins(analysis: Analysis, factor: Factor, parameter: str, dim: int) -> Ori
         known = {id(tensor): of[id(tensor)] for tensor in call.inputs if id(tensor) in of}
         if not known or not any(factor in analysis.space.factors(axis) for axes in call.output_axes for axis in axes):
             continue
-        follow = _PRODUCTS.get(call.name, _moved)
+        follow = _FOLLOWED.get(type(family_of(call.func)), _moved)
         try:
             results = follow(call, known)
         except (RuntimeError, IndexError, ValueError):
@@ -107,7 +108,7 @@ def _without_copies(tensor: Tensor) -> Tensor:
 
 def _moved(call: OpCall, known: Known) -> Sequence[Tensor]:
     """Run an op on positions; sums and multiples have those of what they are made of."""
-    if call.name in ("add", "mul", "div"):
+    if is_arithmetic(call.func, Arithmetic.SUM, Arithmetic.PRODUCT, Arithmetic.QUOTIENT):
         shape = call.outputs[0].shape
         first, *others = (one.broadcast_to(shape) for one in known.values())
         if any(not torch.equal(first, other) for other in others):
@@ -119,17 +120,34 @@ def _moved(call: OpCall, known: Known) -> Sequence[Tensor]:
 
 
 def _product(call: OpCall, known: Known) -> Sequence[Tensor]:
-    """Follow an operand of a matrix product along its dim that is not summed over, or a bias."""
+    """Follow an operand of a matrix product along its dims that are not summed over, or what is added."""
+    family = as_family(call.func, Product)
+    assert family is not None
+    left, right, result = family.terms
+    letters = {family.left: left, family.right: right}
     shape = call.outputs[0].shape
     found = []
     for name, own in _operands(call, known):
-        if name == "self" and call.name == "addmm":
-            found.append(own.broadcast_to(shape))
-        elif name in ("mat2", "value"):
-            found.append(own.select(-2, 0).unsqueeze(-2).broadcast_to(shape))
-        elif call.name != "attention":  # queries and keys end here
-            found.append(own.select(-1, 0).unsqueeze(-1).broadcast_to(shape))
+        if name in letters:
+            own = _without(own, letters[name], family.summed)
+            kept = [letter for letter in letters[name] if letter not in family.summed]
+            own = own.permute([kept.index(letter) for letter in result if letter in kept])
+            own = own[tuple(slice(None) if letter in kept else None for letter in result)]
+        found.append(own.broadcast_to(shape))
     return [_only(found)]
+
+
+def _without(own: Tensor, letters: str, summed: Sequence[str]) -> Tensor:
+    for letter in summed:
+        own, letters = own.select(letters.index(letter), 0), letters.replace(letter, "")
+    return own
+
+
+def _attention(call: OpCall, known: Known) -> Sequence[Tensor]:
+    """Follow values to what they are mixed to; queries and keys end here."""
+    shape = call.outputs[0].shape
+    found = [own for name, own in _operands(call, known) if name == "value"]
+    return [_only([own.select(-2, 0).unsqueeze(-2).broadcast_to(shape) for own in found])]
 
 
 def _convolution(call: OpCall, known: Known) -> Sequence[Tensor]:
@@ -146,9 +164,9 @@ def _convolution(call: OpCall, known: Known) -> Sequence[Tensor]:
 
 def _batch_norm(call: OpCall, known: Known) -> Sequence[Tensor]:
     """Follow the channels that are normalised, the bias, or the running mean; what is saved is for training alone."""
-    found = []
+    norm, found = running_norm(call.func), []
     for name, own in _operands(call, known):
-        if name not in ("input", "bias", "running_mean"):
+        if norm is None or name not in ("input", norm.bias, norm.mean):
             raise ValueError("channels are scaled, each by itself")
         found.append(own if name == "input" else _along(own, 1, call.outputs[0].shape))
     return [_only(found), *(torch.zeros(output.shape, dtype=torch.int64, device="cpu") for output in call.outputs[1:])]
@@ -163,11 +181,9 @@ def _only(found: list[Tensor]) -> Tensor:
     return one
 
 
-_PRODUCTS: dict[str, _Follow] = {
-    "mm": _product,
-    "addmm": _product,
-    "bmm": _product,
-    "attention": _product,
-    "convolution": _convolution,
-    **dict.fromkeys(BATCH_NORMS, _batch_norm),
+_FOLLOWED: dict[type[Family | None], _Follow] = {
+    Product: _product,
+    Attention: _attention,
+    Convolution: _convolution,
+    Norm: _batch_norm,
 }

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch._ops import OpOverload
+
 from fxwidth.axes.index_maps import Indices
 from fxwidth.bases.channel_provenance import Origins
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
-from fxwidth.weights.readers import BATCH_NORMS, wiring_of
+from fxwidth.rules.family_table import family_of, is_move, running_norm
+from fxwidth.rules.op_families import Convolution, Move, Product
+from fxwidth.weights.readers import wiring_of
 
 # Between writer and batch norm nothing may be but what leaves all channels of all samples where they are.
-_VIEWS = frozenset(
-    {
-        "view", "_unsafe_view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "clone", "contiguous",
-        "alias", "detach",
-    }
-)  # fmt: skip
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
-# The parameters of layers, under the names by which their ops take them.
-_WRITERS = {"convolution": ("weight", "bias"), "mm": ("mat2",), "addmm": ("mat2", "self")}
+_MOVES = (Move.COPY, Move.RESHAPE, Move.PERMUTATION, Move.UNIT_DIMS)
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def inner_norms(
         calls: all ops that see the channels of a group, in order.
         paths: where the channels of each parameter go, by its name.
     """
-    found = [_inner_norm(width_graph, call, calls, paths) for call in calls if call.name in BATCH_NORMS]
+    found = [_inner_norm(width_graph, call, calls, paths) for call in calls if running_norm(call.func)]
     whole = [norm for norm in found if norm is not None]
     return whole if len(whole) == len(found) else None
 
@@ -91,11 +87,11 @@ def inner_norms(
 def _inner_norm(
     width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall], paths: Mapping[str, Origins]
 ) -> InnerNorm | None:
-    layer = _layer_of(width_graph, call, calls)
-    if call.arguments.get("training") or layer is None:
+    layer, family = _layer_of(width_graph, call, calls), running_norm(call.func)
+    if layer is None or family is None or family.by_own_batch(call.arguments):
         return None
     writers = []
-    for argument in _WRITERS[layer.name]:
+    for argument in _parameters_of(layer.func):
         if layer.arguments.get(argument) is None:
             continue
         name = _sole_parameter(width_graph, layer, argument)
@@ -104,11 +100,23 @@ def _inner_norm(
         if path is None or rows is None:
             return None
         writers.append(Writer(path.parameter, path.dim, rows.numpy()))
-    weight, bias, mean, variance = (_sole_parameter(width_graph, call, argument) for argument in _VECTORS)
+    vectors = "weight", family.bias, family.mean, family.variance
+    weight, bias, mean, variance = (_sole_parameter(width_graph, call, argument) for argument in vectors)
     if weight is None or bias is None or mean is None or variance is None:
         return None
-    eps = float(call.arguments["epsilon" if "epsilon" in call.arguments else "eps"])
+    eps = float(call.arguments[family.eps])
     return InnerNorm(call, layer, tuple(writers), weight, bias, mean, variance, eps)
+
+
+def _parameters_of(func: OpOverload) -> tuple[str, ...]:
+    """Return under which names an op takes the parameters of a layer; none if it is no layer."""
+    match family_of(func):
+        case Convolution():
+            return "weight", "bias"
+        case Product() as product if product.is_of_matrices and len(product.terms[2]) == 2:
+            return (product.right,) if product.added is None else (product.right, product.added)
+        case _:
+            return ()
 
 
 def _sole_parameter(width_graph: WidthGraph, call: OpCall, argument: str) -> str | None:
@@ -130,9 +138,9 @@ def _layer_of(width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall]) ->
     tensor = call.arguments["input"]
     while len(consumers.get(id(tensor), [])) == 1 and not any(tensor is output for output in outputs):
         maker = makers.get(id(tensor))
-        if maker is None or maker.name in _WRITERS:
+        if maker is None or _parameters_of(maker.func):
             return maker
-        if maker.name not in _VIEWS or len(maker.outputs) != 1:
+        if not is_move(maker.func, *_MOVES) or len(maker.outputs) != 1:
             return None
         tensor = maker.arguments["self"]
     return None

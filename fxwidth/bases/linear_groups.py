@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role
@@ -21,19 +22,14 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.weights.readers import BATCH_NORMS
+from fxwidth.rules import op_families
+from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
+from fxwidth.rules.op_families import Arithmetic, Attention, Convolution, Move
 from fxwidth.weights.reparametrised import normed_weights
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 
-# Ops that move channels about without changing them, or all by one number.
-_MOVES = frozenset(
-    {
-        "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "clone", "contiguous",
-        "alias", "detach", "expand", "select", "unbind", "split", "split_with_sizes", "slice",
-    }
-)  # fmt: skip
-_SCALINGS = frozenset({"mul", "div"})
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "convolution", "attention"})
+# Movements of channels without changing them.
+_MOVES = (Move.COPY, Move.RESHAPE, Move.PERMUTATION, Move.UNIT_DIMS, Move.EXPANSION, Move.PART, Move.SPLIT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +138,8 @@ def _calls_by_factor(analysis: Analysis) -> dict[Factor, list[OpCall]]:
 
 def _scales(analysis: Analysis, calls: Sequence[OpCall]) -> set[str]:
     """Return the parameters by which batch norms scale channels, whose way is not followed."""
-    scales = ("weight", "running_var")
-    tensors = {id(call.arguments.get(name)) for call in calls if call.name in BATCH_NORMS for name in scales}
+    norms = [(call, norm) for call in calls if (norm := running_norm(call.func)) is not None]
+    tensors = {id(call.arguments.get(name)) for call, norm in norms for name in ("weight", norm.variance)}
     return {name for name, entry in analysis.parameters.items() if id(entry.fake) in tensors}
 
 
@@ -153,15 +149,15 @@ def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
     owners = [tensor for tensor in call.inputs if dims[id(tensor)]]
     if not owners or any(len(dims[id(tensor)]) != 1 for tensor in owners):
         return False
-    if call.name in _MOVES:
+    if is_move(call.func, *_MOVES):
         return True
-    if call.name in BATCH_NORMS:
+    if running_norm(call.func) is not None:
         return dims[id(call.arguments["input"])] == [1]
-    if call.name in _SCALINGS:
+    if is_arithmetic(call.func, Arithmetic.PRODUCT, Arithmetic.QUOTIENT):
         return call.arguments["self"] is owners[0] and isinstance(call.arguments["other"], (int, float))
-    if call.name == "add":
+    if is_arithmetic(call.func, Arithmetic.SUM):
         return len(owners) == 2 and call.arguments.get("alpha", 1) == 1
-    if call.name not in _PRODUCTS or not call.contractions:
+    if not _is_linear_product(call.func) or not call.contractions:
         return False
     contraction = call.contractions[0]
     left, right = (dims.get(id(tensor), []) for tensor in (contraction.left, contraction.right))
@@ -171,7 +167,18 @@ def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
         # Only the sum over the factor itself goes with a change of basis, and only the other side can undo it.
         return left[0] in contraction.left_dims and right[0] in contraction.right_dims
     # Of queries and keys softmax is taken; values are only mixed over positions.
-    return call.name != "attention"
+    return not isinstance(family_of(call.func), Attention)
+
+
+def _is_linear_product(func: OpOverload) -> bool:
+    match family_of(func):
+        case op_families.Product() as product:
+            return product.is_of_matrices
+        case Convolution() | Attention():
+            # Kernels of attention give statistics of the softmax too.
+            return len(func._schema.returns) == 1
+        case _:
+            return False
 
 
 def _is_seen_elsewhere(write: OpCall, calls: Sequence[OpCall]) -> bool:

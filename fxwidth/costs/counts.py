@@ -19,7 +19,9 @@ from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
-from fxwidth.rules.registry import prescribed, rule_name
+from fxwidth.rules.family_table import family_of
+from fxwidth.rules.op_families import Attention, Convolution, Family, Product
+from fxwidth.rules.registry import prescribed
 
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]
 
@@ -56,10 +58,12 @@ def flop_polynomial(width_graph: WidthGraph) -> Polynomial:
 
 def call_flops(width_graph: WidthGraph, call: OpCall) -> Polynomial:
     """Return the floating-point operations of one op of the tape."""
-    products = _PRODUCTS.get(rule_name(call.func))
-    if products is not None:
+    products = _PRODUCTS.get(type(family_of(call.func)))
+    has_formula = call.func.overloadpacket in flop_registry
+    # Products of ATen that torch does not count, such as those with a vector, are none here either.
+    if products is not None and (has_formula or call.func.namespace != "aten" or products is _attention):
         return Polynomial.sum([(2, entries_polynomial(width_graph.analysis.space, products(call)))])
-    return _by_formula(width_graph, call) if call.func.overloadpacket in flop_registry else Polynomial({})
+    return _by_formula(width_graph, call) if has_formula else Polynomial({})
 
 
 def _by_formula(width_graph: WidthGraph, call: OpCall) -> Polynomial:
@@ -99,9 +103,10 @@ def _shaped(call: OpCall, maps: IndexMaps) -> tuple[tuple[Any, ...], dict[str, A
     return args, {**kwargs, "out_val": results[0] if len(results) == 1 else tuple(results)}
 
 
-def _matrix_product(call: OpCall) -> Iterator[Iterable[Axis]]:
-    contraction = call.contractions[0]
-    yield [*call.output_axes[0], call.axes[id(contraction.left)][contraction.left_dims[0]]]
+def _product(call: OpCall) -> Iterator[Iterable[Axis]]:
+    for contraction in call.contractions:
+        left = call.axes[id(contraction.left)]
+        yield [*call.output_axes[0], *(left[dim] for dim in contraction.left_dims)]
 
 
 def _convolution(call: OpCall) -> Iterator[Iterable[Axis]]:
@@ -117,17 +122,8 @@ def _attention(call: OpCall) -> Iterator[Iterable[Axis]]:
     yield [*rows, key[-2], value[-1]]
 
 
-_PRODUCTS: dict[str, Callable[[OpCall], Iterator[Iterable[Axis]]]] = {
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product),
-    **dict.fromkeys(("convolution", "_convolution", "cudnn_convolution"), _convolution),
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-            "fxwidth::attention",
-        ),
-        _attention,
-    ),
+_PRODUCTS: dict[type[Family | None], Callable[[OpCall], Iterator[Iterable[Axis]]]] = {
+    Product: _product,
+    Convolution: _convolution,
+    Attention: _attention,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 from fxwidth.frontends.extra_state import keep_extra_state
@@ -45,6 +47,31 @@ def _add_parts(model: nn.Module, module: fx.GraphModule) -> None:
     # In front, since a parameter that has two names goes by the first of them.
     for name, part in {**dict(model.named_children()), **calls}.items():
         module.add_module(name, part)
+    module._register_state_dict_hook(_once)
+    module.register_load_state_dict_pre_hook(_for_both)
+
+
+def _calls_of(module: nn.Module) -> list[str]:
+    graph = module.graph
+    assert isinstance(graph, fx.Graph)
+    return [str(node.target) for node in graph.find_nodes(op="call_module")]
+
+
+def _once(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave out of a state dict what it has under the names of the model already."""
+    for call in _calls_of(module):
+        for key in [key for key in state if key.startswith(f"{prefix}{call}.")]:
+            if prefix + key.removeprefix(f"{prefix}{call}.") in state:
+                del state[key]
+
+
+def _for_both(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the call what the parts beside it are given: they are the same."""
+    for call in _calls_of(module):
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for key, value in own.items():
+            if not key.startswith(f"{call}."):
+                state.setdefault(f"{prefix}{call}.{key}", value)
 
 
 def _saved(model: nn.Module) -> set[str]:

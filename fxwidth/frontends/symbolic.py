@@ -28,7 +28,7 @@ from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_out
 from fxwidth.frontends.in_place import written_attribute
 from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
 from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
-from fxwidth.frontends.watched_tensors import TensorWatch, refusing_reads
+from fxwidth.frontends.watched_tensors import SetterWatch, TensorWatch, refusing_reads
 from fxwidth.runtime.module_state import Held, restored, stores
 from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
 from fxwidth.runtime.random_states import Generators
@@ -51,6 +51,7 @@ def symbolic_graph(
     live_numbers: bool = True,
     leaves: Collection[nn.Module] = (),
     failed: list[nn.Module] | None = None,
+    modes: dict[nn.Module, bool] | None = None,
 ) -> fx.GraphModule:
     """Return the graph of a model, traced by running it on proxies.
 
@@ -62,17 +63,29 @@ def symbolic_graph(
         live_numbers: whether numbers stay inputs too; a model that branches on them cannot be traced so.
         leaves: submodules that are called as they are.
         failed: takes the innermost submodule in which tracing ends, if it does.
+        modes: takes the mode of each submodule when it is called as it is.
     """
+    modes = {} if modes is None else modes
+    modes.clear()
     failed = [] if failed is None else failed
     belongings = Belongings(model)
     with restored(model) as held:
 
         def traced() -> tuple[_Tracer, fx.Graph]:
-            tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, held)
+            tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, held, modes)
             reads = refusing_reads(tracer.watch.is_of_model)
             effects = watching_effects(refuse_effect)
-            asked = answering_as_in_eager_mode()
-            with refusing_draws(), noticing(tracer.autocasts), effects, asked, assigned_buffers(), reads, tracer.watch:
+            asked, setters = answering_as_in_eager_mode(), SetterWatch()
+            with (
+                refusing_draws(),
+                noticing(tracer.autocasts),
+                effects,
+                asked,
+                assigned_buffers(),
+                reads,
+                tracer.watch,
+                setters,
+            ):
                 return tracer, tracer.trace(model)
 
         tracer, graph = traced()
@@ -94,7 +107,9 @@ def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
         raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
-def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module]) -> fx.GraphModule:
+def graph_with_leaves(
+    model: nn.Module, arguments: Sequence[Argument], leaves: list[nn.Module], modes: dict[nn.Module, bool] | None = None
+) -> fx.GraphModule:
     """Return the graph of a model, in which parts that cannot be traced are called as they are.
 
     A part is the innermost module at which tracing ends. Where that is the model itself, the graph is one call of it,
@@ -104,12 +119,13 @@ def graph_with_leaves(model: nn.Module, arguments: Sequence[Argument], leaves: l
         model: the module.
         arguments: those of its forward, with examples or defaults.
         leaves: submodules that are called as they are; takes those that are found.
+        modes: takes the mode of each submodule when it is called as it is.
     """
     known = len(leaves)
     while True:
         failed: list[nn.Module] = []
         try:
-            return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed)
+            return symbolic_graph(model, arguments, live_numbers=False, leaves=leaves, failed=failed, modes=modes)
         except Exception:
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
@@ -150,10 +166,12 @@ class _Tracer(fx.Tracer):
         failed: list[nn.Module],
         belongings: Belongings,
         held: Held,
+        modes: dict[nn.Module, bool],
     ) -> None:
         super().__init__()
         self.watch = TensorWatch(held.tensors)
         self._held = held
+        self._modes = modes
         self._failed = failed
         self.helpers: dict[str, nn.Module] = {}
         self._arguments = arguments
@@ -222,8 +240,11 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace a submodule, or call it as it is."""
+        is_leaf = self.is_leaf_module(m, "")
+        if is_leaf:
+            self._note_modes(m)
         try:
-            if self.is_leaf_module(m, ""):
+            if is_leaf:
                 self._belongings.refuse_others(m)
                 return super().call_module(m, forward, args, kwargs)
             generators = Generators()
@@ -235,6 +256,12 @@ class _Tracer(fx.Tracer):
             if not self._failed and id(m) not in self._leaves:
                 self._failed.append(m)
             raise
+
+    def _note_modes(self, module: nn.Module) -> None:
+        """Note in which modes a module and its parts are called, which must be one for all calls."""
+        for part in module.modules():
+            if self._modes.setdefault(part, part.training) != part.training:
+                raise UntraceableError(f"a {type(part).__name__} is called in both modes, which a graph forgets")
 
     def create_args_for_root(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -12,10 +12,11 @@ from torch import fx, nn
 from fxwidth.errors import FxwidthWarning
 from fxwidth.frontends.call_signature import Inputs, Outputs
 from fxwidth.frontends.export import Region
+from fxwidth.frontends.own_modes import OwnModes, SetByCode, in_modes, keep_modes
 from fxwidth.frontends.random_draws import ALMOST_ONE, drawing
 from fxwidth.frontends.train_eval_alignment import DifferentError, align, path_of
 from fxwidth.frontends.train_eval_merge import InTraining, TrainingFlag, Writer, follow_flags
-from fxwidth.runtime.contexts import evaluating, training
+from fxwidth.runtime.module_state import walk
 from fxwidth.runtime.tensor_slots import tensor_slots
 
 
@@ -34,28 +35,31 @@ class Traced:
     untraceable: bool = False
 
 
-# Takes the submodules that are to be called as they are, to which it may add, and a list for the one in which it fails.
-Tracer = Callable[[list[nn.Module], list[nn.Module]], fx.GraphModule]
+# Takes the submodules that are to be called as they are, to which it may add, a list for the one in which it fails, and
+# a dict for the modes of those that are called as they are.
+Tracer = Callable[[list[nn.Module], list[nn.Module], dict[nn.Module, bool]], fx.GraphModule]
 
 
-def in_both_modes(model: nn.Module, trace: Tracer, *, takes_leaves: bool) -> Traced:
+def in_both_modes(model: nn.Module, trace: Tracer, own: OwnModes, *, takes_leaves: bool) -> Traced:
     """Return a traced graph that follows `train()` and `eval()`.
 
     The model is traced in both modes. Where the two graphs differ in numbers and flags (dropout, batch norm), the graph
     chooses them by its mode; where training does more with a value on its way, that is a part of the graph which runs
     in training alone. A module without tensors of its own that differs by more than numbers is called as it is, if the
     front end can do that, and so is the innermost one in which the graphs differ by more, or training cannot be traced.
-    Otherwise the graph is that of the model's present mode, in which only dropout and batch norm follow its mode.
+    Otherwise the graph is that of the model's present mode, in which only dropout and batch norm follow its mode. Its
+    `train()` and `eval()` give parts that are called as they are the modes that those of the model, and its code, do.
 
     Args:
-        model: the module. Its training mode is the modes its parts are in, where it is in training mode itself.
+        model: the module. Its present mode is the modes its parts are in; the other one is that of `own`.
         trace: traces the model in the mode it is in.
+        own: what `train()` and `eval()` of the model do.
         takes_leaves: whether submodules can be called as they are.
     """
     leaves: list[nn.Module] = []
     while True:
         known = len(leaves)
-        modes = _BothModes(model, trace, leaves, takes_leaves)
+        modes = _BothModes(model, trace, own, leaves, takes_leaves)
         traced = modes.merged()
         leaves += [part for part in modes.wanted if all(part is not leaf for leaf in leaves)]
         if traced is not None and len(leaves) == known:
@@ -66,6 +70,8 @@ def in_both_modes(model: nn.Module, trace: Tracer, *, takes_leaves: bool) -> Tra
             part.train(model.training)
         elif isinstance(part, Region):
             part.training = model.training
+    if not _is_one_call(traced.module, model):
+        keep_modes(traced.module, own, modes.set_by_code)
     return traced
 
 
@@ -74,15 +80,20 @@ class _BothModes:
 
     Attributes:
         wanted: the submodules that had better be called as they are.
+        set_by_code: the modes that the model sets while it runs.
     """
 
-    def __init__(self, model: nn.Module, trace: Tracer, leaves: list[nn.Module], takes_leaves: bool) -> None:
+    def __init__(
+        self, model: nn.Module, trace: Tracer, own: OwnModes, leaves: list[nn.Module], takes_leaves: bool
+    ) -> None:
         self._model = model
         self._trace = trace
+        self._own = own
         self._leaves = leaves
         self._takes_leaves = takes_leaves
         self._drawn: str | None = None
         self.wanted: list[nn.Module] = []
+        self.set_by_code = SetByCode()
 
     def merged(self) -> Traced | None:
         """Return a graph for both modes as far as that goes, or None where it takes the wanted leaves."""
@@ -135,23 +146,41 @@ class _BothModes:
         self, mode: bool, failed: list[nn.Module] | None = None
     ) -> tuple[fx.GraphModule | None, Exception | None]:
         """Trace the model in a mode; return its graph, or why there is none."""
-        model = self._model
+        is_present, after = mode == self._model.training, self._own.after[mode]
         failed = [] if failed is None else failed
-        with nullcontext() if mode == model.training else training(model) if mode else evaluating(model):
+        with nullcontext() if is_present else in_modes(after):
+            set_by_code = self.set_by_code.now if is_present else self.set_by_code.after[mode]
             try:
-                return self._trace(self._leaves, failed), None
+                graph = self._noting(set_by_code, self._leaves, failed)
             except Exception as error:
-                graph = None if self._takes_leaves else self._as_if_drawn(mode)
-                return graph, error if graph is None else None
+                drawn = None if self._takes_leaves else self._as_if_drawn(mode)
+                return drawn, error if drawn is None else None
+        if is_present and all(part.training == after[part] for part in after):
+            self.set_by_code.after[mode].update(set_by_code)
+        elif is_present and self._takes_leaves:
+            # What its code would set anyway is not seen in the modes that it is in now.
+            with in_modes(after), suppress(Exception):
+                self._noting(self.set_by_code.after[mode], [*self._leaves], [])
+        return graph, None
+
+    def _noting(
+        self, set_by_code: dict[nn.Module, bool], leaves: list[nn.Module], failed: list[nn.Module]
+    ) -> fx.GraphModule:
+        """Trace the model, and note which parts it calls in other modes than they were in."""
+        before = {part: part.training for _, part in walk(self._model)}
+        called: dict[nn.Module, bool] = {}
+        graph = self._trace(leaves, failed, called)
+        set_by_code.update({part: mode for part, mode in called.items() if before.get(part, mode) != mode})
+        return graph
 
     def _as_if_drawn(self, mode: bool) -> fx.GraphModule | None:
         """Trace the model where single random numbers decide what is run: as if these were as high as can be."""
         with drawing(ALMOST_ONE) as drawers:
-            graph = _or_none(lambda: self._trace([], []))
+            graph = _or_none(lambda: self._trace([], [], {}))
         if graph is None or not drawers:
             return None
         with drawing(0.0):
-            low = _or_none(lambda: self._trace([], []))
+            low = _or_none(lambda: self._trace([], [], {}))
         if low is None or low.code != graph.code:
             names = {id(part): f"{type(part).__name__} {name!r}" for name, part in self._model.named_modules() if name}
             place = names.get(id(drawers[0]), type(self._model).__name__)

@@ -140,7 +140,7 @@ class SetterWatch(TorchFunctionMode):
     ) -> Any:
         """Run one function of torch."""
         if func == _SET_DATA:
-            raise UntraceableError("the model sets .data of a tensor, which an exported graph does not")
+            raise UntraceableError("the model sets .data of a tensor, which a graph does not")
         result = func(*args, **(kwargs or {}))
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = str(getattr(func, "__name__", ""))

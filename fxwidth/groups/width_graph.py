@@ -200,7 +200,8 @@ class WidthGraph:
 
 def _pin_unused(analysis: Analysis) -> None:
     # A parameter the tape never touches looks free, but nothing says what depends on its shape.
-    used = {id(tensor) for call in analysis.calls for tensor in call.inputs}
+    in_training = (call for calls in analysis.training_calls.values() for call in calls)
+    used = {id(tensor) for call in (*analysis.calls, *in_training) for tensor in call.inputs}
     for entry in analysis.parameters.values():
         if id(entry.fake) not in used:
             analysis.space.context = ""

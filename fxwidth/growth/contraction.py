@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fxwidth.growth.states import (
@@ -12,6 +13,7 @@ from fxwidth.growth.states import (
     DirectionlessError,
     Result,
     State,
+    family_transfer,
     follow,
     meet,
     multiplied,
@@ -19,57 +21,54 @@ from fxwidth.growth.states import (
     transfer,
 )
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family
 from fxwidth.rules.normalization import weight_norm_dim
+from fxwidth.rules.op_families import (
+    Attention,
+    Cell,
+    Convolution,
+    GroupedProduct,
+    Norm,
+    NormKind,
+    Product,
+    Reduction,
+    WeightNorm,
+)
+
+aten = torch.ops.aten
 
 # -- matrix products and convolutions ------------------------------------------------------------------------------
 
 
-def _product(c: CallView, left: str, right: str, formula: str) -> list[State]:
-    """Return the states of a sum of products written as an einsum formula."""
-    operands, result = formula.split("->")
-    one, other = operands.split(",")
-    left_states, right_states = c.states(left), c.states(right)
-    for letter in set(one) - set(result):
-        c.contract(left, one.index(letter), right, other.index(letter))
+@family_transfer(Product)
+def _product(c: CallView) -> Result:
+    """Return the states of a sum of products, and of what is added to it."""
+    family = as_family(c.call.func, Product)
+    assert family is not None
+    left, right, result = family.terms
+    left_states, right_states = c.states(family.left), c.states(family.right)
+    for left_dim, right_dim in zip(*family.summed_dims, strict=True):
+        c.contract(family.left, left_dim, family.right, right_dim)
     row = []
     for letter in result:
-        sides = [s[term.index(letter)] for s, term in ((left_states, one), (right_states, other)) if letter in term]
+        sides = [s[term.index(letter)] for s, term in ((left_states, left), (right_states, right)) if letter in term]
         row.append(multiplied(*sides) if len(sides) == 2 else sides[0])
-    return row
+    if family.added is not None:
+        added = c.states(family.added)
+        added = [CONSTANT] * (len(row) - len(added)) + added
+        row = [state & other for state, other in zip(row, added, strict=True)]
+    return [row]
 
 
-_PRODUCTS = {
-    "mm": ("self", "mat2", "ik,kj->ij"),
-    "bmm": ("self", "mat2", "bik,bkj->bij"),
-    "mv": ("self", "vec", "ik,k->i"),
-    "dot": ("self", "tensor", "k,k->"),
-    "vdot": ("self", "other", "k,k->"),
-    "addmm": ("mat1", "mat2", "ik,kj->ij"),
-    "baddbmm": ("batch1", "batch2", "bik,bkj->bij"),
-}
-
-
-@transfer("mm", "bmm", "mv", "dot", "vdot")
-def _plain_product(c: CallView) -> Result:
-    return [_product(c, *_PRODUCTS[c.call.name])]
-
-
-@transfer("addmm", "baddbmm")
-def _product_with_bias(c: CallView) -> Result:
-    row = _product(c, *_PRODUCTS[c.call.name])
-    bias = c.states("self")
-    bias = [CONSTANT] * (len(row) - len(bias)) + bias
-    return [[state & added for state, added in zip(row, bias, strict=True)]]
-
-
-@transfer("_grouped_mm", "transformers::grouped_mm_fallback")
+@family_transfer(GroupedProduct)
 def _grouped_product(c: CallView) -> Result:
-    rows, weights = c.call.inputs[:2]
-    c.contract(rows, 1, weights, 1)
-    return [[c.states(rows)[0], c.states(weights)[2]]]
+    family = as_family(c.call.func, GroupedProduct)
+    assert family is not None
+    c.contract(family.left, 1, family.right, 1)
+    return [[c.states(family.left)[0], c.states(family.right)[2]]]
 
 
-@transfer("convolution", "_convolution")
+@family_transfer(Convolution)
 def _convolution(c: CallView) -> Result:
     """Tell the groups, which are not summed over, from the channels read and written per group."""
     reads, writes = (0, 1) if c["transposed"] else (1, 0)
@@ -98,8 +97,7 @@ def convolution_parts(call: OpCall, facts: AxisFacts) -> tuple[int, int, int]:
     return groups, into - groups, out - groups
 
 
-@transfer("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
-@transfer("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "fxwidth::attention")
+@family_transfer(Attention)
 def _attention(c: CallView) -> Result:
     """Let new channels of values through, which are summed alike; those of queries and keys must meet zeros."""
     operands = [c[name] for name in ("query", "key", "value", "attn_mask", "attn_bias") if _is_given(c, name)]
@@ -118,7 +116,7 @@ def _attention(c: CallView) -> Result:
     return [(*map(beside, range(len(output) - 1)), value[-1]), *rest]
 
 
-@transfer("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+@family_transfer(Cell)
 def _cell(c: CallView) -> Result:
     """Let new units through: each sees itself alone, and stays zero where its gates and its past are."""
     operands = c.call.inputs
@@ -148,13 +146,20 @@ def _from_end(states: list[State], place: int) -> State:
 # -- norms ---------------------------------------------------------------------------------------------------------
 
 
-@transfer("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
-@transfer("_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm")
+@family_transfer(Norm)
+def _norm(c: CallView) -> Result:
+    family = as_family(c.call.func, Norm)
+    assert family is not None
+    return _NORMS[family.kind](c)
+
+
 def _batch_norm(c: CallView) -> Result:
     for mixing in c.call.mixings:
         if c.facts.carries(c.axes(mixing.tensor)[mixing.dim]):
             c.refuse("its batch norm normalises over new entries")
-    kept = c.states("input")[1] & c.entry("bias") & c.entry("running_mean") & State.ZERO
+    family = as_family(c.call.func, Norm)
+    assert family is not None
+    kept = c.states("input")[1] & c.entry(family.bias) & c.entry(family.mean) & State.ZERO
     own = [kept if dim == 1 and c.facts.carries(a) else State.ANY for dim, a in enumerate(c.axes("input"))]
     _, *saved = c.everywhere(State.ANY)
     return [tuple(own), *saved]
@@ -175,7 +180,6 @@ def _rescale(c: CallView, kind: str) -> None:
     c.observer.gain_rescaled(c.call)
 
 
-@transfer("native_layer_norm")
 def _layer_norm(c: CallView) -> Result:
     """Keep the mean by new entries at the mean; the variance falls by n / n', gain and eps make up for it."""
     states, axes, dims = c.states("input"), c.axes("input"), _normalised_dims(c)
@@ -198,7 +202,6 @@ def _layer_norm(c: CallView) -> Result:
     return c.each_output(normalised)
 
 
-@transfer("_fused_rms_norm", "fxwidth::rms_norm")
 def _rms_norm(c: CallView) -> Result:
     """Keep the sum of squares by new entries of zero; the mean square falls, gain and eps make up for it."""
     states, axes = c.states("input"), c.axes("input")
@@ -209,7 +212,7 @@ def _rms_norm(c: CallView) -> Result:
     return c.each_output(lambda dim: passed(states[dim], State.ZERO))
 
 
-@transfer("_weight_norm_interface", "fxwidth::weight_norm")
+@family_transfer(WeightNorm)
 def _weight_norm(c: CallView) -> Result:
     """Let zeros in where the norm runs over them; a slice of zeros has no direction, but its length may be zero."""
     own = weight_norm_dim(c.call)
@@ -226,7 +229,6 @@ def _weight_norm(c: CallView) -> Result:
     return [row, *c.everywhere(State.ANY)[1:]]
 
 
-@transfer("native_group_norm")
 def _group_norm(c: CallView) -> Result:
     """Let whole groups in; more channels per group change the statistics of that group."""
     states, axes = c.states("input"), c.axes("input")
@@ -240,6 +242,13 @@ def _group_norm(c: CallView) -> Result:
     return [(output[0], kept, *output[2:]), *statistics]
 
 
+_NORMS = {
+    NormKind.BATCH: _batch_norm,
+    NormKind.LAYER: _layer_norm,
+    NormKind.RMS: _rms_norm,
+    NormKind.GROUP: _group_norm,
+}
+
 # -- reductions ----------------------------------------------------------------------------------------------------
 
 _REDUCTIONS = {
@@ -247,28 +256,25 @@ _REDUCTIONS = {
     "vector norm": "its vector norm sees new channels that cannot be zero",
     "mean": "it takes the mean over new channels, which cannot be at the mean of the others",
 }
-_LINEAR = frozenset({"sum", "nansum", "mean"})
-_EXTREMA = frozenset({"amax", "amin", "max", "min"})
-_ZERO_AT_ZERO = _EXTREMA | {"linalg_vector_norm", "norm", "prod", "var", "std"}
 
 
-@transfer("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "any", "all", "logsumexp")
-@transfer("linalg_vector_norm", "norm", "prod")
+@family_transfer(Reduction)
 def _reduction(c: CallView) -> Result:
+    family = as_family(c.call.func, Reduction)
+    assert family is not None
     for mixing in c.call.mixings:
         if c.facts.carries(c.axes(mixing.tensor)[mixing.dim]):
-            _check_mixing(c, mixing.kind, mixing.dim)
+            _check_mixing(c, family, mixing.dim)
     gone = {mixing.dim for mixing in c.call.mixings}
-    name = c.call.name
-    kept = ALL_ZERO if name in _LINEAR else State.ZERO if name in _ZERO_AT_ZERO else State.ANY
+    kept = ALL_ZERO if family.linear else State.ZERO if family.zero_of_zeros else State.ANY
     states = c.states("self")
     keeps_dims = len(c.outputs[0][1]) == len(states)
     row = [passed(state, kept) for dim, state in enumerate(states) if keeps_dims or dim not in gone]
     return [row] * len(c.outputs)
 
 
-def _check_mixing(c: CallView, kind: str, dim: int) -> None:
-    axis = c.axes("self")[dim]
+def _check_mixing(c: CallView, family: Reduction, dim: int) -> None:
+    kind, axis = family.kind, c.axes("self")[dim]
     if kind == "mean":
         if not c.facts.is_product(axis):
             c.refuse("it takes the mean over several concatenated parts")
@@ -276,9 +282,9 @@ def _check_mixing(c: CallView, kind: str, dim: int) -> None:
             c.refuse(_REDUCTIONS[kind])
     elif kind == "sum" or (kind == "vector norm" and _ignores_zeros(c)):
         c.need_zero("self", dim, _REDUCTIONS[kind])
-    elif c.call.name == "any":
+    elif c.call.func.overloadpacket is aten.any:
         c.need_zero("self", dim, "it asks whether any new channel is set")
-    elif not (c.call.name in _EXTREMA and c.states("self")[dim] & State.MEAN):
+    elif not (family.extremum and c.states("self")[dim] & State.MEAN):
         # A mean is never beyond the extremes.
         c.refuse(f"it takes a {kind} over new channels")
 
@@ -288,7 +294,7 @@ def _ignores_zeros(c: CallView) -> bool:
     return order is None or (isinstance(order, (int, float)) and order >= 0)
 
 
-@transfer("max", "min", "argmax", "argmin")
+@transfer(aten.max, aten.min, aten.argmax, aten.argmin)
 def _extremum(c: CallView) -> Result:
     if c.call.mixings:
         return _reduction(c)
@@ -297,7 +303,7 @@ def _extremum(c: CallView) -> Result:
     return follow(c, c["self"], State.ZERO)
 
 
-@transfer("_softmax", "_log_softmax", "_safe_softmax")
+@transfer(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def _softmax(c: CallView) -> Result:
     dim = c["dim"] % max(1, len(c.axes("self")))
     if c.facts.carries(c.axes("self")[dim]):
@@ -305,6 +311,6 @@ def _softmax(c: CallView) -> Result:
     return follow(c, c["self"], State.ANY)
 
 
-@transfer("cumprod", "sort", "cummax", "cummin", "topk")
+@transfer(aten.cumprod, aten.sort, aten.cummax, aten.cummin, aten.topk)
 def _ordered(c: CallView) -> Result:
     return follow(c, c["self"], State.ZERO)

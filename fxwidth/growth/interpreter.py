@@ -16,15 +16,25 @@ from fxwidth.growth import (
 )
 from fxwidth.growth.pointwise import pass_pointwise
 from fxwidth.growth.ranges import ANYTHING, Range, refuse_not_finite, result_range
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, TRANSFERS, AxisFacts, CallView, RefusedError, State, States
+from fxwidth.growth.states import (
+    ALL_ZERO,
+    CONSTANT,
+    NO_TRANSFER,
+    AxisFacts,
+    CallView,
+    RefusedError,
+    State,
+    States,
+    transfer_of,
+)
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.registry import broadcast_all, rule_for, rule_name
+from fxwidth.rules.family_table import channel_norm
+from fxwidth.rules.op_names import rule_name
+from fxwidth.rules.registry import broadcast_all, rule_for
 
 Slot = tuple[str, int]
 """A dim of a parameter or buffer."""
-
-CHANNEL_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "fxwidth::rms_norm"})
 
 
 class TapeIndex:
@@ -49,6 +59,12 @@ class TapeIndex:
                 self.calls.setdefault(factor, []).append(call)
             for key in call.axes.keys() & self.users.keys():
                 self.users[key].append(call)
+        self.in_training: dict[Factor, list[OpCall]] = {}
+        for call in (call for calls in analysis.training_calls.values() for call in calls):
+            self.used |= call.axes.keys()
+            rows = [*call.axes.values(), *call.output_axes]
+            for factor in self._mentioned(analysis.space, (axis for axes in rows for axis in axes)):
+                self.in_training.setdefault(factor, []).append(call)
         for name, entry in analysis.parameters.items():
             for dim, axis in enumerate(entry.axes):
                 for factor in self._mentioned(analysis.space, [axis]):
@@ -113,6 +129,7 @@ class Interpretation:
         self.states: dict[int, States] = {}
         self._ranges: dict[int, Range] = {}
         self._by_storage: dict[int, dict[int, Tensor]] = {}
+        self._most: dict[int, States] = {}
         self.refusal: RefusedError | None = None
         self.progress = -1
         self.needed: set[Slot] = set()
@@ -122,6 +139,14 @@ class Interpretation:
 
     def run(self) -> Interpretation:
         """Follow the new channels along the tape."""
+        self._follow()
+        while self.refusal is None and self._less_in_training():
+            for found in (self.states, self._ranges, self._by_storage, self.needed, self.norms, self.sources):
+                found.clear()
+            self._follow()
+        return self
+
+    def _follow(self) -> None:
         for slot in self._slots:
             self._start(slot[0])
         for call in self._index.calls.get(self._factor, ()):
@@ -129,8 +154,28 @@ class Interpretation:
                 self._pass(call)
             except RefusedError as refusal:
                 self.refusal, self.progress = refusal, call.index
-                break
-        return self
+                return
+        # What training alone does comes last: its ops have no index on the tape, and read what is on it.
+        try:
+            for call in self._index.in_training.get(self._factor, ()):
+                known = len(self.norms)
+                self._pass(call)
+                if len(self.norms) > known:
+                    raise RefusedError(f"a norm sees more channels ({call.place})")
+        except RefusedError as refusal:
+            self.refusal, self.progress = RefusedError(f"in training, {refusal}"), len(self._analysis.calls)
+
+    def _less_in_training(self) -> bool:
+        """Note what holds for less in training than in evaluation: what reads it may rely on what holds in both."""
+        found = False
+        for own, other in self._analysis.in_training:
+            states = self.states.get(id(other), ())
+            in_training = self.states.get(id(own), states if own is other else (CONSTANT,) * len(states))
+            both = tuple(one & two for one, two in zip(states, in_training, strict=True))
+            if both != states:
+                self._most[id(other)] = both
+                found = True
+        return found
 
     # -- what calls ask and tell (see `growth_states.Observer`) ------------------------------------------------------
 
@@ -166,7 +211,7 @@ class Interpretation:
         if id(weight) not in self._index.names:
             return "computes its gain, which can therefore not be rescaled"
         for call in self._index.users[id(weight)]:
-            if rule_name(call.func) not in CHANNEL_NORMS or call.arguments["weight"] is not weight:
+            if channel_norm(call.func) is None or call.arguments["weight"] is not weight:
                 return "shares its gain, which would have to be rescaled, with other ops"
         return None
 
@@ -212,10 +257,10 @@ class Interpretation:
         if not call.outputs:
             return
         view = CallView(call, self._facts, self)
-        passes = TRANSFERS.get(rule_name(call.func))
+        passes = transfer_of(rule_name(call.func))
         if passes is None:
             if rule_for(call.func) is not broadcast_all:
-                view.refuse("how new channels pass it is not known")
+                view.refuse(NO_TRANSFER)
             passes = pass_pointwise
             refuse_not_finite(view, self._range_of)
         settled = view.results(passes(view))
@@ -238,7 +283,8 @@ class Interpretation:
         return (float(value), float(value)) if isinstance(value, (int, float)) else ANYTHING
 
     def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
-        self.states[id(tensor)] = states
+        most = self._most.get(id(tensor), states)
+        self.states[id(tensor)] = tuple(one & two for one, two in zip(states, most, strict=True))
         self.sources[id(tensor)] = origins
         self._by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
 

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, CallView, Result, State, follow, meet, of_number, transfer
+from fxwidth.growth.states import (
+    ALL_ZERO,
+    CONSTANT,
+    NO_TRANSFER,
+    CallView,
+    Result,
+    State,
+    family_transfer,
+    follow,
+    meet,
+    of_number,
+    transfer,
+)
+from fxwidth.rules.family_table import as_family, is_move
+from fxwidth.rules.op_families import Move, Movement, Positions
+
+aten = torch.ops.aten
 
 # -- movements -----------------------------------------------------------------------------------------------------
 
 
-@transfer("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")
-@transfer("select", "slice", "slice_copy", "as_strided", "flip", "roll", "unfold", "native_channel_shuffle")
-@transfer("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy")
-@transfer("unbind", "channel_shuffle", "tril", "triu", "cumsum")
+@family_transfer(Movement)
+@transfer(aten.tril, aten.triu, aten.cumsum)
 def _moved(c: CallView) -> Result:
-    return follow(c, c.tensor("self"))
+    if is_move(c.call.func, Move.PERMUTATION, Move.EXPANSION, Move.REPETITION, Move.JOIN):
+        c.refuse(NO_TRANSFER)  # which dim of its result is which depends on the op
+    return follow(c, c.call.inputs[0])
 
 
-@transfer("permute")
+@transfer(aten.permute)
 def _permute(c: CallView) -> Result:
     states = c.states("self")
     return [[states[dim] for dim in c["dims"]]]
 
 
-@transfer("t")
+@transfer(aten.t)
 def _transposed(c: CallView) -> Result:
     return [c.states("self")[::-1]]
 
 
-@transfer("transpose")
+@transfer(aten.transpose)
 def _transpose(c: CallView) -> Result:
     states, i, j = c.states("self"), c["dim0"], c["dim1"]
     states[i], states[j] = states[j], states[i]
     return [states]
 
 
-@transfer("expand", "repeat")
+@transfer(aten.expand, aten.repeat)
 def _copies(c: CallView) -> Result:
     # Where the source does not carry the factor, the channels are copies of one entry.
     states = c.states("self")
@@ -43,7 +60,7 @@ def _copies(c: CallView) -> Result:
     return [[CONSTANT] * (rank - len(states)) + states]
 
 
-@transfer("cat")
+@transfer(aten.cat)
 def _cat(c: CallView) -> Result:
     rank = c.outputs[0][0].dim()
     # Legacy: empty one-dimensional tensors are skipped by cat.
@@ -55,14 +72,14 @@ def _cat(c: CallView) -> Result:
     return c.each_output(joined)
 
 
-@transfer("stack")
+@transfer(aten.stack)
 def _stack(c: CallView) -> Result:
     rows = [meet(column) for column in zip(*(c.states(tensor) for tensor in c["tensors"]), strict=True)]
     rows.insert(c["dim"] % c.outputs[0][0].dim(), CONSTANT)
     return [rows]
 
 
-@transfer("constant_pad_nd")
+@transfer(aten.constant_pad_nd)
 def _pad(c: CallView) -> Result:
     states, axes, filled = c.states("self"), c.axes("self"), of_number(c["value"])
 
@@ -72,24 +89,24 @@ def _pad(c: CallView) -> Result:
     return c.each_output(padded)
 
 
-@transfer("_pack_padded_sequence")
+@transfer(aten._pack_padded_sequence)
 def _pack(c: CallView) -> Result:
     return follow(c, c["input"])
 
 
-@transfer("fxwidth::pad_packed_sequence")
+@transfer(torch.ops.fxwidth.pad_packed_sequence)
 def _pad_packed(c: CallView) -> Result:
     states, filled = c.states("data"), of_number(c["padding_value"])
     # The dim of rows becomes two.
     return c.each_output(lambda dim: states[dim - 1] & filled)
 
 
-@transfer("slice_scatter")
+@transfer(aten.slice_scatter)
 def _slice_scatter(c: CallView) -> Result:
     return [[meet(pair) for pair in zip(c.states("self"), c.states("src"), strict=True)]]
 
 
-@transfer("glu")
+@transfer(aten.glu)
 def _glu(c: CallView) -> Result:
     return follow(c, c.tensor("self"), State.ZERO)
 
@@ -97,17 +114,17 @@ def _glu(c: CallView) -> Result:
 # -- tensors made from nothing, and look-ups -----------------------------------------------------------------------
 
 
-@transfer("zeros", "new_zeros", "empty", "new_empty")
+@transfer(aten.zeros, aten.new_zeros, aten.empty, aten.new_empty)
 def _zeros(c: CallView) -> Result:
     return c.everywhere(ALL_ZERO)
 
 
-@transfer("ones", "new_ones", "full", "new_full")
+@transfer(aten.ones, aten.new_ones, aten.full, aten.new_full)
 def _filled(c: CallView) -> Result:
     return c.everywhere(of_number(c.call.arguments.get("fill_value", 1)))
 
 
-@transfer("rand", "randn")
+@transfer(aten.rand, aten.randn)
 def _random(c: CallView) -> Result:
     return c.everywhere(State.ANY)
 
@@ -117,7 +134,7 @@ def _check_index(c: CallView, index: Tensor) -> None:
         c.refuse("new channels hold positions that it looks up")
 
 
-@transfer("embedding")
+@transfer(aten.embedding)
 def _embedding(c: CallView) -> Result:
     _check_index(c, c["indices"])
     return [[*_looked_up(c, c["indices"]), c.states("weight")[1]]]
@@ -127,7 +144,7 @@ def _looked_up(c: CallView, index: Tensor) -> list[State]:
     return [CONSTANT if state & State.UNIFORM else State.ANY for state in c.states(index)]
 
 
-@transfer("index", "_unsafe_index")
+@transfer(aten.index, aten._unsafe_index)
 def _index(c: CallView) -> Result:
     indices = [index for index in c["indices"] if index is not None]
     for index in indices:
@@ -137,13 +154,13 @@ def _index(c: CallView) -> Result:
     return follow(c, c["self"])
 
 
-@transfer("index_select")
+@transfer(aten.index_select)
 def _index_select(c: CallView) -> Result:
     _check_index(c, c["index"])
     return c.everywhere(State.ANY) if c.carrying("index") else follow(c, c["self"])
 
 
-@transfer("gather")
+@transfer(aten.gather)
 def _gather(c: CallView) -> Result:
     _check_index(c, c["index"])
     signal, index = c.states("self"), c.states("index")
@@ -153,23 +170,13 @@ def _gather(c: CallView) -> Result:
 # -- positions -----------------------------------------------------------------------------------------------------
 
 
-@transfer("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "pixel_shuffle")
-@transfer("pixel_unshuffle", "im2col", "col2im")
-@transfer("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d")
-@transfer("_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d")
-@transfer("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
-@transfer("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
-@transfer("replication_pad1d", "replication_pad2d", "replication_pad3d")
-def _linear_over_positions(c: CallView) -> Result:
-    return follow(c, c.call.inputs[0])
+@family_transfer(Positions)
+def _over_positions(c: CallView) -> Result:
+    family = as_family(c.call.func, Positions)
+    return follow(c, c.call.inputs[0], ALL_ZERO if family is not None and family.linear else State.ZERO)
 
 
-@transfer("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d")
-def _max_pool(c: CallView) -> Result:
-    return follow(c, c.call.inputs[0], State.ZERO)
-
-
-@transfer("grid_sampler_2d", "grid_sampler_3d")
+@transfer(aten.grid_sampler_2d, aten.grid_sampler_3d)
 def _grid_sampler(c: CallView) -> Result:
     signal, grid = c.call.inputs
     states, places = c.states(signal), c.states(grid)

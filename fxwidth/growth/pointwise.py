@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fxwidth.growth.states import ALL_ZERO, CONSTANT, CallView, State, meet, multiplied, of_number
 from fxwidth.recording.tape import tensors_in, unbind
+from fxwidth.rules.op_names import op_name, rule_name
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Place:
 
 def pass_pointwise(c: CallView) -> Sequence[Sequence[State]]:
     """Return the states of a pointwise op's results."""
-    combine = _COMBINATIONS.get(c.call.name, _by_trial)
+    combine = _COMBINATIONS.get(rule_name(c.call.func), _by_trial)
     rank = len(c.outputs[0][1])
     return c.each_output(lambda dim: combine(Place(c, rank - dim)))
 
@@ -125,6 +128,10 @@ def _filled(at: Place) -> State:
     return at.state_of(at.view.call.arguments.get("value", at.view.call.arguments.get("fill_value", 1)))
 
 
+def _zeros(_: Place) -> State:
+    return ALL_ZERO
+
+
 def _dropped(at: Place) -> State:
     name = "self" if "self" in at.view.call.arguments else "input"
     return at.state(name) & State.ZERO
@@ -136,16 +143,19 @@ def _activated(at: Place) -> State:
 
 
 _COMBINATIONS: dict[str, Callable[[Place], State]] = {
-    **dict.fromkeys(("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy"), _source),
-    "neg": _source,
-    "copy": _written,
-    **dict.fromkeys(("add", "sub", "rsub"), _sum),
-    "mul": _multiplied,
-    "div": _divided,
-    "where": _chosen,
-    "masked_fill": _masked,
-    **dict.fromkeys(("fill", "full_like", "ones_like"), _filled),
-    **dict.fromkeys(("zero", "zeros_like", "empty_like"), lambda _: ALL_ZERO),
-    "native_dropout": _dropped,
-    **dict.fromkeys(("prelu", "_prelu_kernel"), _activated),
+    op_name(op): combine
+    for combine, ops in {
+        _source: (aten.clone, aten.detach, aten.alias, aten._to_copy, aten.lift_fresh, aten.lift_fresh_copy, aten.neg),
+        _written: (aten.copy,),
+        _sum: (aten.add, aten.sub, aten.rsub),
+        _multiplied: (aten.mul,),
+        _divided: (aten.div,),
+        _chosen: (aten.where,),
+        _masked: (aten.masked_fill,),
+        _filled: (aten.fill, aten.full_like, aten.ones_like),
+        _zeros: (aten.zero, aten.zeros_like, aten.empty_like),
+        _dropped: (aten.native_dropout,),
+        _activated: (aten.prelu, aten._prelu_kernel),
+    }.items()
+    for op in ops
 }

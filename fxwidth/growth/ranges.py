@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.utils import _pytree as pytree
 
 from fxwidth.growth.states import CallView, State
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
+from fxwidth.rules.family_table import family_of, is_arithmetic, is_move
+from fxwidth.rules.op_families import Arithmetic, Family, LookUp, Move, Movement, Positions, Reduction
+from fxwidth.rules.op_names import op_name, rule_name
+
+aten = torch.ops.aten
 
 Range = tuple[float, float]
 """The least and the largest that the new entries of a tensor can be."""
@@ -103,22 +109,38 @@ def _is_one_interval(finite: Sequence[bool]) -> bool:
 
 def result_range(call: OpCall, range_of: Ranges) -> Range:
     """Return where the new entries of an op's first result lie, from where those of its operands do."""
-    name = call.name
+    name = rule_name(call.func)
     if name in _FIXED:
         return _FIXED[name]
     tensors = call.inputs
     if not tensors:
         return ANYTHING
     first = range_of(tensors[0])
-    if name in _KEPT:
+    if _stays_within(family_of(call.func), len(call.outputs)) or name in _KEPT:
         return first
     if name in _MONOTONE:
         return _monotone(name, first)
-    if name in _TOGETHER:
+    if is_move(call.func, Move.JOIN):
         ranges = [range_of(tensor) for tensor in tensors]
         return min(low for low, _ in ranges), max(high for _, high in ranges)
     combine = _COMBINED.get(name)
     return ANYTHING if combine is None else combine(call, range_of)
+
+
+def _stays_within(family: Family | None, results: int) -> bool:
+    """Tell whether all results of an op lie between entries of its first operand."""
+    match family:
+        case Movement(kind):
+            # By strides other entries of the same memory may come into sight.
+            return kind not in (Move.JOIN, Move.STRIDES)
+        case Reduction(kind=kind, extremum=extremum):
+            return results == 1 and (kind == "mean" or extremum)
+        case Positions(within=within):
+            return within
+        case LookUp():
+            return True
+        case _:
+            return False
 
 
 def _monotone(name: str, own: Range) -> Range:
@@ -138,9 +160,10 @@ def _sum(call: OpCall, range_of: Ranges) -> Range:
     alpha = call.arguments.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return ANYTHING
-    if call.name == "rsub":
+    if call.func.overloadpacket is aten.rsub:
         one, other = other, one
-    return _added(one, _product(other, (-alpha, -alpha) if call.name in ("sub", "rsub") else (alpha, alpha)))
+    scale = -alpha if is_arithmetic(call.func, Arithmetic.DIFFERENCE) else alpha
+    return _added(one, _product(other, (scale, scale)))
 
 
 def _added(one: Range, other: Range) -> Range:
@@ -200,7 +223,7 @@ def _clamped(call: OpCall, range_of: Ranges) -> Range:
 
 def _larger(call: OpCall, range_of: Ranges) -> Range:
     one, other = _operands(call, range_of)
-    pick = max if call.name == "maximum" else min
+    pick = max if call.func.overloadpacket is aten.maximum else min
     return pick(one[0], other[0]), pick(one[1], other[1])
 
 
@@ -208,42 +231,42 @@ _UNIT: Range = (-1.0, 1.0)
 _SHARE: Range = (0.0, 1.0)
 _POSITIVE: Range = (0.0, _INF)
 _FIXED: Mapping[str, Range] = {
-    **dict.fromkeys(("sin", "cos", "tanh", "erf", "sign", "softsign"), _UNIT),
-    **dict.fromkeys(("_softmax", "_safe_softmax", "softmax", "hardsigmoid"), _SHARE),
-    **dict.fromkeys(("var", "std", "linalg_vector_norm", "norm"), _POSITIVE),
-    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), (0.0, 0.0)),
-    **dict.fromkeys(("ones", "new_ones", "ones_like"), (1.0, 1.0)),
-    "relu6": (0.0, 6.0),
+    op_name(op): own
+    for own, ops in {
+        _UNIT: (aten.sin, aten.cos, aten.tanh, aten.erf, aten.sign),
+        _SHARE: (aten._softmax, aten._safe_softmax, aten.hardsigmoid),
+        _POSITIVE: (aten.var, aten.std, aten.linalg_vector_norm, aten.norm),
+        (0.0, 0.0): (aten.zeros, aten.new_zeros, aten.zeros_like, aten.zero),
+        (1.0, 1.0): (aten.ones, aten.new_ones, aten.ones_like),
+    }.items()
+    for op in ops
 }
-_MONOTONE: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "expm1": torch.expm1,
-    "sigmoid": torch.sigmoid,
-    "softplus": torch.nn.functional.softplus,
-    "relu": torch.relu,
-    "sqrt": torch.sqrt,
-    "log1p": torch.log1p,
-    "log": torch.log,
+_INCREASING: Mapping[OpOverloadPacket, Callable[[Tensor], Tensor]] = {
+    aten.exp: torch.exp,
+    aten.exp2: torch.exp2,
+    aten.expm1: torch.expm1,
+    aten.sigmoid: torch.sigmoid,
+    aten.softplus: torch.nn.functional.softplus,
+    aten.relu: torch.relu,
+    aten.sqrt: torch.sqrt,
+    aten.log1p: torch.log1p,
+    aten.log: torch.log,
 }
-_NEVER_ZERO = frozenset({"exp", "exp2", "sigmoid", "softplus"})
-_KEPT = frozenset(
-    {
-        "clone", "detach", "alias", "_to_copy", "contiguous", "view", "_unsafe_view", "reshape", "permute", "transpose",
-        "t", "expand", "repeat", "unsqueeze", "squeeze", "select", "slice", "split", "split_with_sizes", "unbind",
-        "chunk", "flip", "roll", "mean", "amax", "amin", "_adaptive_avg_pool2d", "avg_pool2d", "adaptive_max_pool2d",
-        "upsample_nearest2d", "unfold", "index", "index_select", "gather", "cummax", "cummin",
-    }
-)  # fmt: skip
-_TOGETHER = frozenset({"cat", "stack"})
+_MONOTONE = {op_name(op): function for op, function in _INCREASING.items()}
+_NEVER_ZERO = frozenset(map(op_name, (aten.exp, aten.exp2, aten.sigmoid, aten.softplus)))
+_KEPT = frozenset(map(op_name, (aten.cummax, aten.cummin)))
 _COMBINED: Mapping[str, Callable[[OpCall, Ranges], Range]] = {
-    **dict.fromkeys(("add", "sub", "rsub"), _sum),
-    "mul": _multiplied,
-    "div": _divided,
-    "reciprocal": _reciprocal,
-    "square": _squared,
-    "abs": _size,
-    "pow": _power,
-    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamped),
-    **dict.fromkeys(("maximum", "minimum"), _larger),
+    op_name(op): combine
+    for combine, ops in {
+        _sum: (aten.add, aten.sub, aten.rsub),
+        _multiplied: (aten.mul,),
+        _divided: (aten.div,),
+        _reciprocal: (aten.reciprocal,),
+        _squared: (aten.square,),
+        _size: (aten.abs,),
+        _power: (aten.pow,),
+        _clamped: (aten.clamp, aten.clamp_min, aten.clamp_max),
+        _larger: (aten.maximum, aten.minimum),
+    }.items()
+    for op in ops
 }

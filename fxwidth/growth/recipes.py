@@ -13,13 +13,14 @@ from enum import Enum, Flag, StrEnum, auto
 from torch import Tensor
 
 from fxwidth.analysis.result import Analysis
-from fxwidth.analysis.roles import ADDING, WEIGHT_NORMS, Roles
+from fxwidth.analysis.roles import Roles
 from fxwidth.axes.factors import ONE, Factor
 from fxwidth.growth.contraction import convolution_parts
-from fxwidth.growth.interpreter import CHANNEL_NORMS, Interpretation, Slot, tape_index
+from fxwidth.growth.interpreter import Interpretation, Slot, tape_index
 from fxwidth.growth.states import AxisFacts, DirectionlessError, NormedWriterError, ProductRefusedError, State
 from fxwidth.recording.tape import Axes, OpCall
-from fxwidth.rules.registry import rule_name
+from fxwidth.rules.family_table import adds, as_family, channel_norm, is_arithmetic
+from fxwidth.rules.op_families import Arithmetic, Norm, WeightNorm
 
 
 class Recipe(StrEnum):
@@ -218,8 +219,8 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
 
 def _use_in_parameters(call: OpCall, tensor: Tensor, dim: int) -> Use:
     """Return what an op on parameters alone tells: the length of a weight's rows scales them, as in a weight norm."""
-    scales = call.name in {"mul", "div", *WEIGHT_NORMS} and _is_vector(call.axes[id(tensor)], dim)
-    return Use.SCALES if scales else Use(0)
+    multiplies = is_arithmetic(call.func, Arithmetic.PRODUCT, Arithmetic.QUOTIENT) or as_family(call.func, WeightNorm)
+    return Use.SCALES if multiplies and _is_vector(call.axes[id(tensor)], dim) else Use(0)
 
 
 def _is_vector(axes: Axes, dim: int) -> bool:
@@ -235,15 +236,9 @@ def _use(call: OpCall, tensor: Tensor, dim: int, facts: AxisFacts) -> Use:
                 if "groups" in call.arguments and convolution_parts(call, facts) == (1, 0, 0):
                     return Use.GROUP_KERNEL
                 return Use.READS if dim in dims else Use.WRITES
-    for name, use in _NORM_SLOTS.items():
-        if call.arguments.get(name) is tensor and "norm" in call.name:
-            return Use.SCALES if use is Use.UNIT_GAIN and rule_name(call.func) in CHANNEL_NORMS else use
-    return Use.WRITES if call.contractions or call.name in ADDING else Use.SCALES
-
-
-_NORM_SLOTS = {
-    "weight": Use.UNIT_GAIN,
-    "running_var": Use.UNIT_GAIN,
-    "bias": Use.SHIFTS,
-    "running_mean": Use.SHIFTS,
-}
+    norm = as_family(call.func, Norm)
+    if norm is not None:
+        for names, use in ((("weight", norm.variance), Use.UNIT_GAIN), ((norm.bias, norm.mean), Use.SHIFTS)):
+            if any(call.arguments.get(name) is tensor for name in names):
+                return Use.SCALES if use is Use.UNIT_GAIN and channel_norm(call.func) is not None else use
+    return Use.WRITES if call.contractions or adds(call.func) else Use.SCALES

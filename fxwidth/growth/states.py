@@ -14,7 +14,10 @@ from torch import Tensor
 
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, Term
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.registry import rule_name
+from fxwidth.rules.family_table import FAMILIES
+from fxwidth.rules.op_families import Family
+from fxwidth.rules.op_names import Op, op_name, rule_name
+from fxwidth.rules.registry import POINTWISE
 
 
 class State(IntFlag):
@@ -37,6 +40,8 @@ ALL_ZERO = State.ZERO | State.MEAN | State.UNIFORM | State.WEIGHTED
 """Old and new entries are zero, or nothing has been written yet."""
 
 States = tuple[State, ...]
+
+NO_TRANSFER = "how new channels pass it is not known"
 
 
 class RefusedError(Exception):
@@ -278,19 +283,43 @@ Result = Sequence[Sequence[State]]
 Transfer = Callable[[CallView], Result]
 
 TRANSFERS: dict[str, Transfer] = {}
+FAMILY_TRANSFERS: dict[type[Family], Transfer] = {}
 
 
-def transfer(*names: str) -> Callable[[Transfer], Transfer]:
-    """Register how new channels pass ops, named as rules are."""
+def transfer(*ops: Op) -> Callable[[Transfer], Transfer]:
+    """Register how new channels pass ops, named as for `rule`; that goes before what is known of their family."""
 
     def register(function: Transfer) -> Transfer:
-        for name in names:
+        for name in map(op_name, ops):
             if name in TRANSFERS:
                 raise ValueError(f"there is a transfer for {name} already")
             TRANSFERS[name] = function
         return function
 
     return register
+
+
+def family_transfer(*families: type[Family]) -> Callable[[Transfer], Transfer]:
+    """Register how new channels pass all ops of some families."""
+
+    def register(function: Transfer) -> Transfer:
+        for family in families:
+            if family in FAMILY_TRANSFERS:
+                raise ValueError(f"there is a transfer for {family.__name__} already")
+            FAMILY_TRANSFERS[family] = function
+        return function
+
+    return register
+
+
+def transfer_of(name: str) -> Transfer | None:
+    """Return how new channels pass an op of the given name, or None."""
+    found = TRANSFERS.get(name)
+    # What acts on each element alone is told by its numbers.
+    if found is not None or name in POINTWISE:
+        return found
+    family = FAMILIES.get(name)
+    return None if family is None else FAMILY_TRANSFERS.get(type(family))
 
 
 # -- what states become ----------------------------------------------------------------------------------------------

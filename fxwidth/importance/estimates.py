@@ -16,6 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.basis_change import Rotation, rotation
+from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share
 from fxwidth.selection.grams import Pairs, each_pairs, pairs_of
@@ -33,7 +34,7 @@ from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.moments import Moments, has_values, moments_from_data
 from fxwidth.statistics.observation_points import Key
 from fxwidth.statistics.remembered_noise import noise_moments
-from fxwidth.weights.readers import BATCH_NORMS, wiring_of
+from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.writer_spectra import singular_values, tail_share, writer_gram
 
 # As many rows as evidence has that does not come from samples.
@@ -214,13 +215,14 @@ def refuse_negative_variances(width_graph: WidthGraph) -> None:
     """
     names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
     for call in width_graph.analysis.calls:
-        if call.name not in BATCH_NORMS:
+        norm = running_norm(call.func)
+        if norm is None:
             continue
-        name = names.get(id(call.arguments.get("running_var")))
+        name = names.get(id(call.arguments.get(norm.variance)))
         values = None if name is None else width_graph.analysis.parameters[name].tensor
         if values is None or values.device.type == "meta":
             continue
-        eps = call.arguments["epsilon" if "epsilon" in call.arguments else "eps"]
+        eps = call.arguments[norm.eps]
         least = float(values.min()) if values.numel() else 1.0
         if least + eps <= 0:
             raise FxwidthError(

@@ -16,14 +16,14 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, Indices
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on
-from fxwidth.recording.tape import OpCall, bind, functional_name
+from fxwidth.recording.tape import OpCall, bind
+from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.statistics.calibration_data import batches_from, cut_anew
-from fxwidth.weights.readers import BATCH_NORMS, wiring_of
+from fxwidth.weights.readers import wiring_of
 
 # Differences between two runs on the same inputs take few of these to be seen well.
 SAMPLES = 512
-_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,20 @@ def statistics_used_elsewhere(width_graph: WidthGraph) -> dict[str, str]:
     names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
 
     def as_statistic(call: OpCall, tensor: Tensor) -> bool:
-        return call.name in BATCH_NORMS and any(call.arguments.get(name) is tensor for name in _STATISTICS)
+        return any(own is tensor for own in _running_statistics(call))
 
-    norms = [call for call in width_graph.analysis.calls if call.name in BATCH_NORMS]
-    found = {names.get(id(call.arguments.get(name))) for call in norms for name in _STATISTICS} - {None}
+    calls = width_graph.analysis.calls
+    found = {names.get(id(own)) for call in calls for own in _running_statistics(call)} - {None}
     return {
         name: "it is used for something else too"
         for name in sorted(map(str, found))
         if not wiring.used_only(name, as_statistic)
     }
+
+
+def _running_statistics(call: OpCall) -> list[Any]:
+    norm = running_norm(call.func)
+    return [] if norm is None else [call.arguments.get(norm.mean), call.arguments.get(norm.variance)]
 
 
 def _buffers(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
@@ -187,10 +192,11 @@ class _Watch(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one op."""
-        if functional_name(func) not in BATCH_NORMS:
+        norm = running_norm(func)
+        if norm is None:
             return func(*args, **(kwargs or {}))
         arguments = bind(func, args, kwargs or {})
-        tensors = [arguments["running_mean"], arguments["running_var"]]
+        tensors = [arguments[norm.mean], arguments[norm.variance]]
         names = [None if tensor is None else self._names.get(tensor.data_ptr()) for tensor in tensors]
         result = func(*args, **(kwargs or {}))
         if names[0] is None or names[1] is None:
@@ -199,7 +205,7 @@ class _Watch(TorchDispatchMode):
         signal = arguments["input"]
         wide = signal if signal.dtype == torch.float64 else signal.float()
         variance, mean = torch.var_mean(wide, [dim for dim in range(signal.dim()) if dim != 1], correction=0)
-        eps = arguments["epsilon" if "epsilon" in arguments else "eps"]
+        eps = arguments[norm.eps]
         calls = self.seen.setdefault(key, [])
         calls.append(_Statistics(signal.numel() // signal.shape[1], mean, variance, eps))
         if self._before is None or len(self._before.get(key, ())) < len(calls):
@@ -209,6 +215,6 @@ class _Watch(TorchDispatchMode):
         center, spread = (tensor.detach().to(wide.dtype).clone() for tensor in tensors)
         center[start.places], spread[start.places] = (values.to(wide.dtype) for values in moved)
         gain = (spread + eps).rsqrt() * (1.0 if arguments["weight"] is None else arguments["weight"])
-        shift = (0.0 if arguments["bias"] is None else arguments["bias"]) - center * gain
+        shift = (0.0 if arguments[norm.bias] is None else arguments[norm.bias]) - center * gain
         shape = [-1, *[1] * (signal.dim() - 2)]
         return (torch.addcmul(shift.view(shape), wide, gain.view(shape)).to(signal.dtype), *result[1:])

@@ -74,10 +74,10 @@ def _why_not(readers: ReaderSet, moments: Moments) -> str | None:
         return "its weight is computed from parameters"
     if not readers.foldable:
         return "its weight is used for something else too"
-    if _common_moment(readers, moments) is not None:
-        return None
-    known = (moments.missed[one.call.node] for one in readers.readers if one.call.node in moments.missed)
-    return next(known, "nothing is known of what it reads")
+    missed = [moments.missed[one.call.node] for one in readers.readers if one.call.node in moments.missed]
+    if missed or _common_moment(readers, moments) is None:
+        return next(iter(missed), "nothing is known of what it reads")
+    return None
 
 
 def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, call: OpCall) -> float:

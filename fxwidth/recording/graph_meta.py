@@ -9,9 +9,24 @@ from torch import fx
 from fxwidth.serialization.graph_pickling import pickle_as_data
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
-NOTES = (INPUTS, VALUES, AXES, HISTORY)
+EXAMPLES = "fxwidth_examples"
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY)
 # Where torch unpickles a GraphModule, it gets a new `meta`, and keeps the attributes that torch does not know.
 _CARRIED = "_fxwidth_notes"
+
+
+class InMemory(tuple[Any, ...]):
+    """Samples of the user's own inputs: they stay with a graph and its copies, and are written to no file."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickle writes in their place: none."""
+        return InMemory, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InMemory:
+        """Return themselves: they are not written to."""
+        return self
 
 
 def notes_of(module: fx.GraphModule) -> dict[str, Any]:

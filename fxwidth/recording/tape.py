@@ -182,13 +182,16 @@ class TapeRecorder(TorchDispatchMode):
             self._values.begin(node)
 
     @contextmanager
-    def aside(self) -> Iterator[list[OpCall]]:
-        """Record what is run on a list of its own for a while, and not on the tape."""
-        tape, self.calls = self.calls, []
+    def aside(self, judged: bool = True) -> Iterator[list[OpCall]]:
+        """Record what is run on a list of its own for a while, and not on the tape; tell of it only if it is judged."""
+        tape, on_call = self.calls, self._on_call
+        self.calls = []
+        if not judged:
+            self._on_call = None
         try:
             yield self.calls
         finally:
-            self.calls = tape
+            self.calls, self._on_call = tape, on_call
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fxwidth.axes.index_maps import NEW, Indices
 from fxwidth.errors import FxwidthError
-from fxwidth.rewriting.optimizers import optimizers_in, refuse_kept_parameters
+from fxwidth.rewriting.optimizers import Optimizers, optimizers_in, refuse_kept_parameters
 from fxwidth.rewriting.successors import gather
 
 # State that divides a step: zero in a new slot would make its first steps far too large.
@@ -116,7 +116,7 @@ class OptimizerUpdate:
 
 
 def plan_optimizer_update(
-    optimizer: Optimizer, replacements: Sequence[Replacement], names: Mapping[int, str]
+    optimizer: Optimizers, replacements: Sequence[Replacement], names: Mapping[int, str]
 ) -> OptimizerUpdate:
     """Compute the state of an optimizer for resized parameters; nothing is changed before `commit`.
 
@@ -124,7 +124,7 @@ def plan_optimizer_update(
     divides the step. Step counts stay.
 
     Args:
-        optimizer: the optimizer.
+        optimizer: the optimizer, or several.
         replacements: the parameters that are replaced.
         names: those of all parameters of the graph, by `id`.
 

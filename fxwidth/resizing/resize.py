@@ -9,7 +9,6 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.optim import Optimizer
 
 from fxwidth.analysis.known_axes import KnownAxes, known_axes
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
@@ -28,8 +27,8 @@ from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.metadata import renew_metadata
-from fxwidth.rewriting.optimizers import check_optimizer
-from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, detach_original, goes_along, original_of, resized_together
+from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
+from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_behind, original_of, resized_together
 from fxwidth.rewriting.successors import successor
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.fake_tensors import fake_like
@@ -46,7 +45,7 @@ def resize(
     gm: fx.GraphModule,
     plan: Mapping[str, int | Sequence[int]],
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     **options: Unpack[ResizeKeywords],
 ) -> fx.GraphModule:
     """Give channel groups new widths, in place.
@@ -56,13 +55,14 @@ def resize(
     Python attributes, gradients, class and memory format go over to the new ones.
 
     The model that `gm` was traced from is resized with it if its own code does at the new widths what the graph does;
-    else it stays as it was before, with parameters of its own from now on. `fxwidth.report` says which it was.
+    else it stays as it was before, with parameters of its own from now on. `fxwidth.report` says which it was. Other
+    graphs that were traced from the model, or from a part of it, stay as they were before in the same way.
 
     Args:
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
         plan: group name -> new width, or the channels to keep, ascending, as in `{"conv1": 24, "conv2": [0, 2, 5]}`;
             groups that are not named stay.
-        optimizer: the optimizer that trains `gm` or a part of it.
+        optimizer: the optimizer that trains `gm` or a part of it; a list where several do, each for its parameters.
         data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
             with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
             norm statistics.
@@ -214,8 +214,8 @@ class _Change:
     def put_in_place(self, module: fx.GraphModule, transaction: Transaction) -> None:
         """Give the module, and the model that it was traced from where that goes along, its new graph and tensors."""
         original = original_of(module)
-        if self.record["original"] == UNTOUCHED:
-            detach_original(module, [one.old for one in self.replacements.values()], self.edits, transaction)
+        replaced = [one.old for one in self.replacements.values()]
+        leave_behind(module, self.record["original"] == RESIZED, replaced, self.edits, transaction)
         slots = tensor_slots(module)
         for name, constant in self.graph.additions.constants.items():
             module.register_buffer(name, constant)

@@ -11,6 +11,8 @@ from torch import nn
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import family_of, is_move
+from fxwidth.rules.op_families import Convolution, Family, Move, Norm, NormKind
 from fxwidth.rules.registry import prescribed
 
 Attributes = dict[str, Any]
@@ -92,9 +94,10 @@ def sizes_by_calls(module: nn.Module, calls: Iterable[OpCall], maps: IndexMaps) 
     result: Attributes = {}
     for call in calls:
         _, arguments = prescribed(call, maps)
-        if isinstance(module, nn.modules.conv._ConvNd) and call.name == "convolution":
+        family = family_of(call.func)
+        if isinstance(module, nn.modules.conv._ConvNd) and isinstance(family, Convolution):
             result["groups"] = arguments["groups"]
-        elif isinstance(module, nn.GroupNorm) and call.name == "native_group_norm":
+        elif isinstance(module, nn.GroupNorm) and family == Norm(NormKind.GROUP):
             result |= {"num_groups": arguments["group"], "num_channels": arguments["C"]}
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and "normalized_shape" in arguments:
             result["normalized_shape"] = tuple(arguments["normalized_shape"])
@@ -102,13 +105,17 @@ def sizes_by_calls(module: nn.Module, calls: Iterable[OpCall], maps: IndexMaps) 
                 result["eps"] = arguments["eps"]
         elif isinstance(module, nn.Unflatten) and call.output_axes:
             result |= _unflattened(module, call, maps)
-        elif isinstance(module, nn.modules.batchnorm._NormBase) and "batch_norm" in call.name:
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and _is_batch_norm(family):
             result["num_features"] = _channels(call.axes[id(call.inputs[0])][1], maps)
     return result
 
 
+def _is_batch_norm(family: Family | None) -> bool:
+    return isinstance(family, Norm) and family.kind is NormKind.BATCH
+
+
 def _unflattened(module: nn.Unflatten, call: OpCall, maps: IndexMaps) -> Attributes:
-    if not isinstance(module.dim, int) or call.name != "view":
+    if not isinstance(module.dim, int) or not is_move(call.func, Move.RESHAPE):
         return {}
     axes = call.output_axes[0]
     count = len(module.unflattened_size)

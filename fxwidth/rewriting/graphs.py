@@ -23,7 +23,7 @@ from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
 from fxwidth.rewriting.training_behaviour import Step, UnexplainedError, any_batch, training_steps
 from fxwidth.runtime.contexts import evaluating, quiet, training
-from fxwidth.runtime.module_state import is_plain_layer, unchanged
+from fxwidth.runtime.module_state import hooked_part, is_plain_layer, unchanged
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 
@@ -241,6 +241,9 @@ class _Rewriter:
             return
         whole = "what it does depends on values" if name in self._behind_values else None
         whole = f"it {self._analysis.effects[name]}" if name in self._analysis.effects else whole
+        module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is not None and (part := hooked_part(module)) is not None:
+            whole = f"{part} has hooks, which nothing would call any more"
         if whole is not None:
             raise FxwidthError(
                 f"node {name!r} has a size written into its code ({problem}), and {whole}, so that it cannot be taken "

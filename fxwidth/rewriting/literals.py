@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverloadPacket
 
 from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import Axes, OpCall
 from fxwidth.rewriting.frozen_numbers import frozen, rescaled
 from fxwidth.rules.registry import prescribed
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,11 @@ def _size(state: NodeState, current: Any, position: int, wanted: int, others: Se
     return wanted
 
 
-def _literal(position: int, name: str, op: str, argument: str) -> Callable[[NodeState], None]:
+def _literal(position: int, name: str, argument: str, *ops: OpOverloadPacket) -> Callable[[NodeState], None]:
     """Patch one argument with an argument of the ATen op that the function becomes."""
 
     def apply(state: NodeState) -> None:
-        calls = [call for call in state.calls if call.name == op]
+        calls = [call for call in state.calls if call.func.overloadpacket in ops]
         if len(calls) == 1:
             _, arguments = prescribed(calls[0], state.maps)
             wanted = arguments[argument]
@@ -191,12 +194,12 @@ def _literal(position: int, name: str, op: str, argument: str) -> Callable[[Node
     return apply
 
 
-def _norm(position: int, name: str, op: str, eps_position: int) -> Callable[[NodeState], None]:
-    shape = _literal(position, name, op, "normalized_shape")
+def _norm(position: int, name: str, eps_position: int, *ops: OpOverloadPacket) -> Callable[[NodeState], None]:
+    shape = _literal(position, name, "normalized_shape", *ops)
 
     def apply(state: NodeState) -> None:
         shape(state)
-        calls = [call for call in state.calls if call.name == op]
+        calls = [call for call in state.calls if call.func.overloadpacket in ops]
         if len(calls) == 1 and state.maps.variance_ratio(calls[0].index) != 1.0:
             _, arguments = prescribed(calls[0], state.maps)
             _set_argument(state.node, eps_position, "eps", arguments["eps"])
@@ -305,12 +308,12 @@ _PATCHES: dict[str, Callable[[NodeState], None]] = {
     "getitem": _getitem,
     "setitem": _getitem,
     "scaled_dot_product_attention": _attention,
-    "layer_norm": _norm(1, "normalized_shape", "native_layer_norm", 4),
-    "rms_norm": _norm(1, "normalized_shape", "rms_norm", 3),
-    "group_norm": _literal(1, "num_groups", "native_group_norm", "group"),
-    "pad": _literal(1, "pad", "constant_pad_nd", "pad"),
-    "repeat": _literal(1, "repeats", "repeat", "repeats"),
-    "tile": _literal(1, "dims", "repeat", "repeats"),
-    **{f"conv{n}d": _literal(6, "groups", "convolution", "groups") for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _literal(6, "groups", "convolution", "groups") for n in (1, 2, 3)},
+    "layer_norm": _norm(1, "normalized_shape", 4, aten.native_layer_norm),
+    "rms_norm": _norm(1, "normalized_shape", 3, torch.ops.fxwidth.rms_norm),
+    "group_norm": _literal(1, "num_groups", "group", aten.native_group_norm),
+    "pad": _literal(1, "pad", "pad", aten.constant_pad_nd),
+    "repeat": _literal(1, "repeats", "repeats", aten.repeat),
+    "tile": _literal(1, "dims", "repeats", aten.repeat),
+    **{f"conv{n}d": _literal(6, "groups", "groups", aten.convolution) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _literal(6, "groups", "groups", aten.convolution) for n in (1, 2, 3)},
 }

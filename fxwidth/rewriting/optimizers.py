@@ -16,9 +16,17 @@ _NEW_ONE = "call resize without optimizer= and make a new optimizer for gm.param
 _DEPTH = 4
 
 
+Optimizers = Optimizer | Sequence[Optimizer]
+"""One optimizer, or several that train a model together."""
+
+
+def _each(optimizer: Any) -> Sequence[Any]:
+    return optimizer if isinstance(optimizer, (list, tuple)) else [] if optimizer is None else [optimizer]
+
+
 def optimizers_in(optimizer: Any) -> list[Optimizer]:
-    """Return an optimizer and those that it is made of, as that of sharpness-aware minimisation is; none of others."""
-    found: list[Optimizer] = [optimizer] if isinstance(optimizer, Optimizer) else []
+    """Return optimizers and those that they are made of, as that of sharpness-aware minimisation is; none of others."""
+    found: list[Optimizer] = [one for one in _each(optimizer) if isinstance(one, Optimizer)]
     for one in found:
         inner = [value for value in vars(one).values() if isinstance(value, Optimizer)]
         # A wrapper may give out the state of the one that it wraps.
@@ -27,39 +35,40 @@ def optimizers_in(optimizer: Any) -> list[Optimizer]:
 
 
 def refuse_other_than_optimizers(optimizer: Any) -> None:
-    """Check that an optimizer, if there is one, is one whose state can be resized.
+    """Check that an optimizer, if there is one, or each of several, is one whose state can be resized.
 
     Raises:
         FxwidthError: it is something else.
     """
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        remedy = "pass its .optimizer" if isinstance(inner, Optimizer) else "pass the one that trains gm"
-        raise FxwidthError(
-            f"optimizer= takes a torch.optim.Optimizer, but received {type(optimizer).__name__}; {remedy}."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise FxwidthError(f"LBFGS keeps one history for all parameters together, which cannot be resized; {_NEW_ONE}")
+    for one in _each(optimizer):
+        if not isinstance(one, Optimizer):
+            inner = getattr(one, "optimizer", None)
+            remedy = "pass its .optimizer" if isinstance(inner, Optimizer) else "pass the one that trains gm"
+            raise FxwidthError(
+                f"optimizer= takes a torch.optim.Optimizer, or a list of them, but received {type(one).__name__}; "
+                f"{remedy}."
+            )
+        if isinstance(one, torch.optim.LBFGS):
+            raise FxwidthError(
+                f"LBFGS keeps one history for all parameters together, which cannot be resized; {_NEW_ONE}"
+            )
 
 
 def check_optimizer(optimizer: Any, module: nn.Module) -> None:
-    """Check that an optimizer is one, and that it trains a module, or a part of it.
+    """Check that an optimizer, or each of several, is one, and that it trains a module, or a part of it.
 
     Raises:
         FxwidthError: it is something else, or was made for another model.
     """
     refuse_other_than_optimizers(optimizer)
-    if optimizer is None:
-        return
     own = {id(parameter) for parameter in module.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if own and not any(id(parameter) in own for parameter in held):
-        raise FxwidthError(
-            f"optimizer= is {type(optimizer).__name__} with {len(held)} parameters, none of which is in the graph: it "
-            "was made for another model, such as a copy. Make it for gm.parameters()."
-        )
+    for one in _each(optimizer):
+        held = [parameter for group in one.param_groups for parameter in group["params"]]
+        if own and not any(id(parameter) in own for parameter in held):
+            raise FxwidthError(
+                f"optimizer= is {type(one).__name__} with {len(held)} parameters, none of which is in the graph: it "
+                "was made for another model, such as a copy. Make it for gm.parameters()."
+            )
 
 
 def refuse_kept_parameters(optimizer: Optimizer, names: Mapping[int, str]) -> None:

@@ -3,26 +3,29 @@
 A graph shares parameters, and where it was traced symbolically also submodules, with its model. Whether the model's own
 code works at the new sizes is tried out under fake tensors. Where it does, and does the same ops as the graph, the
 model is resized with the graph. Where it does not, it is given what it had: the graph keeps the parameters, which an
-optimizer knows, and the model gets copies.
+optimizer knows, and the model gets copies. So do other graphs that share tensors with the two.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MethodType
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.op_signatures import SILENT, Signature, differ, observed_signature, prescribed_signatures
+from fxwidth.analysis.op_signatures import Signature, differ, is_silent, observed_signature, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
+from fxwidth.frontends.own_modes import PartModes, switch_modes
 from fxwidth.recording.data_dependent import ValueReader
 from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
@@ -31,9 +34,10 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.fake_tensors import fake_like
-from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.module_copies import moved, put_copies, shallow_copies
+from fxwidth.runtime.module_state import restored, same_values, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
-from fxwidth.runtime.tensor_slots import Slots, overwrite, set_slot, substituted, tensor_slots
+from fxwidth.runtime.tensor_slots import Slots, copies_of, overwrite, set_slot, substituted, tensor_slots
 
 RESIZED, UNTOUCHED = "resized", "untouched"
 
@@ -62,7 +66,27 @@ def original_of(module: fx.GraphModule) -> nn.Module | None:
 def resized_together(module: nn.Module) -> list[nn.Module]:
     """Return all modules that a resize of one may change."""
     original = original_of(module) if isinstance(module, fx.GraphModule) else None
-    return [module] if original is None else [module, original]
+    own = [module] if original is None else [module, original]
+    return [*own, *_other_graphs(own)]
+
+
+def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
+    """Return the traced graphs that share tensors with some modules, but for these."""
+    if _sharing(modules):
+        # Graphs are in cycles: those that nobody has any more must not get tensors of their own.
+        gc.collect()
+    return _sharing(modules)
+
+
+def _sharing(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
+    own = {id(tensor) for module in modules for tensor, _ in tensor_slots(module).values()}
+    known = set(map(id, modules))
+    found = []
+    for graph in list(_ORIGINALS):
+        tensors = chain(graph.parameters(), graph.buffers())
+        if id(graph) not in known and not own.isdisjoint(map(id, tensors)):
+            found.append(graph)
+    return found
 
 
 def goes_along(
@@ -99,9 +123,9 @@ def goes_along(
         # Again, for weights that a module computes when it is called.
         _set_sizes(original, holders, edits)
     if follows and not trains:
-        with edits.suspended(), substituted(original, _fakes_of(slots, analysis, {}), slots, restored):
-            # What never ran on fake tensors says nothing.
-            trains = not _trains(analysis, original)
+        # What never ran says nothing, as it needs targets; what fails on fake tensors alone may fail at other sizes.
+        with edits.suspended():
+            trains = not (_trained_on_fakes(analysis, original, slots) or _trained_on_values(analysis, original, slots))
     if not trains:
         edits.undo(start)
     return trains
@@ -128,7 +152,7 @@ def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None
     observed: list[Signature] = []
 
     def see(call: OpCall) -> None:
-        if call.name not in SILENT:
+        if not is_silent(call.func):
             observed.append(observed_signature(call))
 
     with suppress(Exception):
@@ -137,10 +161,35 @@ def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None
     return None
 
 
+def _trained_on_fakes(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
+    with substituted(original, _fakes_of(slots, analysis, {}), slots, restored):
+        return _trains(analysis, original)
+
+
+def _trained_on_values(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
+    """Tell whether a model runs in training mode at the old sizes, on copies of its tensors."""
+    if any(tensor.is_meta for tensor, _ in slots.values()):
+        return False
+    leaves, structures = flatten_each(analysis.inputs, (Tensor,))
+    real = [torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
+    with suppress(Exception), torch.no_grad(), quiet(), restored(original) as held:
+        registered = {id(tensor) for tensor, _ in slots.values()}
+        others = [tensor for tensor in held.tensors if id(tensor) not in registered]
+        with same_values(others), substituted(original, copies_of(slots), slots, nullcontext):
+            with training(original):
+                invoke(original, _ORIGINALS[analysis.module].arguments, rebuild_each(structures, real))
+            switch_modes(original)
+            return True
+    return False
+
+
 def _trains(analysis: Analysis, original: nn.Module) -> bool:
-    """Tell whether a model runs in training mode."""
-    with suppress(Exception), training(original):
-        _call(analysis, original, lambda _: None)
+    """Tell whether a model runs in training mode, and can change its mode."""
+    with suppress(Exception):
+        with training(original):
+            _call(analysis, original, lambda _: None)
+        with analysis.mode, quiet():
+            switch_modes(original)
         return True
     return False
 
@@ -158,66 +207,74 @@ def _call(analysis: Analysis, original: nn.Module, see: Callable[[OpCall], None]
         invoke(original, arguments, values)
 
 
-def detach_original(
-    module: fx.GraphModule, replaced: Iterable[Tensor], edits: AttributeEdits, transaction: Transaction
+def leave_behind(
+    module: fx.GraphModule, resized: bool, replaced: Iterable[Tensor], edits: AttributeEdits, transaction: Transaction
 ) -> None:
-    """Give a graph modules of its own, and the model that it was traced from the tensors that it had.
+    """Part a graph, and its model where that is resized too, from all that stays as it was, which keeps what it had.
 
-    The graph keeps the tensors that change in value alone, and those that do not change, for an optimizer knows them:
-    the model gets copies. Attributes that have been set for the new sizes stay set in the graph.
+    That is the model where its own code does not go along, and every other graph that shares tensors with the two. The
+    graph keeps the tensors that change in value alone, and those that do not change, for an optimizer knows them:
+    what stays gets copies. Attributes that have been set for the new sizes stay set in what is resized.
 
     Args:
         module: the graph.
+        resized: whether the model that it was traced from is resized with it.
         replaced: the tensors in whose place the graph is about to get others.
         edits: the attributes that have been set.
         transaction: what has been written to so far, and takes the rest.
     """
     original = original_of(module)
-    assert original is not None
-    _separate(module, original)
-    edits.take_back(part for _, part in walk(original))
-    transaction.undo.callback(_ORIGINALS.__setitem__, module, _ORIGINALS[module])
-    del _ORIGINALS[module]
-    shared = {id(tensor) for tensor, _ in tensor_slots(module).values()}
+    models = [] if original is None else [original]
+    others = _other_graphs([module, *models])
+    if resized:
+        # The modules are the model's: other graphs get copies of them, as they were before.
+        with edits.suspended():
+            for other in others:
+                _separate(other, [module, *models])
+        staying: list[nn.Module] = [*others]
+        forgetting = others
+    else:
+        staying = [*models, *others]
+        forgetting = [module] if models else []
+        _separate(module, staying)
+        edits.take_back(part for one in staying for _, part in walk(one))
+    for graph in forgetting:
+        transaction.undo.callback(_ORIGINALS.__setitem__, graph, _ORIGINALS[graph])
+        del _ORIGINALS[graph]
+    _give_back([module, *(models if resized else [])], staying, replaced, transaction)
+
+
+def _give_back(
+    moving: Sequence[nn.Module], staying: Sequence[nn.Module], replaced: Iterable[Tensor], transaction: Transaction
+) -> None:
+    """Give modules that stay the values that they had, and copies of the tensors that they share with others."""
+    shared = {id(tensor) for one in moving for tensor, _ in tensor_slots(one).values()}
     given_up = {id(tensor) for tensor in replaced}
-    for tensor, places in tensor_slots(original).values():
+    copies: dict[int, Tensor] = {}
+    for tensor, places in [slot for one in staying for slot in tensor_slots(one).values()]:
         before = transaction.before(tensor)
         if id(tensor) in given_up:
             if before is not tensor:
                 overwrite(tensor, before)
         elif id(tensor) in shared:
-            copied = twin(tensor, before)
+            # What stays goes on sharing with what stays.
+            if id(tensor) not in copies:
+                copies[id(tensor)] = twin(tensor, before)
             for holder, attribute in places:
-                set_slot(holder, attribute, copied)
+                set_slot(holder, attribute, copies[id(tensor)])
 
 
-def _separate(module: nn.Module, original: nn.Module) -> None:
-    """Put shallow copies in the place of the submodules that a graph shares with a model."""
+def _separate(module: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Put shallow copies in the place of the submodules that a graph shares with others."""
     own = {id(part) for _, part in walk(module)}
-    shared = [(path, part) for path, part in walk(original) if id(part) in own]
-    copies: dict[int, nn.Module] = {}
-    for path, part in shared:
+    shared = {id(part): (path, part) for other in others for path, part in walk(other) if id(part) in own}
+    for path, part in shared.values():
         _refuse_own_forward(path, part)
-        copies[id(part)] = part.__class__.__new__(part.__class__)
-    for _, part in shared:
-        slots = {name: dict(part.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
-        copies[id(part)].__dict__ = {n: _moved(value, copies) for n, value in (part.__dict__ | slots).items()}
+    copies = shallow_copies(part for _, part in shared.values())
+    put_copies(module, copies)
     for _, part in walk(module):
-        for name, child in part._modules.items() if id(part) not in copies else ():
-            if child is not None and id(child) in copies:
-                part._modules[name] = copies[id(child)]
-
-
-def _moved(value: Any, copies: Mapping[int, nn.Module]) -> Any:
-    """Return what a copied module keeps for what a module keeps: containers of its own, and copied modules in them."""
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, copies.get(id(value.__self__), value.__self__))
-    # Hooks are in an OrderedDict: that stays the same, so that one handle takes a hook out of both.
-    if type(value) in (list, tuple, set):
-        return type(value)(_moved(one, copies) for one in value)
-    return {key: _moved(one, copies) for key, one in value.items()} if type(value) is dict else value
+        if isinstance(part, PartModes):
+            part.parts = moved(part.parts, copies)
 
 
 def _refuse_own_forward(path: str, part: nn.Module) -> None:
@@ -225,5 +282,6 @@ def _refuse_own_forward(path: str, part: nn.Module) -> None:
     if forward is not None and not isinstance(forward, MethodType):
         raise FxwidthError(
             f"{path} has a forward put over that of its class, which a copy of it would not follow, and the model that "
-            "was traced cannot do what the graph does at these widths. Delete the model before the resize."
+            "was traced, or another graph of it, cannot do what the graph does at these widths. Delete that before the "
+            "resize."
         )

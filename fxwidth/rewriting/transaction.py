@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
-from torch.optim import Optimizer
 
-from fxwidth.rewriting.optimizers import optimizers_in
+from fxwidth.rewriting.optimizers import Optimizers, optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
 from fxwidth.runtime.kept_objects import SIMPLE
@@ -42,7 +41,7 @@ class Transaction:
     def __init__(
         self,
         *modules: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         objects: Iterable[object] = (),
         is_run_only: bool = False,
     ) -> None:

@@ -27,7 +27,7 @@ from fxwidth.rewriting.added_modules import Additions
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.runtime.contexts import evaluating, quiet
-from fxwidth.runtime.module_state import restored
+from fxwidth.runtime.module_state import hooked_part, restored
 from fxwidth.runtime.tensor_slots import substituted
 
 _FINDS = (0, 2)
@@ -35,9 +35,10 @@ _FINDS = (0, 2)
 
 def pin_what_is_written_in(analysis: Analysis) -> None:
     """Pin the factors with which a node that cannot be taken apart does not do what is prescribed."""
-    if analysis.record is None and not analysis.effects and not any(analysis.training_calls.values()):
+    trials = _Trials(analysis, _hooked_nodes(analysis))
+    in_training = any(analysis.training_calls.values())
+    if analysis.record is None and not (analysis.effects or in_training or trials.hooked):
         return
-    trials = _Trials(analysis)
     factors = trials.resizable()
     while factors and (problem := trials.problem(factors)) is not None:
         culprits = trials.culprits(factors) or factors
@@ -47,9 +48,17 @@ def pin_what_is_written_in(analysis: Analysis) -> None:
         factors = [factor for factor in factors if factor not in culprits]
 
 
+def _hooked_nodes(analysis: Analysis) -> list[str]:
+    """Return the nodes that call modules with hooks, which would be lost with these; plain layers are never lost."""
+    calls = analysis.module.graph.find_nodes(op="call_module")
+    modules = [(node.name, analysis.module.get_submodule(str(node.target))) for node in calls]
+    return [name for name, module in modules if module._modules and hooked_part(module) is not None]
+
+
 @dataclass
 class _Trials:
     analysis: Analysis
+    hooked: list[str]
 
     def __post_init__(self) -> None:
         unchanged_graph = RewrittenGraph(self.analysis.module.graph, Additions(self.analysis.module))
@@ -62,7 +71,8 @@ class _Trials:
         found: dict[Factor, None] = {}
         in_training = (call for calls in self.analysis.training_calls.values() for call in calls)
         calls = [call for call in in_training if works_across_channels(call)]
-        for node in {**dict.fromkeys(nodes_behind_values(self.analysis)), **dict.fromkeys(self.analysis.effects)}:
+        whole = [*nodes_behind_values(self.analysis), *self.analysis.effects, *self.hooked]
+        for node in dict.fromkeys(whole):
             calls += self.analysis.calls_of(node)
         for call in calls:
             for axes in (*call.axes.values(), *call.output_axes):

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxwidth.axes.factors import Axis, axis_size
 from fxwidth.axes.pins import ORDER, SCALE
+from fxwidth.rules.op_families import Attention
 from fxwidth.rules.registry import RuleContext, rule
 
+aten = torch.ops.aten
+
 _KERNELS = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
 )
+_ONE_TILE = _KERNELS[:2]
 
 
-@rule("fxwidth::attention")
+@rule(torch.ops.fxwidth.attention, family=Attention())
 def _attention(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Couple [*lead, L, E] with [*lead, S, E] to weights [*lead, L, S], and these with [*lead, S, V]."""
     query, key, value = c.axes("query"), c.axes("key"), c.axes("value")
@@ -49,13 +55,13 @@ def _match(
         c.broadcast([[*leading, query[-2], key[-2]], c.axes(mask)])
 
 
-@rule(*_KERNELS)
+@rule(*_KERNELS, family=Attention())
 def _kernel(c: RuleContext) -> Sequence[Sequence[Axis]]:
     query, key, value = c.axes("query"), c.axes("key"), c.axes("value")
     for dim in (0, 1):
         c.unify(query[dim], key[dim])
         c.unify(key[dim], value[dim])
-    if "flash" in c.call.name:
+    if c.call.func.overloadpacket in _ONE_TILE:
         c.unify(query[3], value[3])  # one tile size serves all three
     _match(c, query, key, value, query[:2], "attn_mask" if "attn_mask" in c.call.arguments else "attn_bias")
     # The kernels' default scale is computed from head_dim, which must therefore stay.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import KERNEL, POSITION, SORTED_ROWS
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Convolution, GroupedProduct, Product
+from fxwidth.rules.op_names import Op
 from fxwidth.rules.registry import (
     Prescribed,
     RuleContext,
@@ -17,63 +22,73 @@ from fxwidth.rules.registry import (
     rule,
 )
 
-
-@rule("mm", "bmm")
-def _mm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    return [_product(c, "self", "mat2")]
+aten = torch.ops.aten
 
 
-@rule("addmm")
-def _addmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    return [c.broadcast([c.axes("self"), _product(c, "mat1", "mat2")])]
+def product(op: Op, left: str, right: str, formula: str, added: str | None = None) -> None:
+    """Register an op that sums products of two operands: rule, growth, costs and roles follow from its formula.
+
+    Args:
+        op: the op, or the qualified name of one of another library.
+        left: the name of its first operand.
+        right: the name of its second operand.
+        formula: which dims they share and which are summed over, as in einsum, "ik,kj->ij".
+        added: the name of an operand that is added to the result.
+
+    Raises:
+        ValueError: the formula is none of a sum of products, or there is a rule for the op already.
+    """
+    family = Product(left, right, formula, added)
+
+    def axes(c: RuleContext) -> Sequence[Sequence[Axis]]:
+        result = _product(c, family)
+        return [result if family.added is None else c.broadcast([c.axes(family.added), result])]
+
+    rule(op, family=family)(axes)
 
 
-@rule("baddbmm")
-def _baddbmm(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    return [c.broadcast([c.axes("self"), _product(c, "batch1", "batch2")])]
+def _product(c: RuleContext, family: Product) -> list[Axis]:
+    """Couple the dims that two operands share; return the axes of their product."""
+    left, right, result = family.terms
+    own = dict(zip(left, c.axes(family.left), strict=True))
+    other = dict(zip(right, c.axes(family.right), strict=True))
+    for letter in left:
+        if letter in other:
+            c.unify(own[letter], other[letter])
+    left_dims, right_dims = family.summed_dims
+    c.contract(family.left, left_dims, family.right, right_dims)
+    return [own[letter] if letter in own else other[letter] for letter in result]
 
 
-def _product(c: RuleContext, left: str, right: str) -> list[Axis]:
-    """Couple [..., N, K] with [..., K, M]; return the axes of the matrix product."""
-    *batch, rows, inner = c.axes(left)
-    *other_batch, other_inner, columns = c.axes(right)
-    for own, other in zip(batch, other_batch, strict=True):
-        c.unify(own, other)
-    c.unify(inner, other_inner)
-    c.contract(left, (len(batch) + 1,), right, (len(batch),))
-    return [*batch, rows, columns]
+product(aten.mm, "self", "mat2", "ik,kj->ij")
+product(aten.bmm, "self", "mat2", "bik,bkj->bij")
+product(aten.addmm, "mat1", "mat2", "ik,kj->ij", added="self")
+product(aten.baddbmm, "batch1", "batch2", "bik,bkj->bij", added="self")
+product(aten.addbmm, "batch1", "batch2", "bik,bkj->ij", added="self")
+product(aten.mv, "self", "vec", "ik,k->i")
+product(aten.addmv, "mat", "vec", "ik,k->i", added="self")
+product(aten.dot, "self", "tensor", "k,k->")
+product(aten.vdot, "self", "other", "k,k->")
 
 
-@rule("_grouped_mm", "transformers::grouped_mm_fallback")
-def _grouped_mm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+def _grouped_product(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Couple rows [S, K], sorted by expert, with weights [experts, K, M]: each row is multiplied by one of them."""
-    rows, weights = (c.axes(tensor) for tensor in c.call.inputs[:2])
+    family = as_family(c.call.func, GroupedProduct)
+    assert family is not None
+    rows, weights = c.axes(family.left), c.axes(family.right)
     if len(rows) != 2 or len(weights) != 3 or c["offs"] is None or c.call.arguments.get("bias") is not None:
         raise RuleDeclinedError("a grouped product that is not of rows with one matrix per group")
     c.unify(rows[1], weights[1])
     c.pin([rows[0], weights[0], *c.axes("offs")], SORTED_ROWS)
-    left, right = ("self", "mat2") if "self" in c else ("input", "weight")
-    c.contract(left, (1,), right, (1,))
+    c.contract(family.left, (1,), family.right, (1,))
     return [[rows[0], weights[2]]]
 
 
-@rule("mv")
-def _mv(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    left, right = c.axes("self"), c.axes("vec")
-    c.unify(left[1], right[0])
-    c.contract("self", (1,), "vec", (0,))
-    return [[left[0]]]
+rule(aten._grouped_mm, family=GroupedProduct("self", "mat2"))(_grouped_product)
+rule("transformers::grouped_mm_fallback", family=GroupedProduct("input", "weight"))(_grouped_product)
 
 
-@rule("dot", "vdot")
-def _dot(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    other = "tensor" if "tensor" in c else "other"
-    c.unify(c.axes("self")[0], c.axes(other)[0])
-    c.contract("self", (0,), other, (0,))
-    return [[]]
-
-
-@rule("convolution", "_convolution")
+@rule(aten.convolution, aten._convolution, family=Convolution())
 def _convolution(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Couple in = G * I and out = G * O with weight [G * O, I, *kernel], or [G * I, O, *kernel] when transposed."""
     signal, weight = c.axes("input"), c.axes("weight")
@@ -113,7 +128,7 @@ def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
     return result
 
 
-@prescription("convolution", "_convolution")
+@prescription(aten.convolution, aten._convolution)
 def _convolution_groups(call: OpCall, maps: IndexMaps) -> Prescribed:
     arguments = call.arguments
     signal, weight = call.axes[id(arguments["input"])], call.axes[id(arguments["weight"])]

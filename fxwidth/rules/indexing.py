@@ -10,10 +10,13 @@ from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import FOUND, GATHERED, INDEXED, MASKED
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.op_families import LookUp
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 
+aten = torch.ops.aten
 
-@rule("index", "_unsafe_index")
+
+@rule(aten.index, aten._unsafe_index, family=LookUp("self", "indices"))
 def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, indices = c.axes("self"), list(c["indices"])
     if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
@@ -31,7 +34,7 @@ def _looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | 
     return [*rest[:place], *found, *rest[place:]]
 
 
-@rule("index_put", "_unsafe_index_put")
+@rule(aten.index_put, aten._unsafe_index_put)
 def _index_put(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Write values, broadcast to what a look-up by the same indices would give."""
     signal, indices = c.axes("self"), list(c["indices"])
@@ -54,14 +57,14 @@ def _masked(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | Non
     return [*signal[:first], c.fixed(c.outputs[0].shape[first], FOUND), *signal[last:]]
 
 
-@rule("nonzero", "_unique2", "unique_consecutive", "unique_dim", "masked_select")
+@rule(aten.nonzero, aten._unique2, aten.unique_consecutive, aten.unique_dim, aten.masked_select)
 def _found(c: RuleContext) -> Sequence[Sequence[Axis]]:
     for operand in c.call.inputs:
         c.pin(c.axes(operand), FOUND)
     return [[c.fixed(size, FOUND) for size in output.shape] for output in c.outputs]
 
 
-@rule("index_select")
+@rule(aten.index_select, family=LookUp("self", "index"))
 def _index_select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, index = c.axes("self"), c.axes("index")
     dim = c.dim(c["dim"], len(signal))
@@ -70,14 +73,14 @@ def _index_select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@rule("embedding")
+@rule(aten.embedding, family=LookUp("weight", "indices"))
 def _embedding(c: RuleContext) -> Sequence[Sequence[Axis]]:
     table = c.axes("weight")
     c.pin([table[0]], INDEXED)
     return [[*c.axes("indices"), table[1]]]
 
 
-@rule("gather")
+@rule(aten.gather, family=LookUp("self", "index", slices=False))
 def _gather(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, index = c.axes("self"), c.axes("index")
     dim = c.dim(c["dim"], len(signal))
@@ -91,7 +94,18 @@ def _gather(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [index]
 
 
-_FILLED = ("full", "zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+_FILLED = (
+    aten.full,
+    aten.zeros,
+    aten.ones,
+    aten.empty,
+    aten.rand,
+    aten.randn,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+)
 
 
 @rule(*_FILLED)
@@ -105,6 +119,15 @@ def _filled_size(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
 
 
-@rule("arange", "eye", "linspace", "randperm", "scalar_tensor", "empty_strided", "tril_indices", "triu_indices")
+@rule(
+    aten.arange,
+    aten.eye,
+    aten.linspace,
+    aten.randperm,
+    aten.scalar_tensor,
+    aten.empty_strided,
+    aten.tril_indices,
+    aten.triu_indices,
+)
 def _made_once(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.fixed(size) for size in output.shape] for output in c.outputs]

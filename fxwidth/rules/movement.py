@@ -11,12 +11,15 @@ from fxwidth.axes.factors import ONE, Axis, axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import BY_STRIDES, ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.op_families import Move, Movement
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 
-_VIEWS = ("view", "_unsafe_view", "_reshape_copy", "view_copy")
+aten = torch.ops.aten
+
+_VIEWS = (aten.view, aten._unsafe_view, aten._reshape_copy, aten.view_copy)
 
 
-@rule("_reshape_alias")
+@rule(aten._reshape_alias, family=Movement(Move.RESHAPE_BY_STRIDES))
 def _reshaped_by_strides(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if not _is_reshape(c.call):
         raise RuleDeclinedError("a view by strides")
@@ -32,7 +35,7 @@ def _is_reshape(call: OpCall) -> bool:
         return False  # no view has that size
 
 
-@rule(*_VIEWS)
+@rule(*_VIEWS, family=Movement(Move.RESHAPE))
 def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Match minimal blocks of dims with equal products: exactly the row-major meaning of a view."""
     signal, old, new = c.axes("self"), c.shape("self"), list(c.outputs[0].shape)
@@ -82,7 +85,7 @@ def _sizes_of_result(call: OpCall, maps: IndexMaps) -> Prescribed:
 prescription(*_VIEWS)(_sizes_of_result)
 
 
-@prescription("_reshape_alias")
+@prescription(aten._reshape_alias)
 def _reshape(call: OpCall, maps: IndexMaps) -> Prescribed:
     if not _is_reshape(call):
         return revised(call)
@@ -91,25 +94,25 @@ def _reshape(call: OpCall, maps: IndexMaps) -> Prescribed:
     return torch.ops.aten.reshape.default, {"self": call.arguments["self"], "shape": sizes}
 
 
-@rule("permute")
+@rule(aten.permute, family=Movement(Move.PERMUTATION))
 def _permute(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     return [[signal[dim] for dim in c["dims"]]]
 
 
-@rule("t")
+@rule(aten.t, family=Movement(Move.PERMUTATION))
 def _transposed(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [c.axes("self")[::-1]]
 
 
-@rule("transpose")
+@rule(aten.transpose, family=Movement(Move.PERMUTATION))
 def _transpose(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, i, j = c.axes("self"), c["dim0"], c["dim1"]
     signal[i], signal[j] = signal[j], signal[i]
     return [signal]
 
 
-@rule("expand")
+@rule(aten.expand, family=Movement(Move.EXPANSION))
 def _expand(c: RuleContext) -> Sequence[Sequence[Axis]]:
     # A dim that is copied has no structure: it takes that of whatever it meets next.
     signal, shape = c.axes("self"), c.outputs[0].shape
@@ -117,10 +120,10 @@ def _expand(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[own if axis_size(own) == size else c.fresh(size) for own, size in zip(padded, shape, strict=True)]]
 
 
-prescription("expand")(_sizes_of_result)
+prescription(aten.expand)(_sizes_of_result)
 
 
-@rule("repeat")
+@rule(aten.repeat, family=Movement(Move.REPETITION))
 def _repeat(c: RuleContext) -> Sequence[Sequence[Axis]]:
     repeats = c["repeats"]
     signal = c.axes("self")
@@ -129,7 +132,7 @@ def _repeat(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.space.product(c.fresh(count), own) for count, own in zip(repeats, padded, strict=True)]]
 
 
-@prescription("repeat")
+@prescription(aten.repeat)
 def _repeat_counts(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal, result = call.axes[id(call.arguments["self"])], call.output_axes[0]
     padded = (ONE,) * (len(result) - len(signal)) + signal
@@ -137,14 +140,14 @@ def _repeat_counts(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, repeats=counts)
 
 
-@rule("unsqueeze")
+@rule(aten.unsqueeze, family=Movement(Move.UNIT_DIMS))
 def _unsqueeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     signal.insert(c["dim"] % (len(signal) + 1), ONE)
     return [signal]
 
 
-@rule("squeeze")
+@rule(aten.squeeze, family=Movement(Move.UNIT_DIMS))
 def _squeeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, shape = c.axes("self"), c.shape("self")
     dims = c.call.arguments.get("dim")
@@ -153,7 +156,7 @@ def _squeeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[axis for dim, axis in enumerate(signal) if dim not in gone or shape[dim] != 1]]
 
 
-@prescription("squeeze")
+@prescription(aten.squeeze)
 def _squeezed_dims(call: OpCall, maps: IndexMaps) -> Prescribed:
     # A dim that is narrowed to one channel must not be squeezed for that.
     signal, dims = call.axes[id(call.arguments["self"])], call.arguments.get("dim")
@@ -166,7 +169,7 @@ def _squeezed_dims(call: OpCall, maps: IndexMaps) -> Prescribed:
     return squeeze.dims, {"self": call.arguments["self"], "dim": gone}
 
 
-@rule("select")
+@rule(aten.select, family=Movement(Move.PART))
 def _select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, shape = c.axes("self"), c.shape("self")
     dim = c.dim(c["dim"], len(shape))
@@ -177,7 +180,7 @@ def _select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@prescription("select")
+@prescription(aten.select)
 def _select_index(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal = call.axes[id(call.arguments["self"])]
     axis = signal[call.arguments["dim"] % len(signal)]
@@ -192,7 +195,7 @@ def _slice_bounds(arguments: dict[str, Any], size: int) -> tuple[int, int]:
     return start, end
 
 
-@rule("slice", "slice_copy")
+@rule(aten.slice, aten.slice_copy, family=Movement(Move.PART))
 def _slice(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, shape = c.axes("self"), c.shape("self")
     dim = c.dim(c["dim"], len(shape))
@@ -217,7 +220,7 @@ def _strided_parts(c: RuleContext, axis: Axis, count: int, step: int) -> tuple[A
     return c.space.normalise(major), c.fixed(step)
 
 
-@prescription("slice", "slice_copy")
+@prescription(aten.slice, aten.slice_copy)
 def _slice_literals(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal = call.axes[id(call.arguments["self"])]
     axis = signal[call.arguments["dim"] % len(signal)]
@@ -227,10 +230,16 @@ def _slice_literals(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, start=maps.prefix(axis, start), end=maps.prefix(axis, end))
 
 
-_SPLITS = ("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy")
+_SPLITS = (
+    aten.split,
+    aten.unsafe_split,
+    aten.split_with_sizes,
+    aten.unsafe_split_with_sizes,
+    aten.split_with_sizes_copy,
+)
 
 
-@rule(*_SPLITS)
+@rule(*_SPLITS, family=Movement(Move.SPLIT))
 def _split(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dim"], len(signal))
@@ -247,18 +256,18 @@ def _split_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
     sizes = [maps.size(axes[dim]) for axes in call.output_axes]
     arguments = {"self": call.arguments["self"], "split_sizes": sizes, "dim": dim}
     # What is written to in place afterwards must not be one of several views, for autograd's sake.
-    safe = not call.name.startswith("unsafe")
+    safe = call.func.overloadpacket not in (aten.unsafe_split, aten.unsafe_split_with_sizes)
     return (torch.ops.aten.split_with_sizes if safe else torch.ops.aten.unsafe_split_with_sizes).default, arguments
 
 
-@rule("unbind")
+@rule(aten.unbind, family=Movement(Move.PART))
 def _unbind(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin([signal.pop(c.dim(c["dim"], len(signal)))], TAKEN_APART)
     return [signal] * len(c.outputs)
 
 
-@rule("cat")
+@rule(aten.cat, family=Movement(Move.JOIN))
 def _cat(c: RuleContext) -> Sequence[Sequence[Axis]]:
     rank = c.outputs[0].dim()
     # Legacy: empty one-dimensional tensors are skipped by cat.
@@ -275,7 +284,7 @@ def _cat(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [result]
 
 
-@rule("stack")
+@rule(aten.stack, family=Movement(Move.JOIN))
 def _stack(c: RuleContext) -> Sequence[Sequence[Axis]]:
     parts = [c.axes(tensor) for tensor in c["tensors"]]
     for part in parts[1:]:
@@ -286,7 +295,7 @@ def _stack(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [result]
 
 
-@rule("constant_pad_nd")
+@rule(aten.constant_pad_nd)
 def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, pad, shape = c.axes("self"), c["pad"], c.outputs[0].shape
     for k in range(len(pad) // 2):
@@ -305,7 +314,7 @@ def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@prescription("constant_pad_nd")
+@prescription(aten.constant_pad_nd)
 def _pad_widths(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal, result, pad = call.axes[id(call.arguments["self"])], call.output_axes[0], list(call.arguments["pad"])
     for k in range(len(pad) // 2):
@@ -321,7 +330,7 @@ def _pad_widths(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, pad=pad)
 
 
-@rule("slice_scatter")
+@rule(aten.slice_scatter)
 def _slice_scatter(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, source, shape = c.axes("self"), c.axes("src"), c.shape("self")
     dim = c.dim(c["dim"], len(shape))
@@ -333,10 +342,10 @@ def _slice_scatter(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.space.normalise(axis) for axis in signal]]
 
 
-prescription("slice_scatter")(_slice_literals)
+prescription(aten.slice_scatter)(_slice_literals)
 
 
-@rule("as_strided")
+@rule(aten.as_strided, family=Movement(Move.STRIDES))
 def _as_strided(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if not _is_alias(c.call, c.shape("self")):
         c.pin([axis for tensor in c.in_memory_of("self") for axis in c.axes(tensor)], BY_STRIDES)
@@ -368,14 +377,14 @@ def _same_strides(size: Sequence[int], first: Sequence[int], second: Sequence[in
     return all(n == 1 or one == other for n, one, other in zip(size, first, second, strict=True))
 
 
-@prescription("as_strided")
+@prescription(aten.as_strided)
 def _as_alias(call: OpCall, maps: IndexMaps) -> Prescribed:
     if not _is_alias(call, [axis_size(axis) for axis in call.axes[id(call.arguments["self"])]]):
         return revised(call)
     return torch.ops.aten.alias.default, {"self": call.arguments["self"]}
 
 
-@rule("flip", "roll")
+@rule(aten.flip, aten.roll, family=Movement(Move.REORDERING))
 def _reordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dims = c["dims"] or range(len(signal))
@@ -383,14 +392,14 @@ def _reordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@rule("tril", "triu")
+@rule(aten.tril, aten.triu)
 def _triangle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin(signal[-2:], ORDER)
     return [signal]
 
 
-@rule("glu")
+@rule(aten.glu)
 def _glu(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dim"], len(signal))
@@ -400,7 +409,7 @@ def _glu(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@rule("native_channel_shuffle", "channel_shuffle")
+@rule(aten.native_channel_shuffle, aten.channel_shuffle, family=Movement(Move.REORDERING))
 def _channel_shuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     groups, inner = c.factored(signal[1], c["groups"], c.shape("self")[1] // c["groups"])

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
+
+import torch
 
 from fxwidth.axes.factors import ONE, Axis, axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Norm, NormKind, WeightNorm
 from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
 
+aten = torch.ops.aten
 
-@rule(
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_with_update",
-    "_batch_norm_no_update",
-    "cudnn_batch_norm",
-)
+
 def _batch_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    family = as_family(c.call.func, Norm)
+    assert family is not None
     signal = c.axes("input")
     channels = signal[1] if len(signal) > 1 else signal[0]
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in ("weight", family.bias, family.mean, family.variance):
         if name in c:
             c.unify(channels, c.axes(name)[0])
-    uses_batch = c.call.arguments.get("training") or c.call.name == "_batch_norm_with_update"
-    if uses_batch or "running_mean" not in c:
+    if family.by_own_batch(c.call.arguments):
         for dim in range(len(signal)):
             if dim != 1:
                 c.mix("input", dim, "batch norm over its own batch")
     size = axis_size(channels) if len(signal) > 1 else -1
     saved = [[channels] if tuple(out.shape) == (size,) else [c.fixed(n) for n in out.shape] for out in c.outputs[1:]]
     return [signal, *saved]
+
+
+_RUNNING = Norm(NormKind.BATCH, mean="running_mean", variance="running_var", training="training")
+for _norm, *_ops in (
+    (_RUNNING, aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional),
+    (replace(_RUNNING, training=False), aten._native_batch_norm_legit_no_training, aten._batch_norm_no_update),
+    (replace(_RUNNING, training=True), aten._batch_norm_with_update, aten._batch_norm_with_update_functional),
+    (replace(_RUNNING, eps="epsilon"), aten.cudnn_batch_norm, aten.miopen_batch_norm),
+):
+    rule(*_ops, family=_norm)(_batch_norm)
 
 
 def _over_trailing_dims(c: RuleContext, kind: str) -> Sequence[Sequence[Axis]]:
@@ -48,17 +58,17 @@ def _over_trailing_dims(c: RuleContext, kind: str) -> Sequence[Sequence[Axis]]:
     return [signal, *([statistics] * (len(c.outputs) - 1))]
 
 
-@rule("native_layer_norm")
+@rule(aten.native_layer_norm, family=Norm(NormKind.LAYER))
 def _layer_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _over_trailing_dims(c, "layer norm")
 
 
-@rule("_fused_rms_norm", "fxwidth::rms_norm")
+@rule(aten._fused_rms_norm, torch.ops.fxwidth.rms_norm, family=Norm(NormKind.RMS, bias=""))
 def _rms_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _over_trailing_dims(c, "RMS norm")
 
 
-@prescription("native_layer_norm", "_fused_rms_norm", "fxwidth::rms_norm")
+@prescription(aten.native_layer_norm, aten._fused_rms_norm, torch.ops.fxwidth.rms_norm)
 def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal = call.axes[id(call.arguments["input"])]
     count = len(call.arguments["normalized_shape"])
@@ -67,7 +77,7 @@ def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
     return revised(call, normalized_shape=[maps.size(axis) for axis in signal[-count:]], eps=eps)
 
 
-@rule("_weight_norm_interface", "fxwidth::weight_norm")
+@rule(aten._weight_norm_interface, torch.ops.fxwidth.weight_norm, family=WeightNorm())
 def _weight_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Scale each slice along `dim` of a weight to unit length, then by its gain; all of it as one slice for -1."""
     direction, gain = c.axes("v"), c.axes("g")
@@ -88,7 +98,7 @@ def weight_norm_dim(call: OpCall) -> int | None:
     return None if dim == -1 else dim % call.arguments["v"].dim()
 
 
-@rule("native_group_norm")
+@rule(aten.native_group_norm, family=Norm(NormKind.GROUP))
 def _group_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Divide the channels into groups * channels per group; the statistics have one entry per sample and group."""
     signal = c.axes("input")
@@ -103,7 +113,7 @@ def _group_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal, *([[signal[0], groups]] * (len(c.outputs) - 1))]
 
 
-@prescription("native_group_norm")
+@prescription(aten.native_group_norm)
 def _group_norm_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
     signal = call.axes[id(call.arguments["input"])]
     return revised(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.pins import FOUND
+from fxwidth.rules.op_families import Cell
 from fxwidth.rules.registry import RuleContext, rule
+
+aten = torch.ops.aten
 
 
 def _couple_gates(c: RuleContext, state: list[Axis], count: int) -> Axis:
@@ -21,14 +26,14 @@ def _couple_gates(c: RuleContext, state: list[Axis], count: int) -> Axis:
     return c.space.normalise(gates)
 
 
-@rule("_thnn_fused_lstm_cell")
+@rule(aten._thnn_fused_lstm_cell, family=Cell())
 def _lstm_cell(c: RuleContext) -> Sequence[Sequence[Axis]]:
     state = c.axes("cx")
     gates = _couple_gates(c, state, 4)
     return [state, state, [state[0], gates]]
 
 
-@rule("_thnn_fused_gru_cell")
+@rule(aten._thnn_fused_gru_cell, family=Cell())
 def _gru_cell(c: RuleContext) -> Sequence[Sequence[Axis]]:
     state = c.axes("hx")
     _couple_gates(c, state, 3)
@@ -36,7 +41,7 @@ def _gru_cell(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [state, [state[0], c.space.concatenation([state[1]] * 5)]]
 
 
-@rule("_pack_padded_sequence")
+@rule(aten._pack_padded_sequence)
 def _pack(c: RuleContext) -> Sequence[Sequence[Axis]]:
     """Put the steps of sequences that are not padding one below the other."""
     steps = c.axes("input")
@@ -45,7 +50,7 @@ def _pack(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.fixed(rows.shape[0], FOUND), *steps[2:]], [c.fixed(counts.shape[0], FOUND)]]
 
 
-@rule("fxwidth::pad_packed_sequence")
+@rule(torch.ops.fxwidth.pad_packed_sequence)
 def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
     rows = c.axes("data")
     c.pin([rows[0], *c.axes("batch_sizes")], FOUND)

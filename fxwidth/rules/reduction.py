@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from fxwidth.axes.factors import ONE, Axis
 from fxwidth.axes.pins import LARGEST, ORDER, POSITIONS_RETURNED
+from fxwidth.rules.op_families import Reduction
 from fxwidth.rules.registry import Rule, RuleContext, rule
 
-_KINDS = {
-    "sum": ("sum", "nansum"),
-    "mean": ("mean",),
-    "variance": ("var", "std", "var_mean", "std_mean"),
-    "maximum": ("amax", "amin", "any", "all", "logsumexp"),
-    "vector norm": ("linalg_vector_norm", "norm"),
-    "product": ("prod",),
-}
+aten = torch.ops.aten
+
+_MAXIMUM = Reduction("maximum", zero_of_zeros=True, extremum=True)
 
 
 def _reduced_dims(c: RuleContext, rank: int) -> list[int]:
@@ -43,11 +41,21 @@ def _reduction(kind: str) -> Rule:
     return judge
 
 
-for _kind, _names in _KINDS.items():
-    rule(*_names)(_reduction(_kind))
+for _family, *_ops in (
+    (Reduction("sum", linear=True), aten.sum, aten.nansum),
+    (Reduction("mean", linear=True), aten.mean),
+    (Reduction("variance", zero_of_zeros=True), aten.var, aten.std),
+    # Of two results one would have to be told from the other.
+    (Reduction("variance"), aten.var_mean, aten.std_mean),
+    (_MAXIMUM, aten.amax, aten.amin),
+    (Reduction("maximum"), aten.any, aten.all, aten.logsumexp),
+    (Reduction("vector norm", zero_of_zeros=True), aten.linalg_vector_norm, aten.norm),
+    (Reduction("product", zero_of_zeros=True), aten.prod),
+):
+    rule(*_ops, family=_family)(_reduction(_family.kind))
 
 
-@rule("argmax", "argmin")
+@rule(aten.argmax, aten.argmin)
 def _arg(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dims = _reduced_dims(c, len(signal))
@@ -55,7 +63,7 @@ def _arg(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _without(c, signal, dims)
 
 
-@rule("max", "min")
+@rule(aten.max, aten.min, family=_MAXIMUM)
 def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     if "other" in c:
         return [c.broadcast([c.axes("self"), c.axes("other")])]
@@ -66,21 +74,21 @@ def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _reduction("maximum")(c)
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax")
+@rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.mix("self", c.dim(c["dim"], len(signal)), "softmax")
     return [signal]
 
 
-@rule("cumsum", "cumprod", "sort", "cummax", "cummin")
+@rule(aten.cumsum, aten.cumprod, aten.sort, aten.cummax, aten.cummin)
 def _ordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin([signal[c.dim(c["dim"], len(signal))]], ORDER)
     return [signal] * len(c.outputs)
 
 
-@rule("topk")
+@rule(aten.topk)
 def _topk(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dim"], len(signal))

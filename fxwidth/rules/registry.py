@@ -8,7 +8,6 @@ never depend on a size that can change have a rule only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +18,10 @@ from fxwidth.axes.factors import ONE, Axis, FactorSpace, axis_size, constant, wh
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import MADE, Pin
 from fxwidth.axes.unification import cut, split, unify
-from fxwidth.recording.tape import Axes, Contraction, Mixing, OpCall, functional_name, tensors_in
+from fxwidth.recording.tape import Axes, Contraction, Mixing, OpCall, tensors_in
+from fxwidth.rules.family_table import declare
+from fxwidth.rules.op_families import Family
+from fxwidth.rules.op_names import Op, op_name, rule_name
 
 Rule = Callable[["RuleContext"], Sequence[Sequence[Axis]]]
 Prescribed = tuple[OpOverload, dict[str, Any]]
@@ -34,38 +36,54 @@ class RuleDeclinedError(Exception):
     """The rule does not cover this form of the call: everything it touches is pinned."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen ops named without namespace and overload, e.g. "mm", or with it, "mylib::op"."""
+def rule(*ops: Op, family: Family | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for all overloads of some ops, such as torch.ops.aten.mm, or "mylib::op" by its qualified name.
+
+    Args:
+        ops: the ops.
+        family: what they do, where that is more than the rule says; see `op_families`.
+
+    Raises:
+        ValueError: a name is not qualified, or there is a rule for one of them already.
+    """
 
     def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES or name in POINTWISE:
-                raise ValueError(f"there is a rule for {name} already")
-            RULES[name] = function
+        names = _new_names(ops)
+        if family is not None:
+            declare(family, *ops)
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
 
 
-def prescription(*names: str) -> Callable[[Prescription], Prescription]:
-    """Register how the literal arguments of ATen ops follow from resized axes."""
+def pointwise(*ops: Op, family: Family | None = None) -> None:
+    """Register ops that act on each element of their broadcast operands alone; arguments are those of `rule`."""
+    names = _new_names(ops)
+    if family is not None:
+        declare(family, *ops)
+    POINTWISE.update(names)
+
+
+def _new_names(ops: Sequence[Op]) -> list[str]:
+    names = [op_name(op) for op in ops]
+    for name in names:
+        if name in RULES or name in POINTWISE:
+            raise ValueError(f"there is a rule for {name} already")
+    return names
+
+
+def prescription(*ops: Op) -> Callable[[Prescription], Prescription]:
+    """Register how the literal arguments of ops, named as for `rule`, follow from resized axes."""
 
     def register(function: Prescription) -> Prescription:
-        for name in names:
+        for name in map(op_name, ops):
             if name in PRESCRIPTIONS:
                 raise ValueError(f"there is a prescription for {name} already")
             PRESCRIPTIONS[name] = function
         return function
 
     return register
-
-
-def pointwise(*names: str) -> None:
-    """Register ops that act on each element of their broadcast operands alone."""
-    for name in names:
-        if name in RULES or name in POINTWISE:
-            raise ValueError(f"there is a rule for {name} already")
-        POINTWISE.add(name)
 
 
 def revised(call: OpCall, **literals: Any) -> Prescribed:
@@ -77,13 +95,6 @@ def prescribed(call: OpCall, maps: IndexMaps) -> Prescribed:
     """Return the op and arguments that a recorded call must have after a resize; tensors stand for their successors."""
     prescribe = PRESCRIPTIONS.get(rule_name(call.func))
     return revised(call) if prescribe is None else prescribe(call, maps)
-
-
-@cache
-def rule_name(func: OpOverload) -> str:
-    """Return the name under which an op's rule is registered; ops outside ATen carry their namespace."""
-    name = functional_name(func)
-    return name if func.namespace == "aten" else f"{func.namespace}::{name}"
 
 
 def rule_for(func: OpOverload) -> Rule | None:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
+
+import torch
 
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.pins import KERNEL, POSITION, WINDOWS
+from fxwidth.rules.op_families import Move, Movement, Positions
 from fxwidth.rules.registry import Rule, RuleContext, rule
 
+aten = torch.ops.aten
+
+_MEANS = Positions(linear=True, within=True)
+_SUMS = Positions(linear=True)
+_MAXIMA = Positions(linear=False)
 _BY_RANK = {
-    1: ("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d")
-    + ("reflection_pad1d", "replication_pad1d"),
-    2: ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
-    + ("upsample_nearest2d", "_upsample_nearest_exact2d")
-    + ("upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa")
-    + ("reflection_pad2d", "replication_pad2d"),
-    3: ("max_pool3d_with_indices", "avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d")
-    + ("upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d")
-    + ("reflection_pad3d", "replication_pad3d"),
+    1: (
+        (_SUMS, aten.upsample_nearest1d, aten._upsample_nearest_exact1d, aten.upsample_linear1d),
+        (_SUMS, aten.reflection_pad1d, aten.replication_pad1d),
+    ),
+    2: (
+        (_MEANS, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.upsample_nearest2d),
+        (_MAXIMA, aten.max_pool2d_with_indices),
+        (replace(_MAXIMA, within=True), aten.adaptive_max_pool2d),
+        (_SUMS, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten._upsample_bilinear2d_aa),
+        (_SUMS, aten.upsample_bicubic2d, aten._upsample_bicubic2d_aa, aten.reflection_pad2d, aten.replication_pad2d),
+    ),
+    3: (
+        (_SUMS, aten.avg_pool3d, aten._adaptive_avg_pool3d, aten.upsample_nearest3d),
+        (_MAXIMA, aten.max_pool3d_with_indices, aten.adaptive_max_pool3d),
+        (_SUMS, aten._upsample_nearest_exact3d, aten.upsample_trilinear3d),
+        (_SUMS, aten.reflection_pad3d, aten.replication_pad3d),
+    ),
 }
 
 
@@ -31,11 +48,12 @@ def _over_positions(rank: int) -> Rule:
     return judge
 
 
-for _rank, _names in _BY_RANK.items():
-    rule(*_names)(_over_positions(_rank))
+for _rank, _rows in _BY_RANK.items():
+    for _family, *_ops in _rows:
+        rule(*_ops, family=_family)(_over_positions(_rank))
 
 
-@rule("grid_sampler_2d", "grid_sampler_3d")
+@rule(aten.grid_sampler_2d, aten.grid_sampler_3d)
 def _grid_sampler(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, grid = (c.axes(tensor) for tensor in c.call.inputs)
     c.pin([*signal[2:], *grid[1:]], POSITION)
@@ -43,7 +61,7 @@ def _grid_sampler(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[*signal[:2], *_positions(c, c.outputs[0].shape[2:])]]
 
 
-@rule("pixel_shuffle")
+@rule(aten.pixel_shuffle, family=_SUMS)
 def _pixel_shuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, factor = c.axes("self"), c["upscale_factor"]
     c.pin(signal[-2:], POSITION)
@@ -52,7 +70,7 @@ def _pixel_shuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[*signal[:-3], c.space.normalise(channels), *_positions(c, c.outputs[0].shape[-2:])]]
 
 
-@rule("pixel_unshuffle")
+@rule(aten.pixel_unshuffle, family=_SUMS)
 def _pixel_unshuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, factor = c.axes("self"), c["downscale_factor"]
     c.pin(signal[-2:], POSITION)
@@ -60,7 +78,7 @@ def _pixel_unshuffle(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[*signal[:-3], channels, *_positions(c, c.outputs[0].shape[-2:])]]
 
 
-@rule("im2col")
+@rule(aten.im2col, family=_SUMS)
 def _im2col(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin(signal[-2:], POSITION)
@@ -68,7 +86,7 @@ def _im2col(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[*signal[:-3], patches, *_positions(c, c.outputs[0].shape[-1:])]]
 
 
-@rule("col2im")
+@rule(aten.col2im, family=_SUMS)
 def _col2im(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin(signal[-1:], POSITION)
@@ -77,7 +95,7 @@ def _col2im(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[*signal[:-2], c.space.normalise(channels), *_positions(c, c.outputs[0].shape[-2:])]]
 
 
-@rule("unfold")
+@rule(aten.unfold, family=Movement(Move.WINDOWS))
 def _unfold(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dimension"], len(signal))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -48,6 +49,19 @@ def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
         inner = [(name, child) for name, child in part._modules.items() if child is not None]
         waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
     return list(found.values())
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked_part(module: nn.Module) -> str | None:
+    """Return the class of the first part of a module that has hooks, but those by which torch computes weights."""
+    for _, part in walk(module):
+        for hook in (hook for name in _HOOKS for hook in part.__dict__[name].values()):
+            code = hook if isinstance(hook, FunctionType) else type(hook)
+            if not code.__module__.startswith("torch.nn.utils."):
+                return type(part).__name__
+    return None
 
 
 def undisturbed(module: nn.Module) -> AbstractContextManager[list[Tensor]]:

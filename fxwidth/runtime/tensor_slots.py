@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -25,6 +26,12 @@ def tensor_slots(module: nn.Module) -> Slots:
             name = first_name.setdefault(id(tensor), f"{path}.{attribute}" if path else attribute)
             slots.setdefault(name, (tensor, []))[1].append((submodule, attribute))
     return slots
+
+
+def copies_of(slots: Slots) -> dict[str, Tensor]:
+    """Return a copy of each parameter and buffer, of the same class, by its name."""
+    tensors = {name: tensor for name, (tensor, _) in slots.items()}
+    return {name: copy.deepcopy(one) if one.is_leaf else one.detach().clone() for name, one in tensors.items()}
 
 
 def is_sound(tensor: Tensor) -> bool:

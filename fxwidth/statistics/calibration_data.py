@@ -15,6 +15,7 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.batch_dim import takes_larger
 from fxwidth.runtime.pytrees import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
+from fxwidth.statistics.integer_inputs import Offsets, integer_sources
 
 # The bytes that the largest result of an op may take for a batch that is cut anew.
 _MEMORY = 2**28
@@ -50,7 +51,7 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
         values = _fitted(analysis, batch, number)
         lengths = (len(tensor) for tensor in deep_tensors(values) if tensor.dim())
         size = 1 if analysis.is_single else max(lengths, default=1)
-        if left is not None and size > left:
+        if left is not None and size > left and not _has_bags(analysis):
             values = [map_leaves(partial(_first, size, left), value) for value in values]
         if size:
             yield values
@@ -64,14 +65,15 @@ def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) ->
     What is computed from each batch by itself is then the same however data are cut, and a single sample, for which
     some ops take another way, is not run alone. There are as many samples in each batch as the largest result of an op
     allows in memory, at most 512. Batches stay as they are where inputs have no batch, where the graph takes no other
-    batch size, and where what it does depends on values.
+    batch size, and where what it does depends on values, or values tell where each of some bags begins.
 
     Args:
         analysis: the graph that takes them.
         batches: one value per placeholder each.
         most: about how many samples a batch may have; fewer where the results of ops would take too much memory.
     """
-    if analysis.batch is None or analysis.record is not None or not _takes_larger_batches(analysis):
+    is_fixed = analysis.record is not None or _has_bags(analysis)
+    if analysis.batch is None or is_fixed or not _takes_larger_batches(analysis):
         yield from map(list, batches)
         return
     most = min(most, _samples_at_once(analysis, analysis.batch.size))
@@ -88,6 +90,11 @@ def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) ->
             yield from whole
             waiting = [rest]
     yield from _cut(waiting, most)
+
+
+def _has_bags(analysis: Analysis) -> bool:
+    """Tell whether some inputs are entries of bags, and another tells where each of these begins."""
+    return any(isinstance(source, Offsets) for source in integer_sources(analysis))
 
 
 def _takes_larger_batches(analysis: Analysis) -> bool:

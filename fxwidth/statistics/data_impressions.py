@@ -53,7 +53,7 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
     ways = _Ways(generator)
     with torch.inference_mode(False), left_as_it_is(analysis.module), _without_gradients(analysis):
         white = [leaf.clone() for leaf in draw.white]
-        moving = [leaf.requires_grad_() for leaf, smooth in zip(white, draw.smooth, strict=True) if smooth]
+        moving = [leaf.requires_grad_() for leaf, moves in zip(white, draw.moving, strict=True) if moves]
         optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
         for _ in range(steps):
             with torch.enable_grad():

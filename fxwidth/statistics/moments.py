@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,20 @@ from fxwidth.bases.linear_groups import linear_norms
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on
-from fxwidth.recording.tape import TapeRecorder, bind, functional_name
+from fxwidth.recording.tape import TapeRecorder, bind
+from fxwidth.rules.family_table import running_norm
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import is_sound
 from fxwidth.statistics.calibration_data import Gathered, batches_from, cut_anew
+from fxwidth.statistics.constant_evidence import constant_inputs, without_constants
 from fxwidth.statistics.data_impressions import impressions
+from fxwidth.statistics.integer_inputs import integer_sources
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, find_probes
 from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Observer, Walker
 from fxwidth.statistics.synthetic_inputs import noise_draws
-from fxwidth.weights.readers import BATCH_NORMS, Reader
+from fxwidth.weights.readers import Reader
 
 __all__ = ["Moment", "Moments", "collect_moments", "has_values", "moments_from_data", "moments_from_noise"]
 
@@ -125,13 +129,31 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
     analysis = width_graph.analysis
     if not has_values(width_graph):
         return None
-    draws = noise_draws(analysis, find_probes(width_graph), seed, work)
+    drawn = partial(_moments_of_draws, width_graph, seed, work)
+    try:
+        moments = drawn(cautious=False)
+    except FxwidthError:
+        if not any(integer_sources(analysis)):
+            raise
+        return drawn(cautious=True)
+    if NOT_FINITE in moments.missed.values() and any(integer_sources(analysis)):
+        # Masks that were drawn may leave nothing over beside those of the network's own.
+        return min(moments, drawn(cautious=True), key=lambda found: len(found.missed))
+    return moments
+
+
+def _moments_of_draws(width_graph: WidthGraph, seed: int, work: float, *, cautious: bool) -> Moments:
+    analysis = width_graph.analysis
+    draws = noise_draws(analysis, find_probes(width_graph), seed, work, cautious=cautious)
     with statistics_of_noise(width_graph):
         # All of them at once: the ops that moments are collected on have no gradients.
         batches = list(impressions(analysis, draws, work, seed))
         # A model may write to its inputs.
         first = [map_leaves(torch.clone, value) for value in batches[0]]
-        return replace(collect_moments(width_graph, batches, source="noise"), inputs=first)
+        constant = constant_inputs(batches)
+        moments = collect_moments(width_graph, batches, source="noise")
+    contracted, untold = without_constants(analysis, moments.contracted, constant)
+    return replace(moments, contracted=contracted, missed={**moments.missed, **untold}, inputs=first)
 
 
 def statistics_of_noise(width_graph: WidthGraph) -> AbstractContextManager[object]:
@@ -172,7 +194,8 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
                 shapes = [tuple(tensor.shape) for tensor in deep_tensors(values)]
                 raise FxwidthError(
                     f"batch {number} of {source}, of shapes {shapes}, fails at node {observer.node!r}: {error}. "
-                    "Pass batches like the example_inputs the graph was analysed with."
+                    "Pass batches like the example_inputs the graph was analysed with; where it takes other dtypes, "
+                    "devices or shapes now, call fxwidth.analyze(gm, example_inputs) first, by which later calls go."
                 ) from error
             samples += size
     if samples == 0:
@@ -203,16 +226,17 @@ class _OwnStatistics(TorchDispatchMode):
     ) -> Any:
         """Run one op."""
         result = func(*args, **(kwargs or {}))
-        if functional_name(func) not in BATCH_NORMS:
+        norm = running_norm(func)
+        if norm is None:
             return result
         arguments = bind(func, args, kwargs or {})
-        signal, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
+        signal, weight, bias = (arguments[name] for name in ("input", "weight", norm.bias))
         dims = [dim for dim in range(signal.dim()) if dim != 1]
         if signal.numel() // signal.shape[1] < 2:
             return result
         variance, mean = torch.var_mean(signal, dims, correction=0)
-        eps = arguments["epsilon" if "epsilon" in arguments else "eps"]
-        if (running := arguments["running_var"]) is not None:
+        eps = arguments[norm.eps]
+        if (running := arguments[norm.variance]) is not None:
             # As small against the noise as it is against what the network was trained on.
             ratio = variance.mean() / running.mean()
             eps = eps * ratio

@@ -13,7 +13,11 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.graph_meta import VALUES, notes_of
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import Convolution
 from fxwidth.runtime.pytrees import Structure, flatten, rebuild
+from fxwidth.statistics.integer_inputs import Between, Offsets, Rows, Source, has_batch, integer_sources, is_image
+from fxwidth.statistics.integer_uses import uses_of
 from fxwidth.statistics.observation_points import Measure, Probe
 
 # How many rows a covariance of n channels should come from: enough of them, and several times n. Moving them takes ten
@@ -27,8 +31,6 @@ _ROWS_PER_IMAGE = 8
 _LARGEST_ACTIVATION, _KEPT = 2**25, 2**27
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
-# From this size on the last two dims of an input with four or more are taken for those of an image.
-_SMALLEST_IMAGE = 4
 
 
 @dataclass(frozen=True)
@@ -39,46 +41,105 @@ class Draw:
         samples: how many samples it is for.
         white: the noise, and the integers, one per tensor among the inputs.
         smooth: which of these are to be smoothed.
-        movable: whether these may be moved: images of which nothing has a weight for each place.
+        levels: of noise that is for an image of whole numbers, what these are; None for all else.
+        movable: whether images of floating-point numbers may be moved: nothing has a weight for each of their places.
         structure: where they belong.
     """
 
     samples: int
     white: tuple[Tensor, ...]
     smooth: tuple[bool, ...]
+    levels: tuple[Levels | None, ...]
     movable: bool
     structure: Structure
 
+    @property
+    def moving(self) -> tuple[bool, ...]:
+        """Tell which of the noise is to be moved where anything is."""
+        return tuple(smooth and levels is None for smooth, levels in zip(self.smooth, self.levels, strict=True))
+
     def batch(self, white: Sequence[Tensor] | None = None) -> list[Any]:
         """Return one value per placeholder, of this noise or of other in its place."""
-        leaves = zip(self.white if white is None else white, self.smooth, strict=True)
-        return list(rebuild(self.structure, [_smooth(leaf) if smooth else leaf.clone() for leaf, smooth in leaves]))
+        leaves = zip(self.white if white is None else white, self.smooth, self.levels, strict=True)
+        return list(rebuild(self.structure, [_finished(*leaf) for leaf in leaves]))
 
 
-def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: float) -> Iterator[Draw]:
+@dataclass(frozen=True)
+class Levels:
+    """What whole numbers Gaussian noise stands for: its quantiles are theirs."""
+
+    source: Between
+    dtype: torch.dtype
+
+    def of(self, noise: Tensor) -> Tensor:
+        """Return the numbers for noise of variance one."""
+        return self.source.at(torch.special.ndtr(noise)).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One tensor among the inputs: what stands for it on the tape, and where its values come from.
+
+    Attributes:
+        example: the tensor on the tape.
+        source: where integers come from; None for noise.
+        is_image: whether it is an image.
+        has_places: whether something has a weight for each place of this image.
+    """
+
+    example: Tensor
+    source: Source | None
+    is_image: bool
+    has_places: bool
+
+    @property
+    def levels(self) -> Levels | None:
+        """What whole numbers noise stands for in an image of these."""
+        return Levels(self.source, self.example.dtype) if self.is_image and isinstance(self.source, Between) else None
+
+    def white(self, batch: int | None, generator: torch.Generator) -> Tensor:
+        """Return noise, or integers, for so many samples, None for those of the tape."""
+        shape = tuple(self.example.shape) if batch is None else (batch, *self.example.shape[1:])
+        dtype = self.example.dtype
+        if self.levels is not None:
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
+        if self.source is not None:
+            return self.source.drawn(shape, generator).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+
+
+def noise_draws(
+    analysis: Analysis, probes: Sequence[Probe], seed: int, work: float, *, cautious: bool = False
+) -> Iterator[Draw]:
     """Yield Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
 
     Images are smooth as natural ones are; all other inputs are white. Where weights belong to places of an image, as in
     a dense layer on all of it, every other batch is white too: patches of images are alike, whole images are not, and
-    what serves both kinds of noise is likely to serve them. A graph that looks at values is given the integers of the
-    example that it was traced with, such as the lengths of sequences.
+    what serves both kinds of noise is likely to serve them. Integers are such as the network takes. A graph that looks
+    at values is given the integers of the example that it was traced with, such as the lengths of sequences.
+
+    Args:
+        analysis: the graph.
+        probes: what is to be measured.
+        seed: what the noise is made from.
+        work: about how many multiplications it may take.
+        cautious: whether integers are those of the example wherever they are known.
     """
-    leaves, structure = flatten(tuple(analysis.inputs), (Tensor,))
-    known = _counts(analysis) or [None] * len(leaves)
-    has_counts = any(count is not None for count in known)
-    recorded = analysis.samples_in(analysis.inputs)
-    smooth = tuple(map(_is_image, leaves))
-    places = tuple(
-        is_image and _has_places(analysis, example) for is_image, example in zip(smooth, leaves, strict=True)
-    )
+    examples, structure = flatten(tuple(analysis.inputs), (Tensor,))
+    has_counts = any(count is not None for count in _counts(analysis))
+    leaves = [_leaf(analysis, *pair) for pair in zip(examples, _sources(analysis, cautious), strict=True)]
+    bags = _bags(leaves)
+    recorded = bags or analysis.samples_in(analysis.inputs)
+    smooth = tuple(leaf.is_image for leaf in leaves)
+    places = tuple(leaf.has_places for leaf in leaves)
     kinds = 2 if any(places) else 1
-    movable = any(smooth) and not any(places)
+    movable = any(leaf.is_image and leaf.levels is None for leaf in leaves) and not any(places)
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
-    is_free = analysis.batch and not guarded and not has_counts
+    is_free = bool(analysis.batch) and not guarded and not has_counts and bags is None
     wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
     # Batches as small as the example's take long for what they tell.
     has_more = is_free and not movable
-    held = _KEPT * recorded // max(1, sum(map(torch.numel, leaves)))
+    held = _KEPT * recorded // max(1, sum(map(torch.numel, examples)))
     affordable = int(work / _products_in_all(analysis, probes))
     samples = max(16, min(_MORE * wanted if has_more else wanted, affordable, held))
     most = _largest_batch(analysis) if is_free else recorded
@@ -86,15 +147,46 @@ def noise_draws(analysis: Analysis, probes: Sequence[Probe], seed: int, work: fl
     size = max(16, -(-samples // runs)) if is_free else recorded
     generators: dict[torch.device, torch.Generator] = {}
 
-    def drawn(example: Tensor, count: Tensor | None) -> Tensor:
-        if count is not None:
-            return count.to(example.device)
-        generator = generators.setdefault(example.device, torch.Generator(example.device).manual_seed(seed))
-        return _noise(analysis, example, size if is_free else None, generator)
+    def drawn(leaf: _Leaf) -> Tensor:
+        device = leaf.example.device
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        return leaf.white(size if is_free and has_batch(analysis, leaf.example) else None, generator)
 
+    levels = tuple(leaf.levels for leaf in leaves)
     for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
-        yield Draw(size, tuple(map(drawn, leaves, known)), smooth, movable, structure)
+        yield Draw(size, tuple(map(drawn, leaves)), smooth, levels, movable, structure)
         smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
+
+
+def _sources(analysis: Analysis, cautious: bool) -> list[Source | None]:
+    """Return where the values of integers come from: where a graph looks at values, from those that it was traced with.
+
+    Lengths and counts fit each other, which what is drawn would not; what is looked up by number alone need not.
+    """
+    sources = integer_sources(analysis, cautious=cautious)
+    counts = _counts(analysis) or [None] * len(sources)
+    examples = flatten(tuple(analysis.inputs), (Tensor,))[0]
+    return [
+        source if count is None or uses_of(analysis, example).is_lookup_alone else Rows(count)
+        for source, count, example in zip(sources, counts, examples, strict=True)
+    ]
+
+
+def _leaf(analysis: Analysis, example: Tensor, source: Source | None) -> _Leaf:
+    of_numbers = example.is_floating_point() or (isinstance(source, Between) and source.is_image)
+    image = of_numbers and is_image(example)
+    return _Leaf(example, source, image, image and _has_places(analysis, example))
+
+
+def _bags(leaves: Sequence[_Leaf]) -> int | None:
+    """Return how many bags the inputs tell apart in one run, None where they tell none."""
+    bags = [len(leaf.example) - leaf.source.tells_end for leaf in leaves if isinstance(leaf.source, Offsets)]
+    return max(1, *bags) if bags else None
+
+
+def _finished(white: Tensor, smooth: bool, levels: Levels | None) -> Tensor:
+    noise = _smooth(white) if smooth else white
+    return levels.of(noise) if levels is not None else noise if smooth else noise.clone()
 
 
 def _largest_batch(analysis: Analysis) -> int:
@@ -138,7 +230,7 @@ def _products(call: OpCall) -> int:
     total = 0
     for contraction in call.contractions:
         weight = contraction.right
-        per_output = weight.numel() // max(1, weight.shape[0]) if call.name.endswith("convolution") else 0
+        per_output = weight.numel() // max(1, weight.shape[0]) if _is_convolution(call) else 0
         per_output = per_output or contraction.left.shape[contraction.left_dims[0]]
         total += call.outputs[0].numel() * per_output
     return total
@@ -151,22 +243,8 @@ def _products_of_moment(probe: Probe) -> int:
     return tensor.numel() * channels if probe.measure == Measure.MOMENT else 0
 
 
-def _noise(analysis: Analysis, example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
-    shape = list(example.shape)
-    if batch is not None and shape and any(f.is_batch for f in analysis.space.factors(analysis.axes_of(example)[0])):
-        shape[0] = batch
-    device = example.device
-    if example.is_floating_point() or example.is_complex():
-        return torch.randn(shape, generator=generator, dtype=example.dtype, device=device)
-    high = _vocabulary(analysis, example)
-    if high is None:
-        # A mask or a type: whatever it selects, one is within its range.
-        return torch.ones(shape, dtype=example.dtype, device=device)
-    return torch.randint(high, shape, generator=generator, device=device, dtype=example.dtype)
-
-
-def _is_image(example: Tensor) -> bool:
-    return example.is_floating_point() and example.dim() >= 4 and min(example.shape[-2:]) >= _SMALLEST_IMAGE
+def _is_convolution(call: OpCall) -> bool:
+    return as_family(call.func, Convolution) is not None
 
 
 def _has_places(analysis: Analysis, example: Tensor) -> bool:
@@ -175,7 +253,7 @@ def _has_places(analysis: Analysis, example: Tensor) -> bool:
     for call, derived in _followed(analysis, example, lambda call: [] if call.contractions else call.outputs):
         for contraction in call.contractions:
             summed = prod(contraction.left.shape[dim] for dim in contraction.left_dims)
-            if id(contraction.left) in derived and summed % places == 0 and not call.name.endswith("convolution"):
+            if id(contraction.left) in derived and summed % places == 0 and not _is_convolution(call):
                 return True
     return False
 
@@ -204,19 +282,3 @@ def _smooth(noise: Tensor) -> Tensor:
     frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(1 / max(height, width))
     smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(wide) / frequency, s=(height, width))
     return (smooth / smooth.std()).to(noise.dtype)
-
-
-def _vocabulary(analysis: Analysis, example: Tensor) -> int | None:
-    """Return the size of the smallest table that an integer input, or integers made from it, index."""
-
-    def integers(call: OpCall) -> list[Tensor]:
-        return [out for out in call.outputs if not out.is_floating_point() and out.dtype != torch.bool]
-
-    sizes = []
-    for call, derived in _followed(analysis, example, integers):
-        if call.name == "embedding" and id(call.arguments["indices"]) in derived:
-            sizes.append(call.arguments["weight"].shape[0])
-        elif call.name == "index":
-            pairs = zip(call.arguments["self"].shape, call.arguments["indices"], strict=False)
-            sizes += [size for size, index in pairs if index is not None and id(index) in derived]
-    return min(sizes, default=None)

@@ -17,8 +17,10 @@ from fxwidth.rules.registry import keeps
 from fxwidth.runtime.contexts import evaluating
 from fxwidth.verification.replay_oracle import largest_difference
 
+aten = torch.ops.aten
+
 # What these hold is chance until it is written to.
-_CHANCE = ("empty", "new_empty", "empty_like", "empty_strided", "detach")
+_CHANCE = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.detach)
 
 
 def stepwise_difference(
@@ -87,7 +89,7 @@ class _Comparison:
         own = next(self._steps)
         if own.name != call.name:
             self.worst = float("inf")
-        elif call.name not in _CHANCE:
+        elif call.func.overloadpacket not in _CHANCE:
             pairs = zip(call.outputs, map(self._replay.value, own.outputs), strict=True)
             floats = [(one, other) for one, other in pairs if one.is_floating_point()]
             self.worst = max([self.worst, *(largest_difference([one], [other]) for one, other in floats)])

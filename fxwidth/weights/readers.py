@@ -17,20 +17,9 @@ from fxwidth.axes.positions import occupied_positions, without_minor
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
+from fxwidth.rules.op_families import Arithmetic, Convolution, Move, Product
 from fxwidth.weights.reparametrised import computed_values, normed_weights, own_values
-
-BATCH_NORMS = frozenset(
-    {
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "_batch_norm_no_update",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-    }
-)
-_CONVOLUTIONS = frozenset({"convolution", "_convolution"})
-_RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
 
 
 @dataclass(frozen=True)
@@ -246,27 +235,28 @@ class Wiring:
     def following_batch_norm(self, call: OpCall) -> OpCall | None:
         """Return the batch norm that alone takes an op's result, if it keeps running statistics."""
         (follower,) = self._only_consumer(call.outputs[0]) or (None,)
-        if follower is None or follower.name not in BATCH_NORMS:
+        norm = None if follower is None else running_norm(follower.func)
+        if follower is None or norm is None:
             return None
         arguments = follower.arguments
         is_input = arguments["input"] is call.outputs[0]
-        return follower if is_input and arguments.get("running_mean") is not None else None
+        return follower if is_input and arguments.get(norm.mean) is not None else None
 
     def added_bias(self, call: OpCall) -> tuple[OpCall, Tensor] | None:
         """Return what an op, or the addition right after it, adds to each output channel, and where."""
-        arguments = call.arguments
-        if call.name in _CONVOLUTIONS:
+        arguments, family = call.arguments, family_of(call.func)
+        if isinstance(family, Convolution):
             return (call, arguments["bias"]) if arguments["bias"] is not None else None
-        if call.name == "addmm":
-            plain = arguments["beta"] == 1 and arguments["alpha"] == 1 and arguments["self"].dim() == 1
-            return (call, arguments["self"]) if plain else None
+        if isinstance(family, Product) and family.added is not None:
+            plain = arguments.get("beta", 1) == arguments.get("alpha", 1) == 1 and arguments[family.added].dim() == 1
+            return (call, arguments[family.added]) if plain else None
         value = call.outputs[0]
-        while (follower := self._only_consumer(value)) and follower[0].name in _RESHAPES:
+        while (follower := self._only_consumer(value)) and is_move(follower[0].func, Move.RESHAPE):
             following = follower[0].outputs[0]
             if following.shape[-1:] != value.shape[-1:]:
                 return None
             value = following
-        if follower and follower[0].name == "add" and follower[0].arguments.get("alpha", 1) == 1:
+        if follower and is_arithmetic(follower[0].func, Arithmetic.SUM) and follower[0].arguments.get("alpha", 1) == 1:
             for tensor in follower[0].inputs:
                 if tensor is not value and id(tensor) in self._lineage and tensor.shape == value.shape[-1:]:
                     return follower[0], tensor
@@ -289,12 +279,13 @@ class Wiring:
                         yield self._reader(call, other, other_dims[0], own, own_dims[0])
 
     def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:
-        groups = call.arguments["groups"] if call.name in _CONVOLUTIONS else 1
+        is_convolution = isinstance(family_of(call.func), Convolution)
+        groups = call.arguments["groups"] if is_convolution else 1
         axis = self._analysis.space.normalise(call.axes[id(activation)][dim])
-        axis, minor = without_minor(axis) if groups == 1 and call.name not in _CONVOLUTIONS else (axis, 1)
+        axis, minor = without_minor(axis) if not is_convolution else (axis, 1)
         transposed = bool(call.arguments.get("transposed"))
         outputs = prod(size for i, size in enumerate(_distinct(weight)) if i != weight_dim)
-        if call.name in _CONVOLUTIONS:
+        if is_convolution:
             outputs = weight.shape[1] if transposed else weight.shape[0] // groups
         source, own = argument_name(call, activation), argument_name(call, weight)
         view = self.view(weight)

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxwidth.analysis.result import Analysis
-from fxwidth.analysis.roles import WEIGHT_NORMS
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, plain_kernels, tensors_in, unbind
+from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
 from fxwidth.rules.normalization import weight_norm_dim
+from fxwidth.rules.op_families import Arithmetic, Move, Product, WeightNorm
 from fxwidth.rules.registry import prescribed
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 
 # The cosine from which on a singular vector counts as one.
 _ALIGNED = 1e-3
-_COPIES = frozenset({"clone", "alias", "detach"})
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _find(analysis: Analysis) -> dict[str, NormedWeight]:
 
 
 def _weight_norm(call: OpCall, names: Mapping[int, str]) -> NormedWeight | None:
-    if call.name not in WEIGHT_NORMS:
+    if as_family(call.func, WeightNorm) is None:
         return None
     direction, length = (names.get(id(call.arguments[key])) for key in ("v", "g"))
     if direction is None or length is None:
@@ -210,16 +210,16 @@ def _spectral_norm(
     call: OpCall, names: Mapping[int, str], makers: Mapping[int, OpCall], analysis: Analysis
 ) -> NormedWeight | None:
     """Recognise W / (u . (W v)) with buffers u and v."""
-    if call.name != "div" or id(call.arguments["self"]) not in names:
+    if not is_arithmetic(call.func, Arithmetic.QUOTIENT) or id(call.arguments["self"]) not in names:
         return None
     norm = makers.get(id(call.arguments["other"]))
-    if norm is None or norm.name not in ("dot", "vdot"):
+    if norm is None or not _is_product(norm, "k,k->"):
         return None
     name = names[id(call.arguments["self"])]
     for vector, product in (norm.inputs, norm.inputs[::-1]):
         companion = names.get(id(_original(vector, makers)))
         maker = makers.get(id(product))
-        if companion is None or maker is None or maker.name != "mv":
+        if companion is None or maker is None or not _is_product(maker, "ik,k->i"):
             continue
         inner = {call.index, *_ancestry(norm, makers)}
         sources = {names.get(id(tensor)) for index in inner for tensor in analysis.calls[index].inputs} - {None}
@@ -229,8 +229,13 @@ def _spectral_norm(
     return None
 
 
+def _is_product(call: OpCall, formula: str) -> bool:
+    product = as_family(call.func, Product)
+    return product is not None and product.formula == formula and product.added is None
+
+
 def _original(tensor: Tensor, makers: Mapping[int, OpCall]) -> Tensor:
-    while (call := makers.get(id(tensor))) is not None and call.name in _COPIES:
+    while (call := makers.get(id(tensor))) is not None and is_move(call.func, Move.COPY):
         tensor = call.inputs[0]
     return tensor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,10 +10,9 @@ from torch import Tensor
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import running_norm, takes_rows
+from fxwidth.rules.op_families import Norm
 from fxwidth.weights.readers import ParameterView, Reader, Wiring, wiring_of
-
-# The operands of products whose other side's rows are samples: what is added to the result has one entry per output.
-_RIGHT = frozenset({"mat2", "weight", "batch2"})
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _find(wiring: Wiring) -> Iterator[ReaderSet]:
         foldable = view is not None and _used_only_by(wiring, view, [reader.call for reader in readers])
         # What is known of complex channels are products of one part with the same of another, no means.
         is_real = not readers[0].call.arguments[readers[0].weight].is_complex()
-        if foldable and is_real and all(reader.weight in _RIGHT for reader in readers):
+        if foldable and is_real and all(takes_rows(reader.call.func, reader.weight) for reader in readers):
             yield ReaderSet(tuple(readers), True, *_following_vectors(wiring, readers))
         else:
             yield ReaderSet(tuple(readers), foldable, None, None)
@@ -93,13 +92,15 @@ def _following_vectors(wiring: Wiring, readers: list[Reader]) -> tuple[Absorber 
     width = readers[0].outputs * readers[0].groups
     norms = [wiring.following_batch_norm(reader.call) for reader in readers]
 
-    def statistic(name: str) -> ParameterView | None:
-        return _common_view(wiring, [None if norm is None else (norm, norm.arguments[name]) for norm in norms], width)
+    def statistic(which: Callable[[Norm], str]) -> ParameterView | None:
+        found = [None if call is None else (call, running_norm(call.func)) for call in norms]
+        places = [(one[0], one[0].arguments[which(one[1])]) if one and one[1] else None for one in found]
+        return _common_view(wiring, places, width)
 
     bias = _common_view(wiring, [wiring.added_bias(reader.call) for reader in readers], width)
-    mean = statistic("running_mean")
+    mean = statistic(lambda norm: norm.mean)
     absorber = Absorber(bias, 1) if bias is not None else Absorber(mean, -1) if mean is not None else None
-    return absorber, statistic("running_var")
+    return absorber, statistic(lambda norm: norm.variance)
 
 
 def _common_view(wiring: Wiring, places: list[tuple[OpCall, Tensor] | None], width: int) -> ParameterView | None:

@@ -14,13 +14,14 @@ from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.family_table import as_family, running_norm
+from fxwidth.rules.op_families import LookUp
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import normed_weights, weight_values
 
 # Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
 _STACKED_ENTRIES = 2**17
-_LOOK_UPS = {"embedding": "weight", "index": "self", "index_select": "self"}
 
 
 def singular_values(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
@@ -120,21 +121,23 @@ def _writes(call: OpCall, tensor: Tensor, lineage: Lineage, dim: Dim) -> bool:
         for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
             if side is tensor and any(dim in lineage[k] for k in range(tensor.dim()) if k not in dims):
                 return True
-    is_table = call.arguments.get(_LOOK_UPS.get(call.name, "")) is tensor
+    found = as_family(call.func, LookUp)
+    is_table = found is not None and found.slices and call.arguments[found.table] is tensor
     return is_table and any(dim in sources for sources in lineage[1:])
 
 
 def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:
     """Return gamma / sqrt(variance + eps) of the batch norm after an op, [channels of the factor, positions each]."""
     norm = wiring.following_batch_norm(call)
-    if norm is None:
+    family = None if norm is None else running_norm(norm.func)
+    if norm is None or family is None:
         return None
     signal: Axis = norm.axes[id(norm.arguments["input"])][1]
     occurrences = channel_positions(width_graph.analysis.space, signal, factor)
-    variance = wiring.values(norm.arguments["running_var"])
+    variance = wiring.values(norm.arguments[family.variance])
     gain = wiring.values(norm.arguments["weight"])
     if not occurrences or variance is None:
         return None
-    eps = norm.arguments["epsilon" if "epsilon" in norm.arguments else "eps"]
+    eps = norm.arguments[family.eps]
     scale: Tensor = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
     return scale[torch.from_numpy(occurrences[0]).to(scale.device)]

@@ -164,10 +164,16 @@ def test_a_graph_of_one_call_has_the_names_of_the_model(tmp_path: Path) -> None:
     model = Seldom()
     gm = traced(model, rows())
     assert [node.target for node in gm.graph.find_nodes(op="call_module")] == ["model"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for twin in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
         assert {name for name, _ in twin.named_parameters()} == {name for name, _ in model.named_parameters()}
         assert {name for name, _ in twin.named_buffers()} == {name for name, _ in model.named_buffers()}
         assert twin.up.weight is twin.model.up.weight
+        assert twin.state_dict().keys() == model.state_dict().keys()
+        other = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+        twin.load_state_dict(other)
+        torch.testing.assert_close(dict(twin.state_dict()), other, rtol=0, atol=0)
+        twin.load_state_dict(before)
     fxwidth.resize(gm, {"up": 4, "mid": 5})
     assert gm.up.weight is gm.model.up.weight
     # In earlier versions all names began with that of the call.

@@ -266,11 +266,10 @@ def test_the_graph_reads_and_writes_buffers_as_the_model_does(name: str) -> None
 def test_a_state_dict_of_the_model_fits_the_graph(name: str) -> None:
     model = made(name).eval()
     gm = fxwidth.trace(model, rows())
-    prefix = "model." if hasattr(gm, "model") else ""
-    state = {prefix + path: torch.rand_like(tensor) for path, tensor in model.state_dict().items()}
+    state = {path: torch.rand_like(tensor) for path, tensor in model.state_dict().items()}
     gm.load_state_dict(state)
-    assert all(torch.equal(tensor, state[prefix + path]) for path, tensor in model.state_dict().items())
-    names = {prefix + path for path, _ in [*model.named_parameters(), *model.named_buffers()]}
+    assert all(torch.equal(tensor, state[path]) for path, tensor in model.state_dict().items())
+    names = {path for path, _ in [*model.named_parameters(), *model.named_buffers()]}
     assert names <= {path for path, _ in [*gm.named_parameters(), *gm.named_buffers()]}
 
 
@@ -343,7 +342,7 @@ def test_what_no_op_tells_of_is_refused(name: str) -> None:
     model = made(name)
     with (
         untouched(model),
-        pytest.raises(FxwidthError, match=r"sets \.data of a tensor, which an exported graph does not"),
+        pytest.raises(FxwidthError, match=r"sets \.data of a tensor, which a graph does not"),
     ):
         fxwidth.trace(model, rows())
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from fxwidth.axes.factors import Axis
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.growth.states import TRANSFERS, AxisFacts
+from fxwidth.growth.states import FAMILY_TRANSFERS, AxisFacts
+from fxwidth.rules.op_families import Positions
 from tests.oracles.growth import check_all, check_refusals, recipes, sequence, width_graph
 from tests.zoo.networks_of_channels import ShuffledGroups
 
@@ -145,7 +146,7 @@ def axes_of(wg: WidthGraph) -> list[Axis]:
 
 
 def test_an_unknown_op_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(TRANSFERS, "max_pool2d_with_indices")
+    monkeypatch.delitem(FAMILY_TRANSFERS, Positions)
     wg = width_graph(Images(nn.MaxPool2d(2)), sequence(2, 3, 6, 6))
     assert wg["write"].inexact_growth == (
         "how new channels pass it is not known (max_pool2d_with_indices at node body)"

@@ -89,10 +89,10 @@ class MadeByLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.into, self.maker, self.out = nn.Linear(6, 8), nn.Linear(3, 40), nn.Linear(5, 3)
-        self.code = nn.Parameter(torch.randn(3))
+        self.latent = nn.Parameter(torch.randn(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.linear(torch.relu(self.into(x)), self.maker(self.code).view(5, 8)))
+        return self.out(F.linear(torch.relu(self.into(x)), self.maker(self.latent).view(5, 8)))
 
 
 @case(2, tokens(8))
