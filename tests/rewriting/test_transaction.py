@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import Optimizer
 
 import fxwidth
+from fxwidth.rewriting import transaction as module
 from fxwidth.rewriting.transaction import Transaction
 from tests.oracles.interruptions import counted, differences, state_of
 
