@@ -70,8 +70,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/planning/thresholds.py",
         "the least singular value is compared without the width",
-        "float(values[-1]) * width > thresholds.grow_energy * total",
-        "float(values[-1]) > thresholds.grow_energy * total",
+        "float(values[-1]) * width > options.grow_energy * total",
+        "float(values[-1]) > options.grow_energy * total",
         ("planning/test_planner.py",),
     ),
     Fault(
@@ -593,11 +593,11 @@ FAULTS: tuple[Fault, ...] = (
         ("groups/test_outdated.py",),
     ),
     Fault(
-        "fxwidth/runtime/plain_contexts.py",
+        "fxwidth/runtime/contexts.py",
         "autocast reaches into a resize",
         "            stack.enter_context(torch.autocast(device, enabled=False))\n",
         "            pass\n",
-        ("runtime/test_plain_contexts.py",),
+        ("runtime/test_contexts.py",),
     ),
     Fault(
         "fxwidth/runtime/random_states.py",
@@ -609,8 +609,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/evolution.py",
         "a resize by an Evolver may not be exact",
-        'exact=bool(options.get("exact", True)),',
-        "exact=True,",
+        "resizing = replace(self._resizing, optimizer=self.optimizer, data=data)",
+        "resizing = replace(self._resizing, optimizer=self.optimizer, data=data, exact=True)",
         ("resizing/test_options.py",),
     ),
     Fault(

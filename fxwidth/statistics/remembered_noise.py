@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.recording.graph_meta import VALUES, notes_of
+from fxwidth.recording.graph_meta import EXAMPLES, VALUES, notes_of
 from fxwidth.runtime.module_state import stores
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.statistics.moments import Moments, moments_from_noise
@@ -72,10 +72,10 @@ def _tensors(analysis: Analysis) -> Iterator[tuple[str, Tensor]]:
         name = path.rpartition(".")[2]
         if name not in part._buffers:
             yield from ((path, tensor) for tensor in deep_tensors(part.__dict__[name]))
-    # Integers of the example that a graph was traced with, where what it does depends on values.
-    yield from (
-        ("", tensor) for tensor in notes_of(analysis.module).get(VALUES, (None, None, ()))[2] if tensor is not None
-    )
+    # Integers of the example that a graph was traced with: noise is drawn like them, and some graphs depend on them.
+    notes = notes_of(analysis.module)
+    examples = (*notes.get(VALUES, (None, None, ()))[2], *notes.get(EXAMPLES, ()))
+    yield from (("", tensor) for tensor in examples if tensor is not None)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

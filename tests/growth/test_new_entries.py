@@ -72,7 +72,10 @@ def test_where_new_rows_and_new_columns_cross_there_is_nothing() -> None:
 def test_parameters_without_values_get_shapes_alone() -> None:
     wg = width_graph(nn.Sequential(nn.Linear(9, 4), nn.LayerNorm(4), nn.Linear(4, 2)), sequence(2, 9))
     maps = grown_maps(wg, {wg["0"]: 7})
-    assert new_entries(wg, maps, "0.weight", torch.empty(7, 9, device="meta")).shape == (7, 9)
+    assert new_entries(wg.analysis, wg.growths(maps), maps, "0.weight", torch.empty(7, 9, device="meta")).shape == (
+        7,
+        9,
+    )
 
 
 @pytest.mark.gpu

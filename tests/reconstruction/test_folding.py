@@ -93,7 +93,7 @@ class TestFold:
 
     @pytest.mark.parametrize("name", ["conv", "grouped", "tile", "in place", "attention"])
     def test_against_least_squares_on_the_samples(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fxwidth.statistics.moment.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.reconstruction.ridge.effective_rows", lambda moment: 1e15)
         monkeypatch.setattr("fxwidth.reconstruction.folding._MATCHING", 0.0)
         graph, x = build(name)
         original = trained_like(NETS[name][0]())
@@ -207,7 +207,7 @@ class TestFold:
         assert set(folded) == {"body.weight", "body.bias"}
 
     def test_a_shared_layer_is_folded_for_all_that_passes_through_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fxwidth.statistics.moment.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.reconstruction.ridge.effective_rows", lambda moment: 1e15)
         monkeypatch.setattr("fxwidth.reconstruction.folding._MATCHING", 0.0)
         graph, x = build("shared")
         original = trained_like(NETS["shared"][0]())
@@ -220,7 +220,7 @@ class TestFold:
 
     def test_what_is_known_of_each_use_of_a_shared_layer_is_mixed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It may come one by one, as from the weights before it; one run over both measures the mixture itself."""
-        monkeypatch.setattr("fxwidth.statistics.moment.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.reconstruction.ridge.effective_rows", lambda moment: 1e15)
         monkeypatch.setattr("fxwidth.reconstruction.folding._MATCHING", 0.0)
         graph, x = build("shared")
         group = next(group for group in graph.free if group.width == 6)
@@ -242,7 +242,7 @@ class TestFold:
         torch.testing.assert_close(folded["shared.bias"], expected["shared.bias"], rtol=1e-9, atol=1e-10)
 
     def test_parts_of_a_packed_weight_are_folded_by_what_each_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fxwidth.statistics.moment.effective_rows", lambda moment: 1e15)
+        monkeypatch.setattr("fxwidth.reconstruction.ridge.effective_rows", lambda moment: 1e15)
         monkeypatch.setattr("fxwidth.reconstruction.folding._MATCHING", 0.0)
         graph, x = build("packed attention")
         original = trained_like(NETS["packed attention"][0]())

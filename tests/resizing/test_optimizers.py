@@ -167,7 +167,8 @@ def test_what_is_no_optimizer_of_the_graph_is_refused() -> None:
     remedies = {
         "received StepLR; pass its .optimizer": scheduler,
         "received GradScaler; pass the one that trains gm": torch.amp.GradScaler("cpu"),
-        "received list; pass the one that trains gm": [optimizer],
+        "received dict; pass the one that trains gm": {"all": optimizer},
+        "received str": [optimizer, "adam"],
         "AdamW with 2 parameters, none of which is in the graph": foreign,
     }
     for told, wrong in remedies.items():

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import Optimizer
 
 import fxwidth
+from fxwidth.rewriting import transaction as module
 from fxwidth.rewriting.transaction import Transaction
 from tests.oracles.interruptions import counted, differences, state_of
 
@@ -193,14 +194,14 @@ def overwritten(transaction: Transaction, tensor: Tensor) -> None:
 def test_ctrl_c_waits_until_all_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(3, 2)
     before, transaction = state_of(layer), Transaction(layer)
-    real, handler = transaction.overwrite, signal.getsignal(signal.SIGINT)
+    real, handler = module.overwrite, signal.getsignal(signal.SIGINT)
 
     def interrupted(tensor: Tensor, values: Tensor) -> None:
         if bool(values.any()):
             signal.raise_signal(signal.SIGINT)
         real(tensor, values)
 
-    monkeypatch.setattr(transaction, "overwrite", interrupted)
+    monkeypatch.setattr(module, "overwrite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         transaction.run(lambda: overwritten(transaction, layer.weight.data))
     assert not differences(before, state_of(layer))

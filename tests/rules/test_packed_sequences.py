@@ -94,7 +94,7 @@ def test_channels_that_say_the_same_are_folded() -> None:
         with torch.no_grad():
             for part in (model.embed, gm.model.embed):
                 part.weight[4:], part.bias[4:] = part.weight[:4], part.bias[:4]
-        fxwidth.resize(gm, {"model.embed": 4}, data=data)
+        fxwidth.resize(gm, {"embed": 4}, data=data)
         assert largest_difference([gm(*sequences(5))], [model(*sequences(5))]) < 1e-6
 
 
@@ -131,11 +131,11 @@ class LooksAtLengths(Packs):
 
 def test_what_other_lengths_may_lead_to_is_pinned() -> None:
     wg = fxwidth.analyze(fxwidth.trace(randomise(WidthOfSteps()).double().eval(), sequences(4)))
-    assert [group.name for group in wg.free] == ["model.rnn.weight_ih_l0"]
-    assert "a size is written into code that cannot be taken apart" in str(wg["model.embed#0"].pinned)
+    assert [group.name for group in wg.free] == ["rnn.weight_ih_l0"]
+    assert "a size is written into code that cannot be taken apart" in str(wg["embed#0"].pinned)
     wg = fxwidth.analyze(fxwidth.trace(randomise(LooksAtLengths()).double().eval(), sequences(4)))
     assert not wg.free
-    assert "it is used after the code has branched on a value" in str(wg["model.rnn.weight_ih_l0"].pinned)
+    assert "it is used after the code has branched on a value" in str(wg["rnn.weight_ih_l0"].pinned)
 
 
 def test_packed_inputs_may_be_described() -> None:
