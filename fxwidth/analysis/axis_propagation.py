@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,9 +34,6 @@ from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.runtime.unseen_effects import COMPUTES_GRADIENTS, watching_effects
-
-if TYPE_CHECKING:
-    pass
 
 
 class NodeInterpreter(fx.Interpreter):
