@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.children import in_child
 from benchmarks.support.machine import machine
-from benchmarks.support.measures import GIB, Clock, exponent, parameter_count, peak, told
+from benchmarks.support.measures import GIB, Clock, exponent, peak, told
 from benchmarks.support.results import options_of, write
 from benchmarks.support.tables import header, heading, line
+from fxwidth.evolution import parameter_count
 
 LAYERS = (10, 20, 40, 80)
 TOKENS = 16

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.children import in_child
 from benchmarks.support.machine import machine
-from benchmarks.support.measures import parameter_count
 from benchmarks.support.results import options_of, write
 from benchmarks.support.tables import header, heading, line
+from fxwidth.evolution import parameter_count
 
 MODELS = ("resnet18", "resnet50")
 SIZE = 224

@@ -9,7 +9,6 @@ from math import log
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 MIB, GIB = 2**20, 2**30
 
@@ -50,8 +49,3 @@ def exponent(sizes: Iterable[float], costs: Iterable[float]) -> float:
     """Return the slope of the log of a cost over the log of a size, by least squares."""
     slope, _ = np.polyfit([log(size) for size in sizes], [log(cost) for cost in costs], 1)
     return float(slope)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Return how many parameters a model has."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxwidth.analysis.data_dependent_pins import pin_other_ways
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
-from fxwidth.analysis.training_calls import follow_other_answer, follow_training, was_passed_through
+from fxwidth.analysis.training_calls import ModuleRun, follow_other_answer, follow_training
 from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
 from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.axes.unification import unify
@@ -34,9 +34,6 @@ from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.runtime.unseen_effects import COMPUTES_GRADIENTS, watching_effects
-
-if TYPE_CHECKING:
-    pass
 
 
 class NodeInterpreter(fx.Interpreter):
@@ -67,14 +64,14 @@ class NodeInterpreter(fx.Interpreter):
         return value
 
     def _follow_training(self, node: fx.Node, module: nn.Module, value: Any, is_silent: bool) -> None:
-        analysis, (args, kwargs) = self._analysis, self.fetch_args_kwargs_from_env(node)
-        if is_silent and was_passed_through(args, value):
+        run = ModuleRun(module, *self.fetch_args_kwargs_from_env(node), value)
+        if is_silent and run.was_passed_through():
             follow = follow_training
         elif not is_silent and all(user.op == "output" or user.target == OUTPUTS_MODULE for user in node.users):
             follow = follow_other_answer
         else:
             return
-        analysis.training_calls[node.name] = follow(analysis, self._recorder, module, args, kwargs, value)
+        self._analysis.training_calls[node.name] = follow(self._analysis, self._recorder, run)
 
     def _run_plainly(self, node: fx.Node) -> Any:
         # As the base class does, without its book-keeping of stack traces.

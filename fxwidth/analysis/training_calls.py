@@ -7,6 +7,7 @@ with: a mask of a fixed width fits one width alone.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -23,22 +24,30 @@ if TYPE_CHECKING:
     from fxwidth.analysis.result import Analysis
 
 
-def was_passed_through(args: tuple[Any, ...], value: Any) -> bool:
-    """Tell whether a module that ran no op in evaluation gave back what it was given, or nothing: it may write."""
-    given, returned = deep_tensors(args), deep_tensors(value)
-    if not returned:
-        return value is None and bool(given)
-    return {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
+@dataclass(frozen=True)
+class ModuleRun:
+    """A module as it was called, with what it has returned in evaluation."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    value: Any
+
+    def was_passed_through(self) -> bool:
+        """Tell whether a module that ran no op gave back what it was given, or nothing: it may write."""
+        given, returned = deep_tensors(self.args), deep_tensors(self.value)
+        if not returned:
+            return self.value is None and bool(given)
+        return {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
+
+    def in_training(self) -> list[Tensor] | None:
+        """Return the tensors that the module returns in training, or None where it does not run."""
+        with training(self.module), restored(self.module), suppress(Exception):
+            return deep_tensors(self.module(*self.args, **self.kwargs))
+        return None
 
 
-def follow_training(
-    analysis: Analysis,
-    recorder: TapeRecorder,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    value: Any,
-) -> list[OpCall]:
+def follow_training(analysis: Analysis, recorder: TapeRecorder, run: ModuleRun) -> list[OpCall]:
     """Couple what a module works with as its ops in training do, and return these.
 
     Where that cannot be, or it returns something of another size, all that it works with is pinned.
@@ -46,14 +55,11 @@ def follow_training(
     Args:
         analysis: takes the couplings.
         recorder: the tape, which is at work on the module's node.
-        module: what is run.
-        args: its positional arguments.
-        kwargs: those by name.
-        value: what it returns in evaluation: some of these.
+        run: what is run; it returned some of what it was given.
     """
-    given, evaluated = deep_tensors((args, kwargs)), deep_tensors(value)
+    given, evaluated = deep_tensors((run.args, run.kwargs)), deep_tensors(run.value)
     with recorder.aside() as calls:
-        returned = _in_training(module, args, kwargs)
+        returned = run.in_training()
     analysis.space.context = f"node {recorder.node}"
     if returned is None or [tensor.shape for tensor in returned] != [tensor.shape for tensor in evaluated]:
         for tensor in given:
@@ -67,46 +73,29 @@ def follow_training(
     return calls
 
 
-def follow_other_answer(
-    analysis: Analysis,
-    recorder: TapeRecorder,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    value: Any,
-) -> list[OpCall]:
+def follow_other_answer(analysis: Analysis, recorder: TapeRecorder, run: ModuleRun) -> list[OpCall]:
     """Pin the sizes of what a model returns in training, where that is something else, and return its ops there.
 
     Args:
         analysis: takes the pins.
         recorder: the tape, which is at work on the node of the module that returns for the model.
-        module: what is run.
-        args: its positional arguments.
-        kwargs: those by name.
-        value: what it returns in evaluation.
+        run: what is run.
     """
     # Its ops in training are judged only where they are for more than the tape is.
     with recorder.aside(judged=False):
-        returned = _in_training(module, args, kwargs)
-    shapes = [tensor.shape for tensor in deep_tensors(value)]
+        returned = run.in_training()
+    shapes = [tensor.shape for tensor in deep_tensors(run.value)]
     if returned is None or [tensor.shape for tensor in returned] == shapes:
         return []
     recorder.begin(recorder.node)
     with recorder.aside() as calls:
-        returned = _in_training(module, args, kwargs)
+        returned = run.in_training()
     analysis.space.context = f"node {recorder.node}, in training"
     for axis in (axis for tensor in returned or () for axis in analysis.axes_of(tensor)):
         for factor in analysis.space.factors(axis):
             if not factor.is_batch:
                 analysis.space.pin(((factor,),), OUTPUT)
     return calls
-
-
-def _in_training(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-    """Return the tensors that a module returns in training, or None where it does not run."""
-    with training(module), restored(module), suppress(Exception):
-        return deep_tensors(module(*args, **kwargs))
-    return None
 
 
 def works_across_channels(call: OpCall) -> bool:
