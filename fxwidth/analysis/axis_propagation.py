@@ -63,6 +63,14 @@ class NodeInterpreter(fx.Interpreter):
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
 
+    def keeping(self) -> list[str]:
+        """Return the nodes whose modules have tensors of this run in attributes."""
+        keepers = {id(part) for part in self._modules.values() if keeps_tensors(part)}
+        if not keepers:
+            return []
+        calls = [(node.name, self.fetch_attr(str(node.target))) for node in self.graph.find_nodes(op="call_module")]
+        return [name for name, module in calls if any(id(part) in keepers for _, part in walk(module))]
+
     def _follow_training(self, node: fx.Node, module: nn.Module, value: Any, is_silent: bool) -> None:
         run = ModuleRun(module, *self.fetch_args_kwargs_from_env(node), value)
         if is_silent and run.was_passed_through():
@@ -158,9 +166,9 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     replaced = substituted(module, fakes, slots, restored)
     effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}), regions=True)
     with evaluating(module), replaced, plain_kernels(), effects, quiet(), analysis.mode, recorder:
-        result = run_graph(NodeInterpreter(module, analysis, recorder), recorder, analysis.inputs, analysis.effects)
-        calls = module.graph.find_nodes(op="call_module")
-        analysis.keeping = [node.name for node in calls if keeps_tensors(module.get_submodule(str(node.target)))]
+        interpreter = NodeInterpreter(module, analysis, recorder)
+        result = run_graph(interpreter, recorder, analysis.inputs, analysis.effects)
+        analysis.keeping = interpreter.keeping()
     analysis.outputs = deep_tensors(result)
     analysis.states = set(map(id, states_in(result)))
     analysis.seen = GraphState.of(module, slots)

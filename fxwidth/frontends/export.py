@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental import proxy_tensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
 from fxwidth.frontends.batch_of_one import SizeQuestions
@@ -33,7 +34,7 @@ from fxwidth.frontends.forgotten_state import leave, plain_changes, progress, re
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
-from fxwidth.runtime.contexts import quiet
+from fxwidth.runtime.contexts import heeding_interruptions, quiet
 from fxwidth.runtime.kept_objects import Change
 from fxwidth.runtime.module_state import restored, same_values, stores
 from fxwidth.runtime.pytrees import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
@@ -117,7 +118,7 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
             watching_effects(refuse_effect),
             questions.heard(),
             answering_as_in_eager_mode(),
-            _no_hooks_left(),
+            _nothing_left(),
             watch,
             refusing_draws(),
         ):
@@ -130,7 +131,8 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
 
         def exported() -> torch.export.ExportedProgram:
-            return torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+            with heeding_interruptions():
+                return torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
 
         program = exported()
         _refuse_transforms(program.graph)
@@ -163,14 +165,15 @@ def _refuse_transforms(graph: fx.Graph) -> None:
 
 
 @contextmanager
-def _no_hooks_left() -> Iterator[None]:
-    """Take out what torch 2.11 leaves behind when an export fails: a hook on every buffer that any module sets."""
+def _nothing_left() -> Iterator[None]:
+    """Take out what torch leaves behind: the last graph, and when an export fails, a hook on all buffers (in 2.11)."""
     before = set(_global_buffer_registration_hooks)
     try:
         yield
     finally:
         for key in set(_global_buffer_registration_hooks) - before:
             del _global_buffer_registration_hooks[key]
+        getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
 
 
 class Region(nn.Module):

@@ -29,6 +29,7 @@ from fxwidth.frontends.in_place import written_attribute
 from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
 from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
 from fxwidth.frontends.watched_tensors import SetterWatch, TensorWatch, refusing_reads
+from fxwidth.runtime.contexts import heeding_interruptions
 from fxwidth.runtime.module_state import Held, restored, stores
 from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
 from fxwidth.runtime.random_states import Generators
@@ -77,6 +78,7 @@ def symbolic_graph(
             effects = watching_effects(refuse_effect)
             asked, setters = answering_as_in_eager_mode(), SetterWatch()
             with (
+                heeding_interruptions(),
                 refusing_draws(),
                 noticing(tracer.autocasts),
                 effects,

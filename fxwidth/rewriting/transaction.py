@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from fxwidth.rewriting.optimizers import Optimizers, optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
 from fxwidth.runtime.kept_objects import SIMPLE
-from fxwidth.runtime.module_state import is_plain_layer, kept_by, walk
+from fxwidth.runtime.module_state import handing_on, is_plain_layer, kept_by, walk
 from fxwidth.runtime.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")
@@ -48,17 +48,17 @@ class Transaction:
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
         # What is deeper in attributes than below, on classes, and what the code of the modules reaches elsewhere.
-        self._reached = kept_by(*modules)
-        parts = {id(part): part for module in modules for _, part in walk(module)}
-        plain = [part for part in parts.values() if is_run_only and (type(part) is nn.Module or is_plain_layer(part))]
-        self._modes = [(part, part.training) for part in plain]
-        self._kept = [_Kept(space) for part in plain for space in (part._parameters, part._buffers) if space]
+        self._reached = kept_by(parts)
+        self._run = modules[0] if is_run_only else None
+        plain = [part for part in parts if is_run_only and (type(part) is nn.Module or is_plain_layer(part))]
+        self._plain = [(part, part.training, part._parameters.copy(), part._buffers.copy()) for part in plain]
         known = set(map(id, plain))
-        self._kept += [_Kept(one.__dict__) for one in (*parts.values(), *objects) if id(one) not in known]
+        self._kept = [_Kept(one.__dict__) for one in (*parts, *objects) if id(one) not in known]
         self._forwards = [
             (type(part), vars(type(part)).get("forward"))
-            for part in parts.values()
+            for part in parts
             if isinstance(part, fx.GraphModule) and "forward" in vars(type(part))
         ]
         for one in optimizers_in(optimizer):
@@ -68,7 +68,7 @@ class Transaction:
     def run(self, work: Callable[[], _Result]) -> _Result:
         """Return what the work returns; if it is ended by an exception or by Ctrl-C, nothing has changed."""
         try:
-            with plain_surroundings():
+            with plain_surroundings(), handing_on(self._run, self._reached) if self._run is not None else nullcontext():
                 return work()
         except BaseException:
             self.roll_back()
@@ -92,8 +92,10 @@ class Transaction:
                 steps.callback(reached.put_back, lambda _: True)
             for kept in self._kept:
                 steps.callback(kept.put_back)
-            for part, mode in self._modes:
+            for part, mode, parameters, buffers in self._plain:
                 steps.callback(setattr, part, "training", mode)
+                steps.callback(_refill, part._parameters, parameters)
+                steps.callback(_refill, part._buffers, buffers)
             for kind, forward in self._forwards:
                 steps.callback(setattr, kind, "forward", forward)
             for tensor, values in self._values.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -57,6 +58,24 @@ def quiet() -> Iterator[None]:
 def loggers() -> list[logging.Logger]:
     """Return those by which torch tells of failures under fake tensors."""
     return list(map(logging.getLogger, _LOGGERS))
+
+
+@contextmanager
+def heeding_interruptions() -> Iterator[None]:
+    """Let Ctrl-C end what runs where code on the way out raises an error of its own instead, as torch's tracer does.
+
+    Such an error would be taken for the answer that a model cannot be traced.
+    """
+    around = sys.exception()
+    try:
+        yield
+    except Exception as error:
+        first: BaseException | None = error
+        while first is not None and first is not around:
+            if isinstance(first, KeyboardInterrupt):
+                raise first from None
+            first = first.__context__
+        raise
 
 
 @contextmanager

@@ -85,6 +85,7 @@ class Kept:
 
     def add_value(self, value: Any) -> None:
         """Remember what is in a container or an object."""
+        self._owner = None
         self._add_parts((value,), 0)
 
     def add_namespace(self, space: MutableMapping[str, Any]) -> None:
@@ -144,43 +145,53 @@ class Kept:
             if type(value) is tuple:
                 self._add_parts(value, depth)
                 continue
-            if isinstance(value, _CLOSED) or id(value) in self._seen:
+            # By its type alone: an object may answer any other question by code of its own.
+            if issubclass(type(value), _CLOSED) or id(value) in self._seen:
                 continue
             self._seen.add(id(value))
-            if isinstance(value, Tensor):
+            if issubclass(type(value), Tensor):
                 self.tensors.append(value)
-            elif isinstance(value, (tuple, frozenset)):
+            elif issubclass(type(value), (tuple, frozenset)):
                 self._add_parts(value, depth)
             else:
                 self._add(value, depth)
 
     def _add(self, value: Any, depth: int) -> None:
-        kind = next((kind for kind in _KINDS if isinstance(value, kind.base)), None)
+        kind = next((kind for kind in _KINDS if issubclass(type(value), kind.base)), None)
         if kind is not None:
             container = _Container(value, kind, kind.read(value), self._owner)
             self._containers.append(container)
             if len(container.before) <= _LONGEST:
                 is_mapping = isinstance(container.before, dict)
                 self._add_parts(container.before.values() if is_mapping else container.before, depth)
-        own = getattr(value, "__dict__", None)
-        for space in (own if isinstance(own, dict) else None, _SlotSpace(value) if _slots(type(value)) else None):
+        for space in (attributes_of(value), _SlotSpace(value) if _slots(type(value)) else None):
             if space is not None and depth < _DEEPEST:
                 before = dict(space)
                 self._namespaces.append(_Namespace(space, before, self._owner))
                 self._add_parts(before.values(), depth + 1)
 
 
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object, without asking its own code."""
+    read = type(value).__getattribute__
+    try:
+        own = (object.__getattribute__ if type(read) is types.FunctionType else read)(value, "__dict__")
+    except AttributeError:
+        return None
+    return own if isinstance(own, dict) else None
+
+
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set, dict)):
+    if issubclass(type(value), (list, tuple, set, dict)):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, (bool, int, float, str, type(None)))
+    return issubclass(type(value), (bool, int, float, str, type(None)))
 
 
 def holds(value: Any, *kinds: type) -> bool:
     """Tell whether a value is of one of some kinds, or a list, tuple or dict with such a value in it."""
-    if isinstance(value, (dict, list, tuple)):
+    if issubclass(type(value), (dict, list, tuple)):
         return any(holds(part, *kinds) for part in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, kinds)
+    return issubclass(type(value), kinds)
 
 
 def holds_stand_ins(value: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -66,12 +67,12 @@ def hooked_part(module: nn.Module) -> str | None:
 
 def undisturbed(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with fake tensors: caches, and weights computed by hooks."""
-    return _restoring(kept_by(module), lambda value: holds(value, FakeTensor))
+    return _restoring(_kept_by(module), lambda value: holds(value, FakeTensor))
 
 
 def unchanged(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Give modules back what their code has overwritten with anything but fake tensors: counters, sizes of caches."""
-    return _restoring(kept_by(module), lambda value: not holds(value, FakeTensor))
+    return _restoring(_kept_by(module), lambda value: not holds(value, FakeTensor))
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def restored(module: nn.Module) -> Iterator[Held]:
 
     The values of tensors are in the care of others; that they have been written to is forgotten.
     """
-    own, outside = kept_by(module)
+    own, outside = _kept_by(module)
     with _restoring((own, outside), lambda _: True) as tensors:
         versions = list(map(_version, tensors))
         try:
@@ -141,9 +142,32 @@ def _set_version(tensor: Tensor, version: int | None) -> None:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def kept_by(*modules: nn.Module) -> tuple[Kept, Kept]:
+_HANDED: ContextVar[tuple[nn.Module, tuple[Kept, Kept]] | None] = ContextVar("handed", default=None)
+
+
+@contextmanager
+def handing_on(module: nn.Module, kept: tuple[Kept, Kept]) -> Iterator[None]:
+    """Let the next run of a module use what is known to be kept by it, which takes a while to find.
+
+    Nothing may be changed until then. Runs within that one find tensors in the place of others, and look themselves.
+    """
+    token = _HANDED.set((module, kept))
+    try:
+        yield
+    finally:
+        _HANDED.reset(token)
+
+
+def _kept_by(module: nn.Module) -> tuple[Kept, Kept]:
+    handed = _HANDED.get()
+    if handed is None or handed[0] is not module:
+        return kept_by([part for _, part in walk(module)])
+    _HANDED.set(None)
+    return handed[1]
+
+
+def kept_by(parts: Sequence[nn.Module]) -> tuple[Kept, Kept]:
     """Return what is kept by modules that their code, or that of others, may write to; and outside of them."""
-    parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
     kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
     if not has_global_hooks() and all(map(_runs_known_code, parts)):
@@ -170,12 +194,12 @@ def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
                 yield (f"{path}.{name}" if path else name), part
 
 
-def keeps_tensors(module: nn.Module) -> bool:
-    """Tell whether code of others has left fake tensors of a run in attributes of a module or a submodule."""
+def keeps_tensors(part: nn.Module) -> bool:
+    """Tell whether code of others has left fake tensors of a run in attributes of a module, its parts aside."""
+    if type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule):
+        return False
     return any(
         holds(value, FakeTensor)
-        for _, part in walk(module)
-        if not (type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule))
         for name, value in part.__dict__.items()
         if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers"
     )

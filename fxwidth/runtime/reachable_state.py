@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxwidth.runtime.kept_objects import SIMPLE, Kept
+from fxwidth.runtime.kept_objects import SIMPLE, Kept, attributes_of
 
 # Whose code keeps nothing of what a model computes.
 _FOREIGN = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "fxwidth"}
@@ -124,12 +124,11 @@ class _Reach:
         way = next((way for base, way in _WAYS if issubclass(kind, base)), None)
         if way is not None:
             way(self, value)
-        elif isinstance(value, _CONTAINERS):
-            self._add_data(value, value.values() if isinstance(value, dict) else value, depth)
-        elif isinstance(value, _HOLDERS) or not is_foreign(kind):
+        elif issubclass(kind, _CONTAINERS):
+            self._add_data(value, value.values() if issubclass(kind, dict) else value, depth)
+        elif issubclass(kind, _HOLDERS) or not is_foreign(kind):
             self._add_class(kind)
-            own = getattr(value, "__dict__", None)
-            self._add_data(value, own.values() if isinstance(own, dict) else (), depth)
+            self._add_data(value, (attributes_of(value) or {}).values(), depth)
 
     def _add_data(self, value: Any, inner: Iterable[Any], depth: int) -> None:
         if depth == 0:

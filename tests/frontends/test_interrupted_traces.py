@@ -33,8 +33,9 @@ class Kept(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.steps.add_(1)
-        scale = torch.ones(4, dtype=x.dtype)
+        scale = torch.ones(4)
         if self.assigns:
+            scale = torch.ones(4, dtype=x.dtype)
             scale[1:3] = 0.5  # what symbolic tracing does not follow
         FEATURES[:] = [scale]
         return doubled(self.down(torch.relu(self.norm(self.up(x))))) * scale + self.steps
