@@ -110,8 +110,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
 
 
 def _batch_reaches_parameters(analysis: Analysis) -> bool:
-    axes = {axis for entry in analysis.parameters.values() for axis in entry.axes}
-    return any(factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
+    return any(analysis.space.reaches_batch(axis) for entry in analysis.parameters.values() for axis in entry.axes)
 
 
 def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:

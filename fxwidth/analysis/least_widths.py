@@ -55,7 +55,11 @@ class _Demand:
 def least_widths(analysis: Analysis) -> dict[Factor, Least]:
     """Return the least width of every factor that has one above one, the others at two or more."""
     result: dict[Factor, Least] = {}
-    for demand in _demands(analysis):
+    space = analysis.space
+    # Most norms of a network go over the same few groups.
+    demands = _demands(analysis)
+    each_once = {(tuple(map(space.normalise, d.axes)), space.normalise(d.groups), d.count): d for d in demands}
+    for demand in each_once.values():
         factors = {f for axis in demand.axes for f in analysis.space.factors(axis) if not f.is_batch}
         for factor in factors:
             others = {other: min(2, other.size) for other in factors if other is not factor}

@@ -115,7 +115,7 @@ def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[int, Lineage]
     if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
         return
     # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
-    writes = adds(call.func) or bool(call.contractions)
+    writes = bool(call.contractions) or adds(call.func)
     for sources in lineage[id(tensor)]:
         _assign(by_dim, sources, Role.WRITER if writes else Role.PER_CHANNEL)
 

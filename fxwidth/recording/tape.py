@@ -70,8 +70,8 @@ class OpCall:
 
     def __post_init__(self) -> None:
         self.inputs = tensors_in(self.arguments)
-        by_layout = torch.Tag.inplace_view in self.func.tags or self.name == "as_strided"
-        self.layouts = {id(t): (t.stride(), int(t.storage_offset())) for t in self.inputs} if by_layout else {}
+        layouts = self.inputs if _goes_by_layout(self.func) else ()
+        self.layouts = {id(tensor): (tensor.stride(), int(tensor.storage_offset())) for tensor in layouts}
 
     @property
     def name(self) -> str:
@@ -84,6 +84,11 @@ class OpCall:
         name = self.name if self.func.namespace == "aten" else f"{self.func.namespace}::{self.name}"
         place = f" at node {self.node}" if self.node else ""
         return f"{name}{place}, in {self.part}" if self.part else f"{name}{place}"
+
+
+@cache
+def _goes_by_layout(func: OpOverload) -> bool:
+    return torch.Tag.inplace_view in func.tags or functional_name(func) == "as_strided"
 
 
 @cache
