@@ -93,7 +93,7 @@ def _demands(analysis: Analysis) -> list[_Demand]:
         mixings = [mixing for mixing in call.mixings if mixing.kind in ("variance", *_OVER_ONE)]
         if not mixings:
             continue
-        axes = tuple(call.axes[id(mixing.tensor)][mixing.dim] for mixing in mixings)
+        axes = tuple(call.axes[mixing.tensor][mixing.dim] for mixing in mixings)
         kind = mixings[0].kind
         groups: Axis = call.output_axes[1][1] if kind == "group norm" else ((),)
         count = max(2, _correction(call) + 1) if kind == "variance" else 2

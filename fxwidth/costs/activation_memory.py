@@ -121,7 +121,7 @@ class _TrainingAnalysis(Analysis):
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor, known by itself or, since autograd hands on other objects, by its place."""
-        known = self.axes.get(id(tensor)) or self._places.get(_place(tensor))
+        known = self.axes.get(tensor) or self._places.get(_place(tensor))
         if known is not None:
             return known
         return super().axes_of(tensor)

@@ -141,7 +141,7 @@ def _inputs(analysis: Analysis) -> list[Any]:
 
 def _traffic(analysis: Analysis, call: OpCall) -> Polynomial:
     """Return the bytes of an op's operands and results."""
-    tensors = [(tensor, call.axes[id(tensor)]) for tensor in {id(tensor): tensor for tensor in call.inputs}.values()]
+    tensors = [(tensor, call.axes[tensor]) for tensor in {tensor: tensor for tensor in call.inputs}.values()]
     tensors += list(zip(call.outputs, call.output_axes, strict=True))
     return Polynomial.sum(
         (tensor.element_size(), entries_polynomial(analysis.space, [axes])) for tensor, axes in tensors

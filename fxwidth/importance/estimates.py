@@ -207,12 +207,13 @@ def refuse_negative_variances(width_graph: WidthGraph) -> None:
     Raises:
         FxwidthError: one does.
     """
-    names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
+    names = {entry.fake: name for name, entry in width_graph.analysis.parameters.items()}
     for call in width_graph.analysis.calls:
         norm = running_norm(call.func)
         if norm is None:
             continue
-        name = names.get(id(call.arguments.get(norm.variance)))
+        variance = call.arguments.get(norm.variance)
+        name = None if variance is None else names.get(variance)
         values = None if name is None else width_graph.analysis.parameters[name].tensor
         if values is None or values.device.type == "meta":
             continue

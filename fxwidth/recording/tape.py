@@ -57,7 +57,7 @@ class OpCall:
     arguments: dict[str, Any]
     result: Any
     node: str
-    axes: dict[int, Axes] = field(default_factory=dict)
+    axes: dict[Tensor, Axes] = field(default_factory=dict)
     output_axes: tuple[Axes, ...] = ()
     contractions: list[Contraction] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
@@ -66,12 +66,12 @@ class OpCall:
     part: str = ""
     inputs: list[Tensor] = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
-    layouts: dict[int, tuple[tuple[int, ...], int]] = field(init=False)
+    layouts: dict[Tensor, tuple[tuple[int, ...], int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = tensors_in(self.arguments)
         layouts = self.inputs if _goes_by_layout(self.func) else ()
-        self.layouts = {id(tensor): (tensor.stride(), int(tensor.storage_offset())) for tensor in layouts}
+        self.layouts = {tensor: (tensor.stride(), int(tensor.storage_offset())) for tensor in layouts}
 
     @property
     def name(self) -> str:
