@@ -553,7 +553,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/rewriting/optimizers.py",
         "optimizers of other models are taken",
-        "    if own and not any(id(parameter) in own for parameter in held):",
+        "    if own and not any(parameter in own for parameter in held):",
         "    if False:",
         ("resizing/test_optimizers.py",),
     ),

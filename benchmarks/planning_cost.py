@@ -37,7 +37,7 @@ from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.reconstruction.basis_change import rotation
 from fxwidth.selection.error_curves import lost_share
 from fxwidth.selection.grams import Pairs, pairs_of
-from fxwidth.selection.registry import channel_order
+from fxwidth.selection.orders import channel_order
 
 THREADS = 2
 IMAGES, BATCH = 128, 16

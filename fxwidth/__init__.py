@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fxwidth import rules  # noqa: F401  (fills the table of op rules)
+from fxwidth.axes.polynomials import Polynomial
 from fxwidth.checkpoint import load, save
 from fxwidth.costs.budget import Budget
+from fxwidth.costs.registry import cost, cost_polynomial
 from fxwidth.errors import FxwidthError, FxwidthWarning
 from fxwidth.evolution import Evolver, evolve
 from fxwidth.group_spectra import GroupSpectrum, spectrum
@@ -14,6 +16,7 @@ from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
 from fxwidth.resizing.resize import resize
+from fxwidth.selection.registry import selection_method
 from fxwidth.tracing import analyze, trace
 
 __version__ = "0.1.0"
@@ -26,11 +29,14 @@ __all__ = [
     "FxwidthWarning",
     "GroupSpectrum",
     "Plan",
+    "Polynomial",
     "Replacement",
     "Report",
     "Site",
     "WidthGraph",
     "analyze",
+    "cost",
+    "cost_polynomial",
     "evolve",
     "load",
     "optimizer_state_rule",
@@ -38,6 +44,7 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "selection_method",
     "spectrum",
     "trace",
 ]

@@ -8,7 +8,8 @@ from typing import Any, Unpack
 
 from torch import Tensor, fx, nn
 
-from fxwidth.costs.budget import Budget, cost_polynomial
+from fxwidth.costs.budget import Budget
+from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
@@ -155,9 +156,9 @@ class Evolver:
         width_graph = WidthGraph(analyze_module(gm))
         bounds = target.bounds if target is not None else {}
         self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
-        self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
+        self._target = {n: b if isinstance(b, int) else max(1, round(b * self._first[n])) for n, b in bounds.items()}
         if self._target:
-            refuse_out_of_reach(width_graph, replace(self._planning, budget=Budget(**self._target), params=None))
+            refuse_out_of_reach(width_graph, replace(self._planning, budget=Budget.of(self._target), params=None))
 
     @property
     def finished(self) -> bool:
@@ -224,7 +225,7 @@ class Evolver:
         share = min(1.0, self._round / self._rounds)
         first = self._first
         due = {n: max(goal, round(first[n] * (goal / first[n]) ** share)) for n, goal in self._target.items()}
-        return Budget(**due)
+        return Budget.of(due)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxwidth.recording.graph_meta import HISTORY, notes_of
-from fxwidth.selection.registry import RANKINGS
+from fxwidth.selection.registry import reads_moments
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ def _done(record: dict[str, Any]) -> str:
     parts = []
     shrunk = [name for name, (old, new) in record["widths"].items() if new < old]
     if shrunk:
-        source = f" from {evidence}" if evidence is not None and selection in RANKINGS and not folded else ""
+        source = f" from {evidence}" if evidence is not None and reads_moments(selection) and not folded else ""
         # Magnitude and functions of the user's need no evidence.
-        is_chosen = set(shrunk) > set(record.get("named", ())) and (evidence is not None or selection not in RANKINGS)
+        can_choose = evidence is not None or not reads_moments(selection)
+        is_chosen = can_choose and set(shrunk) > set(record.get("named", ()))
         parts += [f"channels chosen by {selection}{source}"] if is_chosen else []
         parts.append(f"readers refitted from {evidence}" if folded else "readers not refitted")
     parts += ["batch norm recalibrated"] if record.get("recalibrated") else []

@@ -118,8 +118,7 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
 
 
 def _batch_reaches_parameters(analysis: Analysis) -> bool:
-    axes = {axis for entry in analysis.parameters.values() for axis in entry.axes}
-    return any(factor.is_batch for axis in axes for factor in analysis.space.factors(axis))
+    return any(analysis.space.reaches_batch(axis) for entry in analysis.parameters.values() for axis in entry.axes)
 
 
 def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:
@@ -140,7 +139,7 @@ def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueReco
     pin_other_ways(analysis)
     space.context = "model output"
     for output in analysis.outputs:
-        for axis in analysis.axes_of(output) if id(output) not in analysis.states else ():
+        for axis in analysis.axes_of(output) if output not in analysis.states else ():
             for factor in space.factors(axis):
                 if not factor.is_batch:
                     space.pin(((factor,),), OUTPUT)
@@ -170,7 +169,7 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
         result = run_graph(interpreter, recorder, analysis.inputs, analysis.effects)
         analysis.keeping = interpreter.keeping()
     analysis.outputs = deep_tensors(result)
-    analysis.states = set(map(id, states_in(result)))
+    analysis.states = set(states_in(result))
     analysis.seen = GraphState.of(module, slots)
 
 
@@ -240,11 +239,11 @@ def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[
 
 def _pin_what_is_used(analysis: Analysis) -> None:
     calls = [*analysis.calls, *(call for calls in analysis.training_calls.values() for call in calls)]
-    used = {id(tensor) for call in calls for tensor in call.inputs}
-    used |= {id(tensor) for tensor in analysis.outputs}
+    used = {tensor for call in calls for tensor in call.inputs}
+    used |= set(analysis.outputs)
     for call in calls:
         for result, axis, reason in call.pins_if_used:
-            if id(result) in used:
+            if result in used:
                 analysis.space.context = call.place
                 analysis.space.pin(axis, reason)
 
@@ -254,7 +253,7 @@ def judge(analysis: Analysis, call: OpCall) -> None:
     outputs = call.outputs
     space = analysis.space
     space.context = call.place
-    call.axes = {id(tensor): analysis.axes_of(tensor) for tensor in call.inputs}
+    call.axes = {tensor: analysis.axes_of(tensor) for tensor in call.inputs}
     if not outputs:
         return
     axes, reason = _axes_by_rule(analysis, call, outputs)
@@ -265,7 +264,7 @@ def judge(analysis: Analysis, call: OpCall) -> None:
         why = Pin(reason, space.context)
         axes = [tuple(constant(size, why) for size in output.shape) for output in outputs]
     for output, result in zip(outputs, axes, strict=True):
-        old = call.axes.get(id(output))
+        old = call.axes.get(output)
         if old is not None and len(old) == len(result) and all(map(_same_size, old, result)):
             # In place: what was written must fit what was there.
             _couple(analysis, old, result)

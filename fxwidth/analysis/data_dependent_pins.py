@@ -47,7 +47,7 @@ class _Pins:
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
         self._space: FactorSpace = analysis.space
-        self._parameters = {id(entry.fake): entry for entry in analysis.parameters.values()}
+        self._parameters = {entry.fake: entry for entry in analysis.parameters.values()}
 
     def behind_numbers(self, node: str) -> None:
         """Pin the parameters that a node uses after it has read a number from a tensor."""
@@ -63,10 +63,10 @@ class _Pins:
         module = self._module(node)
         if module is None:
             return
-        own = {id(tensor) for tensor, _ in tensor_slots(module).values() if isinstance(tensor, nn.Parameter)}
+        own = {tensor for tensor, _ in tensor_slots(module).values() if isinstance(tensor, nn.Parameter)}
         calls = self._analysis.calls_of(node)
-        used = {id(self._parameters[id(t)].tensor) for call in calls for t in call.inputs if id(t) in self._parameters}
-        unused = [name for name, entry in self._analysis.parameters.items() if id(entry.tensor) in own - used]
+        used = {self._parameters[t].tensor for call in calls for t in call.inputs if t in self._parameters}
+        unused = [name for name, entry in self._analysis.parameters.items() if entry.tensor in own - used]
         for call in calls if unused else ():
             told = f"{OTHER_WAY}, on which {unused[0]} was not used; on another both may be"
             self._pin_operands(call, call, told)
@@ -102,4 +102,4 @@ class _Pins:
                 self._space.pin(axis, reason)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._parameters
+        return tensor in self._parameters

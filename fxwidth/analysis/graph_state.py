@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ class GraphState:
         """Return the present state of a module, whose tensors are known."""
         tensors = {name: (tensor, _facts(tensor)) for name, (tensor, _) in slots.items()}
         return cls(module.graph, tuple(_described(module, node) for node in module.graph.nodes), tensors)
+
+    def called_modules(self) -> Iterator[tuple[fx.Node, nn.Module]]:
+        """Yield the nodes that call modules, and what they call."""
+        return ((node, called) for node, *_, called in self.nodes if called is not None)
 
     def change(self, module: fx.GraphModule) -> str | None:
         """Return what has changed of a module since, or None."""

@@ -171,7 +171,7 @@ class _Notation:
             (_place(inputs, c.left), c.left_dims, _place(inputs, c.right), c.right_dims) for c in call.contractions
         )
         mixings = tuple((_place(inputs, mixing.tensor), mixing.dim, mixing.kind) for mixing in call.mixings)
-        operands = tuple(self.axes(call.axes[id(tensor)]) for tensor in inputs)
+        operands = tuple(self.axes(call.axes[tensor]) for tensor in inputs)
         literals = next((structure(one) for one in prescribed_signatures([call], self._maps)), ())
         return KnownCall(
             kind_of(call), literals, operands, tuple(map(self.axes, call.output_axes)), contractions, mixings

@@ -153,7 +153,7 @@ class _Follower:
                 return f"{call.place} works with something else"
         if list(map(_sizes, results)) != [tuple(output.shape) for output in call.outputs]:
             return f"{call.place} has results of other shapes"
-        call.axes = {id(tensor): axes for tensor, axes in zip(inputs, operands, strict=True)}
+        call.axes = dict(zip(inputs, operands, strict=True))
         call.output_axes = tuple(results)
         call.contractions = [
             Contraction(inputs[a], dims, inputs[b], others) for a, dims, b, others in known.contractions

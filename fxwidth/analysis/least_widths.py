@@ -55,7 +55,11 @@ class _Demand:
 def least_widths(analysis: Analysis) -> dict[Factor, Least]:
     """Return the least width of every factor that has one above one, the others at two or more."""
     result: dict[Factor, Least] = {}
-    for demand in _demands(analysis):
+    space = analysis.space
+    # Most norms of a network go over the same few groups.
+    demands = _demands(analysis)
+    each_once = {(tuple(map(space.normalise, d.axes)), space.normalise(d.groups), d.count): d for d in demands}
+    for demand in each_once.values():
         factors = {f for axis in demand.axes for f in analysis.space.factors(axis) if not f.is_batch}
         for factor in factors:
             others = {other: min(2, other.size) for other in factors if other is not factor}
@@ -89,7 +93,7 @@ def _demands(analysis: Analysis) -> list[_Demand]:
         mixings = [mixing for mixing in call.mixings if mixing.kind in ("variance", *_OVER_ONE)]
         if not mixings:
             continue
-        axes = tuple(call.axes[id(mixing.tensor)][mixing.dim] for mixing in mixings)
+        axes = tuple(call.axes[mixing.tensor][mixing.dim] for mixing in mixings)
         kind = mixings[0].kind
         groups: Axis = call.output_axes[1][1] if kind == "group norm" else ((),)
         count = max(2, _correction(call) + 1) if kind == "variance" else 2

@@ -59,7 +59,7 @@ def prescribed_signatures(calls: Iterable[OpCall], maps: IndexMaps) -> list[Sign
         func, arguments = prescribed(call, maps)
         shapes = [[maps.size(axis) for axis in axes] for axes in call.output_axes]
         cut = _is_cut(call.func)
-        sliced = maps.size(call.axes[id(call.arguments["self"])][call.arguments["dim"]]) if cut else 0
+        sliced = maps.size(call.axes[call.arguments["self"]][call.arguments["dim"]]) if cut else 0
         result.append(_signature(func, arguments, shapes, sliced))
     return result
 

@@ -94,7 +94,7 @@ class _Replay(ABC):
         self.analysis = analysis
         self.maps = maps
         self.places = _Places(analysis, maps)
-        self.values: dict[int, Tensor] = {}
+        self.values: dict[Tensor, Tensor] = {}
         self._dtype = dtype
 
     @abstractmethod
@@ -130,11 +130,11 @@ class _Replay(ABC):
 
     def value(self, tensor: Tensor) -> Tensor:
         """Return the real tensor that stands for one of the tape; a constant met on the tape stands for itself."""
-        if id(tensor) not in self.values:
+        if tensor not in self.values:
             if torch._subclasses.fake_tensor.is_fake(tensor):
                 raise FxwidthError(f"the tape does not say where a tensor of shape {tuple(tensor.shape)} comes from.")
-            self.values[id(tensor)] = self._real(tensor)
-        return self.values[id(tensor)]
+            self.values[tensor] = self._real(tensor)
+        return self.values[tensor]
 
     def call_op(self, func: OpOverload, arguments: dict[str, Any], lift: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Run an op on what stands for its tensors, in the precision of the replay."""
@@ -151,17 +151,17 @@ class _Replay(ABC):
     def laid_out(self, call: OpCall, tensor: Tensor) -> Tensor:
         """Return the value of an operand, as it lay in memory when it was recorded for a view by strides."""
         value = self.value(tensor)
-        if not is_move(call.func, Move.STRIDES) or call.layouts[id(tensor)] == (value.stride(), value.storage_offset()):
+        if not is_move(call.func, Move.STRIDES) or call.layouts[tensor] == (value.stride(), value.storage_offset()):
             return value
-        stride, offset = call.layouts[id(tensor)]
+        stride, offset = call.layouts[tensor]
         memory = value.new_zeros(offset + 1 + sum((n - 1) * step for n, step in zip(value.shape, stride, strict=True)))
         return memory.as_strided(value.shape, stride, offset).copy_(value)
 
     def rewrite(self, call: OpCall, results: Iterable[Tensor]) -> list[Tensor]:
         """Return results computed on copies, those of an in-place op written to its target."""
-        written = {id(tensor) for tensor in call.inputs} if call.func._schema.is_mutable else set()
+        written = set(call.inputs) if call.func._schema.is_mutable else set()
         return [
-            self.value(output).copy_(result) if id(output) in written else result
+            self.value(output).copy_(result) if output in written else result
             for output, result in zip(call.outputs, results, strict=True)
         ]
 
@@ -169,7 +169,7 @@ class _Replay(ABC):
         for entry in self.analysis.parameters.values():
             if entry.tensor.is_meta:
                 raise FxwidthError(f"{entry.name} is on the meta device and has no values; load the weights first.")
-            self.values[id(entry.fake)] = self.parameter(self._real(entry.tensor), entry.axes)
+            self.values[entry.fake] = self.parameter(self._real(entry.tensor), entry.axes)
         if len(inputs) != len(self.analysis.inputs):
             raise FxwidthError(
                 f"the graph has {len(self.analysis.inputs)} inputs, but {len(inputs)} values were given."
@@ -180,7 +180,7 @@ class _Replay(ABC):
                 told = _shapes(given) or type(value).__name__
                 raise FxwidthError(f"an input was recorded with shape {_shapes(recorded)}, but {told} was given.")
             for tensor, real in zip(recorded, given, strict=True):
-                self.values[id(tensor)] = self._real(real)
+                self.values[tensor] = self._real(real)
 
     def _step(self, call: OpCall) -> None:
         try:
@@ -188,11 +188,11 @@ class _Replay(ABC):
         except FxwidthError as error:
             raise FxwidthError(f"{self._place(call)}: {error}") from error
         except Exception as error:
-            shapes = [tuple(self.values[id(t)].shape) for t in call.inputs if id(t) in self.values]
+            shapes = [tuple(self.values[t].shape) for t in call.inputs if t in self.values]
             message = str(error).strip().split("\n")[0]
             raise FxwidthError(f"{self._place(call)} does not run on operands of shapes {shapes}: {message}") from error
         for output, result in zip(call.outputs, results, strict=True):
-            self.values[id(output)] = result
+            self.values[output] = result
 
     def _recalled(self, call: OpCall) -> list[Tensor]:
         """Return what an op that depends on values has found on record, so that both runs go the same way."""
@@ -247,8 +247,7 @@ class ZeroedReplay(_Replay):
 
     def _mixes_resized_dims(self, call: OpCall) -> bool:
         return any(
-            mixing.kind != "sum" and self.maps.changes(call.axes[id(mixing.tensor)][mixing.dim])
-            for mixing in call.mixings
+            mixing.kind != "sum" and self.maps.changes(call.axes[mixing.tensor][mixing.dim]) for mixing in call.mixings
         )
 
     def _on_kept(self, call: OpCall) -> Prescribed:
@@ -261,7 +260,7 @@ class ZeroedReplay(_Replay):
         if norm is not None and norm.kind is NormKind.GROUP:
             signal, old = call.arguments["input"], call.arguments
             samples, channels, *positions = self._compact(call, signal).shape
-            places, _ = self.places.of(call.axes[id(signal)][1], signal.device)
+            places, _ = self.places.of(call.axes[signal][1], signal.device)
             group = len((places // (old["C"] // old["group"])).unique())
             return revised(call, N=samples, C=channels, HxW=prod(positions), group=group)
         return prescribed(call, self.maps)
@@ -271,7 +270,7 @@ class ZeroedReplay(_Replay):
         tensor, dims = call.mixings[0].tensor, [mixing.dim for mixing in call.mixings]
         if result.dtype != torch.int64 or not tensor.is_floating_point():
             return result
-        axes = call.axes[id(tensor)]
+        axes = call.axes[tensor]
         kept = [self.places.of(axes[dim], result.device)[0] for dim in dims]
         # A position in several dims counts through all of them.
         places = torch.unravel_index(result, [len(own) for own in kept])
@@ -281,7 +280,7 @@ class ZeroedReplay(_Replay):
         return old
 
     def _compact(self, call: OpCall, tensor: Tensor) -> Tensor:
-        return self.places.gather(self.value(tensor), call.axes[id(tensor)])
+        return self.places.gather(self.value(tensor), call.axes[tensor])
 
     def _erased(self, call: OpCall, tensor: Tensor, axes: Axes) -> Tensor:
         if not self.places.changed(axes):
@@ -308,7 +307,7 @@ class ResizedReplay(_Replay):
             # The kept numbers must be those that the other run draws.
             with _seeded(call):
                 full = self.call_op(
-                    call.func, call.arguments, lambda leaf: self.places.scatter(self.value(leaf), call.axes[id(leaf)])
+                    call.func, call.arguments, lambda leaf: self.places.scatter(self.value(leaf), call.axes[leaf])
                 )
             results = self.rewrite(
                 call, (self.places.gather(*pair) for pair in zip(full, call.output_axes, strict=True))
@@ -343,12 +342,12 @@ def _shapes(tensors: Iterable[Tensor]) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
-def _last_uses(analysis: Analysis) -> dict[int, list[int]]:
+def _last_uses(analysis: Analysis) -> dict[int, list[Tensor]]:
     """Return, per call, the tensors that no later call needs."""
-    last = {id(tensor): call.index for call in analysis.calls for tensor in [*call.inputs, *call.outputs]}
+    last = {tensor: call.index for call in analysis.calls for tensor in [*call.inputs, *call.outputs]}
     for output in analysis.outputs:
-        last.pop(id(output), None)
-    doomed: dict[int, list[int]] = {}
+        last.pop(output, None)
+    doomed: dict[int, list[Tensor]] = {}
     for key, index in last.items():
         doomed.setdefault(index, []).append(key)
     return doomed

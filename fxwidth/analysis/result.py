@@ -79,12 +79,12 @@ class Analysis:
     node_values: dict[str, Any] = field(default_factory=dict)
     node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
-    states: set[int] = field(default_factory=set)
+    states: set[Tensor] = field(default_factory=set)
     effects: dict[str, str] = field(default_factory=dict)
     is_single: bool = False
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     in_training: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    axes: dict[int, Axes] = field(default_factory=dict)
+    axes: dict[Tensor, Axes] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
     lost: tuple[LostGroup, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -96,7 +96,7 @@ class Analysis:
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor; one that was never seen has fixed dims."""
-        axes = self.axes.get(id(tensor))
+        axes = self.axes.get(tensor)
         if axes is None:
             axes = tuple(constant(size, Pin(HELD)) for size in tensor.shape)
             self.set_axes(tensor, axes)
@@ -104,7 +104,7 @@ class Analysis:
 
     def set_axes(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Say of what a tensor is made; it is kept alive, since it is known by its identity."""
-        self.axes[id(tensor)] = tuple(axes)
+        self.axes[tensor] = tuple(axes)
         self.kept_alive.append(tensor)
 
     def in_memory_of(self, tensor: Tensor) -> list[Tensor]:

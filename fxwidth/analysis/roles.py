@@ -43,34 +43,34 @@ class Roles:
 
     by_dim: dict[Dim, Role]
     readings: tuple[Reading, ...]
-    lineage: dict[int, Lineage]
+    lineage: dict[Tensor, Lineage]
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor of the tape is made of parameters alone."""
-        return id(tensor) in self.lineage
+        return tensor in self.lineage
 
 
 def find_roles(analysis: Analysis) -> Roles:
     """Follow every parameter along the tape to the ops that use it."""
-    lineage: dict[int, Lineage] = {
-        id(entry.fake): tuple([frozenset({(name, dim)}) for dim in range(len(entry.axes))])
+    lineage: dict[Tensor, Lineage] = {
+        entry.fake: tuple([frozenset({(name, dim)}) for dim in range(len(entry.axes))])
         for name, entry in analysis.parameters.items()
     }
     by_dim: dict[Dim, Role] = {}
     readings: list[Reading] = []
-    made_in: defaultdict[int, list[int]] = defaultdict(list)
+    made_in: defaultdict[int, list[Tensor]] = defaultdict(list)
     for call in analysis.calls:
         inputs = call.inputs
-        if call.func._schema.is_mutable and any(id(tensor) not in lineage for tensor in inputs):
+        if call.func._schema.is_mutable and any(tensor not in lineage for tensor in inputs):
             # What was made of parameters alone is so no longer, under any of its names.
             for output in call.outputs:
                 for key in made_in.pop(storage_of(output), ()):
                     lineage.pop(key, None)
-        if inputs and all(id(tensor) in lineage for tensor in inputs):
+        if inputs and all(tensor in lineage for tensor in inputs):
             for output in call.outputs:
-                if id(output) not in lineage:
-                    lineage[id(output)] = _through(call, inputs, output, lineage)
-                    made_in[storage_of(output)].append(id(output))
+                if output not in lineage:
+                    lineage[output] = _through(call, inputs, output, lineage)
+                    made_in[storage_of(output)].append(output)
             if not call.contractions:
                 continue
         readings += _contraction_roles(call, lineage, by_dim)
@@ -88,7 +88,7 @@ def _assign(by_dim: dict[Dim, Role], dims: Iterable[Dim], role: Role) -> None:
             by_dim[dim] = role
 
 
-def _contraction_roles(call: OpCall, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> list[Reading]:
+def _contraction_roles(call: OpCall, lineage: dict[Tensor, Lineage], by_dim: dict[Dim, Role]) -> list[Reading]:
     readings = []
     for contraction in call.contractions:
         sides = (
@@ -96,54 +96,54 @@ def _contraction_roles(call: OpCall, lineage: dict[int, Lineage], by_dim: dict[D
             (contraction.right, contraction.right_dims, contraction.left, contraction.left_dims),
         )
         for own, own_dims, other, other_dims in sides:
-            if id(own) not in lineage:
+            if own not in lineage:
                 continue
-            for dim, sources in enumerate(lineage[id(own)]):
+            for dim, sources in enumerate(lineage[own]):
                 _assign(by_dim, sources, Role.READER if dim in own_dims else Role.WRITER)
-            if id(other) not in lineage:
+            if other not in lineage:
                 readings += [
                     Reading(call, other, other_dim, *source)
                     for own_dim, other_dim in zip(own_dims, other_dims, strict=True)
-                    for source in lineage[id(own)][own_dim]
+                    for source in lineage[own][own_dim]
                 ]
     return readings
 
 
-def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[int, Lineage], by_dim: dict[Dim, Role]) -> None:
-    if id(tensor) not in lineage:
+def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[Tensor, Lineage], by_dim: dict[Dim, Role]) -> None:
+    if tensor not in lineage:
         return
     if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
         return
     # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
-    writes = adds(call.func) or bool(call.contractions)
-    for sources in lineage[id(tensor)]:
+    writes = bool(call.contractions) or adds(call.func)
+    for sources in lineage[tensor]:
         _assign(by_dim, sources, Role.WRITER if writes else Role.PER_CHANNEL)
 
 
-def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[int, Lineage]) -> Lineage:
+def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[Tensor, Lineage]) -> Lineage:
     """Follow parameter dims through an op on parameters alone: exactly for movements, broadly for the rest."""
     family = family_of(call.func)
     if len(inputs) == 1:
-        source = lineage[id(inputs[0])]
+        source = lineage[inputs[0]]
         if family == Movement(Move.PERMUTATION):
             return tuple(source[dim] for dim in _permuted(call, len(source)))
-        if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[id(inputs[0])])):
+        if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[inputs[0]])):
             return source
     if isinstance(family, WeightNorm) and output.dim() == call.arguments["v"].dim():
-        direction, gain = (lineage[id(call.arguments[part])] for part in ("v", "g"))
-        axes = call.axes[id(call.arguments["g"])]
+        direction, gain = (lineage[call.arguments[part]] for part in ("v", "g"))
+        axes = call.axes[call.arguments["g"]]
         lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
         return tuple(one | other for one, other in zip(direction, lengths, strict=True))
     if isinstance(family, Product) and len(inputs) == 2:
-        return _of_product(family, *(lineage[id(call.arguments[name])] for name in (family.left, family.right)))
+        return _of_product(family, *(lineage[call.arguments[name]] for name in (family.left, family.right)))
     # A number has no dims to give.
-    inputs = [tensor for tensor in inputs if lineage[id(tensor)]]
+    inputs = [tensor for tensor in inputs if lineage[tensor]]
     # Broadcasting aligns from the last dim; where that does not fit, any dim may come from any other.
-    same_rank = all(len(lineage[id(tensor)]) == output.dim() for tensor in inputs)
+    same_rank = all(len(lineage[tensor]) == output.dim() for tensor in inputs)
     if same_rank and family != Movement(Move.RESHAPE):
-        columns = zip(*(lineage[id(tensor)] for tensor in inputs), strict=True)
+        columns = zip(*(lineage[tensor] for tensor in inputs), strict=True)
         return tuple(frozenset().union(*column) for column in columns)
-    everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in lineage[id(tensor)]))
+    everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in lineage[tensor]))
     return (everything,) * output.dim()
 
 

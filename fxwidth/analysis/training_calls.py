@@ -38,7 +38,7 @@ class ModuleRun:
         given, returned = deep_tensors(self.args), deep_tensors(self.value)
         if not returned:
             return self.value is None and bool(given)
-        return {id(tensor) for tensor in returned} <= {id(tensor) for tensor in given}
+        return set(returned) <= set(given)
 
     def in_training(self) -> list[Tensor] | None:
         """Return the tensors that the module returns in training, or None where it does not run."""

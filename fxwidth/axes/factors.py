@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from fxwidth.axes.pins import BATCH_DIVIDED, SELF_CONTAINED, Fixed, Pin
@@ -138,6 +139,10 @@ def is_integer_term(term: Term) -> bool:
     return True
 
 
+# Quicker than a generator for the hundreds of parts that dense networks have.
+_IS_BATCH = attrgetter("is_batch")
+
+
 class FactorSpace:
     """The factors of one analysis, with their normal forms and the log of why they are related.
 
@@ -183,11 +188,11 @@ class FactorSpace:
             self.pin(axis, BATCH_DIVIDED)
             return
         parts = self.factors(axis)
-        if any(part is factor for part in parts):
+        if factor in parts:
             self.pin(axis, SELF_CONTAINED)
             return
         factor.refined_to = axis
-        self.batch_is_shared = self.batch_is_shared or any(part.is_batch for part in parts)
+        self.batch_is_shared = self.batch_is_shared or any(map(_IS_BATCH, parts))
         self._log.append((factor, parts, self.context))
         if factor.mixed:
             for part in parts:
@@ -227,6 +232,14 @@ class FactorSpace:
     def factors(self, axis: Axis) -> list[Factor]:
         """Return the free factors of an axis, in order, with repetitions."""
         return list(_nested_factors(self.normalise(axis)))
+
+    def reaches_batch(self, axis: Axis) -> bool:
+        """Tell whether the batch is among the free factors of an axis."""
+        bare = bare_factor(axis)
+        root = None if bare is None else find(bare)
+        if root is not None and is_free(root):
+            return root.is_batch
+        return any(factor.is_batch for factor in self.factors(axis))
 
     def is_constant(self, axis: Axis) -> bool:
         """Tell whether nothing in an axis can be resized."""

@@ -20,6 +20,17 @@ class Polynomial:
 
     The number of entries of a tensor is the product of its axes' sizes, and an axis's size is a sum of products of
     widths: so is every count of entries of a network, with integer coefficients.
+
+    Args:
+        terms: coefficients by products of factors, `{(group.factor, group.factor): 9.0, (): 2.0}`; the empty product is
+            the constant.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> group = fxwidth.analyze(fxwidth.trace(net, torch.randn(2, 8))).free[0]
+        >>> cost = fxwidth.Polynomial({(group.factor, group.factor): 9.0, (): 2.0})
+        >>> cost({}), cost({group.factor: 2})
+        (2306.0, 38.0)
     """
 
     def __init__(self, terms: Mapping[Monomial, float]) -> None:

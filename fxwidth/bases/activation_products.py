@@ -80,7 +80,7 @@ def products_over(
         for contraction in call.contractions:
             if roles.is_parameter(contraction.left) or roles.is_parameter(contraction.right):
                 continue
-            if any(factor in space.factors(call.axes[id(contraction.left)][dim]) for dim in contraction.left_dims):
+            if any(factor in space.factors(call.axes[contraction.left][dim]) for dim in contraction.left_dims):
                 yield call, contraction
 
 
@@ -116,13 +116,13 @@ def product_places(
 
 
 def _operand(analysis: Analysis, call: OpCall, tensor: Tensor, dim: int, paths: Sequence[Origins]) -> _Operand | None:
-    known = [path for path in paths if id(tensor) in path.of]
+    known = [path for path in paths if tensor in path.of]
     sizes = _leading_sizes(analysis, call, tensor, dim)
     if known and sizes is None:
         return None
     found = []
     for path in known:
-        own = _of_one_token(path.of[id(tensor)].movedim(dim, -1))
+        own = _of_one_token(path.of[tensor].movedim(dim, -1))
         if own is None:
             return None
         for place, part in reversed([*enumerate(sizes or ())]):
@@ -133,7 +133,7 @@ def _operand(analysis: Analysis, call: OpCall, tensor: Tensor, dim: int, paths: 
 
 def _leading_sizes(analysis: Analysis, call: OpCall, tensor: Tensor, dim: int) -> list[tuple[int, ...]] | None:
     """Return the parts of the leading dims of an operand, -1 for the batch; None where it is not the major part."""
-    axes = [*call.axes[id(tensor)]]
+    axes = [*call.axes[tensor]]
     axes.pop(dim)
     result = []
     for axis in axes[:-1]:

@@ -51,13 +51,13 @@ class Origins:
 
     parameter: str
     dim: int
-    of: Mapping[int, Tensor]
+    of: Mapping[Tensor, Tensor]
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """Return the position that each entry along one dim of a tensor stands for; None if there is no such."""
-        if id(tensor) not in self.of:
+        if tensor not in self.of:
             return None
-        own = _without_copies(self.of[id(tensor)].movedim(dim, -1))
+        own = _without_copies(self.of[tensor].movedim(dim, -1))
         rows = own.reshape(-1, own.shape[-1])
         return None if (rows != rows[:1]).any() else rows[0].expand(tensor.shape[dim])
 
@@ -76,9 +76,9 @@ def origins(analysis: Analysis, factor: Factor, parameter: str, dim: int) -> Ori
     """
     entry = analysis.parameters[parameter]
     numbers = torch.arange(entry.tensor.shape[dim], device="cpu")
-    of = {id(entry.fake): _along(numbers, dim, entry.tensor.shape)}
+    of = {entry.fake: _along(numbers, dim, entry.tensor.shape)}
     for call in analysis.calls:
-        known = {id(tensor): of[id(tensor)] for tensor in call.inputs if id(tensor) in of}
+        known = {tensor: of[tensor] for tensor in call.inputs if tensor in of}
         if not known or not any(factor in analysis.space.factors(axis) for axes in call.output_axes for axis in axes):
             continue
         follow = _FOLLOWED.get(type(family_of(call.func)), _moved)
@@ -86,12 +86,11 @@ def origins(analysis: Analysis, factor: Factor, parameter: str, dim: int) -> Ori
             results = follow(call, known)
         except (RuntimeError, IndexError, ValueError):
             return None
-        for output, result in zip(call.outputs, results, strict=True):
-            of[id(output)] = result
+        of.update(zip(call.outputs, results, strict=True))
     return Origins(parameter, dim, of)
 
 
-Known = Mapping[int, Tensor]
+Known = Mapping[Tensor, Tensor]
 _Follow = Callable[[OpCall, Known], Sequence[Tensor]]
 
 
@@ -114,7 +113,7 @@ def _moved(call: OpCall, known: Known) -> Sequence[Tensor]:
         if any(not torch.equal(first, other) for other in others):
             raise ValueError("channels of two places of one parameter are added")
         return [first]
-    arguments = pytree.tree_map_only(Tensor, lambda tensor: known[id(tensor)].contiguous(), dict(call.arguments))
+    arguments = pytree.tree_map_only(Tensor, lambda tensor: known[tensor].contiguous(), dict(call.arguments))
     args, kwargs = unbind(call.func, arguments)
     return tensors_in(call.func(*args, **kwargs))
 
@@ -173,7 +172,9 @@ def _batch_norm(call: OpCall, known: Known) -> Sequence[Tensor]:
 
 
 def _operands(call: OpCall, known: Known) -> list[tuple[str, Tensor]]:
-    return [(name, known[id(value)]) for name, value in call.arguments.items() if id(value) in known]
+    return [
+        (name, known[value]) for name, value in call.arguments.items() if isinstance(value, Tensor) and value in known
+    ]
 
 
 def _only(found: list[Tensor]) -> Tensor:

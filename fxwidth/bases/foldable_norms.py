@@ -134,10 +134,10 @@ def _sole_parameter(width_graph: WidthGraph, call: OpCall, argument: str) -> str
 def _layer_of(width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall]) -> OpCall | None:
     """Return the layer whose result a batch norm alone reads."""
     consumers, outputs = wiring_of(width_graph).consumers, width_graph.analysis.outputs
-    makers = {id(output): maker for maker in calls for output in maker.outputs}
+    makers = {output: maker for maker in calls for output in maker.outputs}
     tensor = call.arguments["input"]
-    while len(consumers.get(id(tensor), [])) == 1 and not any(tensor is output for output in outputs):
-        maker = makers.get(id(tensor))
+    while len(consumers.get(tensor, [])) == 1 and not any(tensor is output for output in outputs):
+        maker = makers.get(tensor)
         if maker is None or _parameters_of(maker.func):
             return maker
         if not is_move(maker.func, *_MOVES) or len(maker.outputs) != 1:

@@ -139,20 +139,20 @@ def _calls_by_factor(analysis: Analysis) -> dict[Factor, list[OpCall]]:
 def _scales(analysis: Analysis, calls: Sequence[OpCall]) -> set[str]:
     """Return the parameters by which batch norms scale channels, whose way is not followed."""
     norms = [(call, norm) for call in calls if (norm := running_norm(call.func)) is not None]
-    tensors = {id(call.arguments.get(name)) for call, norm in norms for name in ("weight", norm.variance)}
-    return {name for name, entry in analysis.parameters.items() if id(entry.fake) in tensors}
+    tensors = {call.arguments.get(name) for call, norm in norms for name in ("weight", norm.variance)}
+    return {name for name, entry in analysis.parameters.items() if entry.fake in tensors}
 
 
 def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
     """Tell whether an op commutes with every change of basis of a factor, or sums over it; or is a batch norm."""
-    dims = {id(tensor): _dims(analysis, call, tensor, factor) for tensor in call.inputs}
-    owners = [tensor for tensor in call.inputs if dims[id(tensor)]]
-    if not owners or any(len(dims[id(tensor)]) != 1 for tensor in owners):
+    dims = {tensor: _dims(analysis, call, tensor, factor) for tensor in call.inputs}
+    owners = [tensor for tensor in call.inputs if dims[tensor]]
+    if not owners or any(len(dims[tensor]) != 1 for tensor in owners):
         return False
     if is_move(call.func, *_MOVES):
         return True
     if running_norm(call.func) is not None:
-        return dims[id(call.arguments["input"])] == [1]
+        return dims[call.arguments["input"]] == [1]
     if is_arithmetic(call.func, Arithmetic.PRODUCT, Arithmetic.QUOTIENT):
         return call.arguments["self"] is owners[0] and isinstance(call.arguments["other"], (int, float))
     if is_arithmetic(call.func, Arithmetic.SUM):
@@ -160,7 +160,7 @@ def _is_linear(analysis: Analysis, call: OpCall, factor: Factor) -> bool:
     if not _is_linear_product(call.func) or not call.contractions:
         return False
     contraction = call.contractions[0]
-    left, right = (dims.get(id(tensor), []) for tensor in (contraction.left, contraction.right))
+    left, right = (dims.get(tensor, []) for tensor in (contraction.left, contraction.right))
     if not left and not right:
         return True
     if left and right:
@@ -184,14 +184,14 @@ def _is_linear_product(func: OpOverload) -> bool:
 def _is_seen_elsewhere(write: OpCall, calls: Sequence[OpCall]) -> bool:
     """Tell whether what an op writes to is read later by another name that it had before."""
     memory = {storage_of(output) for output in write.outputs}
-    results = {id(output) for output in write.outputs}
+    results = set(write.outputs)
     before = [tensor for call in calls if call.index < write.index for tensor in (*call.inputs, *call.outputs)]
-    names = {id(tensor) for tensor in before if storage_of(tensor) in memory} - results
-    return any(id(tensor) in names for call in calls if call.index > write.index for tensor in call.inputs)
+    names = {tensor for tensor in before if storage_of(tensor) in memory} - results
+    return any(tensor in names for call in calls if call.index > write.index for tensor in call.inputs)
 
 
 def _dims(analysis: Analysis, call: OpCall, tensor: Tensor, factor: Factor) -> list[int]:
-    axes = call.axes.get(id(tensor), ())
+    axes = call.axes.get(tensor, ())
     return [dim for dim, axis in enumerate(axes) for own in analysis.space.factors(axis) if own is factor]
 
 
@@ -204,7 +204,7 @@ def _seen_basis(analysis: Analysis, factor: Factor, readers: ReaderSet, paths: S
     places = []
     for path in paths:
         for tensor, dim, inverse in ((source, reader.source_dim, False), (weight, reader.weight_dim, True)):
-            if id(tensor) not in path.of:
+            if tensor not in path.of:
                 continue
             along = path.along(tensor, dim)
             if along is None:

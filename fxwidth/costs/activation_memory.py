@@ -14,6 +14,7 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor, FactorSpace
 from fxwidth.axes.pins import Pin
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
+from fxwidth.costs.registry import cost
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
@@ -24,6 +25,7 @@ from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.tensor_slots import substituted
 
 
+@cost("activation_memory", unit="bytes")
 def activation_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the bytes that autograd keeps of one forward pass in training mode on the example inputs.
 
@@ -119,7 +121,7 @@ class _TrainingAnalysis(Analysis):
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor, known by itself or, since autograd hands on other objects, by its place."""
-        known = self.axes.get(id(tensor)) or self._places.get(_place(tensor))
+        known = self.axes.get(tensor) or self._places.get(_place(tensor))
         if known is not None:
             return known
         return super().axes_of(tensor)

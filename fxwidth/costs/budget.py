@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import nn
 
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
-from fxwidth.costs.activation_memory import activation_polynomial
-from fxwidth.costs.counts import call_flops, flop_polynomial, parameter_polynomial
-from fxwidth.costs.latency import latency_polynomial
+from fxwidth.costs import activation_memory, latency  # noqa: F401  (register their costs)
+from fxwidth.costs.counts import call_flops
+from fxwidth.costs.registry import cost_polynomial, cost_unit
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.weights.readers import wiring_of
 
-_MICROSECONDS = 1e6
+# Those that are fields of a budget.
+_FIELDS = ("params", "flops", "activation_memory", "latency")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Budget:
             `torch.autograd.graph.saved_tensors_hooks` shows them; parameters and buffers are not counted.
         latency: microseconds of one forward pass in eval mode on the example inputs, predicted from times measured on
             the device that the parameters are on.
+        costs: bounds on costs of your own, by the names that `fxwidth.cost` has registered them under.
 
     Raises:
-        FxwidthError: nothing is bounded, or a bound is out of range.
+        FxwidthError: nothing is bounded, there is no such cost, or a bound is out of range.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -48,8 +51,10 @@ class Budget:
     flops: int | float | None = None
     activation_memory: int | float | None = None
     latency: int | float | None = None
+    costs: Mapping[str, int | float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        _check_own(self.costs)
         if not self.bounds:
             names = ", ".join(f"{field.name}=" for field in fields(self))
             raise FxwidthError(f"a budget bounds at least one of {names}")
@@ -61,10 +66,17 @@ class Budget:
             if isinstance(value, int) and value < 1:
                 raise FxwidthError(f"{name}={value} must be at least 1.")
 
+    @classmethod
+    def of(cls, bounds: Mapping[str, int | float]) -> Budget:
+        """Return the budget of some bounds, by the names of costs."""
+        own = {name: bound for name, bound in bounds.items() if name not in _FIELDS}
+        return cls(**{name: bound for name, bound in bounds.items() if name in _FIELDS}, costs=own)
+
     @property
     def bounds(self) -> dict[str, int | float]:
         """The bounds that are set, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "costs"}
+        return {name: value for name, value in {**own, **self.costs}.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -88,27 +100,15 @@ class Bound:
         return self.cost(widths) <= self.limit
 
 
-def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
-    """Return one of the costs that a budget can bound.
-
-    Raises:
-        FxwidthError: it cannot be known of this model, or the graph has changed since it was analysed.
-    """
-    width_graph.refuse_outdated()
-    return _COSTS[name](width_graph)
-
-
-def _microseconds(width_graph: WidthGraph) -> Polynomial:
-    return Polynomial.sum([(_MICROSECONDS, latency_polynomial(width_graph))])
+def _check_own(costs: Any) -> None:
+    if not isinstance(costs, Mapping):
+        raise FxwidthError(f"costs={costs!r} must be a dict of bounds by the names of costs.")
+    for name in costs:
+        cost_unit(name)
+        if name in _FIELDS:
+            raise FxwidthError(f"costs={dict(costs)!r}: write Budget({name}=...) for {name!r}.")
 
 
-_COSTS: dict[str, Callable[[WidthGraph], Polynomial]] = {
-    "params": parameter_polynomial,
-    "flops": flop_polynomial,
-    "activation_memory": activation_polynomial,
-    "latency": _microseconds,
-}
-_UNITS = {"params": "parameters", "flops": "flops", "activation_memory": "bytes", "latency": "microseconds"}
 # What pinned groups are part of can be counted for these; for the others flops say where the work is.
 _COUNTED = ("params", "flops")
 
@@ -142,7 +142,7 @@ def out_of_reach(
     detail = f" Groups that stay: {'; '.join(texts)}." if texts else ""
     return (
         f"{bound.name}={bound.given} is out of reach: with every free group at its smallest width "
-        f"{bound.cost(smallest):.0f} {_UNITS[bound.name]} remain.{detail} "
+        f"{bound.cost(smallest):.0f} {cost_unit(bound.name)} remain.{detail} "
         f"Raise {bound.name}, lower min_width or align, or free groups."
     )
 

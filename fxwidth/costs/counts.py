@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
+from fxwidth.costs.registry import cost
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
@@ -26,6 +27,7 @@ from fxwidth.rules.registry import prescribed
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]
 
 
+@cost("params", unit="parameters")
 @per_graph
 def parameter_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the number of entries of a graph's parameters, each distinct one counted once; buffers are left out."""
@@ -46,6 +48,7 @@ def buffer_count(width_graph: WidthGraph, widths: Mapping[Factor, int]) -> int:
     return int(entries_polynomial(width_graph.analysis.space, tensors)(widths))
 
 
+@cost("flops", unit="flops")
 @per_graph
 def flop_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the floating-point operations of one forward pass on the example inputs, their whole batch.
@@ -95,7 +98,7 @@ def _shaped(call: OpCall, maps: IndexMaps) -> tuple[tuple[Any, ...], dict[str, A
 
     func, arguments = prescribed(call, maps)
     concrete = {
-        name: pytree.tree_map(lambda leaf: shaped(leaf, call.axes[id(leaf)]) if isinstance(leaf, Tensor) else leaf, old)
+        name: pytree.tree_map(lambda leaf: shaped(leaf, call.axes[leaf]) if isinstance(leaf, Tensor) else leaf, old)
         for name, old in arguments.items()
     }
     args, kwargs = unbind(func, concrete)
@@ -105,18 +108,18 @@ def _shaped(call: OpCall, maps: IndexMaps) -> tuple[tuple[Any, ...], dict[str, A
 
 def _product(call: OpCall) -> Iterator[Iterable[Axis]]:
     for contraction in call.contractions:
-        left = call.axes[id(contraction.left)]
+        left = call.axes[contraction.left]
         yield [*call.output_axes[0], *(left[dim] for dim in contraction.left_dims)]
 
 
 def _convolution(call: OpCall) -> Iterator[Iterable[Axis]]:
-    signal, weight = call.axes[id(call.arguments["input"])], call.axes[id(call.arguments["weight"])]
+    signal, weight = call.axes[call.arguments["input"]], call.axes[call.arguments["weight"]]
     positions = signal if call.arguments.get("transposed") else call.output_axes[0]
     yield [signal[0], *positions[2:], *weight]
 
 
 def _attention(call: OpCall) -> Iterator[Iterable[Axis]]:
-    query, key, value = (call.axes[id(call.arguments[name])] for name in ("query", "key", "value"))
+    query, key, value = (call.axes[call.arguments[name]] for name in ("query", "key", "value"))
     rows = call.output_axes[0][:-1]
     yield [*rows, query[-1], key[-2]]
     yield [*rows, key[-2], value[-1]]

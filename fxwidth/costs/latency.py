@@ -21,6 +21,7 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs.counts import call_flops
+from fxwidth.costs.registry import cost
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
@@ -33,6 +34,7 @@ _SHARES = (1.0, 0.75, 0.5, 0.25)
 _REPEATS = 5
 _LEAST_SECONDS = 2e-3
 _ROUNDS = 500
+_MICROSECONDS = 1e6
 
 Features = npt.NDArray[np.float64]
 
@@ -53,8 +55,9 @@ class LatencyTable:
 LATENCIES = LatencyTable({})
 
 
+@cost("latency", unit="microseconds")
 def latency_polynomial(width_graph: WidthGraph) -> Polynomial:
-    """Return the seconds of a forward pass in eval mode on the example inputs, on the device of the parameters.
+    """Return the microseconds of a forward pass in eval mode on the example inputs, on the device of the parameters.
 
     Every op of the tape is timed by itself, at the present widths and with all free widths at 75, 50 and 25 %; its time
     is then taken to be a constant, plus so much per multiplication, plus so much per byte that it reads and writes,
@@ -66,7 +69,7 @@ def latency_polynomial(width_graph: WidthGraph) -> Polynomial:
     Source: the form is the roofline's, S. Williams, A. Waterman and D. Patterson, Roofline: An Insightful Visual
         Performance Model for Multicore Architectures (2009), with a sum for its maximum.
     """
-    return _measured(width_graph, LATENCIES.clearings)
+    return Polynomial.sum([(_MICROSECONDS, _measured(width_graph, LATENCIES.clearings))])
 
 
 @per_graph
@@ -138,7 +141,7 @@ def _inputs(analysis: Analysis) -> list[Any]:
 
 def _traffic(analysis: Analysis, call: OpCall) -> Polynomial:
     """Return the bytes of an op's operands and results."""
-    tensors = [(tensor, call.axes[id(tensor)]) for tensor in {id(tensor): tensor for tensor in call.inputs}.values()]
+    tensors = [(tensor, call.axes[tensor]) for tensor in {tensor: tensor for tensor in call.inputs}.values()]
     tensors += list(zip(call.outputs, call.output_axes, strict=True))
     return Polynomial.sum(
         (tensor.element_size(), entries_polynomial(analysis.space, [axes])) for tensor, axes in tensors

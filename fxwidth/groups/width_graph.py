@@ -201,9 +201,9 @@ class WidthGraph:
 def _pin_unused(analysis: Analysis) -> None:
     # A parameter the tape never touches looks free, but nothing says what depends on its shape.
     in_training = (call for calls in analysis.training_calls.values() for call in calls)
-    used = {id(tensor) for call in (*analysis.calls, *in_training) for tensor in call.inputs}
+    used = {tensor for call in (*analysis.calls, *in_training) for tensor in call.inputs}
     for entry in analysis.parameters.values():
-        if id(entry.fake) not in used:
+        if entry.fake not in used:
             analysis.space.context = ""
             for axis in entry.axes:
                 analysis.space.pin(axis, UNUSED)
@@ -262,7 +262,7 @@ def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Fact
     """Return the occurrences of convolution groups in writers: such a factor is in the channels read and written."""
     result = set()
     for reading in roles.readings:
-        signal_axis = reading.call.axes[id(reading.activation)][reading.activation_dim]
+        signal_axis = reading.call.axes[reading.activation][reading.activation_dim]
         entry = analysis.parameters[reading.parameter]
         own = set(analysis.space.factors(entry.axes[reading.parameter_dim]))
         through = set(analysis.space.factors(signal_axis)) - own

@@ -90,9 +90,9 @@ def convolution_parts(call: OpCall, facts: AxisFacts) -> tuple[int, int, int]:
     What comes in is groups * read, what goes out groups * written; the weight's dim 1 holds one of the latter alone.
     """
     arguments = call.arguments
-    into = facts.multiplicity(call.axes[id(arguments["input"])][1])
+    into = facts.multiplicity(call.axes[arguments["input"]][1])
     out = facts.multiplicity(call.output_axes[0][1])
-    own = facts.multiplicity(call.axes[id(arguments["weight"])][1])
+    own = facts.multiplicity(call.axes[arguments["weight"]][1])
     groups = out - own if arguments["transposed"] else into - own
     return groups, into - groups, out - groups
 

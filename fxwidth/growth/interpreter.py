@@ -44,16 +44,16 @@ class TapeIndex:
         self._factors: dict[Axis, frozenset[Factor]] = {}
         self.calls: dict[Factor, list[OpCall]] = {}
         self.slots: dict[Factor, list[Slot]] = {}
-        self.users: dict[int, list[OpCall]] = {id(entry.fake): [] for entry in analysis.parameters.values()}
-        self.names = {id(entry.fake): name for name, entry in analysis.parameters.items()}
-        self.used = {id(tensor) for tensor in analysis.outputs}
+        self.users: dict[Tensor, list[OpCall]] = {entry.fake: [] for entry in analysis.parameters.values()}
+        self.names = {entry.fake: name for name, entry in analysis.parameters.items()}
+        self.used = set(analysis.outputs)
         # Of tensors that are made of parameters and buffers, whether of buffers alone.
-        self.statistics = {id(e.fake): not isinstance(e.tensor, Parameter) for e in analysis.parameters.values()}
+        self.statistics = {e.fake: not isinstance(e.tensor, Parameter) for e in analysis.parameters.values()}
         for call in _live_calls(analysis):
             self.used |= call.axes.keys()
             if call.axes and call.axes.keys() <= self.statistics.keys():
                 only_buffers = all(self.statistics[key] for key in call.axes)
-                self.statistics |= {id(output): only_buffers for output in call.outputs}
+                self.statistics |= dict.fromkeys(call.outputs, only_buffers)
             rows = [*call.axes.values(), *call.output_axes]
             for factor in self._mentioned(analysis.space, (axis for axes in rows for axis in axes)):
                 self.calls.setdefault(factor, []).append(call)
@@ -126,15 +126,15 @@ class Interpretation:
         self._factor = factor
         self._slots = slots
         self._weights = dict(weights or {})
-        self.states: dict[int, States] = {}
-        self._ranges: dict[int, Range] = {}
-        self._by_storage: dict[int, dict[int, Tensor]] = {}
-        self._most: dict[int, States] = {}
+        self.states: dict[Tensor, States] = {}
+        self._ranges: dict[Tensor, Range] = {}
+        self._by_storage: dict[int, dict[Tensor, Tensor]] = {}
+        self._most: dict[Tensor, States] = {}
         self.refusal: RefusedError | None = None
         self.progress = -1
         self.needed: set[Slot] = set()
         self.norms: list[int] = []
-        self.sources: dict[int, frozenset[Slot]] = {}
+        self.sources: dict[Tensor, frozenset[Slot]] = {}
         self.wanted_weights: dict[Slot, str] = {}
 
     def run(self) -> Interpretation:
@@ -169,11 +169,11 @@ class Interpretation:
         """Note what holds for less in training than in evaluation: what reads it may rely on what holds in both."""
         found = False
         for own, other in self._analysis.in_training:
-            states = self.states.get(id(other), ())
-            in_training = self.states.get(id(own), states if own is other else (CONSTANT,) * len(states))
+            states = self.states.get(other, ())
+            in_training = self.states.get(own, states if own is other else (CONSTANT,) * len(states))
             both = tuple(one & two for one, two in zip(states, in_training, strict=True))
             if both != states:
-                self._most[id(other)] = both
+                self._most[other] = both
                 found = True
         return found
 
@@ -181,8 +181,8 @@ class Interpretation:
 
     def states_of(self, tensor: Tensor, call: OpCall) -> States:
         """Return the states of a call's operand."""
-        axes = call.axes[id(tensor)]
-        known = self.states.get(id(tensor))
+        axes = call.axes[tensor]
+        known = self.states.get(tensor)
         if known is not None and len(known) == len(axes):
             return known
         if any(map(self._facts.carries, axes)):
@@ -191,8 +191,8 @@ class Interpretation:
 
     def zero_needed(self, tensor: Tensor, dim: int) -> None:
         """Learn that an operand must keep its zeros."""
-        if id(tensor) in self._roles.lineage:
-            self.needed |= self._roles.lineage[id(tensor)][dim]
+        if tensor in self._roles.lineage:
+            self.needed |= self._roles.lineage[tensor][dim]
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether an operand is made of parameters alone."""
@@ -200,17 +200,17 @@ class Interpretation:
 
     def is_statistic(self, tensor: Tensor) -> bool | None:
         """Tell whether an operand is made of buffers alone, which training may compute anew; None unless fixed."""
-        return self._index.statistics.get(id(tensor))
+        return self._index.statistics.get(tensor)
 
     def is_used(self, tensor: Tensor) -> bool:
         """Tell whether any op, or the model's output, takes a tensor."""
-        return id(tensor) in self._index.used
+        return tensor in self._index.used
 
     def gain_conflict(self, weight: Tensor) -> str | None:
         """Return why the gain of a norm cannot be rescaled, or None."""
-        if id(weight) not in self._index.names:
+        if weight not in self._index.names:
             return "computes its gain, which can therefore not be rescaled"
-        for call in self._index.users[id(weight)]:
+        for call in self._index.users[weight]:
             if channel_norm(call.func) is None or call.arguments["weight"] is not weight:
                 return "shares its gain, which would have to be rescaled, with other ops"
         return None
@@ -224,7 +224,7 @@ class Interpretation:
         name = self._per_channel_name(scale)
         if name is None:
             return False
-        origins = self.sources.get(id(signal), frozenset())
+        origins = self.sources.get(signal, frozenset())
         weighted = {self._weights[slot] for slot in origins if slot in self._weights}
         if weighted:
             return weighted == {name}
@@ -233,9 +233,9 @@ class Interpretation:
 
     def _per_channel_name(self, scale: Tensor) -> str | None:
         """Return the parameter that a tensor is a view of, if that has one entry per channel and nothing else."""
-        if id(scale) not in self._roles.lineage:
+        if scale not in self._roles.lineage:
             return None
-        for name, _ in {slot for dims in self._roles.lineage[id(scale)] for slot in dims}:
+        for name, _ in {slot for dims in self._roles.lineage[scale] for slot in dims}:
             entry = self._analysis.parameters[name]
             is_view = storage_of(entry.fake) == storage_of(scale) and entry.fake.dtype == scale.dtype
             bare = [axis for axis in entry.axes if self._facts.is_bare(axis)]
@@ -251,7 +251,7 @@ class Interpretation:
         origins = frozenset((name, dim) for dim in range(len(entry.axes)) if (name, dim) in self._slots)
         self._store(entry.fake, tuple(states), origins)
         if states and all(state & State.ZERO for state in (self._slots[slot] for slot in origins)):
-            self._ranges[id(entry.fake)] = (0.0, 0.0)
+            self._ranges[entry.fake] = (0.0, 0.0)
 
     def _pass(self, call: OpCall) -> None:
         if not call.outputs:
@@ -265,11 +265,11 @@ class Interpretation:
             refuse_not_finite(view, self._range_of)
         settled = view.results(passes(view))
         own = ANYTHING if call.func._schema.is_mutable else result_range(call, self._range_of)
-        self._ranges |= dict.fromkeys(map(id, call.outputs), own)
+        self._ranges |= dict.fromkeys(call.outputs, own)
         origins: frozenset[Slot] = frozenset()
         for tensor in call.inputs:
             if view.carrying(tensor):
-                origins |= self.sources.get(id(tensor), frozenset())
+                origins |= self.sources.get(tensor, frozenset())
         if call.func._schema.is_mutable:
             self._write(call, settled, origins)
         for (output, axes), states in zip(view.outputs, settled, strict=True):
@@ -279,14 +279,14 @@ class Interpretation:
     def _range_of(self, value: object) -> Range:
         """Return where the new entries of an operand lie."""
         if isinstance(value, Tensor):
-            return self._ranges.get(id(value), ANYTHING)
+            return self._ranges.get(value, ANYTHING)
         return (float(value), float(value)) if isinstance(value, (int, float)) else ANYTHING
 
     def _store(self, tensor: Tensor, states: States, origins: frozenset[Slot]) -> None:
-        most = self._most.get(id(tensor), states)
-        self.states[id(tensor)] = tuple(one & two for one, two in zip(states, most, strict=True))
-        self.sources[id(tensor)] = origins
-        self._by_storage.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
+        most = self._most.get(tensor, states)
+        self.states[tensor] = tuple(one & two for one, two in zip(states, most, strict=True))
+        self.sources[tensor] = origins
+        self._by_storage.setdefault(storage_of(tensor), {})[tensor] = tensor
 
     def _write(self, call: OpCall, settled: list[States], origins: frozenset[Slot]) -> None:
         """Let all views of what an in-place op wrote have only what holds for old and written entries alike."""
@@ -298,9 +298,9 @@ class Interpretation:
         targets = {storage_of(output) for output in call.outputs}
         for tensor in [alias for key in targets for alias in self._by_storage.get(key, {}).values()]:
             axes = self._analysis.axes_of(tensor)
-            old = self.states[id(tensor)]
+            old = self.states[tensor]
             carried = map(self._facts.carries, axes) if len(axes) == len(old) else [True] * len(old)
-            self.states[id(tensor)] = tuple(
+            self.states[tensor] = tuple(
                 state & written if carries else CONSTANT for state, carries in zip(old, carried, strict=True)
             )
-            self.sources[id(tensor)] |= origins
+            self.sources[tensor] |= origins

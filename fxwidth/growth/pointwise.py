@@ -46,7 +46,7 @@ def pass_pointwise(c: CallView) -> Sequence[Sequence[State]]:
 def _by_trial(at: Place) -> State:
     """Settle an op without an entry by running it once, with zeros for new entries that are zero."""
     c = at.view
-    states = {id(tensor): at.state_of(tensor) for tensor in tensors_in(c.call.arguments)}
+    states = {tensor: at.state_of(tensor) for tensor in tensors_in(c.call.arguments)}
     if not states or torch.Tag.nondeterministic_seeded in c.call.func.tags:
         return State.ANY
     # Entries that are all equal stay so.
@@ -61,14 +61,14 @@ def _by_trial(at: Place) -> State:
     return result | State.ZERO if common & State.ZERO and not any(value.any() for value in values) else result
 
 
-def _trial(c: CallView, zero: set[int]) -> list[Tensor]:
+def _trial(c: CallView, zero: set[Tensor]) -> list[Tensor]:
     """Run an op on single numbers: zero for some tensors, one half (or one, for integers) for the others."""
 
     def number(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         other = 0.5 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else 1
-        return torch.full((1,), 0 if id(leaf) in zero else other, dtype=leaf.dtype, device="cpu")
+        return torch.full((1,), 0 if leaf in zero else other, dtype=leaf.dtype, device="cpu")
 
     arguments = {name: pytree.tree_map(number, value) for name, value in c.call.arguments.items()}
     args, kwargs = unbind(c.call.func, arguments)

@@ -84,7 +84,7 @@ def _points(c: CallView, tensor: Tensor, own: Range) -> list[float]:
 def _tried(call: OpCall, own: Sequence[Tensor], lines: Sequence[Sequence[float]]) -> Tensor:
     """Run an op on all combinations of numbers for some operands and tell for which its results are finite."""
     grid = torch.meshgrid(*(torch.tensor(line, dtype=torch.float64, device="cpu") for line in lines), indexing="ij")
-    known = {id(tensor): points.reshape(-1) for tensor, points in zip(own, grid, strict=True)}
+    known = {tensor: points.reshape(-1) for tensor, points in zip(own, grid, strict=True)}
     count = grid[0].numel()
 
     def number(leaf: Any) -> Any:
@@ -92,7 +92,7 @@ def _tried(call: OpCall, own: Sequence[Tensor], lines: Sequence[Sequence[float]]
             return leaf
         dtype = torch.float64 if leaf.dtype.is_floating_point else leaf.dtype
         beside = torch.full((count,), _BESIDE if leaf.dtype.is_floating_point else 1, dtype=dtype, device="cpu")
-        return known.get(id(leaf), beside).clone()
+        return known.get(leaf, beside).clone()
 
     args, kwargs = unbind(call.func, {name: pytree.tree_map(number, value) for name, value in call.arguments.items()})
     results = [result for result in tensors_in(call.func(*args, **kwargs)) if result.numel() == count]

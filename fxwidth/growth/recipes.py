@@ -156,7 +156,7 @@ class GrowthSearch:
                 changed = {slot: Fill.DIRECTIONS if self._is_matrix(slot) else Fill.ONE for slot in directions}
                 changed |= dict.fromkeys(lengths, Fill.ZERO)
         elif isinstance(refusal, NormedWriterError):
-            origins = run.sources.get(id(refusal.weight), frozenset())
+            origins = run.sources.get(refusal.weight, frozenset())
             changed = dict.fromkeys((slot for slot in origins if Use.WRITES in self._uses[slot]), Fill.ZERO)
             if changed:
                 # What is added to the channels keeps them alive, or what reads them would never learn.
@@ -168,11 +168,11 @@ class GrowthSearch:
 
     def _slots_of(self, tensor: Tensor, dim: int) -> set[Slot]:
         """Return the parameter dims that a dim of a tensor comes from."""
-        lineage = self._roles.lineage.get(id(tensor), ())
+        lineage = self._roles.lineage.get(tensor, ())
         return set(lineage[dim] & self._uses.keys()) if dim < len(lineage) else set()
 
     def _one_side(self, run: Interpretation, refusal: ProductRefusedError, fills: Mapping[Slot, Fill]) -> list[Slot]:
-        left, right = (run.sources.get(id(tensor), frozenset()) for tensor in (refusal.left, refusal.right))
+        left, right = (run.sources.get(tensor, frozenset()) for tensor in (refusal.left, refusal.right))
         free = [slot for slot in right - left if fills[slot] is not Fill.ZERO]
         return [slot for slot in free if Use.WRITES in self._uses[slot]]
 
@@ -207,8 +207,8 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
         inputs = call.inputs
         inside = not call.contractions and all(map(roles.is_parameter, inputs))
         for tensor in inputs:
-            lineage = roles.lineage.get(id(tensor), ())
-            axes = call.axes[id(tensor)]
+            lineage = roles.lineage.get(tensor, ())
+            axes = call.axes[tensor]
             for dim, sources in enumerate(lineage):
                 if dim < len(axes) and facts.carries(axes[dim]):
                     use = _use_in_parameters(call, tensor, dim) if inside else _use(call, tensor, dim, facts)
@@ -220,7 +220,7 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
 def _use_in_parameters(call: OpCall, tensor: Tensor, dim: int) -> Use:
     """Return what an op on parameters alone tells: the length of a weight's rows scales them, as in a weight norm."""
     multiplies = is_arithmetic(call.func, Arithmetic.PRODUCT, Arithmetic.QUOTIENT) or as_family(call.func, WeightNorm)
-    return Use.SCALES if multiplies and _is_vector(call.axes[id(tensor)], dim) else Use(0)
+    return Use.SCALES if multiplies and _is_vector(call.axes[tensor], dim) else Use(0)
 
 
 def _is_vector(axes: Axes, dim: int) -> bool:

@@ -172,7 +172,7 @@ class CallView:
 
     def axes(self, operand: str | Tensor) -> tuple[Axis, ...]:
         """Return the axes of an operand from before the op."""
-        return self.call.axes[id(self.tensor(operand))]
+        return self.call.axes[self.tensor(operand)]
 
     def states(self, operand: str | Tensor) -> list[State]:
         """Return the state of each dim of an operand; dims without the factor are `CONSTANT`."""

@@ -20,14 +20,8 @@ from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share
 from fxwidth.selection.grams import Pairs, each_pairs, pairs_of
-from fxwidth.selection.registry import (
-    PROJECTION,
-    Selection,
-    channel_order,
-    check_selection,
-    is_nested,
-    reads_moments,
-)
+from fxwidth.selection.orders import channel_order
+from fxwidth.selection.registry import PROJECTION, Selection, check_selection, is_nested, reads_moments
 from fxwidth.selection.silent_channels import silent_channels, silent_last
 from fxwidth.statistics.covariance_shrinkage import shrunk
 from fxwidth.statistics.moment import Moment
@@ -47,7 +41,7 @@ class Evidence:
     Args:
         width_graph: the graph.
         moments: what readers see; None where that is not known, as on the meta device.
-        selection: the method, one of `fxwidth.selection.registry.SELECTIONS`, or a function that scores channels.
+        selection: the method, one that is registered, or a function that scores channels.
         rotates: whether linear groups are brought to the basis of their spectrum, of which the first channels are kept.
     """
 
@@ -213,12 +207,13 @@ def refuse_negative_variances(width_graph: WidthGraph) -> None:
     Raises:
         FxwidthError: one does.
     """
-    names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
+    names = {entry.fake: name for name, entry in width_graph.analysis.parameters.items()}
     for call in width_graph.analysis.calls:
         norm = running_norm(call.func)
         if norm is None:
             continue
-        name = names.get(id(call.arguments.get(norm.variance)))
+        variance = call.arguments.get(norm.variance)
+        name = None if variance is None else names.get(variance)
         values = None if name is None else width_graph.analysis.parameters[name].tensor
         if values is None or values.device.type == "meta":
             continue

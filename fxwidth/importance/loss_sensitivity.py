@@ -179,7 +179,7 @@ def _multiplied(evidence: Evidence) -> set[object]:
         for contraction in call.contractions
         if not roles.is_parameter(contraction.left) and not roles.is_parameter(contraction.right)
         for dim in contraction.left_dims
-        for factor in analysis.space.factors(call.axes[id(contraction.left)][dim])
+        for factor in analysis.space.factors(call.axes[contraction.left][dim])
     }
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
-from fxwidth.costs.budget import Bound, bounds_of, cost_polynomial, out_of_reach
+from fxwidth.costs.budget import Bound, bounds_of, out_of_reach
+from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups

@@ -134,13 +134,13 @@ class Recalibration:
 def statistics_used_elsewhere(width_graph: WidthGraph) -> dict[str, str]:
     """Return the running statistics of batch norms that are not to be corrected, since others use them, and why."""
     wiring = wiring_of(width_graph)
-    names = {id(entry.fake): name for name, entry in width_graph.analysis.parameters.items()}
+    names = {entry.fake: name for name, entry in width_graph.analysis.parameters.items()}
 
     def as_statistic(call: OpCall, tensor: Tensor) -> bool:
         return any(own is tensor for own in _running_statistics(call))
 
     calls = width_graph.analysis.calls
-    found = {names.get(id(own)) for call in calls for own in _running_statistics(call)} - {None}
+    found = {names.get(own) for call in calls for own in _running_statistics(call)} - {None}
     return {
         name: "it is used for something else too"
         for name in sorted(map(str, found))

@@ -95,7 +95,7 @@ def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | 
     """
     mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
     space = width_graph.analysis.space
-    axes = [space.normalise(call.axes[id(mixing.tensor)][mixing.dim]) for mixing in mixings]
+    axes = [space.normalise(call.axes[mixing.tensor][mixing.dim]) for mixing in mixings]
     if not any(maps.changes(axis) for axis in axes):
         return 1.0
     resized = prod(map(axis_size, axes)) / prod(map(maps.size, axes))
@@ -114,7 +114,7 @@ def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | 
 def _common_moment(readers: ReaderSet, moments: Moments) -> Moment | None:
     """Return the moment of all that passes through one weight: of the mixture where it is used several times."""
     every = [moments.of(reader) for reader in readers.readers]
-    known = list({id(moment): moment for moment in every if moment is not None}.values())
+    known = list({moment: moment for moment in every if moment is not None}.values())
     if any(moment is None for moment in every) or not known:
         return None
     if len(known) == 1:

@@ -57,7 +57,7 @@ class OpCall:
     arguments: dict[str, Any]
     result: Any
     node: str
-    axes: dict[int, Axes] = field(default_factory=dict)
+    axes: dict[Tensor, Axes] = field(default_factory=dict)
     output_axes: tuple[Axes, ...] = ()
     contractions: list[Contraction] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
@@ -66,12 +66,12 @@ class OpCall:
     part: str = ""
     inputs: list[Tensor] = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
-    layouts: dict[int, tuple[tuple[int, ...], int]] = field(init=False)
+    layouts: dict[Tensor, tuple[tuple[int, ...], int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = tensors_in(self.arguments)
-        by_layout = torch.Tag.inplace_view in self.func.tags or self.name == "as_strided"
-        self.layouts = {id(t): (t.stride(), int(t.storage_offset())) for t in self.inputs} if by_layout else {}
+        layouts = self.inputs if _goes_by_layout(self.func) else ()
+        self.layouts = {tensor: (tensor.stride(), int(tensor.storage_offset())) for tensor in layouts}
 
     @property
     def name(self) -> str:
@@ -84,6 +84,11 @@ class OpCall:
         name = self.name if self.func.namespace == "aten" else f"{self.func.namespace}::{self.name}"
         place = f" at node {self.node}" if self.node else ""
         return f"{name}{place}, in {self.part}" if self.part else f"{name}{place}"
+
+
+@cache
+def _goes_by_layout(func: OpOverload) -> bool:
+    return torch.Tag.inplace_view in func.tags or functional_name(func) == "as_strided"
 
 
 @cache

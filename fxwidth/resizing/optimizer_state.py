@@ -106,17 +106,17 @@ class OptimizerUpdate:
 
     def commit(self) -> None:
         """Replace parameters in their groups, in place and in order, and their state with them."""
-        successors = {id(replacement.old): replacement.new for replacement in self.replacements}
+        successors = {replacement.old: replacement.new for replacement in self.replacements}
         for optimizer, states in self.states:
             for group in optimizer.param_groups:
-                group["params"][:] = [successors.get(id(parameter), parameter) for parameter in group["params"]]
-            renewed = {successors.get(id(key), key): states.get(key, own) for key, own in optimizer.state.items()}
+                group["params"][:] = [successors.get(parameter, parameter) for parameter in group["params"]]
+            renewed = {successors.get(key, key): states.get(key, own) for key, own in optimizer.state.items()}
             optimizer.state.clear()
             optimizer.state.update(renewed)
 
 
 def plan_optimizer_update(
-    optimizer: Optimizers, replacements: Sequence[Replacement], names: Mapping[int, str]
+    optimizer: Optimizers, replacements: Sequence[Replacement], names: Mapping[Tensor, str]
 ) -> OptimizerUpdate:
     """Compute the state of an optimizer for resized parameters; nothing is changed before `commit`.
 
@@ -131,25 +131,25 @@ def plan_optimizer_update(
     Raises:
         FxwidthError: the optimizer keeps state of which it is not known how it follows a resize.
     """
-    going = {id(replacement.old): replacement.name for replacement in replacements}
+    going = {replacement.old: replacement.name for replacement in replacements}
     return OptimizerUpdate(
         tuple(replacements), tuple((one, _states(one, replacements, names, going)) for one in optimizers_in(optimizer))
     )
 
 
 def _states(
-    optimizer: Optimizer, replacements: Sequence[Replacement], names: Mapping[int, str], going: Mapping[int, str]
+    optimizer: Optimizer, replacements: Sequence[Replacement], names: Mapping[Tensor, str], going: Mapping[Tensor, str]
 ) -> dict[Tensor, dict[str, Any]]:
     refuse_kept_parameters(optimizer, going)
     rule = next((_RULES[kind] for kind in type(optimizer).__mro__ if kind in _RULES), None)
-    known = {id(key): (key, own) for key, own in optimizer.state.items()}
-    pairs = [(known[id(one.old)], one) for one in replacements if id(one.old) in known]
+    known = {key: (key, own) for key, own in optimizer.state.items()}
+    pairs = [(known[one.old], one) for one in replacements if one.old in known]
     if rule is not None:
         return {key: rule(own, replacement) for (key, own), replacement in pairs}
     # Of all parameters: a square one may have state of its shape that belongs to something else.
     for key, own in known.values():
-        if id(key) in names:
-            _Entries(type(optimizer).__name__, names[id(key)], key.shape, None).changed(own)
+        if key in names:
+            _Entries(type(optimizer).__name__, names[key], key.shape, None).changed(own)
     kind = type(optimizer).__name__
     return {key: _Entries(kind, one.name, key.shape, one).changed(own) for (key, own), one in pairs}
 

@@ -76,7 +76,7 @@ def _variance_ratios(
     shared_gains = gains_kept(width_graph, maps).keys() - known.keys()
     for call in width_graph.analysis.calls:
         gain = _gain(width_graph, call)
-        changed = [m for m in call.mixings if maps.changes(call.axes[id(m.tensor)][m.dim])]
+        changed = [m for m in call.mixings if maps.changes(call.axes[m.tensor][m.dim])]
         if gain is not None and gain not in shared_gains and changed:
             by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
     result: dict[int, float] = {}
@@ -104,7 +104,7 @@ def gains_kept(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, str]:
     result = {}
     for call in width_graph.analysis.calls:
         gain = _gain(width_graph, call)
-        changed = any(maps.changes(call.axes[id(mixing.tensor)][mixing.dim]) for mixing in call.mixings)
+        changed = any(maps.changes(call.axes[mixing.tensor][mixing.dim]) for mixing in call.mixings)
         if gain is not None and changed and not wiring.used_only(gain, as_gain):
             result[gain] = "it is used for something else too"
     return result

@@ -224,13 +224,13 @@ class _Change:
             module.add_submodule(path, part.train(owner.training))
         module.graph = self.graph.graph
         shared = tensor_slots(original) if original is not None and self.record["original"] == RESIZED else {}
-        in_original = {id(tensor): places for tensor, places in shared.values()}
+        in_original = dict(shared.values())
         for name, tensor in self.tensors.items():
             old, places = slots[name]
             if name not in self.replacements:
                 transaction.overwrite(old, tensor)
                 continue
-            for holder, attribute in (*places, *in_original.get(id(old), ())):
+            for holder, attribute in (*places, *in_original.get(old, ())):
                 set_slot(holder, attribute, self.replacements[name].new)
         remove_unused(module, transaction.undo)
 
@@ -304,7 +304,7 @@ def _prepare(
     renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
     update = None
     if options.optimizer is not None:
-        names = {id(entry.tensor): name for name, entry in analysis.parameters.items()}
+        names = {entry.tensor: name for name, entry in analysis.parameters.items()}
         update = plan_optimizer_update(options.optimizer, list(replacements.values()), names)
     original = None
     if original_of(analysis.module) is not None:

@@ -106,7 +106,7 @@ def sizes_by_calls(module: nn.Module, calls: Iterable[OpCall], maps: IndexMaps) 
         elif isinstance(module, nn.Unflatten) and call.output_axes:
             result |= _unflattened(module, call, maps)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and _is_batch_norm(family):
-            result["num_features"] = _channels(call.axes[id(call.inputs[0])][1], maps)
+            result["num_features"] = _channels(call.axes[call.inputs[0]][1], maps)
     return result
 
 

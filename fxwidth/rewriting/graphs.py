@@ -103,7 +103,7 @@ class _Rewriter:
 
     def _holders(self) -> list[nn.Module]:
         slots = tensor_slots(self._module)
-        found = {id(holder): holder for name in self._changed for holder, _ in slots[name][1]}
+        found = {holder: holder for name in self._changed for holder, _ in slots[name][1]}
         return list(found.values())
 
     def _rewrite(self, node: fx.Node) -> None:
@@ -185,8 +185,8 @@ class _Rewriter:
         return False
 
     def _names_of(self, module: nn.Module) -> set[str]:
-        own = {id(tensor) for tensor, _ in tensor_slots(module).values()}
-        return {name for name, fake in self._fakes.items() if id(fake) in own}
+        own = {tensor for tensor, _ in tensor_slots(module).values()}
+        return {name for name, fake in self._fakes.items() if fake in own}
 
     def _try(self, node: fx.Node, wanted: list[Any]) -> str | None:
         """Run a node at the new sizes; return None when it does what is wanted, else what is wrong."""
@@ -336,7 +336,7 @@ class _Rewriter:
     def _check_outputs(self, node: fx.Node) -> None:
         values = deep_tensors(fx.node.map_arg(node.args, lambda source: self._values[source]))
         analysis = self._analysis
-        read = [output for output in analysis.outputs if id(output) not in analysis.states]
+        read = [output for output in analysis.outputs if output not in analysis.states]
         wanted = [tuple(map(self._maps.size, analysis.axes_of(output))) for output in analysis.outputs]
         if wanted != [tuple(value.shape) for value in values] or any(map(self._changes, read)):
             old = [tuple(tensor.shape) for tensor in analysis.outputs]

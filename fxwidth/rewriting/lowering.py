@@ -48,7 +48,7 @@ class Lowering:
         self._graph = graph
         self._add_constant = add_constant
         self._add_dropout = add_dropout
-        self._parameter_names = {id(entry.fake): name for name, entry in analysis.parameters.items()}
+        self._parameter_names = {entry.fake: name for name, entry in analysis.parameters.items()}
 
     def lower(
         self,
@@ -121,7 +121,7 @@ class Lowering:
         _, arguments = prescribed(call, self._maps)
         query, key, value = (self._tensor(arguments[name]) for name in ("query", "key", "value"))
         if arguments["enable_gqa"]:
-            heads = {name: self._maps.size(call.axes[id(arguments[name])][-3]) for name in ("query", "key", "value")}
+            heads = {name: self._maps.size(call.axes[arguments[name]][-3]) for name in ("query", "key", "value")}
             key = self._call(torch.repeat_interleave, key, heads["query"] // heads["key"], -3)
             value = self._call(torch.repeat_interleave, value, heads["query"] // heads["value"], -3)
         scaled = self._call(torch.mul, query, arguments["scale"])
@@ -181,9 +181,10 @@ class Lowering:
         return self._graph.call_function(operator.add, (node, offset)) if offset else node
 
     def _batch_node(self) -> fx.Node:
-        inputs = {id(tensor) for tensor in deep_tensors(self._analysis.inputs) if self._has_batch(tensor)}
+        inputs = [tensor for tensor in deep_tensors(self._analysis.inputs) if self._has_batch(tensor)]
         for node in self._graph.nodes:
-            if id(self._analysis.node_values.get(node.name)) in inputs:
+            value = self._analysis.node_values.get(node.name)
+            if any(value is tensor for tensor in inputs):
                 return self._graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
         raise FxwidthError("the graph has no tensor input to take the batch size from.")
 
@@ -194,7 +195,7 @@ class Lowering:
     def _tensor(self, value: Tensor) -> fx.Node:
         known = self._known.get(id(value))
         if known is None:
-            name = self._parameter_names.get(id(value)) or self._add_constant(value)
+            name = self._parameter_names.get(value) or self._add_constant(value)
             known = self._known[id(value)] = self._graph.get_attr(name)
         return known
 

@@ -61,17 +61,17 @@ def check_optimizer(optimizer: Any, module: nn.Module) -> None:
         FxwidthError: it is something else, or was made for another model.
     """
     refuse_other_than_optimizers(optimizer)
-    own = {id(parameter) for parameter in module.parameters()}
+    own = set(module.parameters())
     for one in _each(optimizer):
         held = [parameter for group in one.param_groups for parameter in group["params"]]
-        if own and not any(id(parameter) in own for parameter in held):
+        if own and not any(parameter in own for parameter in held):
             raise FxwidthError(
                 f"optimizer= is {type(one).__name__} with {len(held)} parameters, none of which is in the graph: it "
                 "was made for another model, such as a copy. Make it for gm.parameters()."
             )
 
 
-def refuse_kept_parameters(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+def refuse_kept_parameters(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
     """Check that an optimizer keeps parameters in its groups and its state alone.
 
     Args:
@@ -91,10 +91,10 @@ def refuse_kept_parameters(optimizer: Optimizer, names: Mapping[int, str]) -> No
             )
 
 
-def _kept(value: Any, names: Mapping[int, str], depth: int) -> str | None:
+def _kept(value: Any, names: Mapping[Tensor, str], depth: int) -> str | None:
     """Return the name of a parameter in a nested value, or None."""
     if isinstance(value, Tensor):
-        return names.get(id(value))
+        return names.get(value)
     if depth == 0 or not isinstance(value, (Mapping, Sequence, set)) or isinstance(value, (str, bytes)):
         return None
     parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value

@@ -50,9 +50,12 @@ def pin_what_is_written_in(analysis: Analysis) -> None:
 
 def _hooked_nodes(analysis: Analysis) -> list[str]:
     """Return the nodes that call modules with hooks, which would be lost with these; plain layers are never lost."""
-    calls = analysis.module.graph.find_nodes(op="call_module")
-    modules = [(node.name, analysis.module.get_submodule(str(node.target))) for node in calls]
-    return [name for name, module in modules if module._modules and hooked_part(module) is not None]
+    assert analysis.seen is not None
+    return [
+        node.name
+        for node, module in analysis.seen.called_modules()
+        if module._modules and hooked_part(module) is not None
+    ]
 
 
 @dataclass

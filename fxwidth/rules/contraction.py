@@ -131,6 +131,6 @@ def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
 @prescription(aten.convolution, aten._convolution)
 def _convolution_groups(call: OpCall, maps: IndexMaps) -> Prescribed:
     arguments = call.arguments
-    signal, weight = call.axes[id(arguments["input"])], call.axes[id(arguments["weight"])]
+    signal, weight = call.axes[arguments["input"]], call.axes[arguments["weight"]]
     channels = call.output_axes[0][1] if arguments["transposed"] else signal[1]
     return revised(call, groups=maps.size(channels) // maps.size(weight[1]))

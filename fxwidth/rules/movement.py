@@ -134,7 +134,7 @@ def _repeat(c: RuleContext) -> Sequence[Sequence[Axis]]:
 
 @prescription(aten.repeat)
 def _repeat_counts(call: OpCall, maps: IndexMaps) -> Prescribed:
-    signal, result = call.axes[id(call.arguments["self"])], call.output_axes[0]
+    signal, result = call.axes[call.arguments["self"]], call.output_axes[0]
     padded = (ONE,) * (len(result) - len(signal)) + signal
     counts = [maps.size(new) // max(1, maps.size(own)) for new, own in zip(result, padded, strict=True)]
     return revised(call, repeats=counts)
@@ -159,7 +159,7 @@ def _squeeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
 @prescription(aten.squeeze)
 def _squeezed_dims(call: OpCall, maps: IndexMaps) -> Prescribed:
     # A dim that is narrowed to one channel must not be squeezed for that.
-    signal, dims = call.axes[id(call.arguments["self"])], call.arguments.get("dim")
+    signal, dims = call.axes[call.arguments["self"]], call.arguments.get("dim")
     chosen = range(len(signal)) if dims is None else [dims] if isinstance(dims, int) else dims
     # Nor must one that was, before it had more.
     gone = [dim for dim in chosen if maps.space.normalise(signal[dim]) == ONE]
@@ -182,7 +182,7 @@ def _select(c: RuleContext) -> Sequence[Sequence[Axis]]:
 
 @prescription(aten.select)
 def _select_index(call: OpCall, maps: IndexMaps) -> Prescribed:
-    signal = call.axes[id(call.arguments["self"])]
+    signal = call.axes[call.arguments["self"]]
     axis = signal[call.arguments["dim"] % len(signal)]
     return revised(call, index=maps.prefix(axis, call.arguments["index"] % axis_size(axis)))
 
@@ -222,7 +222,7 @@ def _strided_parts(c: RuleContext, axis: Axis, count: int, step: int) -> tuple[A
 
 @prescription(aten.slice, aten.slice_copy)
 def _slice_literals(call: OpCall, maps: IndexMaps) -> Prescribed:
-    signal = call.axes[id(call.arguments["self"])]
+    signal = call.axes[call.arguments["self"]]
     axis = signal[call.arguments["dim"] % len(signal)]
     start, end = _slice_bounds(call.arguments, axis_size(axis))
     if call.arguments["step"] != 1:
@@ -316,7 +316,7 @@ def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
 
 @prescription(aten.constant_pad_nd)
 def _pad_widths(call: OpCall, maps: IndexMaps) -> Prescribed:
-    signal, result, pad = call.axes[id(call.arguments["self"])], call.output_axes[0], list(call.arguments["pad"])
+    signal, result, pad = call.axes[call.arguments["self"]], call.output_axes[0], list(call.arguments["pad"])
     for k in range(len(pad) // 2):
         dim = len(signal) - 1 - k
         old, new = signal[dim], result[dim]
@@ -357,7 +357,7 @@ def _as_strided(c: RuleContext) -> Sequence[Sequence[Axis]]:
 def _is_inside_samples(c: RuleContext) -> bool:
     """Tell whether a view by strides shows a part of each entry of the first dim, such as a sample, in their order."""
     shape, size, given = c.shape("self"), c["size"], c["stride"]
-    stride, own_offset = c.call.layouts[id(c["self"])]
+    stride, own_offset = c.call.layouts[c["self"]]
     if not size or not shape or (size[0], given[0]) != (shape[0], stride[0]):
         return False
     first = 0 if c["storage_offset"] is None else c["storage_offset"] - own_offset
@@ -367,7 +367,7 @@ def _is_inside_samples(c: RuleContext) -> bool:
 
 def _is_alias(call: OpCall, shape: Sequence[int]) -> bool:
     """Tell whether a view by strides shows what its operand does: adaptive pooling restrides dims of size one."""
-    stride, own_offset = call.layouts[id(call.arguments["self"])]
+    stride, own_offset = call.layouts[call.arguments["self"]]
     size, given, offset = (call.arguments[name] for name in ("size", "stride", "storage_offset"))
     return offset in (None, own_offset) and list(size) == list(shape) and _same_strides(size, given, stride)
 
@@ -379,7 +379,7 @@ def _same_strides(size: Sequence[int], first: Sequence[int], second: Sequence[in
 
 @prescription(aten.as_strided)
 def _as_alias(call: OpCall, maps: IndexMaps) -> Prescribed:
-    if not _is_alias(call, [axis_size(axis) for axis in call.axes[id(call.arguments["self"])]]):
+    if not _is_alias(call, [axis_size(axis) for axis in call.axes[call.arguments["self"]]]):
         return revised(call)
     return torch.ops.aten.alias.default, {"self": call.arguments["self"]}
 

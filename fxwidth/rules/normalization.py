@@ -70,7 +70,7 @@ def _rms_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
 
 @prescription(aten.native_layer_norm, aten._fused_rms_norm, torch.ops.fxwidth.rms_norm)
 def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
-    signal = call.axes[id(call.arguments["input"])]
+    signal = call.axes[call.arguments["input"]]
     count = len(call.arguments["normalized_shape"])
     # The gain carries the square root of the ratio: together they leave gain * x / sqrt(variance + eps) as it was.
     eps = call.arguments["eps"] * maps.variance_ratio(call.index)
@@ -115,7 +115,7 @@ def _group_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
 
 @prescription(aten.native_group_norm)
 def _group_norm_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
-    signal = call.axes[id(call.arguments["input"])]
+    signal = call.axes[call.arguments["input"]]
     return revised(
         call,
         N=maps.size(signal[0]),

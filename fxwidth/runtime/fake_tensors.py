@@ -46,6 +46,8 @@ _PLAIN_DTYPES = frozenset(
 _UNSURE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _MOST_ENTRIES = 50_000
 _META = torch.device("meta")
+# torch's own, since models that ask are told of while they are traced.
+_is_grad_enabled = torch.is_grad_enabled
 # What is kept on a mode, and how a tensor made here is known.
 _ATTRIBUTES, _IS_PLAIN = "_fxwidth_attributes", "_fxwidth_is_plain"
 
@@ -57,7 +59,7 @@ def run_op(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """Run an ATen op: on fake tensors, as their mode would, but quicker where the outcome is known already."""
     kind = _kind(func)
     mode = _mode_of(args, kwargs) if kind is not None else None
-    if mode is None or torch.is_grad_enabled():
+    if mode is None or _is_grad_enabled():
         return func(*args, **kwargs)
     parts: list[Any] = [func, torch.get_default_dtype()]
     if not (_describe(args, mode, parts) and (not kwargs or _describe((*kwargs, *kwargs.values()), mode, parts))):

@@ -182,7 +182,8 @@ class _Questions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (_REQUIRES_GRAD, _GRAD_FN) and not _is_no_model(_asker(2)):
             self._see(*((_ASKS, "requires_grad") if func == _REQUIRES_GRAD else (_HOOKS, "grad_fn")))
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+        # All that draws takes it by name.
+        if kwargs and any(isinstance(value, torch.Generator) for value in kwargs.values()):
             self._see(_OWN_GENERATOR, getattr(func, "__name__", str(func)))
         return func(*args, **kwargs)
 

@@ -252,7 +252,7 @@ def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) 
         by_call.setdefault(width_graph.analysis.calls[key[0]], []).append(key)
     for call, keys in by_call.items():
         contraction = call.contractions[0]
-        axis = call.axes[id(contraction.left)][contraction.left_dims[0]]
+        axis = call.axes[contraction.left][contraction.left_dims[0]]
         product = moments.squares[keys[0]] * moments.squares[keys[-1]]
         for positions in channel_positions(width_graph.analysis.space, axis, factor):
             # Where both are divided into groups, these are samples of one and the same channels.

@@ -1,7 +1,7 @@
 """Orders of a group's channels, most useful first: one function for each method of selection.
 
-Each takes what readers see and want of the channels, `Pairs`, and how many are to be kept, and returns all channels in
-an order whose first `count` are the choice.
+All but magnitude take what readers see and want of the channels, `Pairs`, and how many are to be kept, and return all
+channels in an order whose first `count` are the choice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.selection.grams import ROUNDING, Pairs
+from fxwidth.selection.registry import PROJECTION, selection_method
+from fxwidth.weights.writer_spectra import writer_norms
 
 # A channel whose variance is explained up to this share of it, times the precision of the numbers, holds nothing new.
 _EXPLAINED = 1e3
@@ -24,6 +28,7 @@ _LEFT = 0.75
 _BISECTIONS = 60
 
 
+@selection_method("greedy", nested=True)
 def greedy_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels in the order in which they explain most of what is still unexplained.
 
@@ -168,6 +173,7 @@ def _orthonormal(columns: Tensor, wish: Tensor, picked: Tensor, negligible: Tens
     return U * live[:, None, :], DU * live[:, None, :]
 
 
+@selection_method("cholesky", nested=True)
 def cholesky_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels by the variance that those before them leave unexplained, weighted by how readers weigh it.
 
@@ -197,6 +203,7 @@ def cholesky_order(pairs: Pairs, count: int) -> Tensor:
     return torch.tensor(chosen, device=E.device)
 
 
+@selection_method("leverage")
 def leverage_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels by their ridge leverage scores, the diagonal of A (A + lambda)^-1.
 
@@ -220,6 +227,7 @@ def leverage_order(pairs: Pairs, count: int) -> Tensor:
     return torch.argsort(scores + _tie_break(pairs), descending=True, stable=True)
 
 
+@selection_method("backward", nested=True)
 def backward_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels by how late they are dropped when the one that costs readers least goes first.
 
@@ -250,6 +258,7 @@ def backward_order(pairs: Pairs, count: int) -> Tensor:
     return torch.tensor(dropped[::-1], device=S.device)
 
 
+@selection_method("spectral_pruning", nested=True)
 def spectral_pruning_order(pairs: Pairs, count: int) -> Tensor:
     """Return channels by greedy minimisation of Suzuki's information losses, input and output in equal parts.
 
@@ -269,6 +278,7 @@ def spectral_pruning_order(pairs: Pairs, count: int) -> Tensor:
     return greedy_order(Pairs(S, both / 2, pairs.precision), count)
 
 
+@selection_method(PROJECTION)
 def projection_order(pairs: Pairs, count: int) -> Tensor:
     """Return first the channels on which the leading singular directions of the writers can be told apart best.
 
@@ -293,3 +303,14 @@ def projection_order(pairs: Pairs, count: int) -> Tensor:
     others = torch.ones(pairs.width, dtype=torch.bool, device=S.device)
     others[chosen] = False
     return torch.cat([torch.tensor(chosen, device=S.device), torch.nonzero(others)[:, 0]])
+
+
+@selection_method("magnitude", needs_moments=False)
+def magnitude_scores(group: ChannelGroup, width_graph: WidthGraph) -> Tensor:
+    """Return how large each channel's rows in the writers are, batch norm scales folded in.
+
+    Without values (meta device, nothing that writes the group but biases) all are equal.
+    """
+    norms = writer_norms(width_graph, group)
+    # Rows beyond the range of numbers are the largest.
+    return torch.zeros(group.width, device="cpu") if norms is None else norms.nan_to_num(torch.finfo(norms.dtype).max)

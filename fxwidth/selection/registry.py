@@ -1,48 +1,79 @@
-"""Choosing which channels of a group to keep: one registry of methods, of which each gives an order of the channels."""
+"""The table of methods of selection: each is registered once, by us or by users, beside the function that it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fxwidth.axes.index_maps import Indices
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.channel_group import ChannelGroup
-from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.selection.grams import Pairs, pairs_of
-from fxwidth.selection.methods import (
-    backward_order,
-    cholesky_order,
-    greedy_order,
-    leverage_order,
-    projection_order,
-    spectral_pruning_order,
-)
-from fxwidth.selection.scores import Scores, scored_order
-from fxwidth.statistics.moments import Moments
-from fxwidth.weights.writer_spectra import writer_norms
+from fxwidth.selection.scores import Scores
 
-Ranking = Callable[[Pairs, int], Tensor]
-
-MAGNITUDE, PROJECTION = "magnitude", "projection"
-RANKINGS: dict[str, Ranking] = {
-    "greedy": greedy_order,
-    "cholesky": cholesky_order,
-    "leverage": leverage_order,
-    "backward": backward_order,
-    "spectral_pruning": spectral_pruning_order,
-    PROJECTION: projection_order,
-}
-
-
-# Their order does not depend on how many channels are to be kept.
-_NESTED = frozenset({"greedy", "cholesky", "backward", "spectral_pruning", MAGNITUDE})
-SELECTIONS = (*RANKINGS, MAGNITUDE)
 # A method by its name, or a function that scores the channels of a group.
 Selection = str | Scores
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+PROJECTION = "projection"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of selection.
+
+    Attributes:
+        name: what `selection=` calls it.
+        function: of the evidence and of how many channels are to be kept, (Pairs, count) -> order [width]; or, without
+            evidence, of the group, (group, width_graph) -> scores [width].
+        nested: whether the order does not depend on how many channels are to be kept.
+        needs_moments: whether it asks what readers see of the channels.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    nested: bool
+    needs_moments: bool
+
+
+METHODS: dict[str, Method] = {}
+
+
+def selection_method(
+    name: str, *, nested: bool = False, needs_moments: bool = True
+) -> Callable[[_Function], _Function]:
+    """Register a function as a method of selection, for `selection=name` in all that takes it.
+
+    Args:
+        name: a name that is not taken.
+        nested: whether the order of the channels does not depend on how many of them are kept, so that it is found once
+            for all widths.
+        needs_moments: whether the function is given the evidence, and not the group. With it the function is called as
+            `function(evidence, count)`, where `evidence.seen` and `evidence.wanted` [pairs, width, width] are, for each
+            place where the group is read, the channels' second moments S and the weights' D = W^T W, scaled so that
+            trace(D S) is one; it returns all channels, [width], whose first `count` are kept. Without, it is called as
+            `function(group, width_graph)` and returns one score per channel, [width], higher ones for those to keep.
+
+    Raises:
+        FxwidthError: the name is no text, or taken.
+
+    Example:
+        >>> @fxwidth.selection_method("largest variance", nested=True)
+        ... def largest_variance(evidence, count):
+        ...     return evidence.seen.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> gm = fxwidth.resize(gm, {"0": 10}, selection="largest variance")
+    """
+    if not isinstance(name, str) or not name:
+        raise FxwidthError(f"selection_method({name!r}): a method's name is a text, by which selection= names it.")
+    if name in METHODS:
+        raise FxwidthError(f"selection_method({name!r}): there is a method of that name; choose another.")
+
+    def registering(function: _Function) -> _Function:
+        # What scores channels gives one order for all counts.
+        METHODS[name] = Method(name, function, nested or not needs_moments, needs_moments)
+        return function
+
+    return registering
 
 
 def check_selection(selection: Selection) -> Selection:
@@ -51,9 +82,9 @@ def check_selection(selection: Selection) -> Selection:
     Raises:
         FxwidthError: there is no such method.
     """
-    if not callable(selection) and selection not in SELECTIONS:
+    if not callable(selection) and (not isinstance(selection, str) or selection not in METHODS):
         raise FxwidthError(
-            f"selection={selection!r} is none of {', '.join(map(repr, SELECTIONS))}, nor a function "
+            f"selection={selection!r} is none of {', '.join(map(repr, METHODS))}, nor a function "
             "(group, width_graph) -> scores."
         )
     return selection
@@ -69,65 +100,9 @@ def selection_name(selection: Selection) -> str:
 
 def is_nested(selection: Selection) -> bool:
     """Tell whether the order of the channels does not depend on how many of them are to be kept."""
-    return callable(selection) or selection in _NESTED
+    return callable(selection) or METHODS[selection].nested
 
 
 def reads_moments(selection: Selection) -> bool:
-    """Tell whether a method asks what readers see of the channels."""
-    return not callable(selection) and selection != MAGNITUDE
-
-
-def select(
-    width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None, selection: Selection = "greedy"
-) -> Indices:
-    """Return the channels of a group to keep, sorted.
-
-    Args:
-        width_graph: the graph.
-        group: one of its groups.
-        width: how many channels to keep.
-        moments: what the readers see; without, or where nothing reads the group, the writers' largest rows are kept.
-        selection: the method, one of `SELECTIONS`, or a function that scores the channels.
-
-    Raises:
-        FxwidthError: there is no such method.
-    """
-    check_selection(selection)
-    if width >= group.width:
-        return np.arange(group.width, dtype=np.int64)
-    pairs = pairs_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
-    return _sorted(channel_order(width_graph, group, width, pairs, selection)[:width])
-
-
-def channel_order(
-    width_graph: WidthGraph, group: ChannelGroup, count: int, pairs: Pairs | None, selection: Selection
-) -> Tensor:
-    """Return all channels of a group, those first that are to be kept when so many are."""
-    if not isinstance(selection, str):
-        return scored_order(width_graph, group, selection)
-    return by_magnitude(width_graph, group) if pairs is None else rank(pairs, count, selection)
-
-
-def rank(pairs: Pairs, count: int, selection: str = "greedy") -> Tensor:
-    """Return all channels in the order of a method; those that nobody reads come last, whatever they may tell."""
-    # Dropping what nobody reads costs nothing at all.
-    read = pairs.read_channels()
-    is_read = torch.zeros(pairs.width, dtype=torch.bool, device=read.device)
-    is_read[read] = True
-    order = read[RANKINGS[selection](pairs.among(read).merged(), min(count, len(read)))] if len(read) else read
-    return torch.cat([order, torch.nonzero(~is_read)[:, 0]])
-
-
-def by_magnitude(width_graph: WidthGraph, group: ChannelGroup) -> Tensor:
-    """Return all channels, those with the largest rows in their writers first, batch norm scales folded in.
-
-    Without values (meta device, nothing that writes the group but biases) the order is that of the channels.
-    """
-    norms = writer_norms(width_graph, group)
-    return (
-        torch.arange(group.width, device="cpu") if norms is None else torch.argsort(norms, descending=True, stable=True)
-    )
-
-
-def _sorted(channels: Tensor) -> Indices:
-    return np.sort(channels.cpu().numpy().astype(np.int64))
+    """Tell whether a method asks what readers see of the channels; one that is not registered here does not."""
+    return not callable(selection) and selection in METHODS and METHODS[selection].needs_moments

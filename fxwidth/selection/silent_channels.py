@@ -33,7 +33,7 @@ def silent_channels(width_graph: WidthGraph, group: ChannelGroup, moments: Momen
         mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
         least = float(squares.amax()) * (ROUNDING * torch.finfo(mixings[0].tensor.dtype).eps) ** 2
         for dim, mixing in enumerate(mixings):
-            for positions in channel_positions(space, call.axes[id(mixing.tensor)][mixing.dim], group.factor):
+            for positions in channel_positions(space, call.axes[mixing.tensor][mixing.dim], group.factor):
                 places = torch.from_numpy(positions).to(squares.device)
                 largest = squares.movedim(dim, 0).reshape(squares.shape[dim], -1).amax(1)[places].amax(1)
                 quiet = largest <= least

@@ -132,13 +132,13 @@ class _Follower:
         self._example = example
         # What was added to values of the input, and the buffers of whole numbers that may be.
         self._added: dict[int, Tensor] = {}
-        self._known: dict[int, Tensor] = {}
+        self._known: dict[Tensor, Tensor] = {}
         for entry in analysis.parameters.values():
             tensor = entry.tensor
             if _is_integer(tensor) and tensor.numel() and not tensor.is_meta:
                 low, high = tensor.aminmax()
                 self._ranges[storage_of(entry.fake)] = int(low), int(high)
-                self._known[id(entry.fake)] = tensor
+                self._known[entry.fake] = tensor
         for call in analysis.calls:
             taken = [tensor for tensor in call.inputs if self._holds(tensor)]
             if taken:
@@ -160,7 +160,7 @@ class _Follower:
     def _take(self, call: OpCall, taken: list[Tensor]) -> None:
         """Note what an op does with values of the input, and follow what it makes of them."""
         unchanged = all(self._unchanged[storage_of(tensor)] for tensor in taken)
-        sizes = _looked_up(call, {id(tensor) for tensor in taken})
+        sizes = _looked_up(call, set(taken))
         if sizes is not None:
             self._look_up(call, taken, sizes, unchanged)
             if call.name not in _SAME_RANGE:
@@ -212,7 +212,7 @@ class _Follower:
             return None
         first, second = call.arguments["self"], call.arguments["other"]
         other = second if first is self._example else first
-        known = torch.tensor(other, device="cpu") if isinstance(other, int) else self._known.get(id(other))
+        known = torch.tensor(other, device="cpu") if isinstance(other, int) else self._known.get(other)
         shape = self._example.shape
         if known is None or call.outputs[0].shape != shape or (known.dim() == len(shape) and len(known) > 1):
             return None
@@ -240,19 +240,19 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _looked_up(call: OpCall, taken: set[int]) -> list[int] | None:
+def _looked_up(call: OpCall, taken: set[Tensor]) -> list[int] | None:
     """Return the sizes of the dims that an op numbers by some tensors; None where it numbers none by them."""
     arguments = call.arguments
     if call.name in _BY_LISTS:
         pairs = zip(arguments["self"].shape, arguments["indices"], strict=False)
-        return [size for size, index in pairs if index is not None and id(index) in taken] or None
+        return [size for size, index in pairs if index is not None and index in taken] or None
     if call.name in _CLASSES:
         scores = arguments["self"]
-        return [scores.shape[min(1, scores.dim() - 1)]] if id(arguments["target"]) in taken else None
+        return [scores.shape[min(1, scores.dim() - 1)]] if arguments["target"] in taken else None
     if call.name not in _LOOKUPS:
         return None
     numbers, table = (arguments[name] for name in _LOOKUPS[call.name])
-    if id(numbers) in taken:
+    if numbers in taken:
         dim = arguments.get("dim", 0)
         return [table.shape[dim] if table.dim() else 1]
     return [] if call.name in _BAGS else None

@@ -167,7 +167,7 @@ def _squares(width_graph: WidthGraph) -> Iterator[Probe]:
             groups = call.arguments.get("groups", 1)
             period = contraction.left.shape[1] // groups if groups > 1 else 0
             for tensor, dims in sides:
-                axis = call.axes[id(tensor)][dims[0]]
+                axis = call.axes[tensor][dims[0]]
                 if len(dims) == 1 and resizable(analysis, [axis]) and (period or not _holds_batch(analysis, axis)):
                     name = argument_name(call, tensor)
                     yield Probe(call, name, Measure.SQUARES, dims, 1, False, ((call.index, name),), period=period)
@@ -187,6 +187,6 @@ def _deviations(width_graph: WidthGraph) -> Iterator[Probe]:
         if not mixings:
             continue
         tensor, dims = mixings[0].tensor, tuple(mixing.dim for mixing in mixings)
-        if resizable(analysis, [call.axes[id(tensor)][dim] for dim in dims]):
+        if resizable(analysis, [call.axes[tensor][dim] for dim in dims]):
             name, centred = argument_name(call, tensor), NORMS[mixings[0].kind]
             yield Probe(call, name, Measure.DEVIATIONS, dims, 1, centred, ((call.index, name),))

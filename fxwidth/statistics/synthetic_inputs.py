@@ -253,20 +253,20 @@ def _has_places(analysis: Analysis, example: Tensor) -> bool:
     for call, derived in _followed(analysis, example, lambda call: [] if call.contractions else call.outputs):
         for contraction in call.contractions:
             summed = prod(contraction.left.shape[dim] for dim in contraction.left_dims)
-            if id(contraction.left) in derived and summed % places == 0 and not _is_convolution(call):
+            if contraction.left in derived and summed % places == 0 and not _is_convolution(call):
                 return True
     return False
 
 
 def _followed(
     analysis: Analysis, example: Tensor, passes_on: Callable[[OpCall], Iterable[Tensor]]
-) -> Iterator[tuple[OpCall, set[int]]]:
+) -> Iterator[tuple[OpCall, set[Tensor]]]:
     """Yield the ops that take an input, or what they pass on of it, and the ids of all such tensors before each."""
-    derived = {id(example)}
+    derived = {example}
     for call in analysis.calls:
-        if any(id(tensor) in derived for tensor in call.inputs):
+        if any(tensor in derived for tensor in call.inputs):
             yield call, derived
-            derived |= {id(tensor) for tensor in passes_on(call)}
+            derived |= set(passes_on(call))
 
 
 def _smooth(noise: Tensor) -> Tensor:

@@ -138,12 +138,12 @@ class Wiring:
         self.readers: list[Reader] = list(self._find_readers())
 
     @cached_property
-    def consumers(self) -> dict[int, list[OpCall]]:
+    def consumers(self) -> dict[Tensor, list[OpCall]]:
         """The ops that take a tensor, by its id."""
-        result: dict[int, list[OpCall]] = {}
+        result: dict[Tensor, list[OpCall]] = {}
         for call in self._analysis.calls:
-            for tensor in {id(tensor): tensor for tensor in call.inputs}.values():
-                result.setdefault(id(tensor), []).append(call)
+            for tensor in {tensor: tensor for tensor in call.inputs}.values():
+                result.setdefault(tensor, []).append(call)
         return result
 
     @cached_property
@@ -155,26 +155,26 @@ class Wiring:
             if call.index in inner or self._is_inside(call):
                 continue
             for tensor in call.inputs:
-                for name in self._made_of.get(id(tensor), ()):
+                for name in self._made_of.get(tensor, ()):
                     result.setdefault(name, []).append((call, tensor))
         return result
 
     @cached_property
     def shown(self) -> frozenset[str]:
         """The parameters that a model's output holds, itself or something that is made of parameters alone."""
-        return frozenset(name for tensor in self._analysis.outputs for name in self._made_of.get(id(tensor), ()))
+        return frozenset(name for tensor in self._analysis.outputs for name in self._made_of.get(tensor, ()))
 
     @cached_property
-    def _made_of(self) -> dict[int, frozenset[str]]:
+    def _made_of(self) -> dict[Tensor, frozenset[str]]:
         """Of which parameters each tensor that is made of parameters alone is made, numbers without dims included."""
-        result = {id(entry.fake): frozenset({name}) for name, entry in self._analysis.parameters.items()}
+        result = {entry.fake: frozenset({name}) for name, entry in self._analysis.parameters.items()}
         for call in self._analysis.calls:
             inputs = call.inputs
-            if not inputs or any(id(tensor) not in self._lineage for tensor in inputs):
+            if not inputs or any(tensor not in self._lineage for tensor in inputs):
                 continue
-            names = frozenset().union(*(result.get(id(tensor), frozenset()) for tensor in inputs))
+            names = frozenset().union(*(result.get(tensor, frozenset()) for tensor in inputs))
             for output in call.outputs:
-                result[id(output)] = result.get(id(output), frozenset()) | names
+                result[output] = result.get(output, frozenset()) | names
         return result
 
     def _is_inside(self, call: OpCall) -> bool:
@@ -182,7 +182,7 @@ class Wiring:
 
         Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
         """
-        of_parameters = all(id(tensor) in self._lineage for tensor in call.inputs)
+        of_parameters = all(tensor in self._lineage for tensor in call.inputs)
         return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
 
     def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
@@ -225,7 +225,7 @@ class Wiring:
 
     def values(self, tensor: Tensor | None) -> Tensor | None:
         """Return the numbers of a tensor of the tape that is a parameter or computed from parameters."""
-        if tensor is None or id(tensor) not in self._lineage:
+        if tensor is None or tensor not in self._lineage:
             return None
         view = self.view(tensor)
         if view is not None:
@@ -258,12 +258,12 @@ class Wiring:
             value = following
         if follower and is_arithmetic(follower[0].func, Arithmetic.SUM) and follower[0].arguments.get("alpha", 1) == 1:
             for tensor in follower[0].inputs:
-                if tensor is not value and id(tensor) in self._lineage and tensor.shape == value.shape[-1:]:
+                if tensor is not value and tensor in self._lineage and tensor.shape == value.shape[-1:]:
                     return follower[0], tensor
         return None
 
     def _only_consumer(self, tensor: Tensor) -> tuple[OpCall] | None:
-        consumers = self.consumers.get(id(tensor), [])
+        consumers = self.consumers.get(tensor, [])
         is_result = any(tensor is output for output in self._analysis.outputs)
         return (consumers[0],) if len(consumers) == 1 and not is_result else None
 
@@ -275,13 +275,13 @@ class Wiring:
                     (left, contraction.left_dims, right, contraction.right_dims),
                     (right, contraction.right_dims, left, contraction.left_dims),
                 ):
-                    if id(own) in self._lineage and id(other) not in self._lineage and len(own_dims) == 1:
+                    if own in self._lineage and other not in self._lineage and len(own_dims) == 1:
                         yield self._reader(call, other, other_dims[0], own, own_dims[0])
 
     def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:
         is_convolution = isinstance(family_of(call.func), Convolution)
         groups = call.arguments["groups"] if is_convolution else 1
-        axis = self._analysis.space.normalise(call.axes[id(activation)][dim])
+        axis = self._analysis.space.normalise(call.axes[activation][dim])
         axis, minor = without_minor(axis) if not is_convolution else (axis, 1)
         transposed = bool(call.arguments.get("transposed"))
         outputs = prod(size for i, size in enumerate(_distinct(weight)) if i != weight_dim)

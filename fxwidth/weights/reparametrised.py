@@ -76,7 +76,7 @@ def own_values(analysis: Analysis, found: Mapping[str, NormedWeight], name: str)
 
 def computed_values(analysis: Analysis, tensor: Tensor) -> Tensor:
     """Return the values of a tensor of the tape that is computed from parameters and buffers alone."""
-    values = {id(entry.fake): entry.tensor.detach() for entry in analysis.parameters.values()}
+    values = {entry.fake: entry.tensor.detach() for entry in analysis.parameters.values()}
     return _evaluated(analysis, tensor, values, lambda call: (call.func, call.arguments))
 
 
@@ -160,10 +160,10 @@ def _settled_vector(
     assert normed.product is not None
     norm = computed_values(analysis, normed.calls[0].arguments["other"])
     weight = _restored(width_graph, maps, normed, tensors[normed.parameter], norm)
-    values = {id(e.fake): tensors.get(name, e.tensor.detach()) for name, e in analysis.parameters.items()}
-    values[id(analysis.parameters[normed.parameter].fake)] = weight
+    values = {e.fake: tensors.get(name, e.tensor.detach()) for name, e in analysis.parameters.items()}
+    values[analysis.parameters[normed.parameter].fake] = weight
     product = _evaluated(analysis, normed.product, values, lambda call: prescribed(call, maps))
-    vector = values[id(analysis.parameters[normed.companion].fake)]
+    vector = values[analysis.parameters[normed.companion].fake]
     if abs(float(vector @ product)) < _ALIGNED * float(vector.norm() * product.norm()):
         vector = product  # what is left of the vector points elsewhere: this is where the next iteration leads
     estimate = vector @ product
@@ -174,12 +174,12 @@ def _settled_vector(
 
 
 def _find(analysis: Analysis) -> dict[str, NormedWeight]:
-    names = {id(entry.fake): name for name, entry in analysis.parameters.items()}
-    makers = {id(output): call for call in analysis.calls for output in call.outputs}
-    users: dict[int, list[OpCall]] = {}
+    names = {entry.fake: name for name, entry in analysis.parameters.items()}
+    makers = {output: call for call in analysis.calls for output in call.outputs}
+    users: dict[Tensor, list[OpCall]] = {}
     for call in analysis.calls:
         for tensor in call.inputs:
-            users.setdefault(id(tensor), []).append(call)
+            users.setdefault(tensor, []).append(call)
     by_name: dict[str, list[NormedWeight]] = {}
     for call in analysis.calls:
         found = _weight_norm(call, names) or _spectral_norm(call, names, makers, analysis)
@@ -188,7 +188,7 @@ def _find(analysis: Analysis) -> dict[str, NormedWeight]:
     result, shown = {}, analysis.outputs
     for name, several in by_name.items():
         inner = frozenset().union(*(one.inner for one in several))
-        used = [users.get(id(analysis.parameters[own].fake), []) for own in (name, several[0].companion)]
+        used = [users.get(analysis.parameters[own].fake, []) for own in (name, several[0].companion)]
         alone = all(call.index in inner for calls in used for call in calls)
         alone &= not any(analysis.parameters[own].fake is one for own in (name, several[0].companion) for one in shown)
         if alone and len({(one.companion, one.product is None) for one in several}) == 1:
@@ -197,32 +197,32 @@ def _find(analysis: Analysis) -> dict[str, NormedWeight]:
     return result
 
 
-def _weight_norm(call: OpCall, names: Mapping[int, str]) -> NormedWeight | None:
+def _weight_norm(call: OpCall, names: Mapping[Tensor, str]) -> NormedWeight | None:
     if as_family(call.func, WeightNorm) is None:
         return None
-    direction, length = (names.get(id(call.arguments[key])) for key in ("v", "g"))
+    direction, length = (names.get(call.arguments[key]) for key in ("v", "g"))
     if direction is None or length is None:
         return None
     return NormedWeight(direction, length, (call,), None, frozenset({call.index}))
 
 
 def _spectral_norm(
-    call: OpCall, names: Mapping[int, str], makers: Mapping[int, OpCall], analysis: Analysis
+    call: OpCall, names: Mapping[Tensor, str], makers: Mapping[Tensor, OpCall], analysis: Analysis
 ) -> NormedWeight | None:
     """Recognise W / (u . (W v)) with buffers u and v."""
-    if not is_arithmetic(call.func, Arithmetic.QUOTIENT) or id(call.arguments["self"]) not in names:
+    if not is_arithmetic(call.func, Arithmetic.QUOTIENT) or call.arguments["self"] not in names:
         return None
-    norm = makers.get(id(call.arguments["other"]))
+    norm = makers.get(call.arguments["other"])
     if norm is None or not _is_product(norm, "k,k->"):
         return None
-    name = names[id(call.arguments["self"])]
+    name = names[call.arguments["self"]]
     for vector, product in (norm.inputs, norm.inputs[::-1]):
-        companion = names.get(id(_original(vector, makers)))
-        maker = makers.get(id(product))
+        companion = names.get(_original(vector, makers))
+        maker = makers.get(product)
         if companion is None or maker is None or not _is_product(maker, "ik,k->i"):
             continue
         inner = {call.index, *_ancestry(norm, makers)}
-        sources = {names.get(id(tensor)) for index in inner for tensor in analysis.calls[index].inputs} - {None}
+        sources = {names.get(tensor) for index in inner for tensor in analysis.calls[index].inputs} - {None}
         buffers = [own for own in sources if own != name]
         if name in sources and not any(isinstance(analysis.parameters[str(b)].tensor, nn.Parameter) for b in buffers):
             return NormedWeight(name, companion, (call,), product, frozenset(inner))
@@ -234,16 +234,16 @@ def _is_product(call: OpCall, formula: str) -> bool:
     return product is not None and product.formula == formula and product.added is None
 
 
-def _original(tensor: Tensor, makers: Mapping[int, OpCall]) -> Tensor:
-    while (call := makers.get(id(tensor))) is not None and is_move(call.func, Move.COPY):
+def _original(tensor: Tensor, makers: Mapping[Tensor, OpCall]) -> Tensor:
+    while (call := makers.get(tensor)) is not None and is_move(call.func, Move.COPY):
         tensor = call.inputs[0]
     return tensor
 
 
-def _ancestry(call: OpCall, makers: Mapping[int, OpCall]) -> Iterator[int]:
+def _ancestry(call: OpCall, makers: Mapping[Tensor, OpCall]) -> Iterator[int]:
     yield call.index
     for tensor in call.inputs:
-        maker = makers.get(id(tensor))
+        maker = makers.get(tensor)
         if maker is not None and maker.index < call.index:
             yield from _ancestry(maker, makers)
 
@@ -251,28 +251,28 @@ def _ancestry(call: OpCall, makers: Mapping[int, OpCall]) -> Iterator[int]:
 def _evaluated(
     analysis: Analysis,
     tensor: Tensor,
-    values: Mapping[int, Tensor],
+    values: Mapping[Tensor, Tensor],
     version: Callable[[OpCall], tuple[torch._ops.OpOverload, dict[str, object]]],
 ) -> Tensor:
     """Run the ops that a tensor of the tape comes from on other values."""
-    needed, chosen = {id(tensor)}, []
+    needed, chosen = {tensor}, []
     for call in reversed(analysis.calls):
-        if any(id(output) in needed for output in call.outputs):
+        if any(output in needed for output in call.outputs):
             chosen.append(call)
-            needed.update(map(id, call.inputs))
+            needed.update(call.inputs)
     known = dict(values)
     with torch.no_grad(), plain_kernels():
         for call in reversed(chosen):
             if call.func._schema.is_mutable:
-                known |= {id(output): known[id(output)].clone() for output in call.outputs if id(output) in known}
+                known |= {output: known[output].clone() for output in call.outputs if output in known}
             func, arguments = version(call)
             args, kwargs = unbind(func, _with_values(arguments, known))
-            known |= zip(map(id, call.outputs), tensors_in(func(*args, **kwargs)), strict=True)
-    return known[id(tensor)]
+            known |= zip(call.outputs, tensors_in(func(*args, **kwargs)), strict=True)
+    return known[tensor]
 
 
-def _with_values(arguments: dict[str, object], known: Mapping[int, Tensor]) -> dict[str, object]:
+def _with_values(arguments: dict[str, object], known: Mapping[Tensor, Tensor]) -> dict[str, object]:
     result: dict[str, object] = pytree.tree_map(
-        lambda leaf: known[id(leaf)] if isinstance(leaf, Tensor) else leaf, arguments
+        lambda leaf: known[leaf] if isinstance(leaf, Tensor) else leaf, arguments
     )
     return result

@@ -98,7 +98,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         entry = width_graph.analysis.parameters[site.parameter]
         dim = site.parameter, site.dim
         uses = wiring.uses.get(site.parameter, [])
-        calls = [call for call, tensor in uses if _writes(call, tensor, lineage.get(id(tensor), ()), dim)]
+        calls = [call for call, tensor in uses if _writes(call, tensor, lineage.get(tensor, ()), dim)]
         # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
         if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue
@@ -132,7 +132,7 @@ def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, fac
     family = None if norm is None else running_norm(norm.func)
     if norm is None or family is None:
         return None
-    signal: Axis = norm.axes[id(norm.arguments["input"])][1]
+    signal: Axis = norm.axes[norm.arguments["input"]][1]
     occurrences = channel_positions(width_graph.analysis.space, signal, factor)
     variance = wiring.values(norm.arguments[family.variance])
     gain = wiring.values(norm.arguments["weight"])

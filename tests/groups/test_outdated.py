@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import fxwidth
 from fxwidth import FxwidthError, WidthGraph
-from fxwidth.costs.budget import cost_polynomial
+from fxwidth.costs.registry import cost_polynomial
 from fxwidth.importance.estimates import gather_evidence
 from fxwidth.resizing.resize import resize_analyzed
 from tests.zoo.nets import images

@@ -53,7 +53,7 @@ def partners(axis: Axis, maps: IndexMaps, factor: Factor) -> dict[int, list[int]
     old: dict[tuple[object, ...], list[int]] = {}
     new: dict[int, tuple[object, ...]] = {}
     for place, own in enumerate(_coordinates(axis, maps)):
-        others = tuple((id(element), 0 if element is factor else index) for element, index in own)
+        others = tuple((element, 0 if element is factor else index) for element, index in own)
         if any(element is factor and index >= factor.size for element, index in own):
             new[place] = others
         else:
@@ -153,14 +153,14 @@ def call_grown(probe: Probe, maps: IndexMaps, run: Interpretation, operands: Seq
     call = probe.analysis.calls[0]
     if run.norms:
         signal = call.arguments["input"]
-        ratio = signal.numel() / np.prod([maps.size(axis) for axis in call.axes[id(signal)]])
+        ratio = signal.numel() / np.prod([maps.size(axis) for axis in call.axes[signal]])
         maps = maps.with_variance_ratios({call.index: float(ratio)})
-    values = {id(e.fake): t for e, t in zip(probe.analysis.parameters.values(), operands, strict=True)}
+    values = {e.fake: t for e, t in zip(probe.analysis.parameters.values(), operands, strict=True)}
     if run.norms:
-        values[id(call.arguments["weight"])] = values[id(call.arguments["weight"])] * ratio**0.5
+        values[call.arguments["weight"]] = values[call.arguments["weight"]] * ratio**0.5
     func, arguments = prescribed(call, maps)
     real = {
-        name: pytree.tree_map(lambda leaf: values.get(id(leaf), leaf).clone() if isinstance(leaf, Tensor) else leaf, v)
+        name: pytree.tree_map(lambda leaf: values.get(leaf, leaf).clone() if isinstance(leaf, Tensor) else leaf, v)
         for name, v in arguments.items()
     }
     args, kwargs = unbind(func, real)
@@ -183,7 +183,7 @@ def judge(probe: Probe, roles: Roles, factor: Factor, kinds: Mapping[Slot, State
     # The saved statistics of a rescaled norm are not what they were; where they are used, it refuses.
     for output, new, old, axes in results[: 1 if run.norms else None]:
         agree &= torch.allclose(old_part(new, axes, maps).double(), old.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
-        states = run.states.get(id(output))
+        states = run.states.get(output)
         if run.refusal is not None or states is None:
             continue
         for dim, (axis, state) in enumerate(zip(axes, states, strict=True)):

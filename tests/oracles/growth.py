@@ -51,7 +51,7 @@ def grown_maps(wg: WidthGraph, widths: Mapping[ChannelGroup, int]) -> IndexMaps:
     ratios = {}
     for index in {index for group in widths for index in group.growth.norms}:
         call = wg.analysis.calls[index]
-        axes = call.axes[id(call.arguments["input"])][-len(call.arguments["normalized_shape"]) :]
+        axes = call.axes[call.arguments["input"]][-len(call.arguments["normalized_shape"]) :]
         ratios[index] = prod(map(axis_size, axes)) / prod(map(maps.size, axes))
     return maps.with_variance_ratios(ratios)
 
@@ -68,11 +68,11 @@ def grown_parameters(wg: WidthGraph, maps: IndexMaps) -> dict[str, Tensor]:
             tensor = tensor.index_select(dim, indices.clamp(min=0))
             tensor = tensor.index_fill(dim, (indices == NEW).nonzero().flatten(), 0)
         result[name] = new_entries(wg.analysis, wg.growths(maps), maps, name, tensor)
-    names = {id(entry.fake): name for name, entry in wg.analysis.parameters.items()}
+    names = {entry.fake: name for name, entry in wg.analysis.parameters.items()}
     gains = {
-        names[id(call.arguments["weight"])]: maps.variance_ratio(call.index)
+        names[call.arguments["weight"]]: maps.variance_ratio(call.index)
         for call in wg.analysis.calls
-        if id(call.arguments.get("weight")) in names
+        if call.arguments.get("weight") in names
     }
     return {name: tensor * gains[name] ** 0.5 if name in gains else tensor for name, tensor in result.items()}
 
@@ -80,22 +80,20 @@ def grown_parameters(wg: WidthGraph, maps: IndexMaps) -> dict[str, Tensor]:
 def replay(wg: WidthGraph, maps: IndexMaps, parameters: Mapping[str, Tensor], *inputs: Tensor) -> list[Tensor]:
     """Run the prescribed ops of the tape on real tensors."""
     analysis = wg.analysis
-    values = {id(entry.fake): parameters[name].clone() for name, entry in analysis.parameters.items()}
-    values |= {id(fake): value.clone() for fake, value in zip(analysis.inputs, inputs, strict=True)}
+    values = {entry.fake: parameters[name].clone() for name, entry in analysis.parameters.items()}
+    values |= {fake: value.clone() for fake, value in zip(analysis.inputs, inputs, strict=True)}
     with torch.no_grad(), plain_kernels():
         for call in analysis.calls:
             if not call.outputs:
                 continue
             func, arguments = prescribed(call, maps)
-            real = pytree.tree_map(
-                lambda leaf: values.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf, arguments
-            )
+            real = pytree.tree_map(lambda leaf: values.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf, arguments)
             args, kwargs = unbind(func, real)
             result = aten.reshape.default(*args) if func in _RESHAPES else func(*args, **kwargs)
             for output, tensor, axes in zip(call.outputs, tensors_in(result), call.output_axes, strict=True):
                 assert tuple(tensor.shape) == tuple(map(maps.size, axes)), f"{call.func} at node {call.node}"
-                values[id(output)] = tensor
-    return [values[id(output)] for output in analysis.outputs]
+                values[output] = tensor
+    return [values[output] for output in analysis.outputs]
 
 
 def change(wg: WidthGraph, widths: Mapping[ChannelGroup, int], *inputs: Tensor) -> float:
@@ -117,7 +115,7 @@ def change_by_recipe(wg: WidthGraph, group: ChannelGroup, width: int, recipe: Re
         for call in analysis.calls
         for mixing in call.mixings
         if mixing.kind in ("layer norm", "RMS norm")
-        and group.factor in analysis.space.factors(call.axes[id(mixing.tensor)][mixing.dim])
+        and group.factor in analysis.space.factors(call.axes[mixing.tensor][mixing.dim])
     ]
     forced = ChannelGroup(
         **{name: getattr(group, name) for name in ("name", "width", "sites", "pinned", "mixed", "factor", "least")},

@@ -162,16 +162,16 @@ def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
 def run_prescribed(probe: Probe, maps: IndexMaps, operands: Sequence[Tensor]) -> list[Tensor]:
     """Run what the tape of a sample becomes, and check the shape of every result on the way."""
     entries = probe.analysis.parameters.values()
-    values = {id(entry.fake): operand for operand, entry in zip(operands, entries, strict=True)}
+    values = {entry.fake: operand for operand, entry in zip(operands, entries, strict=True)}
     for call in probe.analysis.calls:
         func, arguments = prescribed(call, maps)
-        args, kwargs = unbind(func, pytree.tree_map(lambda leaf: values.get(id(leaf), leaf), arguments))
+        args, kwargs = unbind(func, pytree.tree_map(lambda leaf: values.get(leaf, leaf), arguments))
         results = tensors_in(func(*args, **kwargs))
         for output, result in zip(call.outputs, results, strict=True):
-            values[id(output)] = result
+            values[output] = result
             wanted = tuple(maps.size(axis) for axis in probe.analysis.axes_of(output))
             assert tuple(result.shape) == wanted, f"{func} prescribed for {probe.sample.op}"
-    return [values[id(tensor)] for tensor in tensors_in(probe.analysis.node_values["call"])]
+    return [values[tensor] for tensor in tensors_in(probe.analysis.node_values["call"])]
 
 
 def _old_part(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:

@@ -21,8 +21,8 @@ import fxwidth
 from fxwidth import Budget, FxwidthError, Plan
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
-from fxwidth.costs.budget import cost_polynomial
 from fxwidth.costs.latency import LATENCIES, latency_polynomial, nonnegative_fit, seconds_of
+from fxwidth.costs.registry import cost_polynomial
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.passes import PlanWidths, ResizeWidths
 from fxwidth.planning.allocation import Choice, allocate
@@ -44,7 +44,7 @@ class TestBudget:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            ({}, "a budget bounds at least one of params=, flops=, activation_memory=, latency="),
+            ({}, "a budget bounds at least one of params=, flops=, activation_memory=, latency=, costs="),
             ({"flops": 0}, "flops=0 must be at least 1."),
             ({"flops": 1.5}, "flops=1.5 as a ratio must lie in (0, 1]; give an int for an absolute count."),
             ({"latency": True}, "latency=True must be an int, the count to reach, or a float, its ratio."),
@@ -307,7 +307,7 @@ class TestLatency:
         assert law({}) > 0
         half = {group.factor: group.width // 2 for group in graph.free}
         assert law(half) < law({})
-        now = law({}) * 1e6
+        now = law({})
         chosen = plan(graph, budget=Budget(latency=0.5))
         assert chosen.notes["cost"]["latency"] == [pytest.approx(now), pytest.approx(0.5 * now, rel=0.05)]
         assert plan(graph, budget=Budget(latency=int(0.5 * now))).notes["cost"]["latency"][1] <= 0.5 * now

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.passes import PlanWidths, ResizeWidths
-from fxwidth.selection.registry import SELECTIONS
+from fxwidth.selection.registry import METHODS
 from tests.zoo.nets import images
 
 X = images(8).float()
@@ -154,7 +154,7 @@ def test_a_loss_that_fails(loss: Any, data: Any) -> None:
             data=data, loss=loss)  # fmt: skip
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", METHODS)
 @pytest.mark.parametrize("data", [None, [X], [X[:1]], [torch.zeros_like(X)]], ids=["none", "many", "one", "zeros"])
 @pytest.mark.parametrize("dead", ["0", "3", ""], ids=["first", "second", "all"])
 def test_singular_moments(dead: str, data: Any, selection: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.folding import fold
-from fxwidth.selection.registry import select
+from fxwidth.selection.orders import select
 from fxwidth.statistics.moments import moments_from_noise
 from tests.oracles.channels import (
     copy_channel,

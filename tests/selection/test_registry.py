@@ -19,7 +19,7 @@ from fxwidth.axes.positions import channel_positions, occupied_positions
 from fxwidth.reconstruction.folding import fold
 from fxwidth.selection.grams import Pairs, pairs_of
 from fxwidth.selection.methods import greedy_order
-from fxwidth.selection.registry import select
+from fxwidth.selection.orders import select
 from fxwidth.statistics.moments import moments_from_noise
 from tests.oracles.channels import (
     evidence,

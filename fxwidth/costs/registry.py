@@ -1,0 +1,111 @@
+"""The table of costs that a budget can bound: each is a polynomial in the widths, registered by its name."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fxwidth.axes.polynomials import Polynomial
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import WidthGraph
+
+CostFunction = Callable[[WidthGraph], Polynomial]
+_Function = TypeVar("_Function", bound=CostFunction)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One cost of a network.
+
+    Attributes:
+        name: what a budget calls it.
+        unit: the unit that it is counted in, in the plural.
+        polynomial: gives the cost of a graph at all widths.
+    """
+
+    name: str
+    unit: str
+    polynomial: CostFunction
+
+
+COSTS: dict[str, Cost] = {}
+
+
+def cost(name: str, unit: str) -> Callable[[_Function], _Function]:
+    """Register a function as a cost that `Budget(costs={name: bound})` can bound.
+
+    Args:
+        name: an identifier that is not taken.
+        unit: the unit that it is counted in, in the plural, for errors. Absolute bounds are whole numbers of it, so
+            choose one of which a network costs many.
+
+    Raises:
+        FxwidthError: the name is no identifier, or taken.
+
+    Example:
+        >>> @fxwidth.cost("quantized", unit="bytes")
+        ... def quantized(width_graph):
+        ...     return fxwidth.Polynomial.sum([(0.5, fxwidth.cost_polynomial(width_graph, "params"))])
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> dict(fxwidth.plan(fxwidth.analyze(gm), budget=fxwidth.Budget(costs={"quantized": 0.5})))
+        {'0': 7}
+    """
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise FxwidthError(f"cost({name!r}): a cost's name is an identifier, by which a budget names it.")
+    if name in COSTS:
+        raise FxwidthError(f"cost({name!r}): there is a cost of that name; choose another.")
+
+    def registering(function: _Function) -> _Function:
+        COSTS[name] = Cost(name, unit, function)
+        return function
+
+    return registering
+
+
+def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
+    """Return a cost of a graph as a polynomial in the widths of its groups.
+
+    Calling it with new widths by factor, `polynomial({group.factor: 8})`, gives the cost at these; what is not named
+    stays as it is.
+
+    Args:
+        width_graph: the graph.
+        name: "params", "flops", "activation_memory" (bytes), "latency" (microseconds), or one that was registered by
+            `cost`.
+
+    Raises:
+        FxwidthError: there is no such cost, its function gives no polynomial or cannot know it of this model, or the
+            graph has changed since it was analysed.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> graph = fxwidth.analyze(fxwidth.trace(net, torch.randn(2, 8)))
+        >>> params = fxwidth.cost_polynomial(graph, "params")
+        >>> params({}), params({graph.free[0].factor: 10})
+        (212, 134)
+    """
+    width_graph.refuse_outdated()
+    result: Any = _known(name).polynomial(width_graph)
+    if not isinstance(result, Polynomial):
+        raise FxwidthError(
+            f"the cost {name!r} gave {type(result).__name__}; return an fxwidth.Polynomial, as cost_polynomial gives."
+        )
+    return result
+
+
+def _known(name: str) -> Cost:
+    if name not in COSTS:
+        raise FxwidthError(f"there is no cost {name!r}; they are {', '.join(map(repr, COSTS))}.")
+    return COSTS[name]
+
+
+def cost_unit(name: str) -> str:
+    """Return the unit of a cost.
+
+    Raises:
+        FxwidthError: there is no such cost.
+    """
+    return _known(name).unit

@@ -1,0 +1,87 @@
+"""The channels of a group in the order of a method, whatever evidence there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxwidth.axes.index_maps import Indices
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.selection.grams import Pairs, pairs_of
+from fxwidth.selection.methods import magnitude_scores
+from fxwidth.selection.registry import METHODS, Selection, check_selection, reads_moments
+from fxwidth.selection.scores import scored_order
+from fxwidth.statistics.moments import Moments
+
+
+def select(
+    width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None, selection: Selection = "greedy"
+) -> Indices:
+    """Return the channels of a group to keep, sorted.
+
+    Args:
+        width_graph: the graph.
+        group: one of its groups.
+        width: how many channels to keep.
+        moments: what the readers see; without, or where nothing reads the group, the writers' largest rows are kept.
+        selection: the method, one that is registered, or a function that scores the channels.
+
+    Raises:
+        FxwidthError: there is no such method, or what it gives is no order or no scores.
+    """
+    check_selection(selection)
+    if width >= group.width:
+        return np.arange(group.width, dtype=np.int64)
+    pairs = pairs_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
+    order = channel_order(width_graph, group, width, pairs, selection)
+    return np.sort(order[:width].cpu().numpy().astype(np.int64))
+
+
+def channel_order(
+    width_graph: WidthGraph, group: ChannelGroup, count: int, pairs: Pairs | None, selection: Selection
+) -> Tensor:
+    """Return all channels of a group, those first that are to be kept when so many are.
+
+    Raises:
+        FxwidthError: what the method gives is no order or no scores.
+    """
+    if not isinstance(selection, str):
+        return scored_order(width_graph, group, selection)
+    if not reads_moments(selection):
+        return scored_order(width_graph, group, METHODS[selection].function)
+    # Where nothing is known of what is read, the writers tell.
+    return scored_order(width_graph, group, magnitude_scores) if pairs is None else rank(pairs, count, selection)
+
+
+def rank(pairs: Pairs, count: int, selection: str = "greedy") -> Tensor:
+    """Return all channels in the order of a method; those that nobody reads come last, whatever they may tell.
+
+    Raises:
+        FxwidthError: what the method gives is no order.
+    """
+    # Dropping what nobody reads costs nothing at all.
+    read = pairs.read_channels()
+    is_read = torch.zeros(pairs.width, dtype=torch.bool, device=read.device)
+    is_read[read] = True
+    if len(read):
+        order = METHODS[selection].function(pairs.among(read).merged(), min(count, len(read)))
+        read = read[_checked(order, len(read), selection).to(read.device)]
+    return torch.cat([read, torch.nonzero(~is_read)[:, 0]])
+
+
+def _checked(order: Any, width: int, selection: str) -> Tensor:
+    numbers = torch.as_tensor(order)
+    if numbers.shape != (width,) or numbers.is_floating_point() or numbers.is_complex():
+        form = f"{str(numbers.dtype).removeprefix('torch.')} of shape {list(numbers.shape)}"
+        raise FxwidthError(f"selection={selection!r} gave {form}; return all {width} channels, those to keep first.")
+    if not torch.equal(numbers.sort().values.cpu(), torch.arange(width, device="cpu").to(numbers.dtype)):
+        raise FxwidthError(
+            f"selection={selection!r} gave an order that does not name each of {width} channels once; return a "
+            "permutation of them, those to keep first."
+        )
+    return numbers
