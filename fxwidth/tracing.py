@@ -37,6 +37,7 @@ from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemor
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
+from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import is_sound, tensor_slots
 
 
@@ -134,7 +135,9 @@ def analyze_module(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
     call = call_of(example_inputs, example_kwargs)
-    return Transaction(module, is_run_only=True).run(partial(_analyzed, module, call))
+    with without_collections():
+        transaction = Transaction(module, is_run_only=True)
+    return transaction.run(partial(_analyzed, module, call))
 
 
 def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:

@@ -79,19 +79,27 @@ class _Reach:
     def __init__(self) -> None:
         self.kept = Kept()
         self.known: set[int] = set()
-        self._codes: set[types.CodeType] = set()
+        self._kinds: set[type] = set()  # of modules
+        self._ways: dict[type, Callable[[_Reach, Any], object] | None] = {}
         self._names: set[str] = set(_CALLS)
         self._spaces: dict[int, Any] = {}  # the attributes of classes and modules, by name
         self._globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
 
     def add_module(self, part: nn.Module) -> None:
         """Take the code of a module: its class, its hooks, functions among its attributes, those that a graph calls."""
-        self._add_class(type(part))
+        own = part.__dict__
+        if type(part) not in self._kinds:
+            self._kinds.add(type(part))
+            self._add_class(type(part))
         for name in _HOOKS:
-            self.add_all(part.__dict__.get(name, {}).values())
+            if own.get(name):
+                self.add_all(own[name].values())
         # The data among attributes is remembered with the module.
-        self.add_all([value for name, value in part.__dict__.items() if name not in _OF_TORCH], 1)
-        self.add_all(called_functions(part))
+        values = [value for name, value in own.items() if type(value) not in _PLAIN and name not in _OF_TORCH]
+        if values:
+            self.add_all(values, 1)
+        if isinstance(part, fx.GraphModule):
+            self.add_all(called_functions(part))
 
     def add_all(self, values: Iterable[Any], depth: int = 0) -> None:
         """Take some values."""
@@ -121,7 +129,9 @@ class _Reach:
         if kind in _PLAIN or id(value) in self.known:
             return
         self.known.add(id(value))
-        way = next((way for base, way in _WAYS if issubclass(kind, base)), None)
+        if kind not in self._ways:
+            self._ways[kind] = next((way for base, way in _WAYS if issubclass(kind, base)), None)
+        way = self._ways[kind]
         if way is not None:
             way(self, value)
         elif issubclass(kind, _CONTAINERS):

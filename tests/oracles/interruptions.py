@@ -21,6 +21,7 @@ import torch
 import torch._export.non_strict_utils
 from torch import Tensor, _ops, fx, nn
 from torch.fx import _symbolic_trace
+from torch.fx.experimental import proxy_tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
@@ -61,11 +62,20 @@ class Counter:
         if self.count == 0 and self._since not in ("", code.co_name):
             return
         self.count += 1
-        if self._at is None:
+        if self._at is None and not _is_under_dispatch(frame):
             name = f"{code.co_filename}:{code.co_firstlineno}"
             self.functions.setdefault(name, []).append(self.count)
         elif self.count == self._at:
             raise KeyboardInterrupt
+
+
+def _is_under_dispatch(frame: FrameType | None) -> bool:
+    """Tell whether torch's exporter is called back by code in C++, which an exception may not pass everywhere."""
+    while frame is not None:
+        if frame.f_code is proxy_tensor.proxy_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_of_contextlib(frame: FrameType | None) -> bool:
