@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
 import fxwidth
 from fxwidth.tracing import analyze_module
@@ -96,13 +97,39 @@ def assert_undone(name: str, choose: Callable[[dict[str, list[int]]], list[int]]
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"leaves"}))  # of which a trace takes long
 def test_an_interruption_changes_nothing(name: str) -> None:
     def some(functions: dict[str, list[int]]) -> list[int]:
-        count = 1 if name == "export" else 15
+        count = 1 if name == "export" else 25
         tracing = [points[-1] for place, points in functions.items() if place.startswith(TRACERS)]
         calls = [point for points in functions.values() for point in points]
         chosen = random.Random(0)
         return sorted({*chosen.sample(calls, count), *chosen.sample(tracing, min(count, len(tracing)))})
 
     assert_undone(name, some)
+
+
+def test_an_interruption_is_heeded_where_torch_raises_an_error_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symbolic tracing, which would be taken for one that has failed."""
+
+    class Interrupted:
+        def __init__(self) -> None:
+            raise KeyboardInterrupt
+
+    model = Kept()
+    before = state_of(model)
+    monkeypatch.setattr(_symbolic_trace, "_Patcher", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxwidth.trace(model, torch.ones(3, 6))
+    monkeypatch.undo()
+    assert not differences(before, state_of(model))
+
+
+def test_a_trace_after_an_interruption_may_fail() -> None:
+    model = Kept()
+    model.down = nn.Linear(7, 4)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(fxwidth.FxwidthError):
+            fxwidth.trace(model, torch.ones(3, 6))
 
 
 @pytest.mark.slow

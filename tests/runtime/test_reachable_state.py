@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import TrackedFake
 
 import fxwidth
+from fxwidth.runtime import module_state
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.oracles.judges import ROUNDING
 from tests.oracles.untouched import untouched
@@ -271,6 +272,18 @@ def test_what_hooks_keep_is_kept_by_the_graph_and_not_by_looking(name: str, ever
         copy.deepcopy(gm)
     finally:
         handle.remove()
+
+
+def test_an_analysis_looks_once_at_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[0].register_forward_hook(into_list)
+    gm = fxwidth.trace(model, torch.randn(4, 10))
+    found: list[int] = []
+    reach = module_state.keep_reachable
+    monkeypatch.setattr(module_state, "keep_reachable", lambda parts: found.append(len(list(parts))) or reach(parts))
+    fxwidth.analyze(gm)
+    assert len(found) == 1
+    assert not FOUND
 
 
 class Guarded:
