@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxwidth.runtime.namespaces import ClassSpace, SlotSpace, attributes_of, slots_of
+
 _MISSING = object()
 # What holds no other objects, or none that are a model's own. Modules are gone through one by one.
 _CLOSED = (
@@ -101,7 +103,7 @@ class Kept:
         if id(kind) in self._seen:
             return
         self._seen.add(id(kind))
-        space = _ClassSpace(kind)
+        space = ClassSpace(kind)
         before = dict(space)
         self._owner = kind
         self._namespaces.append(_Namespace(space, before, kind))
@@ -164,21 +166,11 @@ class Kept:
             if len(container.before) <= _LONGEST:
                 is_mapping = isinstance(container.before, dict)
                 self._add_parts(container.before.values() if is_mapping else container.before, depth)
-        for space in (attributes_of(value), _SlotSpace(value) if _slots(type(value)) else None):
+        for space in (attributes_of(value), SlotSpace(value) if slots_of(type(value)) else None):
             if space is not None and depth < _DEEPEST:
                 before = dict(space)
                 self._namespaces.append(_Namespace(space, before, self._owner))
                 self._add_parts(before.values(), depth + 1)
-
-
-def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Return the attributes of an object, without asking its own code."""
-    read = type(value).__getattribute__
-    try:
-        own = (object.__getattribute__ if type(read) is types.FunctionType else read)(value, "__dict__")
-    except AttributeError:
-        return None
-    return own if isinstance(own, dict) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -297,57 +289,3 @@ _KINDS = (
     _Kind(set, lambda value: set(set.__iter__(value)), _fill_set),
     _Kind(deque, lambda value: list(deque.__iter__(value)), _fill_deque),
 )
-
-
-class _SlotSpace(MutableMapping[str, Any]):
-    """The attributes of an object that are in slots."""
-
-    def __init__(self, owner: Any) -> None:
-        self._owner = owner
-        self._slots = _slots(type(owner))
-
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return self._slots[name].__get__(self._owner)
-        except AttributeError as error:
-            raise KeyError(name) from error
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._slots[name].__set__(self._owner, value)
-
-    def __delitem__(self, name: str) -> None:
-        self._slots[name].__delete__(self._owner)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._slots if self.get(name, _MISSING) is not _MISSING)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _slots(kind: type) -> dict[str, Any]:
-    """Return the slots of a class written in Python."""
-    bases = [base for base in kind.__mro__ if "__slots__" in vars(base)]
-    return {n: s for base in bases for n, s in vars(base).items() if isinstance(s, types.MemberDescriptorType)}
-
-
-class _ClassSpace(MutableMapping[str, Any]):
-    """The attributes of a class, but those by which Python itself works."""
-
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
-
-    def __getitem__(self, name: str) -> Any:
-        return vars(self._kind)[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        type.__setattr__(self._kind, name, value)
-
-    def __delitem__(self, name: str) -> None:
-        type.__delattr__(self._kind, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in list(vars(self._kind)) if not (name.startswith("__") or name == "_abc_impl"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

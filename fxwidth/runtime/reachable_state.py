@@ -11,12 +11,13 @@ import threading
 import types
 import weakref
 from collections import UserDict, UserList
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxwidth.runtime.kept_objects import SIMPLE, Kept, attributes_of
+from fxwidth.runtime.kept_objects import SIMPLE, Kept
+from fxwidth.runtime.namespaces import CellSpace, NamedSpace, attributes_of
 
 # Whose code keeps nothing of what a model computes.
 _FOREIGN = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "fxwidth"}
@@ -122,7 +123,7 @@ class _Reach:
                 done.add((number, name))
                 self._add(self._spaces[number][name], 0)
         for space, names in self._globals.values():
-            self.kept.add_namespace(_Named(space, names))
+            self.kept.add_namespace(NamedSpace(space, names))
 
     def _add(self, value: Any, depth: int) -> None:
         kind = type(value)
@@ -151,8 +152,8 @@ class _Reach:
         if is_foreign(function):
             return
         for cell in function.__closure__ or ():
-            self.kept.add_namespace(_Cell(cell))
-            self.add_all(dict(_Cell(cell)).values())
+            self.kept.add_namespace(CellSpace(cell))
+            self.add_all(dict(CellSpace(cell)).values())
         self.add_all((function.__defaults__ or (), function.__kwdefaults__ or {}))
         self.kept.add_namespace(function.__dict__)
         self.add_all(function.__dict__.values())
@@ -209,51 +210,3 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     """Return the names of globals and attributes that a piece of code mentions, with the code in it."""
     inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return frozenset(code.co_names).union(*inner)
-
-
-class _Named(MutableMapping[str, Any]):
-    """Some of the names in a namespace."""
-
-    def __init__(self, space: dict[str, Any], names: set[str]) -> None:
-        self._space, self._names = space, names
-
-    def __getitem__(self, name: str) -> Any:
-        return self._space[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._space[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._space[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([name for name in self._names if name in self._space])
-
-    def __len__(self) -> int:
-        return sum(name in self._space for name in self._names)
-
-
-class _Cell(MutableMapping[str, Any]):
-    """A variable that functions share."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self._cell = cell
-
-    def __getitem__(self, name: str) -> Any:
-        return self._cell.cell_contents
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._cell.cell_contents = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._cell.cell_contents
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(["cell_contents"] if len(self) else [])
-
-    def __len__(self) -> int:
-        try:
-            self._cell.cell_contents  # noqa: B018 - it raises where there is nothing
-        except ValueError:
-            return 0
-        return 1
