@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
@@ -30,14 +29,21 @@ from fxwidth.frontends.call_signature import (
     refuse_guarded,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
-from fxwidth.frontends.forgotten_state import leave, plain_changes, progress, refuse_computed_outside, same_changes
+from fxwidth.frontends.forgotten_state import (
+    leave,
+    plain_changes,
+    progress,
+    refuse_computed_inside,
+    refuse_computed_outside,
+    same_changes,
+)
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions, quiet
 from fxwidth.runtime.kept_objects import Change
-from fxwidth.runtime.module_state import restored, same_values, stores
-from fxwidth.runtime.pytrees import Leaf, Structure, deep_tensors, flatten, flatten_each, rebuild_each
+from fxwidth.runtime.module_state import restored, same_values
+from fxwidth.runtime.pytrees import Leaf, Structure, flatten, flatten_each, rebuild_each
 from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
 
@@ -96,10 +102,7 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         watch.take(model.buffers())
         result = forward(*leaves)
         # Here, since the exporter puts attributes of submodules back when it ends.
-        for place, part in stores(model, FakeTensor):
-            is_buffer = place.rpartition(".")[2] in part._buffers
-            if not is_buffer and not all(map(watch.is_table, deep_tensors(getattr(part, place.rpartition(".")[2])))):
-                raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
+        refuse_computed_inside(model, watch.is_table)
         changes[:] = plain_changes(held.own.changes())
         return result
 
@@ -112,23 +115,11 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         # It works on stand-ins for parameters and buffers, but on other tensors themselves.
         others = [tensor for tensor in held.tensors if id(tensor) not in registered]
-        stack.enter_context(same_values(others))
-        stack.enter_context(refusing_reads(memory_of(others)))
         for context in (
-            watching_effects(refuse_effect),
-            questions.heard(),
-            answering_as_in_eager_mode(),
-            _nothing_left(),
-            watch,
-            refusing_draws(),
+            *(same_values(others), refusing_reads(memory_of(others)), watching_effects(refuse_effect)),
+            *(questions.heard(), answering_as_in_eager_mode(), _nothing_left(), watch, refusing_draws(), _silently()),
         ):
             stack.enter_context(context)
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(quiet())
-        # It prints the graph it has got so far when it fails, which here means only that another front end is asked.
-        stack.enter_context(redirect_stderr(StringIO()))
-        # What a model keeps is looked at here, and what recurrent layers keep are their own weights.
-        warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
 
         def exported() -> torch.export.ExportedProgram:
             with heeding_interruptions():
@@ -162,6 +153,15 @@ def _refuse_transforms(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if getattr(node.target, "__module__", None) == _TRANSFORMS:
             raise UntraceableError(f"the exported graph has a part under a transform of torch.func ({node.name})")
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Silence the exporter, which prints the graph it has got when it fails: here another front end is asked then."""
+    with warnings.catch_warnings(), quiet(), redirect_stderr(StringIO()):
+        # What a model keeps is looked at here, and what recurrent layers keep are their own weights.
+        warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
+        yield
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxwidth.runtime.kept_objects import Change, Kept, holds
-from fxwidth.runtime.module_state import Held
+from fxwidth.runtime.module_state import Held, stores
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.trace_guards import UntraceableError
 
@@ -24,6 +25,18 @@ def refuse_stores_outside(held: Held) -> None:
     for change in held.outside.changes():
         if holds(change.new, fx.Proxy):
             raise UntraceableError(f"the model keeps what it computes {_place(change)}, which a graph does not")
+
+
+def refuse_computed_inside(model: nn.Module, is_table: Callable[[Tensor], bool]) -> None:
+    """Check that of what a model keeps in attributes while it is exported, all is a table that is made once.
+
+    Raises:
+        UntraceableError: it keeps what it computes.
+    """
+    for place, part in stores(model, FakeTensor):
+        name = place.rpartition(".")[2]
+        if name not in part._buffers and not all(map(is_table, deep_tensors(getattr(part, name)))):
+            raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
 def refuse_computed_outside(held: Held, is_table: Callable[[Tensor], bool]) -> None:
