@@ -20,7 +20,7 @@ from torch.fx import graph_module
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxwidth.errors import FxwidthError
-from fxwidth.serialization.graph_data import WRAPPED, name_node
+from fxwidth.serialization.graph_data import WRAPPED
 from fxwidth.serialization.graph_pickling import blank, pickle_as_data
 
 __all__ = ["Unpickler", "load"]
@@ -164,7 +164,9 @@ class _Recorder(GraphAppendingTracer):
     ) -> fx.Node:
         """Add a node to the graph, by the name that it has in the code."""
         name = next(self._names) if name is None else name
-        return name_node(super().create_node(kind, target, args, kwargs, name, type_expr), name)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.name = name
+        return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for the value of a node."""
