@@ -830,7 +830,7 @@ FAULTS: tuple[Fault, ...] = (
         "what an iterator gives is for the plan alone",
         'given = {**given, "data": replayed(given.get("data"))}',
         "given = dict(given)",
-        ("test_options.py::test_patterns_and_batches_may_come_from_iterators",),
+        ("test_options.py::test_batches_of_an_iterator_are_there_in_every_round",),
     ),
     Fault(
         "fxwidth/options.py",
