@@ -111,7 +111,7 @@ class ComparedFromOne(nn.Module):
         self.body = body(CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body((x[..., None] == torch.arange(1, CLASSES + 1)).double().sum(1))
+        return self.body((x[..., None] == torch.arange(1, CLASSES + 1, device=x.device)).double().sum(1))
 
 
 class Bag(nn.Module):
