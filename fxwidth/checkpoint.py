@@ -186,8 +186,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         for plan, ratios, channels in zip(widths, norms, kept, strict=True):
             graph = WidthGraph(analyze_module(module))
             plan = {_present_name(graph, name): width for name, width in plan.items()}
-            named = {_present_name(graph, name): own for name, own in channels.items()}
-            resize_analyzed(graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios, kept=named)
+            resize_analyzed(graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios, kept=channels)
         tensors = named_tensors(module)
         names = set(file.keys())
         filled = {id(tensor) for name, tensor in tensors.items() if name in names}

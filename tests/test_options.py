@@ -182,3 +182,16 @@ def test_patterns_and_batches_may_come_from_iterators() -> None:
     fxwidth.evolve(wanted, params=0.8, only=["0", "2"], same_width=[["0", "2"]], data=[X])
     fxwidth.evolve(gm, params=0.8, only=iter(["0", "2"]), same_width=iter([iter(["0", "2"])]), data=iter([X]))
     assert all(torch.equal(a, b) for a, b in zip(gm.parameters(), wanted.parameters(), strict=True))
+
+
+def test_batches_of_an_iterator_are_there_in_every_round() -> None:
+    found = []
+    for data in ([X], iter([X])):
+        torch.manual_seed(0)
+        gm = fxwidth.trace(trained_like(conv()), X)
+        evolver = fxwidth.Evolver(gm, every=1, rounds=2, params=0.5, data=data)
+        evolver.step()
+        evolver.step()
+        assert evolver.finished
+        found.append(gm)
+    assert all(torch.equal(a, b) for a, b in zip(*(gm.parameters() for gm in found), strict=True))

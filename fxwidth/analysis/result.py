@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ class Analysis:
     lost: tuple[LostGroup, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     seen: GraphState | None = None
+
+    @cached_property
+    def names(self) -> dict[Tensor, str]:
+        """The names of parameters and buffers by the fakes that stand for them."""
+        return {entry.fake: name for name, entry in self.parameters.items()}
 
     def samples_in(self, values: Any) -> int:
         """Return how many samples there are in one value per placeholder."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch._ops import OpOverload
 
+from fxwidth.analysis.def_use import def_use
 from fxwidth.axes.index_maps import Indices
 from fxwidth.bases.channel_provenance import Origins
 from fxwidth.groups.width_graph import WidthGraph
@@ -79,15 +80,13 @@ def inner_norms(
         calls: all ops that see the channels of a group, in order.
         paths: where the channels of each parameter go, by its name.
     """
-    found = [_inner_norm(width_graph, call, calls, paths) for call in calls if running_norm(call.func)]
+    found = [_inner_norm(width_graph, call, paths) for call in calls if running_norm(call.func)]
     whole = [norm for norm in found if norm is not None]
     return whole if len(whole) == len(found) else None
 
 
-def _inner_norm(
-    width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall], paths: Mapping[str, Origins]
-) -> InnerNorm | None:
-    layer, family = _layer_of(width_graph, call, calls), running_norm(call.func)
+def _inner_norm(width_graph: WidthGraph, call: OpCall, paths: Mapping[str, Origins]) -> InnerNorm | None:
+    layer, family = _layer_of(width_graph, call), running_norm(call.func)
     if layer is None or family is None or family.by_own_batch(call.arguments):
         return None
     writers = []
@@ -131,13 +130,12 @@ def _sole_parameter(width_graph: WidthGraph, call: OpCall, argument: str) -> str
     return view.parameter if tensor.numel() == whole.numel() else None
 
 
-def _layer_of(width_graph: WidthGraph, call: OpCall, calls: Sequence[OpCall]) -> OpCall | None:
+def _layer_of(width_graph: WidthGraph, call: OpCall) -> OpCall | None:
     """Return the layer whose result a batch norm alone reads."""
-    consumers, outputs = wiring_of(width_graph).consumers, width_graph.analysis.outputs
-    makers = {output: maker for maker in calls for output in maker.outputs}
+    tape, outputs = def_use(width_graph.analysis), width_graph.analysis.outputs
     tensor = call.arguments["input"]
-    while len(consumers.get(tensor, [])) == 1 and not any(tensor is output for output in outputs):
-        maker = makers.get(tensor)
+    while len(tape.consumers_of(tensor)) == 1 and not any(tensor is output for output in outputs):
+        maker = tape.producers.get(tensor)
         if maker is None or _parameters_of(maker.func):
             return maker
         if not is_move(maker.func, *_MOVES) or len(maker.outputs) != 1:

@@ -69,9 +69,8 @@ def _decisive(node: Any, answer: bool) -> list[Any]:
     """Return the sizes of which it would have been another answer if they were one."""
     question = node.shape_env.replace(node.expr)
     symbols = sorted(question.free_symbols, key=str)
-    ways = [symbols, *([symbol] for symbol in symbols)]
-    found = (way for way in ways if _truth(question.xreplace(dict.fromkeys(way, sympy.S.One))) is (not answer))
-    return list(next(found, ()))
+    of_ones = question.xreplace(dict.fromkeys(symbols, sympy.S.One))
+    return symbols if _truth(of_ones) is (not answer) else []
 
 
 def _truth(value: Any) -> bool | None:

@@ -136,8 +136,7 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
     if one.is_meta or one.layout != torch.strided:
         return one.shape == other.shape
     with torch.no_grad():
-        has_nan = one.is_floating_point() and one.shape == other.shape and one.dtype == other.dtype
-        return torch.equal(one, other) or (has_nan and torch.allclose(one, other, 0, 0, equal_nan=True))
+        return torch.equal(one, other)
 
 
 def warn_of_own_methods(model: nn.Module, module: fx.GraphModule, own: OwnModes) -> None:

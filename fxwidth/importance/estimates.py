@@ -207,13 +207,12 @@ def refuse_negative_variances(width_graph: WidthGraph) -> None:
     Raises:
         FxwidthError: one does.
     """
-    names = {entry.fake: name for name, entry in width_graph.analysis.parameters.items()}
     for call in width_graph.analysis.calls:
         norm = running_norm(call.func)
         if norm is None:
             continue
         variance = call.arguments.get(norm.variance)
-        name = None if variance is None else names.get(variance)
+        name = None if variance is None else width_graph.analysis.names.get(variance)
         values = None if name is None else width_graph.analysis.parameters[name].tensor
         if values is None or values.device.type == "meta":
             continue

@@ -134,7 +134,7 @@ class Recalibration:
 def statistics_used_elsewhere(width_graph: WidthGraph) -> dict[str, str]:
     """Return the running statistics of batch norms that are not to be corrected, since others use them, and why."""
     wiring = wiring_of(width_graph)
-    names = {entry.fake: name for name, entry in width_graph.analysis.parameters.items()}
+    names = width_graph.analysis.names
 
     def as_statistic(call: OpCall, tensor: Tensor) -> bool:
         return any(own is tensor for own in _running_statistics(call))

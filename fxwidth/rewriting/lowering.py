@@ -48,7 +48,6 @@ class Lowering:
         self._graph = graph
         self._add_constant = add_constant
         self._add_dropout = add_dropout
-        self._parameter_names = {entry.fake: name for name, entry in analysis.parameters.items()}
 
     def lower(
         self,
@@ -195,7 +194,7 @@ class Lowering:
     def _tensor(self, value: Tensor) -> fx.Node:
         known = self._known.get(id(value))
         if known is None:
-            name = self._parameter_names.get(value) or self._add_constant(value)
+            name = self._analysis.names.get(value) or self._add_constant(value)
             known = self._known[id(value)] = self._graph.get_attr(name)
         return known
 

@@ -107,7 +107,7 @@ def watching_effects(see: See, *, regions: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hooks_on_gradients_alone() -> Iterator[None]:
-    """Let code that is run without gradients put hooks on tensors that have none, which torch refuses."""
+    """Let code that is run without gradients put hooks on tensors some of which have none, which torch refuses."""
     is_tensor_method_or_property(Tensor.add)
     hooking = [(Tensor, name) for name in _HOOKING] + [(torch.autograd.graph, "register_multi_grad_hook")]
     with _in_place_of([(owner, name, _if_it_can(getattr(owner, name))) for owner, name in hooking]):
@@ -133,7 +133,7 @@ def _if_it_can(hook: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(hook)
     def put(tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         each = [tensors] if isinstance(tensors, Tensor) else tensors
-        return hook(tensors, *args, **kwargs) if any(t.requires_grad for t in each) else RemovableHandle(OrderedDict())
+        return hook(tensors, *args, **kwargs) if all(t.requires_grad for t in each) else RemovableHandle(OrderedDict())
 
     return put
 

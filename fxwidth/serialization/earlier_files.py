@@ -20,7 +20,7 @@ from torch.fx import graph_module
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxwidth.errors import FxwidthError
-from fxwidth.serialization.graph_data import WRAPPED, name_node
+from fxwidth.serialization.graph_data import WRAPPED
 from fxwidth.serialization.graph_pickling import blank, pickle_as_data
 
 __all__ = ["Unpickler", "load"]
@@ -39,6 +39,8 @@ _MOVED = {
     "fxwidth.tracer_proxies": "fxwidth.frontends.tracer_proxies",
     "fxwidth.value_record": "fxwidth.recording.data_dependent",
 }
+# By module and name: what did what another function does now.
+_RENAMED = {("fxwidth.recording.graph_meta", "_carry"): ("fxwidth.serialization.graph_pickling", "pickle_as_data")}
 _IMPORT = re.compile(r"^from (fxwidth\.\w+) import (\w+) as (\w+)$", re.MULTILINE)
 _WRAP = re.compile(r"^torch\.fx\._symbolic_trace\.wrap\(['\"](\w+)['\"]\)", re.MULTILINE)
 
@@ -54,8 +56,9 @@ class Unpickler(pickle.Unpickler):
         """
         if (module, name) == ("torch.fx.graph_module", "reduce_graph_module"):
             return module_of_code
+        place = _MOVED.get(module, module), name
         try:
-            return super().find_class(_MOVED.get(module, module), name)
+            return super().find_class(*_RENAMED.get(place, place))
         except (AttributeError, ImportError) as error:
             raise FxwidthError(
                 f"the file needs {name} of {module}, which is not there ({error}); make that module importable, as it "
@@ -161,7 +164,9 @@ class _Recorder(GraphAppendingTracer):
     ) -> fx.Node:
         """Add a node to the graph, by the name that it has in the code."""
         name = next(self._names) if name is None else name
-        return name_node(super().create_node(kind, target, args, kwargs, name, type_expr), name)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.name = name
+        return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for the value of a node."""

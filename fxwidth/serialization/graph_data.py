@@ -117,22 +117,14 @@ def graph_of(data: GraphData, tracer: type[fx.Tracer] | None = None) -> fx.Graph
 
     for entry in data.nodes:
         args, kwargs = (fx.node.map_aggregate(part, found) for part in (entry.args, entry.kwargs))
-        node = name_node(
-            graph.create_node(entry.op, found(entry.target), args, kwargs, entry.name, entry.type), entry.name
-        )
+        node = graph.create_node(entry.op, found(entry.target), args, kwargs, entry.name, entry.type)
+        # A name that it would not get by itself, as that of a builtin.
+        node.name = entry.name
         node.meta = {key: _with_layout(value, found) for key, value in entry.meta.items()}
         made.append(node)
     if data.codegen is not None:
         graph.set_codegen(data.codegen)
     return graph
-
-
-def name_node(node: fx.Node, name: str) -> fx.Node:
-    """Give a new node a name that it would not get by itself, as that of a builtin; return the node."""
-    if node.name != name:
-        node.name = name
-        node.graph._graph_namespace._used_names.add(name)
-    return node
 
 
 def _named(value: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxwidth.analysis.def_use import def_use
 from fxwidth.axes.factors import Axis, Factor, axis_size
 from fxwidth.axes.index_maps import Indices
 from fxwidth.axes.positions import occupied_positions, without_minor
@@ -138,15 +139,6 @@ class Wiring:
         self.readers: list[Reader] = list(self._find_readers())
 
     @cached_property
-    def consumers(self) -> dict[Tensor, list[OpCall]]:
-        """The ops that take a tensor, by its id."""
-        result: dict[Tensor, list[OpCall]] = {}
-        for call in self._analysis.calls:
-            for tensor in {tensor: tensor for tensor in call.inputs}.values():
-                result.setdefault(tensor, []).append(call)
-        return result
-
-    @cached_property
     def uses(self) -> dict[str, list[tuple[OpCall, Tensor]]]:
         """Where each parameter, or what is made of it, meets something that is no parameter."""
         result: dict[str, list[tuple[OpCall, Tensor]]] = {}
@@ -263,7 +255,7 @@ class Wiring:
         return None
 
     def _only_consumer(self, tensor: Tensor) -> tuple[OpCall] | None:
-        consumers = self.consumers.get(tensor, [])
+        consumers = def_use(self._analysis).consumers_of(tensor)
         is_result = any(tensor is output for output in self._analysis.outputs)
         return (consumers[0],) if len(consumers) == 1 and not is_result else None
 

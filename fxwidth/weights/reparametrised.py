@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxwidth.analysis.def_use import def_use
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.groups.width_graph import WidthGraph
@@ -174,21 +175,16 @@ def _settled_vector(
 
 
 def _find(analysis: Analysis) -> dict[str, NormedWeight]:
-    names = {entry.fake: name for name, entry in analysis.parameters.items()}
-    makers = {output: call for call in analysis.calls for output in call.outputs}
-    users: dict[Tensor, list[OpCall]] = {}
-    for call in analysis.calls:
-        for tensor in call.inputs:
-            users.setdefault(tensor, []).append(call)
+    tape = def_use(analysis)
     by_name: dict[str, list[NormedWeight]] = {}
     for call in analysis.calls:
-        found = _weight_norm(call, names) or _spectral_norm(call, names, makers, analysis)
+        found = _weight_norm(call, analysis.names) or _spectral_norm(call, tape.producers, analysis)
         if found is not None:
             by_name.setdefault(found.parameter, []).append(found)
     result, shown = {}, analysis.outputs
     for name, several in by_name.items():
         inner = frozenset().union(*(one.inner for one in several))
-        used = [users.get(analysis.parameters[own].fake, []) for own in (name, several[0].companion)]
+        used = [tape.consumers_of(analysis.parameters[own].fake) for own in (name, several[0].companion)]
         alone = all(call.index in inner for calls in used for call in calls)
         alone &= not any(analysis.parameters[own].fake is one for own in (name, several[0].companion) for one in shown)
         if alone and len({(one.companion, one.product is None) for one in several}) == 1:
@@ -206,22 +202,21 @@ def _weight_norm(call: OpCall, names: Mapping[Tensor, str]) -> NormedWeight | No
     return NormedWeight(direction, length, (call,), None, frozenset({call.index}))
 
 
-def _spectral_norm(
-    call: OpCall, names: Mapping[Tensor, str], makers: Mapping[Tensor, OpCall], analysis: Analysis
-) -> NormedWeight | None:
+def _spectral_norm(call: OpCall, producers: Mapping[Tensor, OpCall], analysis: Analysis) -> NormedWeight | None:
     """Recognise W / (u . (W v)) with buffers u and v."""
+    names = analysis.names
     if not is_arithmetic(call.func, Arithmetic.QUOTIENT) or call.arguments["self"] not in names:
         return None
-    norm = makers.get(call.arguments["other"])
+    norm = producers.get(call.arguments["other"])
     if norm is None or not _is_product(norm, "k,k->"):
         return None
     name = names[call.arguments["self"]]
     for vector, product in (norm.inputs, norm.inputs[::-1]):
-        companion = names.get(_original(vector, makers))
-        maker = makers.get(product)
-        if companion is None or maker is None or not _is_product(maker, "ik,k->i"):
+        companion = names.get(_original(vector, producers))
+        producer = producers.get(product)
+        if companion is None or producer is None or not _is_product(producer, "ik,k->i"):
             continue
-        inner = {call.index, *_ancestry(norm, makers)}
+        inner = {call.index, *_ancestry(norm, producers)}
         sources = {names.get(tensor) for index in inner for tensor in analysis.calls[index].inputs} - {None}
         buffers = [own for own in sources if own != name]
         if name in sources and not any(isinstance(analysis.parameters[str(b)].tensor, nn.Parameter) for b in buffers):
@@ -234,18 +229,18 @@ def _is_product(call: OpCall, formula: str) -> bool:
     return product is not None and product.formula == formula and product.added is None
 
 
-def _original(tensor: Tensor, makers: Mapping[Tensor, OpCall]) -> Tensor:
-    while (call := makers.get(tensor)) is not None and is_move(call.func, Move.COPY):
+def _original(tensor: Tensor, producers: Mapping[Tensor, OpCall]) -> Tensor:
+    while (call := producers.get(tensor)) is not None and is_move(call.func, Move.COPY):
         tensor = call.inputs[0]
     return tensor
 
 
-def _ancestry(call: OpCall, makers: Mapping[Tensor, OpCall]) -> Iterator[int]:
+def _ancestry(call: OpCall, producers: Mapping[Tensor, OpCall]) -> Iterator[int]:
     yield call.index
     for tensor in call.inputs:
-        maker = makers.get(tensor)
-        if maker is not None and maker.index < call.index:
-            yield from _ancestry(maker, makers)
+        producer = producers.get(tensor)
+        if producer is not None and producer.index < call.index:
+            yield from _ancestry(producer, producers)
 
 
 def _evaluated(

@@ -207,6 +207,32 @@ def test_a_model_that_stays_behind_keeps_its_own_frozen_part() -> None:
     assert largest_difference(runs(model, True), runs(twin, True)) < EXACT
 
 
+class FrozenBlock(nn.Module):
+    """A layer of torch that stays in evaluation, where it drops nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+
+    def train(self, mode: bool = True) -> FrozenBlock:
+        super().train(mode)
+        self.block.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.block(self.up(x)[:, None]))
+
+
+def test_a_frozen_layer_stays_so_when_it_is_taken_apart() -> None:
+    gm = fxwidth.trace(model_of(FrozenBlock, False), rows())
+    heads = next(group for group in fxwidth.analyze(gm).free if group.name.endswith("in_proj_weight#1"))
+    fxwidth.resize(gm, {heads.name: heads.width // 2})
+    assert any("dropout" in name and name not in dict(FrozenBlock().named_modules()) for name, _ in gm.named_modules())
+    expected = runs(gm, False)
+    assert largest_difference(runs(gm, True), expected) < EXACT
+
+
 def test_parts_that_somebody_froze_by_hand_thaw_as_those_of_the_model() -> None:
     for kind in (Plain, FrozenInCall):
         model = model_of(kind, True)
@@ -270,10 +296,19 @@ class Failing(Plain):
         return super().train(mode)
 
 
+class FrozenAndLow(Frozen):
+    """A method that sets modes, around a part whose own does more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Merging()
+
+
 @by_mode
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
+        (FrozenAndLow, r"of Merging, 'up' of the model, do more than set modes: they change the values of 'up.weight'"),
         (Low, r"of Merging, 'up' of the model, do more than set modes: they change the values of 'up.weight'\."),
         (Thawing, r"of Thawing do more than set modes: they change whether 'down.weight' is trained\."),
         (Counting, r"of Counting do more than set modes: they change the attribute 'changes'\."),

@@ -75,6 +75,19 @@ def test_the_answers_are_torchs_own_afterwards() -> None:
     assert [(function.__code__, function.__kwdefaults__) for function in functions] == before
 
 
+@pytest.mark.parametrize("flag", ["compiling", "exporting"])
+def test_torch_itself_is_told_what_is_so(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    question: Callable[[], bool] = getattr(torch.compiler, f"is_{flag}")
+    code_of_torch: dict[str, Any] = {"__name__": "torch.nn.functional"}
+    exec("def asked(question): return question()", code_of_torch)
+    for truth in (False, True):
+        monkeypatch.setattr(torch.compiler, f"_is_{flag}_flag", truth)
+        assert question() is truth
+        with answering_as_in_eager_mode():
+            assert code_of_torch["asked"](question) is truth
+            assert question() is False
+
+
 def _fail_unless(changed: bool) -> None:
     assert changed
     raise ZeroDivisionError
@@ -97,6 +110,9 @@ FOR_ALL: dict[str, Callable[[Tensor], Any]] = {
     "at least": lambda h: max(2, h.shape[0]),
     "no question": lambda h: h.view(h.shape[0], -1).dim(),
     "never": lambda h: bool(h.shape[0] > 0),
+    # torch itself asks whether it can view the one as the other, which it can where sizes are one.
+    "in a product of torch": lambda h: torch.einsum("ni,mi->nm", h, h).mean(1, keepdim=True),
+    "in a sum of torch": lambda h: torch.stack([h, h]).mean(0),
 }
 
 

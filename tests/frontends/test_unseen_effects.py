@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth import FxwidthError, FxwidthWarning
 from fxwidth.runtime import unseen_effects
-from fxwidth.runtime.unseen_effects import watching_effects
+from fxwidth.runtime.trace_guards import UntraceableError
+from fxwidth.runtime.unseen_effects import refuse_effects_of, watching_effects
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.oracles.judges import ROUNDING, randomise
 from tests.oracles.untouched import untouched
@@ -146,6 +147,18 @@ def test_gradients_that_need_gradients_are_refused_with_the_remedy() -> None:
     told = r"computes gradients in its forward pass, which fails here.*by torch\.enable_grad\(\)"
     with pytest.raises(FxwidthError, match=told):
         fxwidth.trace(randomise(NeedsGradients()).double(), rows())
+
+
+@pytest.mark.parametrize("name", unseen_effects._OF_TENSORS)
+def test_a_node_that_would_do_more_is_refused(name: str) -> None:
+    graph = fx.Graph()
+    tensor = graph.placeholder("x")
+    for kind, target, args in (("call_method", name, (tensor,)), ("call_function", getattr, (tensor, name))):
+        with pytest.raises(UntraceableError, match=f"^{name} {unseen_effects._OF_TENSORS[name]}, which a graph"):
+            refuse_effects_of(kind, target, args)
+    # A part, a tensor or an input that is called so does nothing.
+    for kind in ("call_module", "get_attr", "placeholder"):
+        refuse_effects_of(kind, name, ())
 
 
 # -- the watch -------------------------------------------------------------------------------------------------------

@@ -54,6 +54,11 @@ def check(program: Program) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), f"tracing has written to {name}"
     assert_same_calls(graph, model)
+    alive = copy.deepcopy(graph)
+    alive.graph.eliminate_dead_code()
+    alive.recompile()
+    # What is written is no dead code, whoever uses it.
+    assert_same_calls(alive, model)
     groups = fxwidth.analyze(graph).free
     fxwidth.resize(graph, {group.name: group.width // 2 for group in groups if group.width > 3})
     for training in (True, False):

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import fxwidth
 from fxwidth.recording.composite_ops import attention
+from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import plain_kernels
 from fxwidth.runtime.fake_tensors import fake_mode
 from fxwidth.verification.replay_oracle import replay_difference
@@ -130,3 +131,18 @@ def test_operands_may_lie_otherwise_than_when_they_were_recorded(make: Callable[
     assert plan
     fxwidth.resize(gm, plan, fold=False, selection="magnitude")
     torch.testing.assert_close(gm(strided), gm(x))
+
+
+def test_an_op_is_given_what_its_kernel_can_take() -> None:
+    aten = torch.ops.aten
+    strided = torch.randn(3, 8, 6).double().transpose(1, 2)
+    norm = {"input": strided, "weight": None, "bias": None, "N": 3, "C": 6, "HxW": 8, "group": 2, "eps": 1e-5}
+    func, given = for_any_layout(aten.native_group_norm.default, norm, Tensor.contiguous)
+    assert given["input"].is_contiguous()
+    torch.testing.assert_close(func(**given)[0], nn.functional.group_norm(strided.contiguous(), 2))
+    for view in (aten.view.default, aten._unsafe_view.default):
+        func, given = for_any_layout(view, {"self": strided, "size": [3, -1]}, Tensor.contiguous)
+        assert torch.equal(func(**given), strided.contiguous().view(3, -1))
+    func, given = for_any_layout(aten.relu.default, {"self": strided}, Tensor.contiguous)
+    assert func is aten.relu.default
+    assert given["self"] is strided

@@ -175,6 +175,19 @@ def test_a_group_keeps_its_basis_where_its_channels_are_named() -> None:
     assert all(torch.equal(new[name], old[name][[0, 5]]) for name in ("3.weight", "3.bias"))
 
 
+@pytest.mark.parametrize("why", ["rotate", "fold", "optimizer"])
+def test_a_group_keeps_its_basis_where_it_is_not_to_change(why: str) -> None:
+    """Without folds nobody would use another basis, and an optimizer's state is of the one that there is."""
+    gm = traced()
+    options = {"optimizer": torch.optim.SGD(gm.parameters(), 0.1)} if why == "optimizer" else {why: False}
+    fxwidth.resize(gm, {"3": 2}, data=[X], **options)
+    record = fxwidth.report(gm).resizes[-1]
+    assert record["rotated"] == []
+    old, new = network().state_dict(), gm.state_dict()
+    (kept,) = record["kept"].values()
+    assert all(torch.equal(new[name], old[name][kept]) for name in ("3.weight", "3.bias"))
+
+
 def test_nothing_is_looked_at_where_all_channels_are_named_and_nothing_is_folded(monkeypatch: Any) -> None:
     def unasked(*_: object) -> None:
         raise AssertionError("moments were asked for")

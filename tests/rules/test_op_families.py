@@ -17,7 +17,7 @@ from fxwidth.costs.counts import flop_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.rules.contraction import product
-from fxwidth.rules.family_table import FAMILIES, adds, declare, running_norm
+from fxwidth.rules.family_table import FAMILIES, adds, declare, running_norm, takes_rows
 from fxwidth.rules.op_families import Norm, NormKind, Product
 from fxwidth.rules.registry import POINTWISE, RULES, pointwise, rule
 from fxwidth.rules.unruled import UNRULED
@@ -225,6 +225,26 @@ def test_a_second_declaration_is_refused() -> None:
 def test_in_place_forms_and_overloads_share_a_declaration() -> None:
     assert adds(aten.add_.Scalar)
     assert adds(aten.add.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "expected"),
+    [
+        (aten.mm.default, "mat2", True),
+        (aten.mm.default, "self", False),
+        (aten.addmm.default, "mat2", True),
+        (aten.bmm.default, "mat2", True),
+        # What is added to their results has no entry for each of the outputs.
+        (aten.mv.default, "vec", False),
+        (aten.dot.default, "tensor", False),
+        (aten.convolution.default, "weight", True),
+        (aten.convolution.default, "input", False),
+        (aten.relu.default, "self", False),
+    ],
+)
+def test_which_operands_are_given_rows(op: Any, argument: str, expected: bool) -> None:
+    assert argument in {one.name for one in op._schema.arguments}
+    assert takes_rows(op, argument) is expected
 
 
 # -- kernels that only some builds of torch have -----------------------------------------------------------------------

@@ -88,3 +88,23 @@ def test_what_is_lost_is_the_same_whether_readers_are_held_or_not(monkeypatch: p
     expected = fxwidth.selection.error_curves.logarithmic(lost_share(every, order))
     np.testing.assert_allclose(errors, expected, rtol=1e-9, atol=1e-12)
     assert len(list(each_pairs(graph, group, moments))) == 9
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_readers_weigh_the_same_however_loud_they_are(scale: float) -> None:
+    graph, group, moments = stream(5)
+    before = pairs_of(graph, group, moments)
+    assert before is not None
+    # Each is measured by what it makes of the channels, all of which are one.
+    torch.testing.assert_close(products(before), torch.ones(5).double())
+    errors, order = Evidence(graph, moments).errors(group), Evidence(graph, moments).order(group, WIDTH)
+    with torch.no_grad():
+        graph.analysis.parameters["readers.2.weight"].tensor.mul_(scale)
+    graph = fxwidth.analyze(graph.analysis.module)
+    (group,) = graph.free
+    after = pairs_of(graph, group, moments)
+    assert after is not None
+    torch.testing.assert_close(after.seen, before.seen)
+    torch.testing.assert_close(after.wanted, before.wanted)
+    np.testing.assert_allclose(Evidence(graph, moments).errors(group), errors, rtol=1e-9, atol=1e-12)
+    assert torch.equal(Evidence(graph, moments).order(group, WIDTH), order)

@@ -59,9 +59,12 @@ def test_the_highest_scores_stay(fold: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gm.parameters(), named.parameters(), strict=True))
 
 
-def test_of_equal_scores_the_first_channels_stay() -> None:
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_of_equal_scores_the_first_channels_stay(form: Callable[[Any], Any]) -> None:
     gm = traced()
-    fxwidth.resize(gm, {"2": 3}, selection=lambda group, _: [0.1 + 1e-12 * (c == 6) for c in range(group.width)])
+    scores = np.full(8, 0.1)
+    scores[6] += 1e-12
+    fxwidth.resize(gm, {"2": 3}, selection=lambda *_: form(scores))
     assert fxwidth.report(gm).resizes[-1]["kept"] == {"2": [0, 1, 6]}
 
 

@@ -64,8 +64,11 @@ def test_what_the_files_name_has_moved() -> None:
             found = pickletools.genops(archive.read(entry))
             named |= {tuple(arg.split()) for op, arg, _ in found if op.name == "GLOBAL" and arg.startswith("fxwidth")}
     assert len({module for module, _ in named} & earlier_files._MOVED.keys()) >= 8
+    assert {(earlier_files._MOVED[module], name) for module, name in named} >= earlier_files._RENAMED.keys()
     for module, name in named:
-        assert earlier_files.Unpickler(io.BytesIO()).find_class(module, name).__name__ == name
+        place = earlier_files._MOVED[module], name
+        _, now = earlier_files._RENAMED.get(place, place)
+        assert earlier_files.Unpickler(io.BytesIO()).find_class(module, name).__name__ == now
         with pytest.raises((ImportError, AttributeError)):
             getattr(importlib.import_module(module), name)
 

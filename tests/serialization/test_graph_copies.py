@@ -90,6 +90,7 @@ def described(module: nn.Module) -> list[Any]:
         found.append((path, type(part).__name__, part.training, sorted(part._non_persistent_buffers_set)))
         found.append([*part._parameters, *part._buffers, *part._modules])
         if isinstance(part, fx.GraphModule):
+            found.append(part.code)
             found += [(n.op, n.target, repr(n.args), repr(n.kwargs), n.name, shape_of(n)) for n in part.graph.nodes]
         else:
             found.append(part.extra_repr())
@@ -262,6 +263,80 @@ def test_a_copy_leaves_out_how_tensors_were_computed() -> None:
     x = torch.randn(3, 6)
     assert torch.equal(copied(x), gm(x))
     assert copied.up.last is not gm.up.last
+    copied = copy.deepcopy(gm)
+    with torch.no_grad():
+        copied.up.last.zero_()
+    assert model.up.last.all()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm)), through_torch])
+def test_a_graph_that_is_compiled_is_copied_as_it_is(way: Callable[[fx.GraphModule], fx.GraphModule]) -> None:
+    gm, x = fxwidth.trace(Local(), torch.randn(2, 6)), torch.randn(3, 6)
+    gm.compile(backend="eager")
+    expected = gm(x)
+    copied = way(gm)
+    torch.testing.assert_close(copied(x), expected)
+    with torch.no_grad():
+        copied.down.weight.zero_()
+    # What it was compiled to is of the weights that it had.
+    torch.testing.assert_close(copied(x), copied.down.bias.expand(3, 3))
+    torch.testing.assert_close(gm(x), expected)
+
+
+# -- how code is written -----------------------------------------------------------------------------------------------
+
+
+@fx.wrap
+def halved(x: Tensor) -> Tensor:
+    """Return half of something; a node for every tracer."""
+    return x / 2
+
+
+class Annotated(Local):
+    def forward(self, x: Tensor) -> Tensor:
+        return halved(super().forward(x))
+
+
+class OfDict(Local):
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": super().forward(inputs["x"])}
+
+
+class Negated(Local):
+    def forward(self, input: Tensor, max: int = 2) -> Tensor:  # noqa: A002 - the names of builtins
+        return super().forward(input) * max
+
+
+def with_changed_code() -> fx.Graph:
+    graph = fx.symbolic_trace(Local()).graph
+    graph.on_generate_code(lambda _: after_the_signature)
+    return graph
+
+
+def after_the_signature(body: list[str]) -> list[str]:
+    return ["print('called')\n", *body]
+
+
+WRITTEN: dict[str, Callable[[], fx.Graph]] = {
+    "usual": lambda: fx.symbolic_trace(Local()).graph,
+    "a function that is wrapped": lambda: fx.symbolic_trace(Annotated()).graph,
+    "inputs in a container": lambda: fx.symbolic_trace(OfDict(), {"inputs": {"x": fx.PH}}).graph,
+    "exported, from a container": lambda: (
+        torch.export.export(OfDict(), ({"x": torch.randn(2, 6)},)).module(check_guards=False).graph
+    ),
+    "names of builtins": lambda: fx.symbolic_trace(Negated()).graph,
+    "exported, names of builtins": lambda: torch.export.export(Negated(), (torch.randn(2, 6),)).graph,
+    "code that is changed": with_changed_code,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_graph_generates_the_code_that_it_did_by_the_same_names(name: str) -> None:
+    graph = WRITTEN[name]()
+    data = pickle.loads(pickle.dumps(graph_data.data_of(graph)))
+    copied = graph_data.graph_of(data)
+    assert copied.python_code("self").src == graph.python_code("self").src
+    assert [node.name for node in copied.nodes] == [node.name for node in graph.nodes]
 
 
 def test_it_is_of_its_own() -> None:

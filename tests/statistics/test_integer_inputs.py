@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.recording.graph_meta import EXAMPLES, notes_of
+from fxwidth.statistics.constant_evidence import constant_inputs
 from fxwidth.statistics.integer_inputs import Mask, Offsets, Padding
 from fxwidth.statistics.moments import moments_from_data, moments_from_noise
 from fxwidth.statistics.observation_points import find_probes
@@ -69,7 +70,7 @@ class TestWhatIsDrawn:
         assert moments is not None
         # What torch does in one_hot is another thing on fake tensors.
         reasons = {reason for reason in moments.missed.values() if reason != OTHER_OPS}
-        assert bool(reasons) == (name == "columns of counts")
+        assert bool(reasons) == (name in ("columns of counts", "columns from the end"))
 
     @every_network
     def test_it_varies_and_is_of_the_same_kind(self, name: str) -> None:
@@ -89,6 +90,12 @@ class TestWhatIsDrawn:
         gm, _ = traced(name, 0, batch=2, forgets=forgets)
         values = torch.cat([batch[0] for batch in batches(gm)])
         assert values.unique().tolist() == list(range(CLASSES))
+
+    @pytest.mark.parametrize("forgets", [False, True], ids=["example known", "example unknown"])
+    def test_each_class_that_is_counted_from_one_comes(self, forgets: bool) -> None:
+        gm, _ = traced("classes from one", 0, batch=2, forgets=forgets)
+        values = torch.cat([batch[0] for batch in batches(gm)])
+        assert values.unique().tolist() == list(range(1, CLASSES + 1))
 
     def test_lengths_go_from_one_to_all(self) -> None:
         for name in ("lengths", "lengths alone"):
@@ -114,6 +121,26 @@ class TestWhatIsDrawn:
         low, high = table.amin(0), table.amax(0)
         assert bool(((values >= low) & (values <= high)).all())
         assert bool((values.amax(0) - values.amin(0) >= 0.95 * (high - low)).all())
+
+    @pytest.mark.parametrize(("batch", "is_range"), [(2, True), (7, True), (8, False)])
+    def test_one_value_in_a_few_samples_is_no_range(self, batch: int, is_range: bool) -> None:
+        model, (table,) = integer_network("columns of counts", 0, batch)
+        table[:, 1], table[:, 2] = 7, -5
+        values = torch.cat([drawn for (drawn,) in batches(fxwidth.trace(model, table))])
+        assert values[:, 1].unique().tolist() == (list(range(8)) if is_range else [7])
+        assert values[:, 2].unique().tolist() == (list(range(-5, 1)) if is_range else [-5])
+
+    @pytest.mark.parametrize(("share", "expected"), [(0.02, 0.1), (0.3, 0.3), (0.75, 0.75), (0.98, 0.9)])
+    def test_a_mask_is_true_as_often_as_that_of_the_example(self, share: float, expected: float) -> None:
+        model, (mask,) = integer_network("a mask alone", 0, 32)
+        # One entry of a row is true at least, and one is not: rows of a hundred have room for shares.
+        mask = torch.rand(32, 100) < share
+        mask[:, :4] = torch.tensor([True, False, True, False])
+        model.body = body(100).double()
+        values = torch.cat([drawn for (drawn,) in batches(fxwidth.trace(model, mask))])
+        told = min(max(float(mask.double().mean()), 0.1), 0.9)
+        assert float(values.double().mean()) == pytest.approx(told, abs=0.02)
+        assert told == pytest.approx(expected, abs=0.03)
 
     def test_the_range_of_what_is_looked_up_by_sums_is_guessed_within_the_table(self) -> None:
         for batch in (2, 4, 16):
@@ -277,6 +304,54 @@ class TestNothingKnown:
 
     def test_what_is_exact_is_still_done(self) -> None:
         assert self.resized(+2)[1] < 1e-12
+
+
+class SilentNoise(Ages):
+    """Draws numbers of which, so far, nothing comes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.double() / 7
+        return self.body(x + torch.relu(torch.rand_like(x) - 2))
+
+
+class BesidePair(Ages):
+    def forward(self, pair: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        return super().forward(x) * (pair[0] + pair[1])
+
+
+class TestConstants:
+    """What is the same in all noise, and who hears of nothing else."""
+
+    def missed(self, model: nn.Module, *inputs: Any) -> dict[str, str]:
+        torch.manual_seed(0)
+        moments = moments_from_noise(fxwidth.analyze(fxwidth.trace(model.double().eval(), inputs)), work=1e6)
+        assert moments is not None
+        return {str(node): reason for node, reason in moments.missed.items()}
+
+    def test_inputs_are_constant_if_all_samples_of_all_batches_are_alike(self) -> None:
+        rows = {
+            "alike": [torch.full((2, 3), 4), torch.full((3, 3), 4)],
+            "by column": [torch.tensor([[1, 2], [1, 2]]), torch.tensor([[1, 2]])],
+            "by batch": [torch.full((2, 3), 4), torch.full((2, 3), 5)],
+            "in a batch": [torch.tensor([[1, 2], [1, 3]])] * 2,
+            "numbers": [torch.ones(2, 3)] * 2,
+            "a truth value": [torch.tensor(True)] * 2,
+            "two truth values": [torch.tensor(True), torch.tensor(False)],
+        }
+        found = [list(batch) for batch in zip(*rows.values(), strict=True)]
+        constant = [list(rows)[place] for place in sorted(constant_inputs(found))]
+        assert constant == ["alike", "by column", "a truth value"]
+
+    def test_readers_of_a_constant_alone_are_told_with_its_name(self) -> None:
+        ones = torch.ones(4, 5, dtype=torch.long)
+        assert all("depends on input 'x' alone" in reason for reason in self.missed(Ages(), ones).values())
+        pair = floats(4, 3), floats(4, 3)
+        missed = self.missed(BesidePair(), pair, ones)
+        assert missed
+        assert all("depends on input 'x' alone" in reason for reason in missed.values())
+
+    def test_random_numbers_are_no_constant(self) -> None:
+        assert not self.missed(SilentNoise(), torch.ones(4, 5, dtype=torch.long))
 
 
 class TestBagsInData:

@@ -111,11 +111,13 @@ def test_a_figure_that_is_wrong_is_seen(fault: str) -> None:
         check_figures(wrong, copies, data)
 
 
-def test_without_a_target_it_is_plain_training() -> None:
+# By the default, in so few steps, losses would be the same without any.
+@pytest.mark.parametrize("decay", [CONFIG.weight_decay, 10.0])
+def test_without_a_target_it_is_plain_training(decay: float) -> None:
     data, model = few_digits(), network()
     gm = fxwidth.trace(copy.deepcopy(model), data.normalize(data.test.images[:2]))
-    result = fit(gm, data, replace(CONFIG, target_params=None))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=CONFIG.learning_rate, weight_decay=1e-2, betas=(0.9, 0.99))
+    result = fit(gm, data, replace(CONFIG, target_params=None, weight_decay=decay))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=CONFIG.learning_rate, weight_decay=decay, betas=(0.9, 0.99))
     generator, losses, steps = torch.Generator().manual_seed(CONFIG.seed), [], CONFIG.epochs * STEPS
     model.train().to(memory_format=torch.channels_last)
     for _ in range(CONFIG.epochs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fxwidth.reconstruction.folding import fold
 from fxwidth.runtime.tensor_slots import substituted
 from fxwidth.statistics.moments import moments_from_data
 from fxwidth.weights.rank_estimates import (
+    Values,
     effective_rank,
     gavish_donoho_rank,
     marchenko_pastur_median,
@@ -49,11 +51,43 @@ def test_the_median_is_that_of_noise(beta: float) -> None:
     assert marchenko_pastur_median(beta) == pytest.approx(np.median(squares), rel=0.02)
 
 
-def test_known_thresholds() -> None:
-    """The paper's table: omega(1) is 2.858 and omega(1/2) is 2.1711 in units of the median."""
-    values = np.concatenate([[2.87, 2.85], np.linspace(0.4, 1.6, 199)])
-    values = values / np.median(values)
-    assert gavish_donoho_rank(values * 1.0, len(values), len(values)) == int(np.count_nonzero(values > 2.8582))
+def noise_median(beta: float) -> float:
+    """Return the median of the Marchenko-Pastur distribution, by sums over a fine grid of its density.
+
+    Squares of x in the place of x leave no pole at zero: it is as sharp for square matrices.
+    """
+    low, high = 1 - np.sqrt(beta), 1 + np.sqrt(beta)
+    edges = np.linspace(low, high, 400_001)
+    roots = (edges[1:] + edges[:-1]) / 2
+    density = np.sqrt((high**2 - roots**2) * (roots**2 - low**2)) / roots
+    mass = np.cumsum(density)
+    return float(roots[np.searchsorted(mass, mass[-1] / 2)] ** 2)
+
+
+def counted_from(rank: Callable[[Values, int, int], int], rows: int, columns: int) -> float:
+    """Return how many times the median a singular value must be to be counted."""
+    others = np.linspace(0.9, 1.1, min(rows, columns) - 1)
+    low, high = 1.0, 10.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        values = np.append(others, middle)
+        low, high = (low, middle) if rank(values / np.median(values), rows, columns) else (middle, high)
+    return high / float(np.median(np.append(others, high)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1000, 1000), (500, 1000), (1000, 250), (50, 1000)])
+def test_a_value_counts_from_the_threshold_of_its_source_on(rows: int, columns: int) -> None:
+    beta = min(rows, columns) / max(rows, columns)
+    median = np.sqrt(noise_median(beta))
+    optimal = np.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + np.sqrt(beta**2 + 14 * beta + 1)))
+    assert counted_from(gavish_donoho_rank, rows, columns) == pytest.approx(optimal / median, rel=1e-4)
+    assert counted_from(marchenko_pastur_rank, rows, columns) == pytest.approx((1 + np.sqrt(beta)) / median, rel=1e-4)
+
+
+@pytest.mark.parametrize(("columns", "omega"), [(1000, 2.8582), (2000, 2.1711)])
+def test_thresholds_of_the_table(columns: int, omega: float) -> None:
+    """The table of the paper on the optimal threshold gives omega(1) and omega(1/2)."""
+    assert counted_from(gavish_donoho_rank, 1000, columns) == pytest.approx(omega, abs=2e-4)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(60, 300), (300, 60), (150, 150)])

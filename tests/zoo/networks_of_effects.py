@@ -58,6 +58,29 @@ class HookOnMany(Effect):
         return h + other
 
 
+class HookOnManyAndParameter(Effect):
+    """Its parameter would have a gradient even where what is computed has none."""
+
+    def between(self, h: Tensor) -> Tensor:
+        torch.autograd.graph.register_multi_grad_hook((h, self.up.weight), lambda _: None)
+        return h
+
+
+class _Halving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 0.5 * gradient
+
+
+class OwnGradient(Effect):
+    def between(self, h: Tensor) -> Tensor:
+        return _Halving.apply(h)
+
+
 class GradientScale(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         if h.requires_grad:
@@ -246,6 +269,8 @@ EFFECTS: dict[str, Callable[[], nn.Module]] = {
     "a hook if there is a gradient": HookIfWanted,
     "a hook on a node": HookOnNode,
     "a hook on many": HookOnMany,
+    "a hook on many and a parameter": HookOnManyAndParameter,
+    "a gradient of its own": OwnGradient,
     "a hook in a part": HookInPart,
     "a hook on a module": HookOnModule,
     "a hook on the model": hook_on_root,

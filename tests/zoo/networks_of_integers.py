@@ -92,6 +92,28 @@ class Columns(nn.Module):
         return self.body(self.table(x + self.starts).flatten(1))
 
 
+class ColumnsFromTheEnd(Columns):
+    """Categories of several columns in one table, each counted back from the last of its column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ends", torch.tensor([9, 19, 29]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.table(self.ends - x).flatten(1))
+
+
+class ComparedFromOne(nn.Module):
+    """Classes that are counted from one, told by a range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = body(CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body((x[..., None] == torch.arange(1, CLASSES + 1, device=x.device)).double().sum(1))
+
+
 class Bag(nn.Module):
     def __init__(self, mode: str = "mean") -> None:
         super().__init__()
@@ -240,6 +262,8 @@ INTEGER_NETWORKS: dict[str, IntegerNetwork] = {
     "classes compared": IntegerNetwork(Compared, lambda n: (tokens(n),)),
     "rows of a parameter": IntegerNetwork(Rows, lambda n: (tokens(n),)),
     "columns in one table": IntegerNetwork(Columns, lambda n: (torch.randint(0, 10, (n, 3)),)),
+    "columns from the end": IntegerNetwork(ColumnsFromTheEnd, lambda n: (torch.randint(0, 10, (n, 3)),)),
+    "classes from one": IntegerNetwork(ComparedFromOne, lambda n: (1 + tokens(n),)),
     "bags": IntegerNetwork(Bag, lambda n: (tokens(n),)),
     "bags by offsets": IntegerNetwork(Bag, lambda n: (tokens(n).flatten(), bag_starts(n)), (0, 1)),
     "bags by offsets and end": IntegerNetwork(ClosedBag, lambda n: (tokens(n).flatten(), bag_starts(n + 1)), (0, 1)),
