@@ -22,6 +22,9 @@ def doubled(x: Tensor) -> Tensor:
     return 2 * x
 
 
+DOUBLED = doubled
+
+
 class Kept(nn.Module):
     """Writes to a buffer, to a container and to a list outside of it; draws no numbers."""
 
@@ -90,6 +93,7 @@ def assert_undone(name: str, choose: Callable[[dict[str, list[int]]], list[int]]
     for point in choose(functions):
         counted(work, point, places=TRACERS)
         assert not differences(before, state_of(*modules)), f"interrupted at call {point}"
+        assert doubled is DOUBLED, f"interrupted at call {point}"
         assert all(one is other for one, other in zip(FEATURES, features, strict=True))
     work()
 
@@ -98,10 +102,11 @@ def assert_undone(name: str, choose: Callable[[dict[str, list[int]]], list[int]]
 def test_an_interruption_changes_nothing(name: str) -> None:
     def some(functions: dict[str, list[int]]) -> list[int]:
         count = 1 if name == "export" else 25
-        tracing = [points[-1] for place, points in functions.items() if place.startswith(TRACERS)]
+        tracers = [points for place, points in functions.items() if place.startswith(TRACERS)]
+        tracing = sorted({point for points in tracers for point in (points[0], points[-1])})
         calls = [point for points in functions.values() for point in points]
         chosen = random.Random(0)
-        return sorted({*chosen.sample(calls, count), *chosen.sample(tracing, min(count, len(tracing)))})
+        return sorted({*chosen.sample(calls, count), *(chosen.sample(tracing, count) if name == "export" else tracing)})
 
     assert_undone(name, some)
 
