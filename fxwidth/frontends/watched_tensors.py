@@ -147,10 +147,25 @@ class SetterWatch(TorchFunctionMode):
         if all(id(tensor) in self._tables for tensor in operands) or name.startswith("new_") or name.endswith("_like"):
             self.take(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         else:
-            # A table that an input is written to is none any more.
-            for tensor in operands[:1] if name.endswith("_") or name == "__setitem__" else ():
-                self._tables.pop(id(tensor), None)
+            written = operands[:1] if _is_in_place(name) else ()
+            for tensor in (*written, *pytree.tree_leaves((kwargs or {}).get("out"))):
+                self._forget(tensor)
         return result
+
+    def _forget(self, written: Any) -> None:
+        """A table that an input is written to is none any more, nor are its views."""
+        if isinstance(written, Tensor):
+            whole = _whole(written)
+            self._tables = {key: table for key, table in self._tables.items() if _whole(table) is not whole}
+
+
+def _is_in_place(name: str) -> bool:
+    return name.startswith(("__setitem", "__i")) if name.endswith("__") else name.endswith("_")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return the tensor of which another is a view, or that one."""
+    return tensor if tensor._base is None else tensor._base
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

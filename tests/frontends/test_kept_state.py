@@ -73,12 +73,30 @@ def count_later(part: Part, _: Tensor) -> float:
     return 1.0 if part.step < 4 else 0.5
 
 
+def write(part: Part, h: Tensor) -> None:
+    part.last = torch.zeros(HIDDEN, dtype=torch.float64)
+    part.last.copy_(h[0].detach())
+
+
+def write_to_a_view(part: Part, h: Tensor) -> None:
+    part.last = torch.zeros(HIDDEN, dtype=torch.float64)
+    part.last[2:] += h[0, 2:].detach()
+
+
+def write_as_a_result(part: Part, h: Tensor) -> None:
+    part.last = torch.zeros(HIDDEN, dtype=torch.float64)
+    torch.mul(h[0].detach(), 2, out=part.last)
+
+
 COUNTERS = [count, count_in_training, count_in_dict, switch, count_later]
 KEEPERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "scalar": lambda part, h: setattr(part, "last", h.mean()),
     "feature": lambda part, h: setattr(part, "last", h.detach()),
     "list": lambda part, h: part.many.append(h.mean()),
     "of a parameter": lambda part, _: setattr(part, "last", part.layer.weight.square().sum()),
+    "written to": write,
+    "written to by a view": write_to_a_view,
+    "written to as a result": write_as_a_result,
     "outside": lambda _, h: KEPT.append(h.mean()),
 }
 
