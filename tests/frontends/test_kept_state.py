@@ -80,7 +80,7 @@ def write(part: Part, h: Tensor) -> None:
 
 def write_to_a_view(part: Part, h: Tensor) -> None:
     part.last = torch.zeros(HIDDEN, dtype=torch.float64)
-    part.last[2:] += h[0, 2:].detach()
+    part.last[2:].copy_(h[0, 2:].detach())
 
 
 def write_as_a_result(part: Part, h: Tensor) -> None:
