@@ -392,14 +392,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/selection/grams.py",
         "products of activations are not evidence",
-        "            yield Pairs(torch.diag(squares)[None], wanted, _EXACT, squares.new_full((1,), math.inf))",
+        "            yield Grams(torch.diag(squares)[None], weight, _EXACT, squares.new_full((1,), math.inf))",
         "            pass",
         ("selection/test_grams.py", "selection/test_registry.py"),
     ),
     Fault(
         "fxwidth/selection/methods.py",
         "a chosen channel explains nothing of the others",
-        "        gain = gain - 2 * own / scale * echo + (own / scale).square() * pull\n",
+        "        gain = gain - 2 * own / scale * EDU + (own / scale).square() * UDU\n",
         "",
         ("selection/test_methods.py", "selection/test_registry.py"),
     ),
@@ -420,7 +420,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/reconstruction/basis_change.py",
         "groups with unsound norms change their basis",
-        "if linear is None or not all(is_sound(width_graph, norm) for norm in linear.norms):",
+        "if linear is None or not all(can_absorb(width_graph, norm) for norm in linear.norms):",
         "if linear is None:",
         ("bases/test_foldable_norms.py", "reconstruction/test_basis_change.py"),
     ),

@@ -36,7 +36,7 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.reconstruction.basis_change import rotation
 from fxwidth.selection.error_curves import lost_share
-from fxwidth.selection.grams import Pairs, pairs_of
+from fxwidth.selection.grams import Grams, grams_of
 from fxwidth.selection.orders import channel_order
 
 THREADS = 2
@@ -137,10 +137,10 @@ def _timed_parts(evidence: Evidence, group: ChannelGroup, parts: dict[str, float
     turned = rotation(graph, group, moments)
     if turned is not None:
         parts["rotations"] += clock.read()["cpu"]
-        every = [end.pairs(moments) for ends in turned.ends for end in ends]
-        return [pairs.seen.double() for pairs in every if pairs is not None]
+        every = [one.grams(moments) for consumers in turned.consumers for one in consumers]
+        return [pairs.activation.double() for pairs in every if pairs is not None]
     clock = Clock()
-    pairs: Pairs | None = pairs_of(graph, group, moments)
+    pairs: Grams | None = grams_of(graph, group, moments)
     parts["pairs"] += clock.read()["cpu"]
     if pairs is None:
         return []
@@ -150,7 +150,7 @@ def _timed_parts(evidence: Evidence, group: ChannelGroup, parts: dict[str, float
     clock = Clock()
     lost_share(pairs, order)
     parts["curves"] += clock.read()["cpu"]
-    return [pairs.seen]
+    return [pairs.activation]
 
 
 def measure_llama() -> dict[str, Any]:

@@ -40,8 +40,8 @@ class TestSelectionMethod:
 
         @fxwidth.selection_method("by variance", nested=True)
         def by_variance(evidence: Any, count: int) -> Tensor:
-            calls.append((evidence.seen.shape[2], count))
-            variance: Tensor = evidence.seen.diagonal(dim1=1, dim2=2).sum(0)
+            calls.append((evidence.activation.shape[2], count))
+            variance: Tensor = evidence.activation.diagonal(dim1=1, dim2=2).sum(0)
             return variance.argsort(descending=True)
 
         model, x = net()

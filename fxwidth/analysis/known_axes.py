@@ -60,8 +60,8 @@ class KnownFactor:
 class KnownCall:
     """An op that is no mere copy, with the axes of its operands and results in order; see `OpCall`.
 
-    `literals` are the whole numbers among its arguments. Contractions and mixings name operands by their places among
-    the inputs.
+    `literals` are the whole numbers among its arguments. Contractions and reductions name operands by their places
+    among the inputs.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class KnownCall:
     inputs: tuple[_KnownRow, ...]
     outputs: tuple[_KnownRow, ...]
     contractions: tuple[tuple[int, tuple[int, ...], int, tuple[int, ...]], ...]
-    mixings: tuple[tuple[int, int, str], ...]
+    reductions: tuple[tuple[int, int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,13 @@ class _Notation:
         contractions = tuple(
             (_place(inputs, c.left), c.left_dims, _place(inputs, c.right), c.right_dims) for c in call.contractions
         )
-        mixings = tuple((_place(inputs, mixing.tensor), mixing.dim, mixing.kind) for mixing in call.mixings)
+        reductions = tuple(
+            (_place(inputs, reduction.tensor), reduction.dim, reduction.kind) for reduction in call.reductions
+        )
         operands = tuple(self.axes(call.axes[tensor]) for tensor in inputs)
         literals = next((structure(one) for one in prescribed_signatures([call], self._maps)), ())
         return KnownCall(
-            kind_of(call), literals, operands, tuple(map(self.axes, call.output_axes)), contractions, mixings
+            kind_of(call), literals, operands, tuple(map(self.axes, call.output_axes)), contractions, reductions
         )
 
     def factors(self) -> Iterator[KnownFactor]:

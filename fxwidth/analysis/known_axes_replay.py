@@ -19,7 +19,7 @@ from fxwidth.analysis.result import Analysis, LostGroup, ParameterAxes
 from fxwidth.axes.factors import Axis, Factor, axis_size, bare_factor, constant
 from fxwidth.axes.pins import HELD, LOST, Pin
 from fxwidth.recording.data_dependent import ValueRecord
-from fxwidth.recording.tape import Axes, Contraction, Mixing, OpCall
+from fxwidth.recording.tape import Axes, Contraction, OpCall, Reduction
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.pytrees import deep_tensors
@@ -158,7 +158,7 @@ class _Follower:
         call.contractions = [
             Contraction(inputs[a], dims, inputs[b], others) for a, dims, b, others in known.contractions
         ]
-        call.mixings = [Mixing(inputs[place], dim, kind) for place, dim, kind in known.mixings]
+        call.reductions = [Reduction(inputs[place], dim, kind) for place, dim, kind in known.reductions]
         for output, axes in zip(call.outputs, results, strict=True):
             analysis.set_axes(output, axes)
         analysis.kept_alive.append(inputs)

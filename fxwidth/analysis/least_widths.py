@@ -90,11 +90,11 @@ def _fits(analysis: Analysis, demand: _Demand, widths: Mapping[Factor, int]) -> 
 def _demands(analysis: Analysis) -> list[_Demand]:
     result = []
     for call in analysis.calls:
-        mixings = [mixing for mixing in call.mixings if mixing.kind in ("variance", *_OVER_ONE)]
-        if not mixings:
+        reductions = [reduction for reduction in call.reductions if reduction.kind in ("variance", *_OVER_ONE)]
+        if not reductions:
             continue
-        axes = tuple(call.axes[mixing.tensor][mixing.dim] for mixing in mixings)
-        kind = mixings[0].kind
+        axes = tuple(call.axes[reduction.tensor][reduction.dim] for reduction in reductions)
+        kind = reductions[0].kind
         groups: Axis = call.output_axes[1][1] if kind == "group norm" else ((),)
         count = max(2, _correction(call) + 1) if kind == "variance" else 2
         result.append(_Demand(call, axes, groups, count, f"a {kind}"))

@@ -16,7 +16,7 @@ from fxwidth.recording.tape import OpCall, TapeRecorder, functional_name
 from fxwidth.rules.family_table import is_move
 from fxwidth.rules.op_families import Move
 from fxwidth.rules.op_names import op_name, rule_name
-from fxwidth.rules.registry import keeps, prescribed
+from fxwidth.rules.registry import keeps, resized_call
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def prescribed_signatures(calls: Iterable[OpCall], maps: IndexMaps) -> list[Sign
     for call in calls:
         if is_silent(call.func):
             continue
-        func, arguments = prescribed(call, maps)
+        func, arguments = resized_call(call, maps)
         shapes = [[maps.size(axis) for axis in axes] for axes in call.output_axes]
         cut = _is_cut(call.func)
         sliced = maps.size(call.axes[call.arguments["self"]][call.arguments["dim"]]) if cut else 0

@@ -1,6 +1,6 @@
 """The recorded tape run again on real numbers: removed channels once zeroed and once cut out.
 
-The first run is the judge: it runs the ops as they were recorded, at their old sizes, and believes no prescription.
+The first run is the judge: it runs the ops as they were recorded, at their old sizes, and believes no literal_rule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import Axes, OpCall, functional_name, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, channel_norm, is_move
 from fxwidth.rules.op_families import Move, Norm, NormKind
-from fxwidth.rules.registry import Prescribed, prescribed, revised
+from fxwidth.rules.registry import ResizedCall, resized_call, revised
 from fxwidth.runtime.pytrees import deep_tensors
 
 aten = torch.ops.aten
@@ -247,11 +247,12 @@ class ZeroedReplay(_Replay):
 
     def _mixes_resized_dims(self, call: OpCall) -> bool:
         return any(
-            mixing.kind != "sum" and self.maps.changes(call.axes[mixing.tensor][mixing.dim]) for mixing in call.mixings
+            reduction.kind != "sum" and self.maps.changes(call.axes[reduction.tensor][reduction.dim])
+            for reduction in call.reductions
         )
 
-    def _on_kept(self, call: OpCall) -> Prescribed:
-        """Return the call on the kept channels alone; sizes are those of its operands, no prescription is believed."""
+    def _on_kept(self, call: OpCall) -> ResizedCall:
+        """Return the call on the kept channels alone; sizes are those of its operands, no literal_rule is believed."""
         norm = as_family(call.func, Norm)
         if channel_norm(call.func) is not None:
             count = len(call.arguments["normalized_shape"])
@@ -263,11 +264,11 @@ class ZeroedReplay(_Replay):
             places, _ = self.places.of(call.axes[signal][1], signal.device)
             group = len((places // (old["C"] // old["group"])).unique())
             return revised(call, N=samples, C=channels, HxW=prod(positions), group=group)
-        return prescribed(call, self.maps)
+        return resized_call(call, self.maps)
 
     def _renumbered(self, call: OpCall, result: Tensor) -> Tensor:
         """Return positions among the kept channels as what they were among all; other results as they are."""
-        tensor, dims = call.mixings[0].tensor, [mixing.dim for mixing in call.mixings]
+        tensor, dims = call.reductions[0].tensor, [reduction.dim for reduction in call.reductions]
         if result.dtype != torch.int64 or not tensor.is_floating_point():
             return result
         axes = call.axes[tensor]
@@ -313,7 +314,7 @@ class ResizedReplay(_Replay):
                 call, (self.places.gather(*pair) for pair in zip(full, call.output_axes, strict=True))
             )
         else:
-            results = self.call_op(*prescribed(call, self.maps), lambda leaf: self.laid_out(call, leaf))
+            results = self.call_op(*resized_call(call, self.maps), lambda leaf: self.laid_out(call, leaf))
         for result, axes in zip(results, call.output_axes, strict=True):
             wanted = tuple(self.maps.size(axis) for axis in axes)
             if tuple(result.shape) != wanted:

@@ -15,7 +15,7 @@ from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.rules.family_table import adds, family_of
 from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
 
-Lineage = tuple[frozenset[Dim], ...]
+Provenance = tuple[frozenset[Dim], ...]
 
 
 class Role(StrEnum):
@@ -43,16 +43,16 @@ class Roles:
 
     by_dim: dict[Dim, Role]
     readings: tuple[Reading, ...]
-    lineage: dict[Tensor, Lineage]
+    provenance: dict[Tensor, Provenance]
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor of the tape is made of parameters alone."""
-        return tensor in self.lineage
+        return tensor in self.provenance
 
 
 def find_roles(analysis: Analysis) -> Roles:
     """Follow every parameter along the tape to the ops that use it."""
-    lineage: dict[Tensor, Lineage] = {
+    provenance: dict[Tensor, Provenance] = {
         entry.fake: tuple([frozenset({(name, dim)}) for dim in range(len(entry.axes))])
         for name, entry in analysis.parameters.items()
     }
@@ -61,22 +61,22 @@ def find_roles(analysis: Analysis) -> Roles:
     made_in: defaultdict[int, list[Tensor]] = defaultdict(list)
     for call in analysis.calls:
         inputs = call.inputs
-        if call.func._schema.is_mutable and any(tensor not in lineage for tensor in inputs):
+        if call.func._schema.is_mutable and any(tensor not in provenance for tensor in inputs):
             # What was made of parameters alone is so no longer, under any of its names.
             for output in call.outputs:
                 for key in made_in.pop(storage_of(output), ()):
-                    lineage.pop(key, None)
-        if inputs and all(tensor in lineage for tensor in inputs):
+                    provenance.pop(key, None)
+        if inputs and all(tensor in provenance for tensor in inputs):
             for output in call.outputs:
-                if output not in lineage:
-                    lineage[output] = _through(call, inputs, output, lineage)
+                if output not in provenance:
+                    provenance[output] = _through(call, inputs, output, provenance)
                     made_in[storage_of(output)].append(output)
             if not call.contractions:
                 continue
-        readings += _contraction_roles(call, lineage, by_dim)
+        readings += _contraction_roles(call, provenance, by_dim)
         for tensor in inputs:
-            _per_channel_roles(call, tensor, lineage, by_dim)
-    return Roles(by_dim, tuple(readings), lineage)
+            _per_channel_roles(call, tensor, provenance, by_dim)
+    return Roles(by_dim, tuple(readings), provenance)
 
 
 _STRONGER = {Role.READER: 2, Role.WRITER: 1, Role.PER_CHANNEL: 0}
@@ -88,7 +88,7 @@ def _assign(by_dim: dict[Dim, Role], dims: Iterable[Dim], role: Role) -> None:
             by_dim[dim] = role
 
 
-def _contraction_roles(call: OpCall, lineage: dict[Tensor, Lineage], by_dim: dict[Dim, Role]) -> list[Reading]:
+def _contraction_roles(call: OpCall, provenance: dict[Tensor, Provenance], by_dim: dict[Dim, Role]) -> list[Reading]:
     readings = []
     for contraction in call.contractions:
         sides = (
@@ -96,54 +96,56 @@ def _contraction_roles(call: OpCall, lineage: dict[Tensor, Lineage], by_dim: dic
             (contraction.right, contraction.right_dims, contraction.left, contraction.left_dims),
         )
         for own, own_dims, other, other_dims in sides:
-            if own not in lineage:
+            if own not in provenance:
                 continue
-            for dim, sources in enumerate(lineage[own]):
+            for dim, sources in enumerate(provenance[own]):
                 _assign(by_dim, sources, Role.READER if dim in own_dims else Role.WRITER)
-            if other not in lineage:
+            if other not in provenance:
                 readings += [
                     Reading(call, other, other_dim, *source)
                     for own_dim, other_dim in zip(own_dims, other_dims, strict=True)
-                    for source in lineage[own][own_dim]
+                    for source in provenance[own][own_dim]
                 ]
     return readings
 
 
-def _per_channel_roles(call: OpCall, tensor: Tensor, lineage: dict[Tensor, Lineage], by_dim: dict[Dim, Role]) -> None:
-    if tensor not in lineage:
+def _per_channel_roles(
+    call: OpCall, tensor: Tensor, provenance: dict[Tensor, Provenance], by_dim: dict[Dim, Role]
+) -> None:
+    if tensor not in provenance:
         return
     if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
         return
     # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
     writes = bool(call.contractions) or adds(call.func)
-    for sources in lineage[tensor]:
+    for sources in provenance[tensor]:
         _assign(by_dim, sources, Role.WRITER if writes else Role.PER_CHANNEL)
 
 
-def _through(call: OpCall, inputs: list[Tensor], output: Tensor, lineage: dict[Tensor, Lineage]) -> Lineage:
+def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dict[Tensor, Provenance]) -> Provenance:
     """Follow parameter dims through an op on parameters alone: exactly for movements, broadly for the rest."""
     family = family_of(call.func)
     if len(inputs) == 1:
-        source = lineage[inputs[0]]
+        source = provenance[inputs[0]]
         if family == Movement(Move.PERMUTATION):
             return tuple(source[dim] for dim in _permuted(call, len(source)))
         if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[inputs[0]])):
             return source
     if isinstance(family, WeightNorm) and output.dim() == call.arguments["v"].dim():
-        direction, gain = (lineage[call.arguments[part]] for part in ("v", "g"))
+        direction, gain = (provenance[call.arguments[part]] for part in ("v", "g"))
         axes = call.axes[call.arguments["g"]]
         lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
         return tuple(one | other for one, other in zip(direction, lengths, strict=True))
     if isinstance(family, Product) and len(inputs) == 2:
-        return _of_product(family, *(lineage[call.arguments[name]] for name in (family.left, family.right)))
+        return _of_product(family, *(provenance[call.arguments[name]] for name in (family.left, family.right)))
     # A number has no dims to give.
-    inputs = [tensor for tensor in inputs if lineage[tensor]]
+    inputs = [tensor for tensor in inputs if provenance[tensor]]
     # Broadcasting aligns from the last dim; where that does not fit, any dim may come from any other.
-    same_rank = all(len(lineage[tensor]) == output.dim() for tensor in inputs)
+    same_rank = all(len(provenance[tensor]) == output.dim() for tensor in inputs)
     if same_rank and family != Movement(Move.RESHAPE):
-        columns = zip(*(lineage[tensor] for tensor in inputs), strict=True)
+        columns = zip(*(provenance[tensor] for tensor in inputs), strict=True)
         return tuple(frozenset().union(*column) for column in columns)
-    everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in lineage[tensor]))
+    everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in provenance[tensor]))
     return (everything,) * output.dim()
 
 
@@ -158,7 +160,7 @@ def _permuted(call: OpCall, rank: int) -> list[int]:
     return order
 
 
-def _of_product(family: Product, left: Lineage, right: Lineage) -> Lineage:
+def _of_product(family: Product, left: Provenance, right: Provenance) -> Provenance:
     """Return the parameter dims that each dim of a product of parameters comes from."""
     sides = [dict(zip(letters, dims, strict=True)) for letters, dims in zip(family.terms, (left, right), strict=False)]
     return tuple(frozenset[Dim]().union(*(side.get(letter, ()) for side in sides)) for letter in family.terms[2])

@@ -33,7 +33,7 @@ _MOVES = (Move.COPY, Move.RESHAPE, Move.PERMUTATION, Move.UNIT_DIMS, Move.EXPANS
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class ReadingView:
     """One that reads the channels of a basis, and where it has each channel of each head, [channels, heads]."""
 
     readers: ReaderSet
@@ -46,18 +46,18 @@ class Basis:
 
     Attributes:
         places: the parameters; heads have bases of their own.
-        sights: all that read the channels.
+        views: all that read the channels.
         product: or what they are summed up in.
     """
 
     places: tuple[Place, ...]
-    sights: tuple[Sight, ...] = ()
+    views: tuple[ReadingView, ...] = ()
     product: Product | None = None
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """A group whose channels go from parameters to their ends by ops that commute with any change of basis.
+    """A group whose channels go from parameters to their consumers by ops that commute with any change of basis.
 
     Attributes:
         bases: several where a width stands for as many channels of each, as where one layer makes queries, keys and
@@ -210,7 +210,7 @@ def _seen_basis(analysis: Analysis, factor: Factor, readers: ReaderSet, paths: S
             if along is None:
                 return None
             places.append(Place(path.parameter, path.dim, along.numpy()[channels], inverse))
-    return Basis(tuple(places), (Sight(readers, channels),))
+    return Basis(tuple(places), (ReadingView(readers, channels),))
 
 
 def _merged(bases: Sequence[Basis]) -> list[Basis]:
@@ -218,12 +218,12 @@ def _merged(bases: Sequence[Basis]) -> list[Basis]:
     result: list[Basis] = []
     for basis in bases:
         own = {place.identity for place in basis.places}
-        same = [one for one in result if basis.sights and one.sights and own & {place.identity for place in one.places}]
+        same = [one for one in result if basis.views and one.views and own & {place.identity for place in one.places}]
         together = [*same, basis]
         places = {place.identity: place for one in together for place in one.places}
-        sights = tuple(sight for one in together for sight in one.sights)
+        views = tuple(view for one in together for view in one.views)
         result = [one for one in result if one not in same]
-        result.append(Basis(tuple(places.values()), sights, basis.product))
+        result.append(Basis(tuple(places.values()), views, basis.product))
     return result
 
 

@@ -164,4 +164,4 @@ class _SettledSpace(FactorSpace):
                 self.changed(factor)
 
     def mix(self, axis: Axis, reason: str) -> None:
-        """Mixing is of no interest here."""
+        """Reduction is of no interest here."""

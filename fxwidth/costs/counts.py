@@ -22,7 +22,7 @@ from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
 from fxwidth.rules.family_table import family_of
 from fxwidth.rules.op_families import Attention, Convolution, Family, Product
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]
 
@@ -61,7 +61,7 @@ def flop_polynomial(width_graph: WidthGraph) -> Polynomial:
 
 def call_flops(width_graph: WidthGraph, call: OpCall) -> Polynomial:
     """Return the floating-point operations of one op of the tape."""
-    products = _PRODUCTS.get(type(family_of(call.func)))
+    products = _PRODUCT_TERMS.get(type(family_of(call.func)))
     has_formula = call.func.overloadpacket in flop_registry
     # Products of ATen that torch does not count, such as those with a vector, are none here either.
     if products is not None and (has_formula or call.func.namespace != "aten" or products is _attention):
@@ -96,7 +96,7 @@ def _shaped(call: OpCall, maps: IndexMaps) -> tuple[tuple[Any, ...], dict[str, A
     def shaped(value: Any, axes: Axes) -> Tensor:
         return torch.empty([maps.size(axis) for axis in axes], dtype=value.dtype, device="meta")
 
-    func, arguments = prescribed(call, maps)
+    func, arguments = resized_call(call, maps)
     concrete = {
         name: pytree.tree_map(lambda leaf: shaped(leaf, call.axes[leaf]) if isinstance(leaf, Tensor) else leaf, old)
         for name, old in arguments.items()
@@ -125,7 +125,7 @@ def _attention(call: OpCall) -> Iterator[Iterable[Axis]]:
     yield [*rows, key[-2], value[-1]]
 
 
-_PRODUCTS: dict[type[Family | None], Callable[[OpCall], Iterator[Iterable[Axis]]]] = {
+_PRODUCT_TERMS: dict[type[Family | None], Callable[[OpCall], Iterator[Iterable[Axis]]]] = {
     Product: _product,
     Convolution: _convolution,
     Attention: _attention,

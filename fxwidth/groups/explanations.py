@@ -11,7 +11,7 @@ from fxwidth.axes.pins import Pin, remedy
 _MOST_PLACES = 3
 
 
-def told_pin(name: str, size: int, places: Sequence[str], pin: Pin, module: fx.GraphModule) -> str:
+def describe_pin(name: str, size: int, places: Sequence[str], pin: Pin, module: fx.GraphModule) -> str:
     """Return why a group keeps its width: the reason, the op and node, and what would free it.
 
     Args:

@@ -20,7 +20,7 @@ from fxwidth.axes.positions import positions_by_channel
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.drawing import draw
-from fxwidth.groups.explanations import told_pin
+from fxwidth.groups.explanations import describe_pin
 from fxwidth.growth.recipes import Growth, find_growth
 from fxwidth.runtime.gc_pause import without_collections
 
@@ -162,7 +162,7 @@ class WidthGraph:
             for dim, origin in enumerate(own)
             if origin is not None and leaf in self.analysis.space.leaves(origin)
         ]
-        return told_pin(name, leaf.size, places, pin, self.analysis.module)
+        return describe_pin(name, leaf.size, places, pin, self.analysis.module)
 
     def _context(self, one: Factor, two: Factor) -> str:
         return next(iter(self.graph[one][two].values()))["context"] or "the same parameter"

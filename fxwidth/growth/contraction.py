@@ -154,8 +154,8 @@ def _norm(c: CallView) -> Result:
 
 
 def _batch_norm(c: CallView) -> Result:
-    for mixing in c.call.mixings:
-        if c.facts.carries(c.axes(mixing.tensor)[mixing.dim]):
+    for reduction in c.call.reductions:
+        if c.facts.carries(c.axes(reduction.tensor)[reduction.dim]):
             c.refuse("its batch norm normalises over new entries")
     family = as_family(c.call.func, Norm)
     assert family is not None
@@ -262,10 +262,10 @@ _REDUCTIONS = {
 def _reduction(c: CallView) -> Result:
     family = as_family(c.call.func, Reduction)
     assert family is not None
-    for mixing in c.call.mixings:
-        if c.facts.carries(c.axes(mixing.tensor)[mixing.dim]):
-            _check_mixing(c, family, mixing.dim)
-    gone = {mixing.dim for mixing in c.call.mixings}
+    for reduction in c.call.reductions:
+        if c.facts.carries(c.axes(reduction.tensor)[reduction.dim]):
+            _check_reduction(c, family, reduction.dim)
+    gone = {reduction.dim for reduction in c.call.reductions}
     kept = ALL_ZERO if family.linear else State.ZERO if family.zero_of_zeros else State.ANY
     states = c.states("self")
     keeps_dims = len(c.outputs[0][1]) == len(states)
@@ -273,7 +273,7 @@ def _reduction(c: CallView) -> Result:
     return [row] * len(c.outputs)
 
 
-def _check_mixing(c: CallView, family: Reduction, dim: int) -> None:
+def _check_reduction(c: CallView, family: Reduction, dim: int) -> None:
     kind, axis = family.kind, c.axes("self")[dim]
     if kind == "mean":
         if not c.facts.is_product(axis):
@@ -296,7 +296,7 @@ def _ignores_zeros(c: CallView) -> bool:
 
 @transfer(aten.max, aten.min, aten.argmax, aten.argmin)
 def _extremum(c: CallView) -> Result:
-    if c.call.mixings:
+    if c.call.reductions:
         return _reduction(c)
     if "other" in c:
         return c.everywhere(State.ANY)

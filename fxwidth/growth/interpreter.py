@@ -191,8 +191,8 @@ class Interpretation:
 
     def zero_needed(self, tensor: Tensor, dim: int) -> None:
         """Learn that an operand must keep its zeros."""
-        if tensor in self._roles.lineage:
-            self.needed |= self._roles.lineage[tensor][dim]
+        if tensor in self._roles.provenance:
+            self.needed |= self._roles.provenance[tensor][dim]
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether an operand is made of parameters alone."""
@@ -233,9 +233,9 @@ class Interpretation:
 
     def _per_channel_name(self, scale: Tensor) -> str | None:
         """Return the parameter that a tensor is a view of, if that has one entry per channel and nothing else."""
-        if scale not in self._roles.lineage:
+        if scale not in self._roles.provenance:
             return None
-        for name, _ in {slot for dims in self._roles.lineage[scale] for slot in dims}:
+        for name, _ in {slot for dims in self._roles.provenance[scale] for slot in dims}:
             entry = self._analysis.parameters[name]
             is_view = storage_of(entry.fake) == storage_of(scale) and entry.fake.dtype == scale.dtype
             bare = [axis for axis in entry.axes if self._facts.is_bare(axis)]

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Place:
+class PointwiseCall:
     """One dim of a pointwise op, counted from the end."""
 
     view: CallView
@@ -40,10 +40,10 @@ def pass_pointwise(c: CallView) -> Sequence[Sequence[State]]:
     """Return the states of a pointwise op's results."""
     combine = _COMBINATIONS.get(rule_name(c.call.func), _by_trial)
     rank = len(c.outputs[0][1])
-    return c.each_output(lambda dim: combine(Place(c, rank - dim)))
+    return c.each_output(lambda dim: combine(PointwiseCall(c, rank - dim)))
 
 
-def _by_trial(at: Place) -> State:
+def _by_trial(at: PointwiseCall) -> State:
     """Settle an op without an entry by running it once, with zeros for new entries that are zero."""
     c = at.view
     states = {tensor: at.state_of(tensor) for tensor in tensors_in(c.call.arguments)}
@@ -78,19 +78,19 @@ def _trial(c: CallView, zero: set[Tensor]) -> list[Tensor]:
         c.refuse(f"it cannot be tried on single numbers: {str(error).splitlines()[0]}")
 
 
-def _sum(at: Place) -> State:
+def _sum(at: PointwiseCall) -> State:
     return at.state("self") & at.state("other")
 
 
-def _source(at: Place) -> State:
+def _source(at: PointwiseCall) -> State:
     return at.state("self")
 
 
-def _written(at: Place) -> State:
+def _written(at: PointwiseCall) -> State:
     return at.state("src")
 
 
-def _multiplied(at: Place) -> State:
+def _multiplied(at: PointwiseCall) -> State:
     one, other = at.state("self"), at.state("other")
     result = multiplied(one, other)
     if result & State.MEAN:
@@ -103,7 +103,7 @@ def _multiplied(at: Place) -> State:
     return result
 
 
-def _divided(at: Place) -> State:
+def _divided(at: PointwiseCall) -> State:
     numerator, denominator = at.state("self"), at.state("other")
     if denominator & State.ZERO:
         at.view.refuse("it divides by new channels that are zero")
@@ -112,11 +112,11 @@ def _divided(at: Place) -> State:
     return numerator if denominator & State.UNIFORM else numerator & State.ZERO
 
 
-def _chosen(at: Place) -> State:
+def _chosen(at: PointwiseCall) -> State:
     return _choice(at.state("condition"), at.state("self"), at.state("other"))
 
 
-def _masked(at: Place) -> State:
+def _masked(at: PointwiseCall) -> State:
     return _choice(at.state("mask"), at.state("self"), at.state("value"))
 
 
@@ -124,25 +124,25 @@ def _choice(condition: State, one: State, other: State) -> State:
     return one & other if condition & State.UNIFORM else one & other & State.ZERO
 
 
-def _filled(at: Place) -> State:
+def _filled(at: PointwiseCall) -> State:
     return at.state_of(at.view.call.arguments.get("value", at.view.call.arguments.get("fill_value", 1)))
 
 
-def _zeros(_: Place) -> State:
+def _zeros(_: PointwiseCall) -> State:
     return ALL_ZERO
 
 
-def _dropped(at: Place) -> State:
+def _dropped(at: PointwiseCall) -> State:
     name = "self" if "self" in at.view.call.arguments else "input"
     return at.state(name) & State.ZERO
 
 
-def _activated(at: Place) -> State:
+def _activated(at: PointwiseCall) -> State:
     # A parametric rectifier: zero at zero whatever its slope.
     return at.state("self") & State.ZERO
 
 
-_COMBINATIONS: dict[str, Callable[[Place], State]] = {
+_COMBINATIONS: dict[str, Callable[[PointwiseCall], State]] = {
     op_name(op): combine
     for combine, ops in {
         _source: (aten.clone, aten.detach, aten.alias, aten._to_copy, aten.lift_fresh, aten.lift_fresh_copy, aten.neg),

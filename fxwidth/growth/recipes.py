@@ -168,8 +168,8 @@ class GrowthSearch:
 
     def _slots_of(self, tensor: Tensor, dim: int) -> set[Slot]:
         """Return the parameter dims that a dim of a tensor comes from."""
-        lineage = self._roles.lineage.get(tensor, ())
-        return set(lineage[dim] & self._uses.keys()) if dim < len(lineage) else set()
+        provenance = self._roles.provenance.get(tensor, ())
+        return set(provenance[dim] & self._uses.keys()) if dim < len(provenance) else set()
 
     def _one_side(self, run: Interpretation, refusal: ProductRefusedError, fills: Mapping[Slot, Fill]) -> list[Slot]:
         left, right = (run.sources.get(tensor, frozenset()) for tensor in (refusal.left, refusal.right))
@@ -207,9 +207,9 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
         inputs = call.inputs
         inside = not call.contractions and all(map(roles.is_parameter, inputs))
         for tensor in inputs:
-            lineage = roles.lineage.get(tensor, ())
+            provenance = roles.provenance.get(tensor, ())
             axes = call.axes[tensor]
-            for dim, sources in enumerate(lineage):
+            for dim, sources in enumerate(provenance):
                 if dim < len(axes) and facts.carries(axes[dim]):
                     use = _use_in_parameters(call, tensor, dim) if inside else _use(call, tensor, dim, facts)
                     for slot in sources & uses.keys():

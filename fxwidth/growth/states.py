@@ -75,7 +75,7 @@ class NormedWriterError(RefusedError):
         self.weight = weight
 
 
-class Observer(Protocol):
+class StateObserver(Protocol):
     """What a call tells the interpretation that runs it."""
 
     def states_of(self, tensor: Tensor, call: OpCall) -> States:
@@ -152,7 +152,7 @@ class AxisFacts:
 class CallView:
     """One op call as a transfer sees it."""
 
-    def __init__(self, call: OpCall, facts: AxisFacts, observer: Observer) -> None:
+    def __init__(self, call: OpCall, facts: AxisFacts, observer: StateObserver) -> None:
         self.call = call
         self.facts = facts
         self.observer = observer

@@ -19,7 +19,7 @@ from fxwidth.reconstruction.basis_change import Rotation, rotation
 from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share
-from fxwidth.selection.grams import Pairs, each_pairs, pairs_of
+from fxwidth.selection.grams import Grams, each_grams, grams_of
 from fxwidth.selection.orders import channel_order
 from fxwidth.selection.registry import PROJECTION, Selection, check_selection, is_nested, reads_moments
 from fxwidth.selection.silent_channels import silent_channels, silent_last
@@ -80,13 +80,13 @@ class Evidence:
 
     def _loses_less(self, group: ChannelGroup, turned: Rotation) -> bool:
         """Tell whether half of the channels as they are would be a better choice than half of the turned ones."""
-        pairs, half = self._pairs(group), group.width // 2
+        grams, half = self._grams(group), group.width // 2
         key = group, 0 if is_nested(self.selection) else half
-        if pairs is None:
+        if grams is None:
             return False
         if key not in self._orders:
-            self._orders[key] = self._found_order(group, half, pairs)
-        return float(self._lost(group, pairs, self._orders[key])[half]) < float(turned.lost[half])
+            self._orders[key] = self._found_order(group, half, grams)
+        return float(self._lost(group, grams, self._orders[key])[half]) < float(turned.lost[half])
 
     def kept(self, group: ChannelGroup, width: int) -> Indices:
         """Return the channels of a group to keep, sorted."""
@@ -100,25 +100,25 @@ class Evidence:
         """Return all channels of a group, those first that are to be kept when so many are."""
         key = group, 0 if is_nested(self.selection) else count
         if key not in self._orders:
-            self._orders[key] = self._found_order(group, count, self._pairs(group))
+            self._orders[key] = self._found_order(group, count, self._grams(group))
         return self._orders[key]
 
     def errors(self, group: ChannelGroup) -> Errors:
         """Return the predicted error of every width of a group from none to all, [width + 1], zero at the end."""
         if group not in self._errors:
             turned = self.rotation(group)
-            pairs = self._pairs(group, always=True) if turned is None else None
+            grams = self._grams(group, always=True) if turned is None else None
             if turned is not None:
                 self._read.add(group)
                 self._errors[group] = logarithmic(turned.lost.cpu().numpy())
-            elif pairs is None:
+            elif grams is None:
                 self._errors[group] = spectral_errors(self.width_graph, group)
             else:
                 self._read.add(group)
                 key = group, 0 if is_nested(self.selection) else group.width // 2
                 if key not in self._orders:
-                    self._orders[key] = self._found_order(group, group.width // 2, pairs)
-                self._errors[group] = logarithmic(self._lost(group, pairs, self._orders[key]))
+                    self._orders[key] = self._found_order(group, group.width // 2, grams)
+                self._errors[group] = logarithmic(self._lost(group, grams, self._orders[key]))
         return self._errors[group]
 
     def source(self, group: ChannelGroup) -> str | None:
@@ -130,22 +130,22 @@ class Evidence:
             self.errors(group)
         return group in self._read
 
-    def _pairs(self, group: ChannelGroup, *, always: bool = False) -> Pairs | None:
+    def _grams(self, group: ChannelGroup, *, always: bool = False) -> Grams | None:
         if self.moments is None or not (always or reads_moments(self.selection)):
             return None
-        return pairs_of(self.width_graph, group, self.moments)
+        return grams_of(self.width_graph, group, self.moments)
 
-    def _lost(self, group: ChannelGroup, pairs: Pairs, order: Tensor) -> Errors:
+    def _lost(self, group: ChannelGroup, grams: Grams, order: Tensor) -> Errors:
         """Return the share of their outputs that readers miss of the first k channels of an order, for every k."""
         assert self.moments is not None
         # Readers that were too many to be held are gone through once more.
-        parts = each_pairs(self.width_graph, group, self.moments) if pairs.is_sum else [pairs]
+        parts = each_grams(self.width_graph, group, self.moments) if grams.is_sum else [grams]
         return np.asarray(sum(lost_share(part, order) for part in parts), dtype=np.float64)
 
-    def _found_order(self, group: ChannelGroup, count: int, pairs: Pairs | None) -> Tensor:
-        pairs = pairs if reads_moments(self.selection) else None
-        order = channel_order(self.width_graph, group, count, pairs, self.selection)
-        if pairs is None or self.moments is None:
+    def _found_order(self, group: ChannelGroup, count: int, grams: Grams | None) -> Tensor:
+        grams = grams if reads_moments(self.selection) else None
+        order = channel_order(self.width_graph, group, count, grams, self.selection)
+        if grams is None or self.moments is None:
             return order
         return silent_last(order, silent_channels(self.width_graph, group, self.moments))
 
@@ -162,8 +162,8 @@ def spectral_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
     It counts once for every reader, by the share of what it reads that is of this group.
     """
     tails = tail_share(singular_values(width_graph, group)).cpu().numpy()
-    audience = max(1.0, wiring_of(width_graph).audience.get(group.factor, 0.0))
-    return logarithmic(np.asarray(tails * audience, dtype=np.float64))
+    weighted_fan_out = max(1.0, wiring_of(width_graph).weighted_fan_out.get(group.factor, 0.0))
+    return logarithmic(np.asarray(tails * weighted_fan_out, dtype=np.float64))
 
 
 def gather_evidence(

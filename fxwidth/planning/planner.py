@@ -97,7 +97,7 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
     refuse_nan(width_graph.analysis.module)
     units = _units(width_graph, options)
     if options.target is not None:
-        return _Problem(width_graph, units, options).solved(options)
+        return _BudgetProblem(width_graph, units, options).solved(options)
     widths = {group: width for unit in units for group, width in by_thresholds(width_graph, unit, options).items()}
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None), None
@@ -109,14 +109,14 @@ def refuse_out_of_reach(width_graph: WidthGraph, options: PlanOptions) -> None:
     Raises:
         FxwidthError: it cannot, or the options do not fit the groups.
     """
-    _Problem(width_graph, _units(width_graph, options), options).refuse_out_of_reach()
+    _BudgetProblem(width_graph, _units(width_graph, options), options).refuse_out_of_reach()
 
 
 def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:
     return classes(width_graph, chosen_groups(width_graph, options.only, options.keep), options.same_width)
 
 
-class _Problem:
+class _BudgetProblem:
     """Widths to be found for groups, some of them together, within bounds on costs."""
 
     def __init__(self, width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions) -> None:
@@ -176,9 +176,11 @@ class _Problem:
         widths = self._allocated(errors)
         if not has_inputs(evidence):
             return widths
-        audience = wiring_of(self._width_graph).audience
-        louder = {group: errors[group] * max(1.0, audience.get(group.factor, 0.0)) ** 0.5 for group in self._groups}
-        other = self._allocated(louder)
+        weighted_fan_out = wiring_of(self._width_graph).weighted_fan_out
+        weighted = {
+            group: errors[group] * max(1.0, weighted_fan_out.get(group.factor, 0.0)) ** 0.5 for group in self._groups
+        }
+        other = self._allocated(weighted)
         if other == widths:
             return widths
         error, other_error = output_errors(evidence, [widths, other])

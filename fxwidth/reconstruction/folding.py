@@ -93,9 +93,9 @@ def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | 
         moments: the evidence, if there is any.
         call: a layer norm or RMS norm on the tape.
     """
-    mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
+    reductions = [reduction for reduction in call.reductions if reduction.kind in NORMS]
     space = width_graph.analysis.space
-    axes = [space.normalise(call.axes[mixing.tensor][mixing.dim]) for mixing in mixings]
+    axes = [space.normalise(call.axes[reduction.tensor][reduction.dim]) for reduction in reductions]
     if not any(maps.changes(axis) for axis in axes):
         return 1.0
     resized = prod(map(axis_size, axes)) / prod(map(maps.size, axes))

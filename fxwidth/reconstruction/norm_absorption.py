@@ -16,7 +16,7 @@ from fxwidth.weights.readers import wiring_of
 Overwrite = Callable[[str, Tensor], None]
 
 
-def is_sound(width_graph: WidthGraph, norm: InnerNorm) -> bool:
+def can_absorb(width_graph: WidthGraph, norm: InnerNorm) -> bool:
     """Tell whether a batch norm's gains and running statistics are numbers that it can work with."""
     gain, mean, variance = (_values(width_graph, name) for name in (norm.weight, norm.mean, norm.variance))
     usable = bool(gain.isfinite().all()) and bool(mean.isfinite().all()) and bool(variance.isfinite().all())
@@ -57,11 +57,11 @@ def _covariance_seen(norm: InnerNorm, bases: Sequence[Basis], moments: Moments, 
         others = [place for place in basis.places if not place.inverse and place.parameter not in own]
         if not places:
             continue
-        moment = moments.of(basis.sights[0].readers.first) if basis.sights and not others else None
+        moment = moments.of(basis.views[0].readers.first) if basis.views and not others else None
         if moment is None:
             return None
         covariance = moment.covariance.new_zeros(count, count) if covariance is None else covariance
-        positions = (places[0].positions.reshape(-1), basis.sights[0].positions.reshape(-1))
+        positions = (places[0].positions.reshape(-1), basis.views[0].positions.reshape(-1))
         channels, read = (torch.from_numpy(one).to(covariance.device) for one in positions)
         covariance[channels[:, None], channels] = moment.covariance[read[:, None], read]
     return covariance

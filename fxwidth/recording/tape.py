@@ -35,7 +35,7 @@ class Contraction:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class Reduction:
     """A reduction of a tensor over one dim: each result depends on all channels along it."""
 
     tensor: Tensor
@@ -60,7 +60,7 @@ class OpCall:
     axes: dict[Tensor, Axes] = field(default_factory=dict)
     output_axes: tuple[Axes, ...] = ()
     contractions: list[Contraction] = field(default_factory=list)
-    mixings: list[Mixing] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
     pins_if_used: list[tuple[Tensor, Axis, str]] = field(default_factory=list)
     recorded: Any = None
     part: str = ""

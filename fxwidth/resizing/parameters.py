@@ -16,7 +16,7 @@ from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.successors import gather
 from fxwidth.statistics.moments import Moments
 from fxwidth.weights.readers import wiring_of
-from fxwidth.weights.reparametrised import settle, weight_values
+from fxwidth.weights.reparametrised import weight_values, with_solved_lengths
 
 _NORMS = ("layer norm", "RMS norm")
 
@@ -64,7 +64,7 @@ def resized_tensors(
     for name, ratio in ratios_by_gain(width_graph, maps).items():
         gain = result.get(name, analysis.parameters[name].tensor.detach())
         result[name] = gain * math.sqrt(ratio)
-    result |= settle(width_graph, maps, result)
+    result |= with_solved_lengths(width_graph, maps, result)
     return result, maps
 
 
@@ -76,7 +76,7 @@ def _variance_ratios(
     shared_gains = gains_kept(width_graph, maps).keys() - known.keys()
     for call in width_graph.analysis.calls:
         gain = _gain(width_graph, call)
-        changed = [m for m in call.mixings if maps.changes(call.axes[m.tensor][m.dim])]
+        changed = [m for m in call.reductions if maps.changes(call.axes[m.tensor][m.dim])]
         if gain is not None and gain not in shared_gains and changed:
             by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
     result: dict[int, float] = {}
@@ -88,7 +88,7 @@ def _variance_ratios(
 
 
 def _gain(width_graph: WidthGraph, call: OpCall) -> str | None:
-    if not any(mixing.kind in _NORMS for mixing in call.mixings):
+    if not any(reduction.kind in _NORMS for reduction in call.reductions):
         return None
     weight = call.arguments.get("weight")
     return next((name for name, e in width_graph.analysis.parameters.items() if e.fake is weight), None)
@@ -99,12 +99,12 @@ def gains_kept(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, str]:
     wiring = wiring_of(width_graph)
 
     def as_gain(call: OpCall, tensor: Tensor) -> bool:
-        return call.arguments.get("weight") is tensor and any(mixing.kind in _NORMS for mixing in call.mixings)
+        return call.arguments.get("weight") is tensor and any(reduction.kind in _NORMS for reduction in call.reductions)
 
     result = {}
     for call in width_graph.analysis.calls:
         gain = _gain(width_graph, call)
-        changed = any(maps.changes(call.axes[mixing.tensor][mixing.dim]) for mixing in call.mixings)
+        changed = any(maps.changes(call.axes[reduction.tensor][reduction.dim]) for reduction in call.reductions)
         if gain is not None and changed and not wiring.used_only(gain, as_gain):
             result[gain] = "it is used for something else too"
     return result

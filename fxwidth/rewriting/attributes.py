@@ -13,7 +13,7 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import family_of, is_move
 from fxwidth.rules.op_families import Convolution, Family, Move, Norm, NormKind
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 
 Attributes = dict[str, Any]
 _ByShape = Callable[[Any], Attributes]
@@ -93,7 +93,7 @@ def sizes_by_calls(module: nn.Module, calls: Iterable[OpCall], maps: IndexMaps) 
     """Return the attributes that follow from the ops a module must run after the resize."""
     result: Attributes = {}
     for call in calls:
-        _, arguments = prescribed(call, maps)
+        _, arguments = resized_call(call, maps)
         family = family_of(call.func)
         if isinstance(module, nn.modules.conv._ConvNd) and isinstance(family, Convolution):
             result["groups"] = arguments["groups"]

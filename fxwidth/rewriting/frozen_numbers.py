@@ -43,7 +43,7 @@ class _Made:
 
 _ELEMENTS = frozenset({"numel", "sym_numel", "nelement"})
 _SIZES = frozenset({"size", "sym_size", "getattr", "len"})
-_PRODUCTS = frozenset(
+_MULTIPLICATIONS = frozenset(
     {"mul", "imul", "truediv", "itruediv", "neg", "float", "sqrt", "pow", "ipow", "prod", "sym_float", "scaled"}
 )
 
@@ -142,7 +142,7 @@ def _made(number: Any, known: Numbers, space: FactorSpace, axes_of: Callable[[Te
             axis = axes_of(known.before(shape))[number.args[1]]
             return _Made(any(factor.is_batch for factor in space.factors(axis)))
     parts = [_made(argument, known, space, axes_of) for argument in (*number.args, *number.kwargs.values())]
-    return _together(parts, is_product=name in _PRODUCTS or name == "getitem")
+    return _together(parts, is_product=name in _MULTIPLICATIONS or name == "getitem")
 
 
 def _together(parts: list[_Made], *, is_product: bool) -> _Made:

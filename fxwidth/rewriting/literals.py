@@ -19,7 +19,7 @@ from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import Axes, OpCall
 from fxwidth.rewriting.frozen_numbers import frozen, rescaled
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 
 aten = torch.ops.aten
 
@@ -106,13 +106,13 @@ def _is_one_op(state: NodeState) -> bool:
     if len(state.calls) != 1 or state.calls[0].func != state.node.target:
         return False
     # A split that becomes one into sections is another op.
-    return prescribed(state.calls[0], state.maps)[0] == state.node.target
+    return resized_call(state.calls[0], state.maps)[0] == state.node.target
 
 
 def _patch_aten(state: NodeState) -> None:
-    """Take the arguments of a node that is one ATen op from that op's prescription."""
+    """Take the arguments of a node that is one ATen op from that op's literal_rule."""
     node, call = state.node, state.calls[0]
-    _, arguments = prescribed(call, state.maps)
+    _, arguments = resized_call(call, state.maps)
     for position, parameter in enumerate(call.func._schema.arguments):
         if parameter.name not in arguments or isinstance(arguments[parameter.name], Tensor):
             continue
@@ -183,7 +183,7 @@ def _literal(position: int, name: str, argument: str, *ops: OpOverloadPacket) ->
     def apply(state: NodeState) -> None:
         calls = [call for call in state.calls if call.func.overloadpacket in ops]
         if len(calls) == 1:
-            _, arguments = prescribed(calls[0], state.maps)
+            _, arguments = resized_call(calls[0], state.maps)
             wanted = arguments[argument]
             current = _argument(state.node, position, name)
             now = state.now(current)
@@ -201,7 +201,7 @@ def _norm(position: int, name: str, eps_position: int, *ops: OpOverloadPacket) -
         shape(state)
         calls = [call for call in state.calls if call.func.overloadpacket in ops]
         if len(calls) == 1 and state.maps.variance_ratio(calls[0].index) != 1.0:
-            _, arguments = prescribed(calls[0], state.maps)
+            _, arguments = resized_call(calls[0], state.maps)
             _set_argument(state.node, eps_position, "eps", arguments["eps"])
 
     return apply

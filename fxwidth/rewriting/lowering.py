@@ -18,7 +18,7 @@ from fxwidth.recording.composite_ops import PLAIN_FUNCTIONS
 from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import OpCall, unbind
 from fxwidth.rewriting.training_behaviour import Dropout, Kept, Step
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 from fxwidth.runtime.pytrees import deep_tensors
 
 
@@ -117,7 +117,7 @@ class Lowering:
 
     def _emit_attention(self, call: OpCall, dropout: Dropout) -> None:
         """Insert attention with a dropout of its weights, which a module must do for it to follow the mode."""
-        _, arguments = prescribed(call, self._maps)
+        _, arguments = resized_call(call, self._maps)
         query, key, value = (self._tensor(arguments[name]) for name in ("query", "key", "value"))
         if arguments["enable_gqa"]:
             heads = {name: self._maps.size(call.axes[arguments[name]][-3]) for name in ("query", "key", "value")}
@@ -149,8 +149,8 @@ class Lowering:
     def _emit(self, call: OpCall) -> None:
         if call.func.overloadpacket is torch.ops.aten._assert_tensor_metadata:
             return
-        func, arguments = prescribed(call, self._maps)
-        _, larger = prescribed(call, self._larger)
+        func, arguments = resized_call(call, self._maps)
+        _, larger = resized_call(call, self._larger)
         arguments = {name: self._argument(value, larger[name]) for name, value in arguments.items()}
         contiguous = partial(self._call, torch.ops.aten.contiguous.default)
         func, arguments = for_any_layout(func, arguments, contiguous)

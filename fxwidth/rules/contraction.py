@@ -14,10 +14,10 @@ from fxwidth.rules.family_table import as_family
 from fxwidth.rules.op_families import Convolution, GroupedProduct, Product
 from fxwidth.rules.op_names import Op
 from fxwidth.rules.registry import (
-    Prescribed,
+    ResizedCall,
     RuleContext,
     RuleDeclinedError,
-    prescription,
+    literal_rule,
     revised,
     rule,
 )
@@ -128,8 +128,8 @@ def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
     return result
 
 
-@prescription(aten.convolution, aten._convolution)
-def _convolution_groups(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.convolution, aten._convolution)
+def _convolution_groups(call: OpCall, maps: IndexMaps) -> ResizedCall:
     arguments = call.arguments
     signal, weight = call.axes[arguments["input"]], call.axes[arguments["weight"]]
     channels = call.output_axes[0][1] if arguments["transposed"] else signal[1]

@@ -11,7 +11,7 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import FOUND, GATHERED, INDEXED, MASKED
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.op_families import LookUp
-from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
+from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, literal_rule, revised, rule
 
 aten = torch.ops.aten
 
@@ -114,8 +114,8 @@ def _filled(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.fresh(size) for size in c.outputs[0].shape]]
 
 
-@prescription(*_FILLED)
-def _filled_size(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(*_FILLED)
+def _filled_size(call: OpCall, maps: IndexMaps) -> ResizedCall:
     return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
 
 

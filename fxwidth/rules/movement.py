@@ -12,7 +12,7 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import BY_STRIDES, ORDER, SHUFFLED_GROUPS, STRIDED, TAKEN_APART
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.op_families import Move, Movement
-from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
+from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, literal_rule, revised, rule
 
 aten = torch.ops.aten
 
@@ -76,17 +76,17 @@ def _end_of_block(old: Sequence[int], i: int, new: Sequence[int], j: int) -> tup
     return i, j
 
 
-def _sizes_of_result(call: OpCall, maps: IndexMaps) -> Prescribed:
+def _sizes_of_result(call: OpCall, maps: IndexMaps) -> ResizedCall:
     if "size" not in call.arguments:
         return revised(call)
     return revised(call, size=[maps.size(axis) for axis in call.output_axes[0]])
 
 
-prescription(*_VIEWS)(_sizes_of_result)
+literal_rule(*_VIEWS)(_sizes_of_result)
 
 
-@prescription(aten._reshape_alias)
-def _reshape(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten._reshape_alias)
+def _reshape(call: OpCall, maps: IndexMaps) -> ResizedCall:
     if not _is_reshape(call):
         return revised(call)
     # Its strides are those of the old sizes.
@@ -120,7 +120,7 @@ def _expand(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[own if axis_size(own) == size else c.fresh(size) for own, size in zip(padded, shape, strict=True)]]
 
 
-prescription(aten.expand)(_sizes_of_result)
+literal_rule(aten.expand)(_sizes_of_result)
 
 
 @rule(aten.repeat, family=Movement(Move.REPETITION))
@@ -132,8 +132,8 @@ def _repeat(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.space.product(c.fresh(count), own) for count, own in zip(repeats, padded, strict=True)]]
 
 
-@prescription(aten.repeat)
-def _repeat_counts(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.repeat)
+def _repeat_counts(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal, result = call.axes[call.arguments["self"]], call.output_axes[0]
     padded = (ONE,) * (len(result) - len(signal)) + signal
     counts = [maps.size(new) // max(1, maps.size(own)) for new, own in zip(result, padded, strict=True)]
@@ -156,8 +156,8 @@ def _squeeze(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[axis for dim, axis in enumerate(signal) if dim not in gone or shape[dim] != 1]]
 
 
-@prescription(aten.squeeze)
-def _squeezed_dims(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.squeeze)
+def _squeezed_dims(call: OpCall, maps: IndexMaps) -> ResizedCall:
     # A dim that is narrowed to one channel must not be squeezed for that.
     signal, dims = call.axes[call.arguments["self"]], call.arguments.get("dim")
     chosen = range(len(signal)) if dims is None else [dims] if isinstance(dims, int) else dims
@@ -180,8 +180,8 @@ def _select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@prescription(aten.select)
-def _select_index(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.select)
+def _select_index(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["self"]]
     axis = signal[call.arguments["dim"] % len(signal)]
     return revised(call, index=maps.prefix(axis, call.arguments["index"] % axis_size(axis)))
@@ -220,8 +220,8 @@ def _strided_parts(c: RuleContext, axis: Axis, count: int, step: int) -> tuple[A
     return c.space.normalise(major), c.fixed(step)
 
 
-@prescription(aten.slice, aten.slice_copy)
-def _slice_literals(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.slice, aten.slice_copy)
+def _slice_literals(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["self"]]
     axis = signal[call.arguments["dim"] % len(signal)]
     start, end = _slice_bounds(call.arguments, axis_size(axis))
@@ -250,8 +250,8 @@ def _split(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[*signal[:dim], c.space.normalise(part), *signal[dim + 1 :]] for part in parts]
 
 
-@prescription(*_SPLITS)
-def _split_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(*_SPLITS)
+def _split_sizes(call: OpCall, maps: IndexMaps) -> ResizedCall:
     dim = call.arguments["dim"]
     sizes = [maps.size(axes[dim]) for axes in call.output_axes]
     arguments = {"self": call.arguments["self"], "split_sizes": sizes, "dim": dim}
@@ -314,8 +314,8 @@ def _pad(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@prescription(aten.constant_pad_nd)
-def _pad_widths(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.constant_pad_nd)
+def _pad_widths(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal, result, pad = call.axes[call.arguments["self"]], call.output_axes[0], list(call.arguments["pad"])
     for k in range(len(pad) // 2):
         dim = len(signal) - 1 - k
@@ -342,7 +342,7 @@ def _slice_scatter(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [[c.space.normalise(axis) for axis in signal]]
 
 
-prescription(aten.slice_scatter)(_slice_literals)
+literal_rule(aten.slice_scatter)(_slice_literals)
 
 
 @rule(aten.as_strided, family=Movement(Move.STRIDES))
@@ -377,8 +377,8 @@ def _same_strides(size: Sequence[int], first: Sequence[int], second: Sequence[in
     return all(n == 1 or one == other for n, one, other in zip(size, first, second, strict=True))
 
 
-@prescription(aten.as_strided)
-def _as_alias(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.as_strided)
+def _as_alias(call: OpCall, maps: IndexMaps) -> ResizedCall:
     if not _is_alias(call, [axis_size(axis) for axis in call.axes[call.arguments["self"]]]):
         return revised(call)
     return torch.ops.aten.alias.default, {"self": call.arguments["self"]}

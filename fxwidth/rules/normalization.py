@@ -13,7 +13,7 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family
 from fxwidth.rules.op_families import Norm, NormKind, WeightNorm
-from fxwidth.rules.registry import Prescribed, RuleContext, RuleDeclinedError, prescription, revised, rule
+from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, literal_rule, revised, rule
 
 aten = torch.ops.aten
 
@@ -68,8 +68,8 @@ def _rms_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _over_trailing_dims(c, "RMS norm")
 
 
-@prescription(aten.native_layer_norm, aten._fused_rms_norm, torch.ops.fxwidth.rms_norm)
-def _normalized_shape(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.native_layer_norm, aten._fused_rms_norm, torch.ops.fxwidth.rms_norm)
+def _normalized_shape(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["input"]]
     count = len(call.arguments["normalized_shape"])
     # The gain carries the square root of the ratio: together they leave gain * x / sqrt(variance + eps) as it was.
@@ -113,8 +113,8 @@ def _group_norm(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal, *([[signal[0], groups]] * (len(c.outputs) - 1))]
 
 
-@prescription(aten.native_group_norm)
-def _group_norm_sizes(call: OpCall, maps: IndexMaps) -> Prescribed:
+@literal_rule(aten.native_group_norm)
+def _group_norm_sizes(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["input"]]
     return revised(
         call,

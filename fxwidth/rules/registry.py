@@ -1,7 +1,7 @@
 """The table of op rules, and what a rule sees of the call it judges.
 
 A *rule* says of what axes the results of one ATen op are made, and couples the axes of its operands on the way. A
-*prescription* says how the op's literal arguments follow from the axes once those are resized. Ops whose literals
+*literal rule* says how the op's literal arguments follow from the axes once those are resized. Ops whose literals
 never depend on a size that can change have a rule only.
 """
 
@@ -18,17 +18,17 @@ from fxwidth.axes.factors import ONE, Axis, FactorSpace, axis_size, constant, wh
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import MADE, Pin
 from fxwidth.axes.unification import cut, split, unify
-from fxwidth.recording.tape import Axes, Contraction, Mixing, OpCall, tensors_in
+from fxwidth.recording.tape import Axes, Contraction, OpCall, Reduction, tensors_in
 from fxwidth.rules.family_table import declare
 from fxwidth.rules.op_families import Family
 from fxwidth.rules.op_names import Op, op_name, rule_name
 
 Rule = Callable[["RuleContext"], Sequence[Sequence[Axis]]]
-Prescribed = tuple[OpOverload, dict[str, Any]]
-Prescription = Callable[[OpCall, IndexMaps], Prescribed]
+ResizedCall = tuple[OpOverload, dict[str, Any]]
+LiteralRule = Callable[[OpCall, IndexMaps], ResizedCall]
 
 RULES: dict[str, Rule] = {}
-PRESCRIPTIONS: dict[str, Prescription] = {}
+LITERAL_RULES: dict[str, LiteralRule] = {}
 POINTWISE: set[str] = set()
 
 
@@ -73,27 +73,27 @@ def _new_names(ops: Sequence[Op]) -> list[str]:
     return names
 
 
-def prescription(*ops: Op) -> Callable[[Prescription], Prescription]:
+def literal_rule(*ops: Op) -> Callable[[LiteralRule], LiteralRule]:
     """Register how the literal arguments of ops, named as for `rule`, follow from resized axes."""
 
-    def register(function: Prescription) -> Prescription:
+    def register(function: LiteralRule) -> LiteralRule:
         for name in map(op_name, ops):
-            if name in PRESCRIPTIONS:
-                raise ValueError(f"there is a prescription for {name} already")
-            PRESCRIPTIONS[name] = function
+            if name in LITERAL_RULES:
+                raise ValueError(f"there is a literal rule for {name} already")
+            LITERAL_RULES[name] = function
         return function
 
     return register
 
 
-def revised(call: OpCall, **literals: Any) -> Prescribed:
+def revised(call: OpCall, **literals: Any) -> ResizedCall:
     """Return a call with some of its literal arguments changed."""
     return call.func, {**call.arguments, **literals}
 
 
-def prescribed(call: OpCall, maps: IndexMaps) -> Prescribed:
+def resized_call(call: OpCall, maps: IndexMaps) -> ResizedCall:
     """Return the op and arguments that a recorded call must have after a resize; tensors stand for their successors."""
-    prescribe = PRESCRIPTIONS.get(rule_name(call.func))
+    prescribe = LITERAL_RULES.get(rule_name(call.func))
     return revised(call) if prescribe is None else prescribe(call, maps)
 
 
@@ -192,13 +192,13 @@ class RuleContext:
     def mix(self, operand: str | Tensor, dim: int, kind: str) -> None:
         """Record that the op reduces over a dim; all kinds but a plain sum mix channels."""
         tensor = self[operand] if isinstance(operand, str) else operand
-        self.call.mixings.append(Mixing(tensor, dim, kind))
+        self.call.reductions.append(Reduction(tensor, dim, kind))
         if kind != "sum":
             self.space.mix(self.axes(tensor)[dim], kind)
 
     def mix_inside(self, operand: str, dim: int, kind: str) -> None:
         """Record that the op reduces over a part of a dim; the rule marks which."""
-        self.call.mixings.append(Mixing(self[operand], dim, kind))
+        self.call.reductions.append(Reduction(self[operand], dim, kind))
 
     def contract(self, left: str, left_dims: tuple[int, ...], right: str, right_dims: tuple[int, ...]) -> None:
         """Record a sum of products over dims; the axes are coupled by the rule."""

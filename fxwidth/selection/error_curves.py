@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxwidth.selection.grams import Pairs
+from fxwidth.selection.grams import Grams
 
 Errors = npt.NDArray[np.float64]
 
@@ -19,30 +19,30 @@ _COLUMNS = 512
 _LEAST_SHARE = 1e-12
 
 
-def lost_share(pairs: Pairs, order: Tensor) -> Errors:
+def lost_share(grams: Grams, order: Tensor) -> Errors:
     """Return the share of their outputs that readers miss of the first k channels of an order, for every k, [n + 1].
 
-    It is tr(D E_k) summed over pairs, and so over readers, each of which weighs one if it reads this group alone. With
+    It is tr(D E_k) summed over grams, and so over readers, each of which weighs one if it reads this group alone. With
     S in that order L L^T, what remains of S after k channels is the sum of l_j l_j^T for the columns j >= k of L: one
     decomposition gives the errors of all widths. Few rows make that too small: k coefficients fitted to m rows miss
     (m + k) / (m - k) times as much of others. Beyond k = m / 2 every channel is taken to bring the same.
 
     Args:
-        pairs: what readers see and want of the channels.
+        grams: what readers see and want of the channels.
         order: all channels, those that are kept first in front.
 
     Source: the factor is that of D. M. Allen, Mean Square Error of Prediction as a Criterion for Selecting Variables
         (1971), for the fit's own rows against new ones.
     """
-    width = pairs.width
-    total = torch.zeros(width + 1, dtype=torch.float64, device=pairs.seen.device)
+    width = grams.width
+    total = torch.zeros(width + 1, dtype=torch.float64, device=grams.activation.device)
     step = max(1, _ENTRIES // width**2)
-    for first in range(0, len(pairs.seen), step):
+    for first in range(0, len(grams.activation), step):
         own = slice(first, first + step)
-        L = _factor(pairs.seen[own], order, pairs.precision)
-        parts = _energies(pairs.wanted[own], order, L).clamp_min(0).double()
+        L = _factor(grams.activation[own], order, grams.precision)
+        parts = _energies(grams.weight[own], order, L).clamp_min(0).double()
         errors = torch.cat([parts, parts.new_zeros(len(parts), 1)], 1).flip(1).cumsum(1).flip(1)
-        rows = None if pairs.rows is None else pairs.rows[own].double()
+        rows = None if grams.rows is None else grams.rows[own].double()
         total += (errors if rows is None else _of_other_rows(errors, rows)).sum(0)
     return np.asarray(total.cpu().numpy(), dtype=np.float64)
 

@@ -23,7 +23,7 @@ from fxwidth.weights.readers import Reader, wiring_of
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 
 # More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
-_ENTRIES, _PRODUCTS = 2**27, 1e11
+_MOST_ENTRIES, _MOST_PRODUCTS = 2**27, 1e11
 # From this width on time matters more than the last digits.
 WIDE = 128
 # How many rows of wide matrices are multiplied at a time.
@@ -35,19 +35,19 @@ ROUNDING = 100.0
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Grams:
     """What readers see of a group's channels, and what they make of it.
 
     Attributes:
-        seen: S, [pairs, width, width]: the channels' covariance, or E h h^T where no constant can be added.
-        wanted: D = a W^T W, [pairs, width, width], with a one over the energy of what the whole reader makes.
+        activation: S, [pairs, width, width]: the channels' covariance, or E h h^T where no constant can be added.
+        weight: D = a W^T W, [pairs, width, width], with a one over the energy of what the whole reader makes.
         precision: the rounding unit of the numbers S comes from.
         rows: how many independent rows each S is worth, [pairs]; none are infinitely many.
         is_sum: whether some are sums over several readers: good to choose channels by, but no measure of what is lost.
     """
 
-    seen: Tensor
-    wanted: Tensor
+    activation: Tensor
+    weight: Tensor
     precision: float
     rows: Tensor | None = None
     is_sum: bool = False
@@ -55,62 +55,62 @@ class Pairs:
     @property
     def width(self) -> int:
         """The number of channels."""
-        return self.seen.shape[2]
+        return self.activation.shape[2]
 
     def read_channels(self) -> Tensor:
         """Return the channels of which some reader makes anything."""
-        return torch.nonzero((self.wanted.diagonal(dim1=1, dim2=2) > 0).any(0))[:, 0]
+        return torch.nonzero((self.weight.diagonal(dim1=1, dim2=2) > 0).any(0))[:, 0]
 
-    def among(self, channels: Tensor) -> Pairs:
+    def among(self, channels: Tensor) -> Grams:
         """Return the evidence on some channels alone."""
         if len(channels) == self.width:
             return self
-        seen, wanted = (matrix[:, channels][:, :, channels] for matrix in (self.seen, self.wanted))
-        return Pairs(seen, wanted, self.precision, self.rows, self.is_sum)
+        activation, weight = (matrix[:, channels][:, :, channels] for matrix in (self.activation, self.weight))
+        return Grams(activation, weight, self.precision, self.rows, self.is_sum)
 
-    def merged(self) -> Pairs:
+    def merged(self) -> Grams:
         """Return fewer pairs where all of them would take too much time: neighbours are added together."""
-        count, width = len(self.seen), self.width
-        runs = min(count, max(1, int(_PRODUCTS / (8 * width**3))))
+        count, width = len(self.activation), self.width
+        runs = min(count, max(1, int(_MOST_PRODUCTS / (8 * width**3))))
         if runs == count:
             return self
         scale = self._mean_variance()
-        places = torch.arange(count, device=self.seen.device) * runs // count
-        S, D = (self.seen.new_zeros(runs, width, width) for _ in range(2))
-        S.index_add_(0, places, self.seen / scale)
-        D.index_add_(0, places, self.wanted * scale)
-        return Pairs(S, D, self.precision, is_sum=True)
+        places = torch.arange(count, device=self.activation.device) * runs // count
+        S, D = (self.activation.new_zeros(runs, width, width) for _ in range(2))
+        S.index_add_(0, places, self.activation / scale)
+        D.index_add_(0, places, self.weight * scale)
+        return Grams(S, D, self.precision, is_sum=True)
 
-    def on_one_scale(self) -> Pairs:
+    def on_one_scale(self) -> Grams:
         """Return the same evidence with channels of variance one on average, so that small ones count in sums."""
         scale = self._mean_variance()
-        return Pairs(self.seen / scale, self.wanted * scale, self.precision, self.rows, self.is_sum)
+        return Grams(self.activation / scale, self.weight * scale, self.precision, self.rows, self.is_sum)
 
     def _mean_variance(self) -> Tensor:
-        tiny = torch.finfo(self.seen.dtype).tiny
-        return self.seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
+        tiny = torch.finfo(self.activation.dtype).tiny
+        return self.activation.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
 
 
 class _Held:
-    """Pairs as they come, neighbours added together once they take too much memory."""
+    """Grams as they come, neighbours added together once they take too much memory."""
 
     def __init__(self) -> None:
-        self._parts: list[Pairs] = []
+        self._parts: list[Grams] = []
         # How many pairs each part is the sum of, and how many the last one lacks of that.
         self._summands = 1
         self._missing = 0
 
-    def add(self, pairs: Pairs) -> None:
+    def add(self, pairs: Grams) -> None:
         """Take more pairs."""
         if self._summands == 1:
             self._parts.append(pairs)
         else:
             for one in _one_by_one(pairs.on_one_scale()):
                 self._add(one)
-        while sum(len(part.seen) for part in self._parts) > max(1, _ENTRIES // pairs.width**2):
+        while sum(len(part.activation) for part in self._parts) > max(1, _MOST_ENTRIES // pairs.width**2):
             self._halve()
 
-    def _add(self, one: Pairs) -> None:
+    def _add(self, one: Grams) -> None:
         if self._missing == 0:
             self._parts.append(one)
             self._missing = self._summands - 1
@@ -126,57 +126,57 @@ class _Held:
         self._missing += self._summands * (count % 2)
         self._summands *= 2
 
-    def together(self) -> Pairs | None:
+    def together(self) -> Grams | None:
         """Return all that was taken; None if there was nothing."""
         if not self._parts:
             return None
-        dtype, precision = self._parts[0].seen.dtype, max(part.precision for part in self._parts)
-        S, D = (_together([getattr(part, name).to(dtype) for part in self._parts]) for name in ("seen", "wanted"))
+        dtype, precision = self._parts[0].activation.dtype, max(part.precision for part in self._parts)
+        S, D = (_together([getattr(part, name).to(dtype) for part in self._parts]) for name in ("activation", "weight"))
         if self._summands > 1:
-            return Pairs(S, D, precision, is_sum=True)
+            return Grams(S, D, precision, is_sum=True)
         rows = [part.rows for part in self._parts if part.rows is not None]
-        return Pairs(S, D, precision, torch.cat(rows).to(dtype))
+        return Grams(S, D, precision, torch.cat(rows).to(dtype))
 
 
-def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
-    for S, D in zip(pairs.seen, pairs.wanted, strict=True):
-        yield Pairs(S[None], D[None], pairs.precision)
+def _one_by_one(pairs: Grams) -> Iterator[Grams]:
+    for S, D in zip(pairs.activation, pairs.weight, strict=True):
+        yield Grams(S[None], D[None], pairs.precision)
 
 
-def _sum(parts: Sequence[Pairs]) -> Pairs:
+def _sum(parts: Sequence[Grams]) -> Grams:
     """Return what one or two neighbours come to together, in the memory of the first."""
     first, *others = parts
     for other in others:
-        first.seen.add_(other.seen)
-        first.wanted.add_(other.wanted)
-    return Pairs(first.seen, first.wanted, max(part.precision for part in parts))
+        first.activation.add_(other.activation)
+        first.weight.add_(other.weight)
+    return Grams(first.activation, first.weight, max(part.precision for part in parts))
 
 
-def pairs_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Pairs | None:
+def grams_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Grams | None:
     """Return the evidence on a group from all that reads it, None where nothing does.
 
     Where it would take too much memory, neighbouring readers are added together.
     """
     held = _Held()
-    for pairs in each_pairs(width_graph, group, moments):
+    for pairs in each_grams(width_graph, group, moments):
         held.add(pairs)
     return held.together()
 
 
-def each_pairs(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Iterator[Pairs]:
+def each_grams(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Iterator[Grams]:
     """Yield the evidence on a group from one after the other of all that read it."""
     for readers in reader_sets(width_graph):
-        own = reader_pairs(width_graph, readers, group.factor, moments)
+        own = reader_grams(width_graph, readers, group.factor, moments)
         if own is not None:
             yield own
     for squares in _product_squares(width_graph, group.factor, moments):
         total = squares.sum()
         if float(total) > 0:
-            wanted = torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total
-            yield Pairs(torch.diag(squares)[None], wanted, _EXACT, squares.new_full((1,), math.inf))
+            weight = torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total
+            yield Grams(torch.diag(squares)[None], weight, _EXACT, squares.new_full((1,), math.inf))
 
 
-def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Pairs | None:
+def reader_grams(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Grams | None:
     """Return the evidence from readers of one weight, a pair for each position of a factor in it; None without any."""
     # Readers of one weight see what is measured in all their places together.
     reader, space = readers.first, width_graph.analysis.space
@@ -190,12 +190,12 @@ def reader_pairs(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, mo
     if readers.absorber is None:
         mean = moment.mean.to(S.dtype)
         S = S.addr_(mean, mean) if S is not moment.covariance else torch.addr(S, mean, mean)
-    found = list(_reader_pairs(space, reader, factor, S, values, moment.precision))
+    found = list(_reader_grams(space, reader, factor, S, values, moment.precision))
     if not found:
         return None
-    seen, wanted = (_together(parts) for parts in zip(*found, strict=True))
-    rows = torch.full((len(seen),), effective_rows(moment), dtype=seen.dtype, device=seen.device)
-    return Pairs(seen, wanted, moment.precision, rows)
+    activation, weight = (_together(parts) for parts in zip(*found, strict=True))
+    rows = torch.full((len(activation),), effective_rows(moment), dtype=activation.dtype, device=activation.device)
+    return Grams(activation, weight, moment.precision, rows)
 
 
 def _fits_single(moment: Moment) -> bool:
@@ -213,7 +213,7 @@ def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
     return wiring_of(width_graph).values(reader.call.arguments[reader.weight])
 
 
-def _reader_pairs(
+def _reader_grams(
     space: FactorSpace, reader: Reader, factor: Factor, S: Tensor, weight: Tensor, precision: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (S, D) [positions each, width, width] for each occurrence of a factor in what a reader contracts."""

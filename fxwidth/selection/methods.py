@@ -1,6 +1,6 @@
 """Orders of a group's channels, most useful first: one function for each method of selection.
 
-All but magnitude take what readers see and want of the channels, `Pairs`, and how many are to be kept, and return all
+All but magnitude take what readers see and want of the channels, `Grams`, and how many are to be kept, and return all
 channels in an order whose first `count` are the choice.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.selection.grams import ROUNDING, Pairs
+from fxwidth.selection.grams import ROUNDING, Grams
 from fxwidth.selection.registry import PROJECTION, selection_method
 from fxwidth.weights.writer_spectra import writer_norms
 
@@ -29,25 +29,25 @@ _BISECTIONS = 60
 
 
 @selection_method("greedy", nested=True)
-def greedy_order(pairs: Pairs, count: int) -> Tensor:
+def greedy_order(grams: Grams, count: int) -> Tensor:
     """Return channels in the order in which they explain most of what is still unexplained.
 
-    With E = S, the next channel j has the largest sum over pairs of E_j^T D E_j / E_jj, and E loses E_j E_j^T / E_jj:
+    With E = S, the next channel j has the largest sum over grams of E_j^T D E_j / E_jj, and E loses E_j E_j^T / E_jj:
     E is what the best linear prediction from the chosen channels leaves of S, and tr(D E) what the readers miss.
     Orders are nested: what is chosen first does not depend on the count.
 
     Source: forward selection by orthogonal least squares, Chen, Billings and Luo (1989), weighted by the readers.
     """
     del count
-    return _by_blocks(pairs) if pairs.width >= _BLOCKWISE else _one_by_one(pairs)
+    return _by_blocks(grams) if grams.width >= _BLOCKWISE else _one_by_one(grams)
 
 
-def _one_by_one(pairs: Pairs) -> Tensor:
-    S, D = pairs.seen, pairs.wanted
+def _one_by_one(grams: Grams) -> Tensor:
+    S, D = grams.activation, grams.weight
     variance = S.diagonal(dim1=1, dim2=2).clone()
-    negligible = _negligible(pairs, variance)
+    negligible = _negligible(grams, variance)
     gain = (torch.bmm(D, S) * S).sum(1)
-    tie_break = _tie_break(pairs)
+    tie_break = _tie_break(grams)
     chosen: list[Tensor] = []
     taken = torch.zeros(S.shape[2], dtype=torch.bool, device=S.device)
     explained = S.new_zeros(S.shape)
@@ -61,10 +61,10 @@ def _one_by_one(pairs: Pairs) -> Tensor:
         own = S[:, :, j] - _times(past, past[:, j])
         # Where the channel is explained already it has nothing to take away.
         scale = torch.where(open_[:, j], variance[:, j], torch.inf)[:, None]
-        wish = _times(D, own)
-        echo = _times(S, wish) - _times(past, _times(past.transpose(1, 2), wish))
-        pull = (own * wish).sum(1, keepdim=True)
-        gain = gain - 2 * own / scale * echo + (own / scale).square() * pull
+        DE = _times(D, own)
+        EDU = _times(S, DE) - _times(past, _times(past.transpose(1, 2), DE))
+        UDU = (own * DE).sum(1, keepdim=True)
+        gain = gain - 2 * own / scale * EDU + (own / scale).square() * UDU
         variance = variance - own.square() / scale
         explained[:, :, step] = own / scale.sqrt()
     return torch.stack(chosen)
@@ -75,25 +75,25 @@ def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     return torch.bmm(matrices, vectors[:, :, None])[:, :, 0]
 
 
-def _negligible(pairs: Pairs, variance: Tensor) -> Tensor:
+def _negligible(grams: Grams, variance: Tensor) -> Tensor:
     """Return the variance below which a channel holds nothing but rounding errors, [pairs, width]."""
     # What rounding leaves in a channel that is constant says nothing, however well it fits.
-    rounding = variance.amax(1, keepdim=True) * (ROUNDING * pairs.precision) ** 2
-    return (variance * min(0.5, _EXPLAINED * pairs.precision)).maximum(rounding)
+    rounding = variance.amax(1, keepdim=True) * (ROUNDING * grams.precision) ** 2
+    return (variance * min(0.5, _EXPLAINED * grams.precision)).maximum(rounding)
 
 
-def _tie_break(pairs: Pairs) -> Tensor:
+def _tie_break(grams: Grams) -> Tensor:
     """Return a small score per channel: what is explained first is decided by variance where samples are few."""
-    energy = (pairs.wanted.diagonal(dim1=1, dim2=2) * pairs.seen.diagonal(dim1=1, dim2=2)).sum(0)
-    return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny) * _EXPLAINED * pairs.precision
+    energy = (grams.weight.diagonal(dim1=1, dim2=2) * grams.activation.diagonal(dim1=1, dim2=2)).sum(0)
+    return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny) * _EXPLAINED * grams.precision
 
 
-def _by_blocks(pairs: Pairs) -> Tensor:
+def _by_blocks(grams: Grams) -> Tensor:
     """Choose several channels at a time from the best candidates, greedily among these: matrix products all through."""
-    D, E = pairs.wanted, pairs.seen.clone()
-    width = pairs.width
-    negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
-    tie_break = _tie_break(pairs)
+    D, E = grams.weight, grams.activation.clone()
+    width = grams.width
+    negligible = _negligible(grams, E.diagonal(dim1=1, dim2=2))
+    tie_break = _tie_break(grams)
     gain = torch.cat([(torch.bmm(D, part) * part).sum(1) for part in E.split(_COLUMNS, dim=2)], 1)
     labels = torch.arange(width, device=E.device)
     taken = torch.zeros(width, dtype=torch.bool, device=E.device)
@@ -109,17 +109,17 @@ def _by_blocks(pairs: Pairs) -> Tensor:
         score = _score(gain, E.diagonal(dim1=1, dim2=2), negligible) + tie_break
         candidates = score.masked_fill(taken, -1.0).topk(min(left, _CANDIDATES * _BLOCK)).indices
         columns = E[:, :, candidates]
-        wish = torch.bmm(D, columns)
-        inner = torch.bmm(columns.transpose(1, 2), wish)
+        DE = torch.bmm(D, columns)
+        inner = torch.bmm(columns.transpose(1, 2), DE)
         closed = negligible[:, candidates]
         best = _among(columns[:, candidates], inner, closed, tie_break[candidates], min(left, _BLOCK))
         picked = candidates[best]
         chosen.append(labels[picked])
         taken[picked] = True
-        U, DU = _orthonormal(columns[:, :, best], wish[:, :, best], picked, closed[:, best])
-        echo = torch.bmm(E, DU)
-        pull = torch.bmm(U.transpose(1, 2), DU)
-        gain = gain - 2 * (U * echo).sum(2) + (torch.bmm(U, pull) * U).sum(2)
+        U, DU = _orthonormal(columns[:, :, best], DE[:, :, best], picked, closed[:, best])
+        EDU = torch.bmm(E, DU)
+        UDU = torch.bmm(U.transpose(1, 2), DU)
+        gain = gain - 2 * (U * EDU).sum(2) + (torch.bmm(U, UDU) * U).sum(2)
         E.baddbmm_(U, U.transpose(1, 2), alpha=-1)
     return torch.cat(chosen)
 
@@ -150,14 +150,14 @@ def _among(E: Tensor, G: Tensor, negligible: Tensor, tie_break: Tensor, count: i
     return torch.tensor(chosen, device=E.device)
 
 
-def _orthonormal(columns: Tensor, wish: Tensor, picked: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormal(columns: Tensor, DE: Tensor, picked: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
     """Return U with U U^T = E_B E_BB^-1 E_B^T for the picked columns of E, and D U from D E_B.
 
     Channels that hold nothing new have nothing to take away.
     """
     inner = columns[:, picked]
     count = inner.shape[1]
-    U, DU = torch.zeros_like(columns), torch.zeros_like(wish)
+    U, DU = torch.zeros_like(columns), torch.zeros_like(DE)
     rest = inner.clone()
     triangle = torch.zeros_like(inner)
     for k in range(count):
@@ -169,12 +169,12 @@ def _orthonormal(columns: Tensor, wish: Tensor, picked: Tensor, negligible: Tens
     live = pivots > 0
     solvable = torch.where(live[:, None, :], triangle.tril(), 0.0) + torch.diag_embed((~live).to(triangle.dtype))
     U = torch.linalg.solve_triangular(solvable, columns.transpose(1, 2), upper=False).transpose(1, 2)
-    DU = torch.linalg.solve_triangular(solvable, wish.transpose(1, 2), upper=False).transpose(1, 2)
+    DU = torch.linalg.solve_triangular(solvable, DE.transpose(1, 2), upper=False).transpose(1, 2)
     return U * live[:, None, :], DU * live[:, None, :]
 
 
 @selection_method("cholesky", nested=True)
-def cholesky_order(pairs: Pairs, count: int) -> Tensor:
+def cholesky_order(grams: Grams, count: int) -> Tensor:
     """Return channels by the variance that those before them leave unexplained, weighted by how readers weigh it.
 
     It is Cholesky's decomposition with diagonal pivots E_jj D_jj: unlike the greedy order it does not look at what a
@@ -184,13 +184,13 @@ def cholesky_order(pairs: Pairs, count: int) -> Tensor:
         Decomposition (2012).
     """
     del count
-    E = pairs.seen.clone()
-    weights = pairs.wanted.diagonal(dim1=1, dim2=2)
-    negligible = _negligible(pairs, E.diagonal(dim1=1, dim2=2))
-    tie_break = _tie_break(pairs)
-    taken = torch.zeros(pairs.width, dtype=torch.bool, device=E.device)
+    E = grams.activation.clone()
+    weights = grams.weight.diagonal(dim1=1, dim2=2)
+    negligible = _negligible(grams, E.diagonal(dim1=1, dim2=2))
+    tie_break = _tie_break(grams)
+    taken = torch.zeros(grams.width, dtype=torch.bool, device=E.device)
     chosen = []
-    for _ in range(pairs.width):
+    for _ in range(grams.width):
         variance = E.diagonal(dim1=1, dim2=2)
         open_ = variance > negligible
         score = (torch.where(open_, variance, 0.0) * weights).sum(0) + tie_break
@@ -204,7 +204,7 @@ def cholesky_order(pairs: Pairs, count: int) -> Tensor:
 
 
 @selection_method("leverage")
-def leverage_order(pairs: Pairs, count: int) -> Tensor:
+def leverage_order(grams: Grams, count: int) -> Tensor:
     """Return channels by their ridge leverage scores, the diagonal of A (A + lambda)^-1.
 
     A = sqrt(D_jj D_kk) S_jk is what readers read of the channels, and lambda is such that the scores of a pair add up
@@ -214,8 +214,8 @@ def leverage_order(pairs: Pairs, count: int) -> Tensor:
         M. B. Cohen, C. Musco and C. Musco, Input Sparsity Time Low-Rank Approximation via Ridge Leverage Score Sampling
         (2017).
     """
-    weights = pairs.wanted.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    weighted = pairs.seen * weights[:, :, None] * weights[:, None]
+    weights = grams.weight.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    weighted = grams.activation * weights[:, :, None] * weights[:, None]
     values, vectors = torch.linalg.eigh(weighted)
     values = values.clamp_min(0)
     low, high = torch.zeros_like(values[:, :1]), values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
@@ -224,11 +224,11 @@ def leverage_order(pairs: Pairs, count: int) -> Tensor:
         is_too_many = (values / (values + middle)).sum(1, keepdim=True) > count
         low, high = torch.where(is_too_many, middle, low), torch.where(is_too_many, high, middle)
     scores = (vectors.square() * (values / (values + high))[:, None]).sum(2).sum(0)
-    return torch.argsort(scores + _tie_break(pairs), descending=True, stable=True)
+    return torch.argsort(scores + _tie_break(grams), descending=True, stable=True)
 
 
 @selection_method("backward", nested=True)
-def backward_order(pairs: Pairs, count: int) -> Tensor:
+def backward_order(grams: Grams, count: int) -> Tensor:
     """Return channels by how late they are dropped when the one that costs readers least goes first.
 
     Dropping channel j, the others made to stand in for it as well as they can, costs D_jj / (S^-1)_jj; D then becomes
@@ -238,28 +238,28 @@ def backward_order(pairs: Pairs, count: int) -> Tensor:
         whole channels in the place of weights.
     """
     del count
-    S, D = pairs.seen.double(), pairs.wanted.double()
+    S, D = grams.activation.double(), grams.weight.double()
     variance = S.diagonal(dim1=1, dim2=2)
-    ridge = variance.amax(1, keepdim=True) * max(1e-12, 10 * pairs.precision)
+    ridge = variance.amax(1, keepdim=True) * max(1e-12, 10 * grams.precision)
     H = torch.linalg.inv(S + torch.diag_embed(ridge.expand_as(variance)))
-    gone = torch.zeros(pairs.width, dtype=torch.bool, device=S.device)
+    gone = torch.zeros(grams.width, dtype=torch.bool, device=S.device)
     dropped = []
-    for _ in range(pairs.width):
+    for _ in range(grams.width):
         precision = H.diagonal(dim1=1, dim2=2)
         cost = (D.diagonal(dim1=1, dim2=2) / precision.clamp_min(torch.finfo(S.dtype).tiny)).sum(0)
         j = int(cost.masked_fill(gone, torch.inf).argmin())
         dropped.append(j)
         gone[j] = True
         row = H[:, j] / H[:, j, j, None]
-        pull = D[:, j].clone()
-        D = D - pull[:, :, None] * row[:, None] - row[:, :, None] * pull[:, None]
-        D = D + pull[:, j, None, None] * row[:, :, None] * row[:, None]
+        UDU = D[:, j].clone()
+        D = D - UDU[:, :, None] * row[:, None] - row[:, :, None] * UDU[:, None]
+        D = D + UDU[:, j, None, None] * row[:, :, None] * row[:, None]
         H = H - row[:, :, None] * row[:, None] * H[:, j, j, None, None]
     return torch.tensor(dropped[::-1], device=S.device)
 
 
 @selection_method("spectral_pruning", nested=True)
-def spectral_pruning_order(pairs: Pairs, count: int) -> Tensor:
+def spectral_pruning_order(grams: Grams, count: int) -> Tensor:
     """Return channels by greedy minimisation of Suzuki's information losses, input and output in equal parts.
 
     The input loss is what the kept channels cannot tell about all channels, tr(E); the output loss what they cannot
@@ -269,17 +269,17 @@ def spectral_pruning_order(pairs: Pairs, count: int) -> Tensor:
     Source: T. Suzuki et al., Spectral Pruning: Compressing Deep Neural Networks via Spectral Analysis and its
         Generalization Error (2018), with theta = 1/2 and no constraint on leverage scores.
     """
-    S, D = pairs.seen, pairs.wanted
+    S, D = grams.activation, grams.weight
     all_of = S.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(S.dtype).tiny)
-    identity = torch.eye(pairs.width, dtype=S.dtype, device=S.device)
+    identity = torch.eye(grams.width, dtype=S.dtype, device=S.device)
     output = (D * S).sum((1, 2)).clamp_min(0)
     # A reader's loss is in the unit of its output's energy: the input's is brought to the same.
     both = (output / all_of)[:, None, None] * identity + D
-    return greedy_order(Pairs(S, both / 2, pairs.precision), count)
+    return greedy_order(Grams(S, both / 2, grams.precision), count)
 
 
 @selection_method(PROJECTION)
-def projection_order(pairs: Pairs, count: int) -> Tensor:
+def projection_order(grams: Grams, count: int) -> Tensor:
     """Return first the channels on which the leading singular directions of the writers can be told apart best.
 
     The rows of the leading `count` eigenvectors of S are chosen by pivots, so that these directions, and through them
@@ -288,7 +288,7 @@ def projection_order(pairs: Pairs, count: int) -> Tensor:
     Source: J. Dejaegher, SVD evolutive CNN (2021), where the first channels are kept; the pivots are those of
         P. Businger and G. H. Golub, Linear Least Squares Solutions by Householder Transformations (1965).
     """
-    S = pairs.seen.double()
+    S = grams.activation.double()
     scale = S.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(S.dtype).tiny)
     _, vectors = torch.linalg.eigh((S / scale[:, None, None]).mean(0))
     rest = vectors.flip(1)[:, :count].clone()
@@ -300,7 +300,7 @@ def projection_order(pairs: Pairs, count: int) -> Tensor:
         chosen.append(j)
         direction = rest[j] / rest[j].norm().clamp_min(torch.finfo(S.dtype).tiny)
         rest = rest - (rest @ direction)[:, None] * direction[None]
-    others = torch.ones(pairs.width, dtype=torch.bool, device=S.device)
+    others = torch.ones(grams.width, dtype=torch.bool, device=S.device)
     others[chosen] = False
     return torch.cat([torch.tensor(chosen, device=S.device), torch.nonzero(others)[:, 0]])
 

@@ -12,7 +12,7 @@ from fxwidth.axes.index_maps import Indices
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.selection.grams import Pairs, pairs_of
+from fxwidth.selection.grams import Grams, grams_of
 from fxwidth.selection.methods import magnitude_scores
 from fxwidth.selection.registry import METHODS, Selection, check_selection, reads_moments
 from fxwidth.selection.scores import scored_order
@@ -37,13 +37,13 @@ def select(
     check_selection(selection)
     if width >= group.width:
         return np.arange(group.width, dtype=np.int64)
-    pairs = pairs_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
-    order = channel_order(width_graph, group, width, pairs, selection)
+    grams = grams_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
+    order = channel_order(width_graph, group, width, grams, selection)
     return np.sort(order[:width].cpu().numpy().astype(np.int64))
 
 
 def channel_order(
-    width_graph: WidthGraph, group: ChannelGroup, count: int, pairs: Pairs | None, selection: Selection
+    width_graph: WidthGraph, group: ChannelGroup, count: int, grams: Grams | None, selection: Selection
 ) -> Tensor:
     """Return all channels of a group, those first that are to be kept when so many are.
 
@@ -55,21 +55,21 @@ def channel_order(
     if not reads_moments(selection):
         return scored_order(width_graph, group, METHODS[selection].function)
     # Where nothing is known of what is read, the writers tell.
-    return scored_order(width_graph, group, magnitude_scores) if pairs is None else rank(pairs, count, selection)
+    return scored_order(width_graph, group, magnitude_scores) if grams is None else rank(grams, count, selection)
 
 
-def rank(pairs: Pairs, count: int, selection: str = "greedy") -> Tensor:
+def rank(grams: Grams, count: int, selection: str = "greedy") -> Tensor:
     """Return all channels in the order of a method; those that nobody reads come last, whatever they may tell.
 
     Raises:
         FxwidthError: what the method gives is no order.
     """
     # Dropping what nobody reads costs nothing at all.
-    read = pairs.read_channels()
-    is_read = torch.zeros(pairs.width, dtype=torch.bool, device=read.device)
+    read = grams.read_channels()
+    is_read = torch.zeros(grams.width, dtype=torch.bool, device=read.device)
     is_read[read] = True
     if len(read):
-        order = METHODS[selection].function(pairs.among(read).merged(), min(count, len(read)))
+        order = METHODS[selection].function(grams.among(read).merged(), min(count, len(read)))
         read = read[_checked(order, len(read), selection).to(read.device)]
     return torch.cat([read, torch.nonzero(~is_read)[:, 0]])
 

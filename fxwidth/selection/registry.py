@@ -22,7 +22,7 @@ class Method:
 
     Attributes:
         name: what `selection=` calls it.
-        function: of the evidence and of how many channels are to be kept, (Pairs, count) -> order [width]; or, without
+        function: of the evidence and of how many channels are to be kept, (Grams, count) -> order [width]; or, without
             evidence, of the group, (group, width_graph) -> scores [width].
         nested: whether the order does not depend on how many channels are to be kept.
         needs_moments: whether it asks what readers see of the channels.
@@ -47,8 +47,8 @@ def selection_method(
         nested: whether the order of the channels does not depend on how many of them are kept, so that it is found once
             for all widths.
         needs_moments: whether the function is given the evidence, and not the group. With it the function is called as
-            `function(evidence, count)`, where `evidence.seen` and `evidence.wanted` [pairs, width, width] are, for each
-            place where the group is read, the channels' second moments S and the weights' D = W^T W, scaled so that
+            `function(grams, count)`, where `grams.activation` and `grams.weight`, [places, width, width], are for each
+            place where the group is read the channels' second moments S and the weights' D = W^T W, scaled so that
             trace(D S) is one; it returns all channels, [width], whose first `count` are kept. Without, it is called as
             `function(group, width_graph)` and returns one score per channel, [width], higher ones for those to keep.
 
@@ -57,8 +57,8 @@ def selection_method(
 
     Example:
         >>> @fxwidth.selection_method("largest variance", nested=True)
-        ... def largest_variance(evidence, count):
-        ...     return evidence.seen.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)
+        ... def largest_variance(grams, count):
+        ...     return grams.activation.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> gm = fxwidth.resize(gm, {"0": 10}, selection="largest variance")

@@ -30,10 +30,10 @@ def silent_channels(width_graph: WidthGraph, group: ChannelGroup, moments: Momen
     space, silent = width_graph.analysis.space, None
     for index, squares in moments.deviations.items():
         call = width_graph.analysis.calls[index]
-        mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
-        least = float(squares.amax()) * (ROUNDING * torch.finfo(mixings[0].tensor.dtype).eps) ** 2
-        for dim, mixing in enumerate(mixings):
-            for positions in channel_positions(space, call.axes[mixing.tensor][mixing.dim], group.factor):
+        reductions = [reduction for reduction in call.reductions if reduction.kind in NORMS]
+        least = float(squares.amax()) * (ROUNDING * torch.finfo(reductions[0].tensor.dtype).eps) ** 2
+        for dim, reduction in enumerate(reductions):
+            for positions in channel_positions(space, call.axes[reduction.tensor][reduction.dim], group.factor):
                 places = torch.from_numpy(positions).to(squares.device)
                 largest = squares.movedim(dim, 0).reshape(squares.shape[dim], -1).amax(1)[places].amax(1)
                 quiet = largest <= least

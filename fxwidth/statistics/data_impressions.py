@@ -50,7 +50,7 @@ def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: in
 
 def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generator) -> list[Any]:
     """Return the inputs made of moved noise, or those of the noise as it was where there is no gradient."""
-    ways = _Ways(generator)
+    ways = _OutputDirections(generator)
     with torch.inference_mode(False), left_as_it_is(analysis.module), _without_gradients(analysis):
         white = [leaf.clone() for leaf in draw.white]
         moving = [leaf.requires_grad_() for leaf, moves in zip(white, draw.moving, strict=True) if moves]
@@ -77,7 +77,7 @@ def _without_gradients(analysis: Analysis) -> AbstractContextManager[None]:
     return substituted(analysis.module, tensors, slots)
 
 
-class _Ways:
+class _OutputDirections:
     """By which way the outputs of each sample are to leave the mean.
 
     Args:
@@ -104,7 +104,7 @@ class _Ways:
 
 
 def _gradients(
-    analysis: Analysis, values: Sequence[Any], moving: Sequence[Tensor], ways: _Ways
+    analysis: Analysis, values: Sequence[Any], moving: Sequence[Tensor], ways: _OutputDirections
 ) -> Sequence[Tensor] | None:
     """Return the gradients of what is lost; None where there are none, or none that are finite."""
     try:

@@ -183,10 +183,10 @@ def _products(width_graph: WidthGraph) -> Iterator[Probe]:
 def _deviations(width_graph: WidthGraph) -> Iterator[Probe]:
     analysis = width_graph.analysis
     for call in analysis.calls:
-        mixings = [mixing for mixing in call.mixings if mixing.kind in NORMS]
-        if not mixings:
+        reductions = [reduction for reduction in call.reductions if reduction.kind in NORMS]
+        if not reductions:
             continue
-        tensor, dims = mixings[0].tensor, tuple(mixing.dim for mixing in mixings)
+        tensor, dims = reductions[0].tensor, tuple(reduction.dim for reduction in reductions)
         if resizable(analysis, [call.axes[tensor][dim] for dim in dims]):
-            name, centred = argument_name(call, tensor), NORMS[mixings[0].kind]
+            name, centred = argument_name(call, tensor), NORMS[reductions[0].kind]
             yield Probe(call, name, Measure.DEVIATIONS, dims, 1, centred, ((call.index, name),))

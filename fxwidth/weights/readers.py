@@ -134,7 +134,7 @@ class Wiring:
     def __init__(self, width_graph: WidthGraph) -> None:
         # Not the width graph itself, which remembers its wiring: it is to go as soon as nobody holds it.
         self._analysis = width_graph.analysis
-        self._lineage = width_graph.roles.lineage
+        self._provenance = width_graph.roles.provenance
         self._normed = normed_weights(width_graph)
         self.readers: list[Reader] = list(self._find_readers())
 
@@ -162,7 +162,7 @@ class Wiring:
         result = {entry.fake: frozenset({name}) for name, entry in self._analysis.parameters.items()}
         for call in self._analysis.calls:
             inputs = call.inputs
-            if not inputs or any(tensor not in self._lineage for tensor in inputs):
+            if not inputs or any(tensor not in self._provenance for tensor in inputs):
                 continue
             names = frozenset().union(*(result.get(tensor, frozenset()) for tensor in inputs))
             for output in call.outputs:
@@ -174,7 +174,7 @@ class Wiring:
 
         Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
         """
-        of_parameters = all(tensor in self._lineage for tensor in call.inputs)
+        of_parameters = all(tensor in self._provenance for tensor in call.inputs)
         return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
 
     def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
@@ -182,7 +182,7 @@ class Wiring:
         return name not in self.shown and all(accepts(call, tensor) for call, tensor in self.uses.get(name, ()))
 
     @cached_property
-    def audience(self) -> dict[Factor, float]:
+    def weighted_fan_out(self) -> dict[Factor, float]:
         """In how many readers each factor is, each counted by the share of its positions that are of the factor."""
         result: dict[Factor, float] = {}
         for reader in self.readers:
@@ -217,7 +217,7 @@ class Wiring:
 
     def values(self, tensor: Tensor | None) -> Tensor | None:
         """Return the numbers of a tensor of the tape that is a parameter or computed from parameters."""
-        if tensor is None or tensor not in self._lineage:
+        if tensor is None or tensor not in self._provenance:
             return None
         view = self.view(tensor)
         if view is not None:
@@ -250,7 +250,7 @@ class Wiring:
             value = following
         if follower and is_arithmetic(follower[0].func, Arithmetic.SUM) and follower[0].arguments.get("alpha", 1) == 1:
             for tensor in follower[0].inputs:
-                if tensor is not value and tensor in self._lineage and tensor.shape == value.shape[-1:]:
+                if tensor is not value and tensor in self._provenance and tensor.shape == value.shape[-1:]:
                     return follower[0], tensor
         return None
 
@@ -267,7 +267,7 @@ class Wiring:
                     (left, contraction.left_dims, right, contraction.right_dims),
                     (right, contraction.right_dims, left, contraction.left_dims),
                 ):
-                    if own in self._lineage and other not in self._lineage and len(own_dims) == 1:
+                    if own in self._provenance and other not in self._provenance and len(own_dims) == 1:
                         yield self._reader(call, other, other_dims[0], own, own_dims[0])
 
     def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:

@@ -24,7 +24,7 @@ from fxwidth.recording.tape import OpCall, plain_kernels, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
 from fxwidth.rules.normalization import weight_norm_dim
 from fxwidth.rules.op_families import Arithmetic, Move, Product, WeightNorm
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 from fxwidth.runtime.tensor_slots import accumulation_dtype
 
 # The cosine from which on a singular vector counts as one.
@@ -81,7 +81,7 @@ def computed_values(analysis: Analysis, tensor: Tensor) -> Tensor:
     return _evaluated(analysis, tensor, values, lambda call: (call.func, call.arguments))
 
 
-def settle(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_solved_lengths(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters and their companions for which the computed weights are the wanted ones.
 
     Args:
@@ -92,7 +92,7 @@ def settle(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tenso
     result: dict[str, Tensor] = {}
     for name, normed in normed_weights(width_graph).items():
         if name in tensors and not tensors[name].is_meta:
-            settled = _settled_length if normed.product is None else _settled_vector
+            settled = _solved_length if normed.product is None else _solved_vector
             result |= settled(width_graph, maps, normed, {**tensors, **result})
     return result
 
@@ -108,7 +108,7 @@ def _restored(width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, wa
     return torch.where((wanted == used) | (scale == 0), old, (wanted * scale).to(old.dtype))
 
 
-def _settled_length(
+def _solved_length(
     width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give each slice of a weight norm the length it shall have, and its direction the scale that it had."""
@@ -150,7 +150,7 @@ def _length(tensor: Tensor, dim: int | None) -> Tensor:
     return slices
 
 
-def _settled_vector(
+def _solved_vector(
     width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give the left vector of a spectral norm the length at which the estimated norm stays what it was.
@@ -163,7 +163,7 @@ def _settled_vector(
     weight = _restored(width_graph, maps, normed, tensors[normed.parameter], norm)
     values = {e.fake: tensors.get(name, e.tensor.detach()) for name, e in analysis.parameters.items()}
     values[analysis.parameters[normed.parameter].fake] = weight
-    product = _evaluated(analysis, normed.product, values, lambda call: prescribed(call, maps))
+    product = _evaluated(analysis, normed.product, values, lambda call: resized_call(call, maps))
     vector = values[analysis.parameters[normed.companion].fake]
     if abs(float(vector @ product)) < _ALIGNED * float(vector.norm() * product.norm()):
         vector = product  # what is left of the vector points elsewhere: this is where the next iteration leads

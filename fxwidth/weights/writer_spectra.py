@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis.result import Dim
-from fxwidth.analysis.roles import Lineage, Role
+from fxwidth.analysis.roles import Provenance, Role
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
@@ -92,13 +92,13 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
     """
     wiring = wiring_of(width_graph)
     space = width_graph.analysis.space
-    lineage = width_graph.roles.lineage
+    provenance = width_graph.roles.provenance
     companions = {normed.companion for normed in normed_weights(width_graph).values()}
     for site in group.sites:
         entry = width_graph.analysis.parameters[site.parameter]
         dim = site.parameter, site.dim
         uses = wiring.uses.get(site.parameter, [])
-        calls = [call for call, tensor in uses if _writes(call, tensor, lineage.get(tensor, ()), dim)]
+        calls = [call for call, tensor in uses if _writes(call, tensor, provenance.get(tensor, ()), dim)]
         # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
         if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue
@@ -115,15 +115,15 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
             yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
 
 
-def _writes(call: OpCall, tensor: Tensor, lineage: Lineage, dim: Dim) -> bool:
+def _writes(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim) -> bool:
     """Tell whether an op makes channels of a parameter's dim: not one that it sums over, nor one that it looks up."""
     for contraction in call.contractions:
         for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
-            if side is tensor and any(dim in lineage[k] for k in range(tensor.dim()) if k not in dims):
+            if side is tensor and any(dim in provenance[k] for k in range(tensor.dim()) if k not in dims):
                 return True
     found = as_family(call.func, LookUp)
     is_table = found is not None and found.slices and call.arguments[found.table] is tensor
-    return is_table and any(dim in sources for sources in lineage[1:])
+    return is_table and any(dim in sources for sources in provenance[1:])
 
 
 def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:

@@ -17,7 +17,7 @@ from tests.oracles.axes_strategy import SIZES, Plan, kept_indices, plans
 def test_dropping_positions_is_keeping_the_others(data, plan: Plan, twice: bool):
     space = FactorSpace()
     axis = plan.build(space)
-    # Pairs of channels, as a flattened outer product has them: a position is of two channels of one group.
+    # Grams of channels, as a flattened outer product has them: a position is of two channels of one group.
     axis = space.product(axis, axis) if twice else axis
     kept = data.draw(kept_indices(space.factors(axis), False))
     stay = np.full(axis_size(axis), True)

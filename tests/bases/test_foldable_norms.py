@@ -42,19 +42,19 @@ from tests.zoo.networks_of_norms import (
 def test_a_rotation_changes_no_function(name: str) -> None:
     gm, x, graph, found, moments = turned(name)
     writers, readers = WRITERS_AND_READERS[name]
-    (turn,) = found.turns
-    assert (len(found.norms), len(turn.basis.sights)) == (writers, readers)
+    (change,) = found.changes
+    assert (len(found.norms), len(change.basis.views)) == (writers, readers)
     before, expected = copy.deepcopy(gm.state_dict()), gm(x)
     transaction = Transaction()
     after = rotated(graph, found, moments, transaction)
     assert relative(gm(x), expected) < 1e-12
     changed = {key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])}
     scales = {scale for norm in found.norms for scale in norm.scales}
-    assert changed == {place.parameter for place in turn.basis.places} | scales
+    assert changed == {place.parameter for place in change.basis.places} | scales
     # The moments are those of the network as it is now.
     again = moments_from_data(graph, [x])
     assert again is not None
-    for key in (sight.readers.first.key for sight in turn.basis.sights):
+    for key in (view.readers.first.key for view in change.basis.views):
         new, old = after.contracted[key].covariance, again.contracted[key].covariance
         torch.testing.assert_close(new, old, rtol=1e-7, atol=1e-8)
     transaction.roll_back()
@@ -72,9 +72,9 @@ def test_a_batch_norm_may_belong_to_several_bases(make: type[nn.Module], groups:
     assert moments is not None
     expected = gm(x)
     found = [basis_change.rotation(graph, group, moments) for group in graph.free]
-    turns = [one for one in found if one is not None]
-    assert [len(one.turns) for one in turns] == [bases] * groups
-    for one in turns:
+    changes = [one for one in found if one is not None]
+    assert [len(one.changes) for one in changes] == [bases] * groups
+    for one in changes:
         moments = rotated(graph, one, moments, Transaction())
     assert relative(gm(x), expected) < 1e-12
     # Its variances are those of what it is given now.
@@ -290,10 +290,10 @@ def test_the_whole_of_mobilenet_keeps_its_function() -> None:
     with torch.no_grad():
         expected = gm(x)
         found = [basis_change.rotation(graph, group, moments) for group in graph.free]
-        turns = [one for one in found if one is not None]
-        assert len(turns) == 7
-        assert sum(len(one.norms) for one in turns) == 17
-        for one in turns:
+        changes = [one for one in found if one is not None]
+        assert len(changes) == 7
+        assert sum(len(one.norms) for one in changes) == 17
+        for one in changes:
             moments = rotated(graph, one, moments, Transaction())
         assert relative(gm(x), expected) < 1e-10
 
@@ -301,7 +301,7 @@ def test_the_whole_of_mobilenet_keeps_its_function() -> None:
 def test_a_wrong_order_of_channels_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = basis_change._turned_place
 
-    def wrong(tensor: Tensor, place: Place, one: basis_change.Turn) -> Tensor:
+    def wrong(tensor: Tensor, place: Place, one: basis_change.BasisChange) -> Tensor:
         positions = place.positions[::-1].copy() if place.parameter == "norm.bias" else place.positions
         return right(tensor, Place(place.parameter, place.dim, positions, place.inverse), one)
 

@@ -15,7 +15,7 @@ from fxwidth.axes.factors import constant
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.rules import contraction, movement, normalization
-from fxwidth.rules.registry import PRESCRIPTIONS, RULES, RuleContext, broadcast_all, revised
+from fxwidth.rules.registry import LITERAL_RULES, RULES, RuleContext, broadcast_all, revised
 from fxwidth.verification.replay_oracle import replay_difference
 from tests.fuzz.networks import seeded_program
 from tests.oracles.judges import analysed, random_maps
@@ -84,7 +84,7 @@ def fearful_transpose(c: RuleContext) -> Any:
 
 
 def unchanged_literals(call: Any, maps: Any) -> Any:
-    """A prescription that keeps the old literals."""
+    """A literal_rule that keeps the old literals."""
     return revised(call)
 
 
@@ -94,7 +94,7 @@ def freed(c: RuleContext) -> Any:
 
 
 def other_eps(call: Any, maps: Any) -> Any:
-    """A prescription of a norm that has another eps."""
+    """A literal_rule of a norm that has another eps."""
     return normalization._normalized_shape(call, maps)[0], {
         **normalization._normalized_shape(call, maps)[1],
         "eps": 0.1,
@@ -102,7 +102,7 @@ def other_eps(call: Any, maps: Any) -> Any:
 
 
 def one_group(call: Any, maps: Any) -> Any:
-    """A prescription of a group norm that takes all channels together."""
+    """A literal_rule of a group norm that takes all channels together."""
     func, arguments = normalization._group_norm_sizes(call, maps)
     return func, {**arguments, "group": 1}
 
@@ -171,18 +171,18 @@ REPLAYED = {
     "cat reversed": (RULES, "cat", reversed_cat, lambda: _hard_case("JoinedThenFlattened")),
     "view reversed": (RULES, "view", reversed_view, lambda: (Split(), [torch.randn(2, 5)])),
     "coupling missing": (RULES, "add", uncoupled_add, lambda: (Sum(), [torch.randn(2, 5)])),
-    "literals kept": (PRESCRIPTIONS, "view", unchanged_literals, lambda: (Split(), [torch.randn(2, 5)])),
+    "literals kept": (LITERAL_RULES, "view", unchanged_literals, lambda: (Split(), [torch.randn(2, 5)])),
     "flip freed": (RULES, "flip", freed, lambda: (Between(lambda h: h.flip(-1)), [torch.randn(2, 5)])),
     "roll freed": (RULES, "roll", freed, lambda: (Between(lambda h: h.roll(2, -1)), [torch.randn(2, 5)])),
     "as_strided freed": (RULES, "as_strided", freed, lambda: (Strided(), [torch.randn(2, 8, 6)])),
     "layer norm with another eps": (
-        PRESCRIPTIONS,
+        LITERAL_RULES,
         "native_layer_norm",
         other_eps,
         lambda: (Between(nn.LayerNorm(12)), [torch.randn(2, 5)]),
     ),
     "group norm of one group": (
-        PRESCRIPTIONS,
+        LITERAL_RULES,
         "native_group_norm",
         one_group,
         lambda: (Between(nn.GroupNorm(3, 12)), [torch.randn(2, 5)]),
@@ -293,7 +293,7 @@ def test_samples_that_see_each_other_are_seen():
 
 
 def test_a_wrong_prescription_is_seen(monkeypatch):
-    plant(monkeypatch, PRESCRIPTIONS, "view", unchanged_literals)
+    plant(monkeypatch, LITERAL_RULES, "view", unchanged_literals)
     probe = make_probe(_rows_of("view")[0])
     generator = np.random.default_rng(0)
     with pytest.raises((AssertionError, RuntimeError)):

@@ -33,7 +33,7 @@ from fxwidth.growth.states import (
     transfer_of,
 )
 from fxwidth.recording.tape import tensors_in, unbind
-from fxwidth.rules.registry import RULES, prescribed
+from fxwidth.rules.registry import RULES, resized_call
 from tests.oracles.rules import Probe, make_probe
 from tests.oracles.sample_calls import Sample
 from tests.oracles.samples import ROWS
@@ -158,7 +158,7 @@ def call_grown(probe: Probe, maps: IndexMaps, run: Interpretation, operands: Seq
     values = {e.fake: t for e, t in zip(probe.analysis.parameters.values(), operands, strict=True)}
     if run.norms:
         values[call.arguments["weight"]] = values[call.arguments["weight"]] * ratio**0.5
-    func, arguments = prescribed(call, maps)
+    func, arguments = resized_call(call, maps)
     real = {
         name: pytree.tree_map(lambda leaf: values.get(leaf, leaf).clone() if isinstance(leaf, Tensor) else leaf, v)
         for name, v in arguments.items()

@@ -19,7 +19,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.new_entries import new_entries
 from fxwidth.growth.recipes import Growth, GrowthSearch, Recipe
 from fxwidth.recording.tape import plain_kernels, tensors_in, unbind
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 
 EXACT = 1e-10
 
@@ -86,7 +86,7 @@ def replay(wg: WidthGraph, maps: IndexMaps, parameters: Mapping[str, Tensor], *i
         for call in analysis.calls:
             if not call.outputs:
                 continue
-            func, arguments = prescribed(call, maps)
+            func, arguments = resized_call(call, maps)
             real = pytree.tree_map(lambda leaf: values.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf, arguments)
             args, kwargs = unbind(func, real)
             result = aten.reshape.default(*args) if func in _RESHAPES else func(*args, **kwargs)
@@ -113,9 +113,9 @@ def change_by_recipe(wg: WidthGraph, group: ChannelGroup, width: int, recipe: Re
     norms = [
         call.index
         for call in analysis.calls
-        for mixing in call.mixings
-        if mixing.kind in ("layer norm", "RMS norm")
-        and group.factor in analysis.space.factors(call.axes[mixing.tensor][mixing.dim])
+        for reduction in call.reductions
+        if reduction.kind in ("layer norm", "RMS norm")
+        and group.factor in analysis.space.factors(call.axes[reduction.tensor][reduction.dim])
     ]
     forced = ChannelGroup(
         **{name: getattr(group, name) for name in ("name", "width", "sites", "pinned", "mixed", "factor", "least")},

@@ -23,7 +23,7 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor, axis_size
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.recording.tape import Axes, OpCall, plain_kernels, tensors_in, unbind
-from fxwidth.rules.registry import prescribed
+from fxwidth.rules.registry import resized_call
 from tests.oracles.sample_calls import Operand, Sample, Sizes
 
 
@@ -154,7 +154,7 @@ def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
             fakes = [torch.empty(operand.shape, dtype=operand.dtype) for operand in operands]
             run_prescribed(probe, maps, fakes)
         return
-    if not any(call.contractions or call.mixings for call in probe.analysis.calls):
+    if not any(call.contractions or call.reductions for call in probe.analysis.calls):
         for tensor, result, axes in zip(actual, probe.results, probe.result_axes, strict=True):
             assert same([_old_part(tensor, axes, maps)], [_old_part(take(result, axes, maps), axes, maps)])
 
@@ -164,7 +164,7 @@ def run_prescribed(probe: Probe, maps: IndexMaps, operands: Sequence[Tensor]) ->
     entries = probe.analysis.parameters.values()
     values = {entry.fake: operand for operand, entry in zip(operands, entries, strict=True)}
     for call in probe.analysis.calls:
-        func, arguments = prescribed(call, maps)
+        func, arguments = resized_call(call, maps)
         args, kwargs = unbind(func, pytree.tree_map(lambda leaf: values.get(leaf, leaf), arguments))
         results = tensors_in(func(*args, **kwargs))
         for output, result in zip(call.outputs, results, strict=True):

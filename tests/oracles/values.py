@@ -1,4 +1,4 @@
-"""What is known of a random network's values without any rule or prescription: copies, batches, modes, gradients."""
+"""What is known of a random network's values without any rule or literal_rule: copies, batches, modes, gradients."""
 
 from __future__ import annotations
 

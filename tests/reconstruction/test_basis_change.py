@@ -19,7 +19,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import gather_evidence
 from fxwidth.reconstruction import basis_change
 from fxwidth.reconstruction.basis_change import rotated
-from fxwidth.reconstruction.basis_consumers import Turn
+from fxwidth.reconstruction.basis_consumers import BasisChange
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.tracing import analyze_module
 from tests.zoo.nets import Attention, build, tokens, trained_like
@@ -190,13 +190,13 @@ def test_a_rotation_changes_no_function(name: str) -> None:
         moments = rotated(graph, turned, evidence.moments, transaction)
         torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
         changed = [key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])]
-        bases = [turn.basis for turn in turned.turns]
+        bases = [change.basis for change in turned.changes]
         assert set(changed) == {place.parameter for basis in bases for place in basis.places}
         # The moments are those of the network as it is now.
         again = gather_evidence(graph, [x]).moments
         assert again is not None
         assert_close = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-8)
-        for key in (sight.readers.first.key for basis in bases for sight in basis.sights):
+        for key in (view.readers.first.key for basis in bases for view in basis.views):
             assert_close(moments.contracted[key].covariance, again.contracted[key].covariance)
         for product in (basis.product for basis in bases if basis.product is not None):
             for key in ((product.call.index, side.argument) for side in (product.left, product.right)):
@@ -226,8 +226,8 @@ def test_what_is_lost_is_the_tail_of_the_spectrum(name: str) -> None:
     assert turned is not None
     plain = evidence.unrotated()
     assert (evidence.errors(group)[1:-1] <= plain.errors(group)[1:-1] + 1e-9).all()
-    for turn in turned.turns:
-        heads = turn.forward @ turn.backward
+    for change in turned.changes:
+        heads = change.forward @ change.backward
         torch.testing.assert_close(heads, torch.eye(group.width).double().expand_as(heads), rtol=0, atol=1e-8)
 
 
@@ -255,7 +255,7 @@ def test_each_head_of_each_end_has_a_basis_of_its_own() -> None:
     found = linear_group(graph, group)
     assert found is not None
     reader, product = found.bases
-    assert len(reader.sights) == 1
+    assert len(reader.views) == 1
     assert product.product is not None
     assert [place.inverse for place in product.places] == [False, False, True, True]
     taken = [place.positions for place in (*reader.places, *product.places) if place.parameter == "qkv.weight"]
@@ -335,7 +335,7 @@ def test_a_wrong_order_of_heads_is_seen(name: str, monkeypatch: pytest.MonkeyPat
     assert evidence.moments is not None
     right, expected = basis_change._turned_place, gm(x)
 
-    def wrong(tensor: Tensor, place: Place, one: Turn) -> Tensor:
+    def wrong(tensor: Tensor, place: Place, one: BasisChange) -> Tensor:
         positions = place.positions[:, ::-1].copy() if place.inverse else place.positions
         return right(tensor, replace(place, positions=positions), one)
 

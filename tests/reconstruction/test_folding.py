@@ -309,7 +309,7 @@ class TestVarianceRatio:
 
     @staticmethod
     def _norm(graph: WidthGraph) -> tuple[object, str]:
-        (call,) = [call for call in graph.analysis.calls if any(m.kind == "layer norm" for m in call.mixings)]
+        (call,) = [call for call in graph.analysis.calls if any(m.kind == "layer norm" for m in call.reductions)]
         (group,) = [group for group in graph.free if group.width == 12]
         return call, group.name
 

@@ -9,7 +9,7 @@ import pytest
 
 import fxwidth.rules  # noqa: F401 - fills the table of rules
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.rules.registry import POINTWISE, PRESCRIPTIONS, RULES, prescribed, rule_name
+from fxwidth.rules.registry import LITERAL_RULES, POINTWISE, RULES, resized_call, rule_name
 from tests.oracles.rules import (
     check_permutations,
     check_prescription,
@@ -43,7 +43,7 @@ JUDGED_ELSEWHERE = {"_grouped_mm"}
 def test_every_rule_has_a_row():
     sampled = {_registered_name(row) for row in ROWS}
     assert (set(RULES) | POINTWISE) - sampled == JUDGED_ELSEWHERE | TOLD_BY_LATER_TORCH
-    assert set(PRESCRIPTIONS) <= set(RULES)
+    assert set(LITERAL_RULES) <= set(RULES)
 
 
 # Ops that the CPU takes apart, so that only a GPU shows them whole.
@@ -106,7 +106,7 @@ def test_whole_groups_can_go(op):
         probe = make_probe(sample)
         for factor in probe.factors():
             maps = IndexMaps(probe.analysis.space, {factor: np.array([factor.size - 1])})
-            old, new = probe.call.arguments, prescribed(probe.call, maps)[1]
+            old, new = probe.call.arguments, resized_call(probe.call, maps)[1]
             key = "group" if op == "native_group_norm" else "groups"
             if new[key] == old[key]:
                 continue

@@ -11,7 +11,7 @@ import fxwidth
 from fxwidth.importance.estimates import Evidence
 from fxwidth.selection import grams as module
 from fxwidth.selection.error_curves import lost_share
-from fxwidth.selection.grams import Pairs, each_pairs, pairs_of
+from fxwidth.selection.grams import Grams, each_grams, grams_of
 from fxwidth.statistics.moments import Moments, moments_from_noise
 from tests.zoo.nets import width_graph
 
@@ -45,9 +45,9 @@ def stream(readers: int) -> tuple[fxwidth.WidthGraph, fxwidth.ChannelGroup, Mome
     return graph, group, moments
 
 
-def products(pairs: Pairs) -> Tensor:
+def products(pairs: Grams) -> Tensor:
     """Return sums that neither depend on how pairs are scaled nor on how they are put together: each S with its D."""
-    return torch.stack([(S * D).sum() for S, D in zip(pairs.seen, pairs.wanted, strict=True)])
+    return torch.stack([(S * D).sum() for S, D in zip(pairs.activation, pairs.weight, strict=True)])
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5])
@@ -56,44 +56,44 @@ def test_readers_that_are_too_many_are_added_to_their_neighbours(
     readers: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, group, moments = stream(readers)
-    every = pairs_of(graph, group, moments)
+    every = grams_of(graph, group, moments)
     assert every is not None
     assert not every.is_sum
-    assert len(every.seen) == readers
-    monkeypatch.setattr(module, "_ENTRIES", limit * WIDTH**2)
-    held = pairs_of(graph, group, moments)
+    assert len(every.activation) == readers
+    monkeypatch.setattr(module, "_MOST_ENTRIES", limit * WIDTH**2)
+    held = grams_of(graph, group, moments)
     assert held is not None
-    assert limit / 2 < len(held.seen) <= limit or len(held.seen) == readers <= limit
+    assert limit / 2 < len(held.activation) <= limit or len(held.activation) == readers <= limit
     assert held.is_sum is (readers > limit)
     scaled = every.on_one_scale()
     size = 1
     while -(-readers // size) > limit:
         size *= 2
-    for place, (S, D) in enumerate(zip(held.seen, held.wanted, strict=True)):
+    for place, (S, D) in enumerate(zip(held.activation, held.weight, strict=True)):
         own = slice(place * size, (place + 1) * size)
         source = scaled if held.is_sum else every
-        torch.testing.assert_close(S, source.seen[own].sum(0))
-        torch.testing.assert_close(D, source.wanted[own].sum(0))
+        torch.testing.assert_close(S, source.activation[own].sum(0))
+        torch.testing.assert_close(D, source.weight[own].sum(0))
     torch.testing.assert_close(products(scaled), products(every))
 
 
 def test_what_is_lost_is_the_same_whether_readers_are_held_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, group, moments = stream(9)
-    every = pairs_of(graph, group, moments)
+    every = grams_of(graph, group, moments)
     assert every is not None
-    monkeypatch.setattr(module, "_ENTRIES", 2 * WIDTH**2)
+    monkeypatch.setattr(module, "_MOST_ENTRIES", 2 * WIDTH**2)
     evidence = Evidence(graph, moments)
     errors = evidence.errors(group)
     order = evidence.order(group, WIDTH)
     expected = fxwidth.selection.error_curves.logarithmic(lost_share(every, order))
     np.testing.assert_allclose(errors, expected, rtol=1e-9, atol=1e-12)
-    assert len(list(each_pairs(graph, group, moments))) == 9
+    assert len(list(each_grams(graph, group, moments))) == 9
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_readers_weigh_the_same_however_loud_they_are(scale: float) -> None:
     graph, group, moments = stream(5)
-    before = pairs_of(graph, group, moments)
+    before = grams_of(graph, group, moments)
     assert before is not None
     # Each is measured by what it makes of the channels, all of which are one.
     torch.testing.assert_close(products(before), torch.ones(5).double())
@@ -102,9 +102,9 @@ def test_readers_weigh_the_same_however_loud_they_are(scale: float) -> None:
         graph.analysis.parameters["readers.2.weight"].tensor.mul_(scale)
     graph = fxwidth.analyze(graph.analysis.module)
     (group,) = graph.free
-    after = pairs_of(graph, group, moments)
+    after = grams_of(graph, group, moments)
     assert after is not None
-    torch.testing.assert_close(after.seen, before.seen)
-    torch.testing.assert_close(after.wanted, before.wanted)
+    torch.testing.assert_close(after.activation, before.activation)
+    torch.testing.assert_close(after.weight, before.weight)
     np.testing.assert_allclose(Evidence(graph, moments).errors(group), errors, rtol=1e-9, atol=1e-12)
     assert torch.equal(Evidence(graph, moments).order(group, WIDTH), order)

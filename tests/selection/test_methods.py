@@ -14,7 +14,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.passes import ResizeWidths
 from fxwidth.selection import methods
 from fxwidth.selection.error_curves import logarithmic, lost_share, share_of
-from fxwidth.selection.grams import Pairs
+from fxwidth.selection.grams import Grams
 from fxwidth.selection.methods import (
     backward_order,
     cholesky_order,
@@ -31,20 +31,20 @@ from tests.zoo.nets import build, images, trained_like
 ORDERS = [name for name, method in METHODS.items() if method.needs_moments]
 
 
-def pairs(width: int = 6, count: int = 2, seed: int = 0, rows: int = 20) -> Pairs:
+def pairs(width: int = 6, count: int = 2, seed: int = 0, rows: int = 20) -> Grams:
     generator = torch.Generator().manual_seed(seed)
     h, w = (torch.randn(count, n, width, generator=generator, dtype=torch.float64) for n in (rows, 4))
     h = h @ torch.randn(count, width, width, generator=generator, dtype=torch.float64)
-    return Pairs(h.mT @ h, w.mT @ w, 1e-16)
+    return Grams(h.mT @ h, w.mT @ w, 1e-16)
 
 
 def unexplained(S: Tensor, kept: list[int]) -> Tensor:
     return S - S[:, kept] @ torch.linalg.solve(S[kept][:, kept], S[kept]) if kept else S
 
 
-def missed(given: Pairs, kept: list[int]) -> float:
+def missed(given: Grams, kept: list[int]) -> float:
     """Return what readers miss of a set of channels, by explicit regression."""
-    both = zip(given.seen, given.wanted, strict=True)
+    both = zip(given.activation, given.weight, strict=True)
     return sum(float((D * unexplained(S, kept)).sum()) for S, D in both)
 
 
@@ -64,8 +64,8 @@ def test_every_order_is_a_permutation(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", ORDERS)
 def test_what_nobody_reads_comes_last(name: str) -> None:
     given = pairs(7)
-    given.wanted[:, [1, 4]] = 0
-    given.wanted[:, :, [1, 4]] = 0
+    given.weight[:, [1, 4]] = 0
+    given.weight[:, :, [1, 4]] = 0
     assert set(rank(given, 3, name)[-2:].tolist()) == {1, 4}
 
 
@@ -74,7 +74,7 @@ def test_cholesky_takes_the_loudest_pivot(seed: int) -> None:
     given = pairs(seed=seed)
 
     def pivot(before: list[int], j: int) -> float:
-        both = zip(given.seen, given.wanted, strict=True)
+        both = zip(given.activation, given.weight, strict=True)
         return sum(float(unexplained(S, before)[j, j] * D[j, j]) for S, D in both)
 
     assert_steps(cholesky_order(given, 3).tolist(), pivot)
@@ -92,7 +92,7 @@ def test_backward_drops_the_cheapest(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_spectral_pruning_minimises_both_losses(seed: int) -> None:
     given = pairs(count=1, seed=seed)
-    S, D = given.seen[0], given.wanted[0]
+    S, D = given.activation[0], given.weight[0]
 
     def gain(before: list[int], j: int) -> float:
         E = unexplained(S, [*before, j])
@@ -103,8 +103,8 @@ def test_spectral_pruning_minimises_both_losses(seed: int) -> None:
 
 def test_leverage_scores_add_up_to_the_count() -> None:
     given = pairs(8, count=1)
-    loud = given.wanted[0].diagonal().sqrt()
-    heard = given.seen[0] * loud[:, None] * loud
+    loud = given.weight[0].diagonal().sqrt()
+    heard = given.activation[0] * loud[:, None] * loud
     low, high = 0.0, float(heard.trace())
     for _ in range(200):
         ridge = (low + high) / 2
@@ -117,7 +117,7 @@ def test_leverage_is_shared_by_copies() -> None:
     h = torch.randn(50, 4, dtype=torch.float64)
     h[:, :2] = torch.linalg.qr(h[:, :2])[0]
     h = torch.stack([h[:, 0], h[:, 0], 0.9 * h[:, 1]], 1)
-    given = Pairs((h.mT @ h)[None], torch.eye(3).double()[None], 1e-16)
+    given = Grams((h.mT @ h)[None], torch.eye(3).double()[None], 1e-16)
     assert leverage_order(given, 2)[0] == 2
 
 
@@ -125,7 +125,7 @@ def test_projection_keeps_rows_that_tell_the_leading_directions_apart() -> None:
     basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     energy = torch.tensor([9.0, 8, 7, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6]).double()
     S = basis * energy @ basis.T
-    kept = projection_order(Pairs(S[None], torch.eye(8).double()[None], 1e-16), 3)[:3]
+    kept = projection_order(Grams(S[None], torch.eye(8).double()[None], 1e-16), 3)[:3]
     assert float(torch.linalg.svdvals(basis[kept, :3]).min()) > 0.1
 
 
@@ -144,11 +144,11 @@ def test_blocks_choose_about_as_well_as_one_by_one(rows: int, monkeypatch: pytes
 
 def test_blocks_see_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     given = pairs(12, count=1)
-    S = given.seen[0]
+    S = given.activation[0]
     twice = torch.cat([torch.cat([S, S], 1), torch.cat([S, S], 1)])[None]
     monkeypatch.setattr(methods, "_BLOCKWISE", 1)
     monkeypatch.setattr(methods, "_BLOCK", 5)
-    order = greedy_order(Pairs(twice, pairs(24, count=1, seed=3).wanted, 1e-16), 24)
+    order = greedy_order(Grams(twice, pairs(24, count=1, seed=3).weight, 1e-16), 24)
     assert sorted(int(j) % 12 for j in order[:12]) == list(range(12))
 
 
@@ -165,8 +165,8 @@ class TestCurves:
     def test_few_rows_are_believed_less(self) -> None:
         given = pairs(12, count=1, rows=16)
         order = greedy_order(given, 12)
-        few = lost_share(Pairs(given.seen, given.wanted, 1e-16, torch.tensor([16.0])), order)
-        many = lost_share(Pairs(given.seen, given.wanted, 1e-16, torch.tensor([1e15])), order)
+        few = lost_share(Grams(given.activation, given.weight, 1e-16, torch.tensor([16.0])), order)
+        many = lost_share(Grams(given.activation, given.weight, 1e-16, torch.tensor([1e15])), order)
         np.testing.assert_allclose(many, lost_share(given, order), rtol=1e-9, atol=1e-12)
         assert (few[1:-1] > many[1:-1]).all()
         assert (np.diff(few) <= 0).all()

@@ -17,7 +17,7 @@ from fxwidth.axes.factors import Factor, FactorSpace, axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.positions import channel_positions, occupied_positions
 from fxwidth.reconstruction.folding import fold
-from fxwidth.selection.grams import Pairs, pairs_of
+from fxwidth.selection.grams import Grams, grams_of
 from fxwidth.selection.methods import greedy_order
 from fxwidth.selection.orders import select
 from fxwidth.statistics.moments import moments_from_noise
@@ -67,17 +67,17 @@ class TestGreedy:
     """The greedy order against brute force."""
 
     @staticmethod
-    def _pairs(width: int = 6, count: int = 2, seed: int = 0) -> Pairs:
+    def _pairs(width: int = 6, count: int = 2, seed: int = 0) -> Grams:
         generator = torch.Generator().manual_seed(seed)
         h, w = (torch.randn(count, n, width, generator=generator, dtype=torch.float64) for n in (20, 4))
         h = h @ torch.randn(count, width, width, generator=generator, dtype=torch.float64)
-        return Pairs(h.transpose(1, 2) @ h, w.transpose(1, 2) @ w, 1e-16)
+        return Grams(h.transpose(1, 2) @ h, w.transpose(1, 2) @ w, 1e-16)
 
     @staticmethod
-    def _missed(pairs: Pairs, kept: list[int]) -> float:
+    def _missed(pairs: Grams, kept: list[int]) -> float:
         """Return what readers miss of a set of channels by explicit regression."""
         total = 0.0
-        for S, D in zip(pairs.seen, pairs.wanted, strict=True):
+        for S, D in zip(pairs.activation, pairs.weight, strict=True):
             error = S - S[:, kept] @ torch.linalg.solve(S[kept][:, kept], S[kept])
             total += float((D * error).sum())
         return total
@@ -117,7 +117,7 @@ class TestGreedy:
             w[..., 4] = 0
         else:
             h[..., 4] = 0
-        order = greedy_order(Pairs(h.mT @ h, w.mT @ w, 1e-16), 6).tolist()
+        order = greedy_order(Grams(h.mT @ h, w.mT @ w, 1e-16), 6).tolist()
         assert order[-1] in {"duplicate": (1, 4), "combination": (1, 2, 4)}.get(kind, (4,))
 
 
@@ -180,9 +180,9 @@ class TestSelect:
         (group,) = graph.free
         moments = evidence(graph, images())
         assert 3 not in select(graph, group, 7, moments)
-        pairs = pairs_of(graph, group, moments)
+        pairs = grams_of(graph, group, moments)
         assert pairs is not None
-        assert len(pairs.seen) == 1
+        assert len(pairs.activation) == 1
 
     def test_magnitude_sees_batch_norm_scales(self) -> None:
         graph, _ = build("conv")
@@ -203,7 +203,7 @@ class TestSelect:
         graph, x = build("tile")
         group = max(graph.free, key=lambda group: len(group.sites))
         moments = evidence(graph, x)
-        monkeypatch.setattr("fxwidth.selection.grams._ENTRIES", 1)
+        monkeypatch.setattr("fxwidth.selection.grams._MOST_ENTRIES", 1)
         with torch.no_grad():
             silence_channel(graph, group.name, 1, "reader")
         assert 1 not in select(graph, group, group.width - 1, evidence(graph, x)).tolist()

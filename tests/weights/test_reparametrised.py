@@ -274,7 +274,7 @@ def test_a_run_under_fake_tensors_leaves_no_trace():
 
 def test_a_wrong_length_is_seen(monkeypatch):
     """Planted fault: lengths as they were, over directions of fewer entries."""
-    monkeypatch.setattr("fxwidth.resizing.parameters.settle", lambda *_: {})
+    monkeypatch.setattr("fxwidth.resizing.parameters.with_solved_lengths", lambda *_: {})
     model = build("weight norm of rows").eval()
     x = example(model)
     with torch.no_grad():
