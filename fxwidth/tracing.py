@@ -26,7 +26,9 @@ from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, los
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Argument, Call, arguments_of, bound_to_placeholders, call_of
+from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
+from fxwidth.frontends.export_otherwise import NoQuestionError, exported_otherwise, warn_of_other_way
 from fxwidth.frontends.own_modes import own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
@@ -210,16 +212,21 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
         (_SYMBOLIC, lambda *found: _symbolic(model, arguments, False, *found)),
     ]
     if call is not None:
-        front_ends.append((_EXPORT, lambda *_: exported_graph(model, arguments, device_of(model))))
+        device, askers = device_of(model), set[str]()
+        as_it_runs = partial(answering_as_in_eager_mode, askers)
+        front_ends.append((_EXPORT, lambda *_: exported_graph(model, arguments, device, as_it_runs)))
+        front_ends.append((_OTHERWISE, lambda *_: exported_otherwise(model, arguments, device, askers)))
         front_ends.append((_LEAVES, lambda leaves, _, modes: graph_with_leaves(model, arguments, leaves, modes)))
     own = own_modes(model)
-    partial: tuple[Traced, Analysis] | None = None
+    partly: tuple[Traced, Analysis] | None = None
     for name, front_end in front_ends:
-        if partial is not None and name != _EXPORT:
+        if partly is not None and name not in _EXPORTS:
             continue  # it would follow no more
         try:
-            traced = in_both_modes(model, front_end, own, takes_leaves=name != _EXPORT)
+            traced = in_both_modes(model, front_end, own, takes_leaves=name not in _EXPORTS)
             keep_names(model, traced.module)
+        except NoQuestionError:
+            continue
         except Exception as error:
             reasons[name] = error
             continue
@@ -231,14 +238,16 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
                 unusable = unusable or error
             continue
         if not traced.untraceable:
+            if name == _OTHERWISE:
+                warn_of_other_way(model, askers)
             warn_of_modes(model, traced.unfollowed)
             warn_of_own_methods(model, traced.module, own)
             return traced.module, analysis
-        partial = partial or (traced, analysis)
-    if partial is not None:
-        warn_of_modes(model, partial[0].unfollowed)
-        warn_of_own_methods(model, partial[0].module, own)
-        return partial[0].module, partial[1]
+        partly = partly or (traced, analysis)
+    if partly is not None:
+        warn_of_modes(model, partly[0].unfollowed)
+        warn_of_own_methods(model, partly[0].module, own)
+        return partly[0].module, partly[1]
     _refuse_names(model)
     if unusable is not None:
         raise unusable
@@ -257,6 +266,8 @@ def _symbolic(
 
 
 _SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.fx.symbolic_trace with leaves"
+_OTHERWISE = "torch.export of what the model does when it is exported"
+_EXPORTS = (_EXPORT, _OTHERWISE)
 
 
 def _untraceable(model: nn.Module, reasons: Mapping[str, Exception], call: Call | None) -> FxwidthError:

@@ -28,10 +28,13 @@ def _asked(*, answer: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def answering_as_in_eager_mode() -> Iterator[None]:
+def answering_as_in_eager_mode(askers: set[str] | None = None) -> Iterator[None]:
     """Answer questions of code outside of torch as if nothing was being traced; torch itself needs to know.
 
     The functions stay the same objects with other code, since models may have imported them by name.
+
+    Args:
+        askers: takes the names of the Python modules that have been told something that is not so.
     """
     # Heavy to import, and never true without: who exports has imported it.
     dynamo = sys.modules.get("torch._dynamo.external_utils")
@@ -43,7 +46,7 @@ def answering_as_in_eager_mode() -> Iterator[None]:
                 code, question.__globals__, question.__name__, question.__defaults__, question.__closure__
             )
             real.__kwdefaults__ = defaults
-            question.__kwdefaults__ = {"answer": _answer_of(real)}
+            question.__kwdefaults__ = {"answer": _answer_of(real, set() if askers is None else askers)}
             question.__code__ = _asked.__code__
         yield
     finally:
@@ -51,9 +54,13 @@ def answering_as_in_eager_mode() -> Iterator[None]:
             question.__code__, question.__kwdefaults__ = code, defaults
 
 
-def _answer_of(real: Callable[[], bool]) -> Callable[[], bool]:
+def _answer_of(real: Callable[[], bool], askers: set[str]) -> Callable[[], bool]:
     def answer() -> bool:
-        asker = str(sys._getframe(2).f_globals.get("__name__"))
-        return real() if asker.startswith("torch.") else False
+        asker, truth = str(sys._getframe(2).f_globals.get("__name__")), real()
+        if asker.startswith("torch."):
+            return truth
+        if truth:
+            askers.add(asker)
+        return False
 
     return answer

@@ -54,7 +54,12 @@ _DROPPED = (aten._assert_tensor_metadata.default,)
 _TRANSFORMS = "torch._functorch.predispatch"
 
 
-def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torch.device) -> fx.GraphModule:
+def exported_graph(
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    device: torch.device,
+    told: Callable[[], AbstractContextManager[None]] = answering_as_in_eager_mode,
+) -> fx.GraphModule:
     """Return the graph of a model, exported for one form of call and any batch size.
 
     It takes the arguments of the model's forward and returns what the model returns. It shares the model's parameters
@@ -64,6 +69,7 @@ def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torc
         model: the module.
         arguments: those of its forward, with examples or defaults.
         device: where its parameters are.
+        told: the context in which the model may ask whether it is exported; by default it is told that it is not.
     """
     leaves, structures = flatten_each((argument.value for argument in arguments), (Tensor,))
     answers: list[Structure] = []
@@ -80,18 +86,23 @@ def exported_graph(model: nn.Module, arguments: Sequence[Argument], device: torc
     examples = [leaf.detach().to(device).contiguous() for leaf in leaves]
     doubled = [leaf.repeat(2, *[1] * (leaf.dim() - 1)) if leaf.dim() else leaf for leaf in examples]
     if any(leaf.dim() and leaf.shape[0] != 1 for leaf in examples):
-        program = _program(model, forward, examples)
+        program = _program(model, forward, examples, told)
     else:
         # A batch of one cannot be told from a dim that is merely broadcast.
         try:
-            program = _program(model, forward, doubled)
+            program = _program(model, forward, doubled, told)
         except Exception:
-            program = _program(model, forward, examples)
+            program = _program(model, forward, examples, told)
         refuse_guarded(program.guards, examples)
     return _Reassembly(program, arguments, structures, answers[-1]).run()
 
 
-def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequence[Tensor]) -> _Program:
+def _program(
+    model: nn.Module,
+    forward: Callable[..., list[Any]],
+    leaves: Sequence[Tensor],
+    told: Callable[[], AbstractContextManager[None]],
+) -> _Program:
     """Export a function of tensors with the parameters of a model, under their names."""
     import torch._dynamo.external_utils  # the exporter would, later
 
@@ -117,7 +128,7 @@ def _program(model: nn.Module, forward: Callable[..., list[Any]], leaves: Sequen
         others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         for context in (
             *(same_values(others), refusing_reads(memory_of(others)), watching_effects(refuse_effect)),
-            *(questions.heard(), answering_as_in_eager_mode(), _nothing_left(), watch, refusing_draws(), _silently()),
+            *(questions.heard(), told(), _nothing_left(), watch, refusing_draws(), _silently()),
         ):
             stack.enter_context(context)
 

@@ -7,7 +7,6 @@ or by `part.eval()` in `forward`. A graph has neither; it is given the modes tha
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.errors import FxwidthWarning
+from fxwidth.errors import warn
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_copies import put_copies, shallow_copies
 from fxwidth.runtime.module_state import restored, same_values, walk
@@ -145,13 +144,11 @@ def warn_of_own_methods(model: nn.Module, module: fx.GraphModule, own: OwnModes)
     for path, part in walk(model):
         if part in own.more and id(part) not in called:
             place = f"{type(part).__name__}, {path!r} of the model," if path else f"{type(part).__name__}"
-            warnings.warn(
+            warn(
                 f"train() and eval() of {place} do more than set modes: {own.more[part]}. Those of the graph set modes "
                 "alone: it computes in both what the model computes in the state that it is in now. Trace the model in "
                 "the mode in which it is to be trained, and call train() and eval() of the graph from then on, not of "
                 "the model.",
-                FxwidthWarning,
-                stacklevel=5,
             )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxwidth.errors import FxwidthWarning
+from fxwidth.errors import warn
 from fxwidth.frontends.call_signature import Inputs, Outputs
 from fxwidth.frontends.export import Region
 from fxwidth.frontends.own_modes import OwnModes, SetByCode, in_modes, keep_modes
@@ -229,10 +228,8 @@ def _owner(model: nn.Module, *nodes: fx.Node) -> nn.Module | None:
 def warn_of_modes(model: nn.Module, unfollowed: str | None) -> None:
     """Warn where a graph does not follow `train()` and `eval()` as its model does."""
     if unfollowed is not None:
-        warnings.warn(
+        warn(
             f"The graph of {type(model).__name__} does not do in train() and eval() all that the model does there: "
             f"{unfollowed}. Trace the model in the mode that is wanted, switch off what differs, or put it into a "
             "submodule of its own that takes a tensor and returns one.",
-            FxwidthWarning,
-            stacklevel=5,
         )

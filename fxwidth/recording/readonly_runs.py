@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,14 +29,15 @@ def looking_on(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def left_as_it_is(module: nn.Module) -> Iterator[None]:
-    """Have a module run in eval mode as it runs anywhere; its buffers and what it keeps stay as they are.
+def left_as_it_is(module: nn.Module, *, evaluates: bool = True) -> Iterator[None]:
+    """Have a module run as it runs anywhere, in eval mode or in its own; its buffers and what it keeps stay as is.
 
     So do the states of the global random number generators.
     """
     tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
-    with evaluating(module), restored(module) as kept, substituted(module, buffers):
+    mode = evaluating(module) if evaluates else nullcontext()
+    with mode, restored(module) as kept, substituted(module, buffers):
         known = set(map(id, tensors.values()))
         with same_values([tensor for tensor in kept.tensors if id(tensor) not in known]):
             yield

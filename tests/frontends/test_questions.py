@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling as imported_by_name
 
 import fxwidth
@@ -91,6 +92,48 @@ def test_torch_itself_is_told_what_is_so(flag: str, monkeypatch: pytest.MonkeyPa
 def _fail_unless(changed: bool) -> None:
     assert changed
     raise ZeroDivisionError
+
+
+class Ungrouped(Effect):
+    """Goes another way when it is exported, since a kernel of its own knows no stand-ins."""
+
+    def __init__(self, factor: float = 1.0, draws: bool = False) -> None:
+        super().__init__()
+        self._factor = factor
+        self._draws = draws
+
+    def between(self, h: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return h * self._factor + (torch.rand_like(h) if self._draws and self.training else 0)
+        # As a kernel without a form for stand-ins would refuse.
+        if isinstance(h, FakeTensor) or type(h) is not Tensor:
+            raise RuntimeError("no kernel")
+        return h * 1.0
+
+
+def ungrouped(**options: Any) -> nn.Module:
+    return randomise(Ungrouped(**options)).double().eval()
+
+
+def test_another_way_in_exporting_is_taken_where_its_own_cannot_be_and_told() -> None:
+    model = ungrouped()
+    with pytest.warns(
+        fxwidth.FxwidthWarning, match=r"does when it is exported: tests\.frontends\.test_questions asks"
+    ) as told:
+        gm = fxwidth.trace(model, rows())
+    assert told[0].filename == __file__
+    for mode in (False, True):
+        model.train(mode)
+        gm.train(mode)
+        for batch in (4, 7):
+            assert largest_difference([gm(rows(batch))], [model(rows(batch))]) < ROUNDING
+    assert fxwidth.analyze(gm).free
+
+
+@pytest.mark.parametrize("options", [{"factor": 1.001}, {"draws": True}])
+def test_another_way_in_exporting_that_gives_something_else_is_not_taken(options: dict[str, Any]) -> None:
+    with pytest.raises(FxwidthError, match="gives other results when it is exported"):
+        fxwidth.trace(ungrouped(**options).train(), rows())
 
 
 # -- is the batch one ------------------------------------------------------------------------------------------------
