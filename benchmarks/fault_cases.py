@@ -709,8 +709,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/frontends/eager_answers.py",
         "torch is told too that nothing is traced",
-        'return real() if asker.startswith("torch.") else False',
-        "return False",
+        '        if asker.startswith("torch."):\n            return truth\n',
+        "",
         ("frontends/test_questions.py",),
     ),
     Fault(

@@ -79,9 +79,7 @@ def _checked(order: Any, width: int, selection: str) -> Tensor:
     if numbers.shape != (width,) or numbers.is_floating_point() or numbers.is_complex():
         form = f"{str(numbers.dtype).removeprefix('torch.')} of shape {list(numbers.shape)}"
         raise FxwidthError(f"selection={selection!r} gave {form}; return all {width} channels, those to keep first.")
-    if not numbers.is_meta and not torch.equal(
-        numbers.sort().values.cpu(), torch.arange(width, device="cpu").to(numbers.dtype)
-    ):
+    if not numbers.is_meta and sorted(numbers.tolist()) != list(range(width)):
         raise FxwidthError(
             f"selection={selection!r} gave an order that does not name each of {width} channels once; return a "
             "permutation of them, those to keep first."
