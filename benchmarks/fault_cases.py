@@ -714,7 +714,7 @@ FAULTS: tuple[Fault, ...] = (
         ("frontends/test_questions.py",),
     ),
     Fault(
-        "fxwidth/frontends/eager_answers.py",
+        "fxwidth/runtime/tracing_questions.py",
         "the question that the exporter brings along is answered by it",
         "*([] if dynamo is None else [dynamo.is_compiling])",
         "",

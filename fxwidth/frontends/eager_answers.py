@@ -9,18 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
 
-import torch
-import torch.fx._symbolic_trace
-
-_QUESTIONS: tuple[Any, ...] = (
-    torch.compiler.is_compiling,
-    torch.compiler.is_exporting,
-    torch._utils.is_compiling,
-    torch.fx._symbolic_trace.is_fx_tracing,
-    torch.fx._symbolic_trace.is_fx_symbolic_tracing,
-)
+from fxwidth.runtime.tracing_questions import questions
 
 
 def _asked(*, answer: Callable[[], bool]) -> bool:
@@ -36,10 +26,7 @@ def answering_as_in_eager_mode(askers: set[str] | None = None) -> Iterator[None]
     Args:
         askers: takes the names of the Python modules that have been told something that is not so.
     """
-    # Heavy to import, and never true without: who exports has imported it.
-    dynamo = sys.modules.get("torch._dynamo.external_utils")
-    questions = [*_QUESTIONS, *([] if dynamo is None else [dynamo.is_compiling])]
-    before = [(question, question.__code__, question.__kwdefaults__) for question in questions]
+    before = [(question, question.__code__, question.__kwdefaults__) for question in questions()]
     try:
         for question, code, defaults in before:
             real = FunctionType(

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
 from fxwidth.runtime import unseen_effects
 from fxwidth.runtime.contexts import loggers
 from fxwidth.runtime.random_states import Generators
+from fxwidth.runtime.tracing_questions import questions
 
 # Where tracers, fxwidth's own included, put other functions for a while.
 _OWNERS: tuple[Any, ...] = (
@@ -84,6 +85,7 @@ class GlobalState:
         self._threads = [(thread, vars(thread).copy()) for thread in _THREADS]
         self._flags = [is_set() for is_set, _ in _FLAGS]
         self._hooks = [(hooks, hooks.copy()) for hooks in (getattr(nn.modules.module, name) for name in _HOOKS)]
+        self._questions = [(question, question.__code__, question.__kwdefaults__) for question in questions()]
         self._loggers = [(logger, logger.disabled) for logger in loggers()]
         self._collects = gc.isenabled()
         self._depths = len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack())
@@ -104,6 +106,9 @@ class GlobalState:
             _set_item(space, name, function)
         for kind, name, function in self._methods:
             _set_attribute(kind, name, function)
+        for question, code, defaults in self._questions:
+            if question.__code__ is not code:
+                question.__code__, question.__kwdefaults__ = code, defaults
 
     def _put_back_settings(self) -> None:
         while len(_get_current_function_mode_stack()) > self._depths[0]:

@@ -16,6 +16,8 @@ from torch.compiler import is_compiling as imported_by_name
 import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
+from fxwidth.runtime.global_state import GlobalState
+from fxwidth.runtime.tracing_questions import questions
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.oracles.judges import ROUNDING, randomise
 from tests.zoo.networks_of_effects import HIDDEN, Effect, rows
@@ -87,6 +89,16 @@ def test_torch_itself_is_told_what_is_so(flag: str, monkeypatch: pytest.MonkeyPa
         with answering_as_in_eager_mode():
             assert code_of_torch["asked"](question) is truth
             assert question() is False
+
+
+def test_the_answers_are_torchs_own_after_an_interruption() -> None:
+    state, answers = GlobalState(), answering_as_in_eager_mode()
+    before = [(question.__code__, question.__kwdefaults__) for question in questions()]
+    answers.__enter__()
+    assert questions()[0].__code__ is not before[0][0]
+    state.put_back()
+    assert [(question.__code__, question.__kwdefaults__) for question in questions()] == before
+    answers.__exit__(None, None, None)
 
 
 def _fail_unless(changed: bool) -> None:
