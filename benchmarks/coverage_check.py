@@ -32,7 +32,6 @@ from benchmarks.coverage_values import difference as difference_of
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends import call_signature
 from fxwidth.frontends.call_signature import bound_to_placeholders
-from fxwidth.importance.estimates import Evidence
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.verification.replay_oracle import reference_outputs
 from fxwidth.verification.stepwise import prescribed_difference, stepwise_difference
@@ -110,8 +109,8 @@ def _halved(model: nn.Module, call: Call, dtype: torch.dtype, checks: ModeChecks
             "pinned": len(pinned),
             "pinned_reasons": Counter(str(group.pinned) for group in pinned).most_common(),
         }
-        plan = {group.name: max(group.least.width, group.width // 2) for group in free}
-        kept = {graph[name].factor: _some(graph[name].width, width) for name, width in plan.items()}
+        plan = {group.name: _some(group.width, max(group.least.width, group.width // 2)) for group in free}
+        kept = {graph[name].factor: np.array(channels) for name, channels in plan.items()}
         values = bound_to_placeholders(gm, call_signature.Call(call.args, call.kwargs))
         maps = IndexMaps(graph.analysis.space, kept)
         if graph.analysis.record is not None:
@@ -148,7 +147,12 @@ def _halved(model: nn.Module, call: Call, dtype: torch.dtype, checks: ModeChecks
 
 
 def _check_by_steps(
-    gm: fx.GraphModule, graph: fxwidth.WidthGraph, plan: dict[str, int], maps: IndexMaps, values: list[Any], call: Call
+    gm: fx.GraphModule,
+    graph: fxwidth.WidthGraph,
+    plan: dict[str, list[int]],
+    maps: IndexMaps,
+    values: list[Any],
+    call: Call,
 ) -> dict[str, Any]:
     """Compare every op with the replay oracle, for models that answer with whatever they have found."""
     seconds: dict[str, float] = {}
@@ -229,17 +233,14 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def _as_the_oracle_keeps() -> Iterator[None]:
-    """Keep the channels the oracle keeps, and leave gains alone, which it does not rescale either."""
-    with (
-        mock.patch("fxwidth.resizing.resize.select", lambda _graph, group, width, _moments: _some(group.width, width)),
-        mock.patch("fxwidth.resizing.resize.gather_evidence", lambda graph, *_: Evidence(graph, None)),
-        mock.patch("fxwidth.resizing.parameters.variance_ratio", return_value=1.0),
-    ):
+    """Leave gains alone, which the oracle does not rescale either."""
+    with mock.patch("fxwidth.resizing.parameters.variance_ratio", return_value=1.0):
         yield
 
 
-def _some(width: int, kept: int) -> np.ndarray[Any, Any]:
-    return np.sort(np.random.default_rng(width).permutation(width)[:kept])
+def _some(width: int, kept: int) -> list[int]:
+    """Return the channels of a group to keep."""
+    return sorted(np.random.default_rng(width).permutation(width)[:kept].tolist())
 
 
 def _set_apart(model: nn.Module) -> nn.Module:

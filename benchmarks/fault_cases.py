@@ -614,7 +614,7 @@ FAULTS: tuple[Fault, ...] = (
         ("resizing/test_options.py",),
     ),
     Fault(
-        "fxwidth/resizing/resize.py",
+        "fxwidth/resizing/edits.py",
         "recalibrated statistics are not in the history",
         'self.record["recalibrated"] = True',
         "pass",
@@ -899,10 +899,10 @@ FAULTS: tuple[Fault, ...] = (
         ("resizing/test_named_channels.py",),
     ),
     Fault(
-        "fxwidth/resizing/resize.py",
+        "fxwidth/resizing/channel_selection.py",
         "groups whose basis changed are said to have kept channels",
-        ".tolist() for group, own in kept.items() if group not in turns}",
-        ".tolist() for group, own in kept.items()}",
+        ".tolist() for group, own in self.kept.items() if group not in self.bases}",
+        ".tolist() for group, own in self.kept.items()}",
         ("resizing/test_named_channels.py",),
     ),
     Fault(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from fxwidth.axes.index_maps import Indices
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.importance.estimates import Evidence
 from fxwidth.planning.planner import Plan
 
 
@@ -26,6 +27,28 @@ class Requested:
 
     widths: Mapping[ChannelGroup, int]
     channels: Mapping[ChannelGroup, Indices]
+
+    @property
+    def drops(self) -> bool:
+        """Whether some group loses channels."""
+        return any(width < group.width for group, width in self.widths.items())
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before a resize.
+
+    Attributes:
+        evidence: moments and a selection; data serve recalibration alone then.
+        blind: whether channels are kept without a look at values, which are about to be loaded.
+        norms: the variance ratios of norms that were found with values, by the names of their gains.
+        kept: which channels the values that are about to be loaded have kept, for the record.
+    """
+
+    evidence: Evidence | None = None
+    blind: bool = False
+    norms: Mapping[str, float] | None = None
+    kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def requested(width_graph: WidthGraph, plan: Mapping[str, int | Sequence[int]], exact: bool) -> Requested:

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from fxwidth.analysis.known_axes import KnownAxes, known_axes
-from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
-from fxwidth.errors import FxwidthError
-from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.importance.estimates import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
 from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
-from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
 from fxwidth.recording.graph_meta import AXES, HISTORY, notes_of
-from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
-from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
-from fxwidth.resizing.requested import Requested, refuse_too_narrow, requested
-from fxwidth.rewriting.added_modules import remove_unused
-from fxwidth.rewriting.attributes import AttributeEdits
-from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
-from fxwidth.rewriting.metadata import renew_metadata
+from fxwidth.resizing.channel_selection import select_channels
+from fxwidth.resizing.edits import prepare_edits
+from fxwidth.resizing.requested import Known, refuse_too_narrow, requested
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_behind, original_of, resized_together
-from fxwidth.rewriting.successors import successor
+from fxwidth.rewriting.originals import resized_together
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.runtime.fake_tensors import fake_like
-from fxwidth.runtime.tensor_slots import is_sound, set_slot, tensor_slots
-from fxwidth.selection.registry import selection_name
 from fxwidth.statistics.calibration_data import replayed
-from fxwidth.statistics.moments import Moments, has_values
+from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
 from fxwidth.tracing import analyze_module, refuse_nan
 
@@ -107,23 +91,6 @@ def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], opt
     )
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What is known before a resize.
-
-    Attributes:
-        evidence: moments and a selection; data serve recalibration alone then.
-        blind: whether channels are kept without a look at values, which are about to be loaded.
-        norms: the variance ratios of norms that were found with values, by the names of their gains.
-        kept: which channels the values that are about to be loaded have kept, for the record.
-    """
-
-    evidence: Evidence | None = None
-    blind: bool = False
-    norms: Mapping[str, float] | None = None
-    kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-
 def resize_analyzed(
     width_graph: WidthGraph,
     plan: Mapping[str, int | Sequence[int]],
@@ -139,12 +106,12 @@ def resize_analyzed(
         plan: as for `resize`.
         options: those of `resize`; by default its defaults.
         transaction: that of which this is a part, which takes everything back on failure; by default one of its own.
-        known: `evidence`, `blind`, `norms` and `kept`; see `_Known`.
+        known: the fields of `Known`.
 
     Raises:
         FxwidthError: the plan or the data cannot be used.
     """
-    options, before = options or ResizeOptions(), _Known(**known)
+    options, before = options or ResizeOptions(), Known(**known)
     if transaction is not None:
         return _resize(width_graph, plan, options, before, transaction)
     whole = Transaction(*resized_together(width_graph.analysis.module), optimizer=options.optimizer)
@@ -155,9 +122,10 @@ def _resize(
     width_graph: WidthGraph,
     plan: Mapping[str, int | Sequence[int]],
     options: ResizeOptions,
-    known: _Known,
+    known: Known,
     transaction: Transaction,
 ) -> fx.GraphModule:
+    """Go through the stages of a resize: what is asked, which channels stay, what changes by that, and the change."""
     module = width_graph.analysis.module
     check_optimizer(options.optimizer, module)
     width_graph.refuse_outdated()
@@ -170,208 +138,23 @@ def _resize(
     data = replayed(options.data)
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
     with torch.inference_mode(False):
-        drops = any(width < group.width for group, width in asked.widths.items())
-        if drops and not known.blind:
-            refuse_negative_variances(width_graph)
-        evidence = _evidence(width_graph, asked, data, options, known)
-        # Channels are chosen by the weights that the moments belong to.
-        kept = {group: _kept(evidence, group, width, asked) for group, width in asked.widths.items()}
-        turns = _turns(evidence, asked)
-        moments = _turned(evidence, turns, transaction)
-        wanted = options.recalibrate is not False and drops and not known.blind and has_values(width_graph)
-        # Batch norms that a rotation changes are compared with what they are then; and modules take on new sizes with
-        # what follows: the network is run as it was before that.
+        selection = select_channels(width_graph, asked, data, options, known)
+        moments = selection.change_bases(transaction)
+        # Batch norms that a change of basis changes are compared with what they are then; and modules take on new sizes
+        # with what follows: the network is run as it was before that.
         recalibration = None
-        if wanted and data is not None:
+        wanted = options.recalibrate is not False and asked.drops and not known.blind
+        if data is not None and wanted and has_values(width_graph):
             recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(width_graph))
-        change = _prepare(evidence, moments, kept, options, known)
-        change.record.update(_channels_on_record(kept, asked, turns, known))
-        change.put_in_place(module, transaction)
+        edits = prepare_edits(selection, moments, options, known)
+        edits.put_in_place(module, transaction)
         if recalibration is not None:
-            change.recalibrate(module, recalibration, transaction)
-            change.record["not_refitted"] |= statistics_used_elsewhere(width_graph)
-        if change.update is not None:
-            change.update.commit()
+            edits.recalibrate(module, recalibration, transaction)
+            edits.record["not_refitted"] |= statistics_used_elsewhere(width_graph)
+        if edits.update is not None:
+            edits.update.commit()
         forget_noise(module)
         notes = notes_of(module)
         # In one step: nothing can come between the two.
-        notes |= {HISTORY: [*notes.get(HISTORY, ()), change.record], AXES: change.axes}
+        notes |= {HISTORY: [*notes.get(HISTORY, ()), edits.record], AXES: edits.axes}
     return module
-
-
-@dataclass(frozen=True)
-class _Change:
-    """All that a resize will put in place."""
-
-    graph: RewrittenGraph
-    tensors: Mapping[str, Tensor]
-    replacements: Mapping[str, Replacement]
-    update: OptimizerUpdate | None
-    edits: AttributeEdits
-    record: dict[str, Any]
-    axes: KnownAxes | None
-
-    def put_in_place(self, module: fx.GraphModule, transaction: Transaction) -> None:
-        """Give the module, and the model that it was traced from where that goes along, its new graph and tensors."""
-        original = original_of(module)
-        replaced = [one.old for one in self.replacements.values()]
-        leave_behind(module, self.record["original"] == RESIZED, replaced, self.edits, transaction)
-        slots = tensor_slots(module)
-        for name, constant in self.graph.additions.constants.items():
-            module.register_buffer(name, constant)
-        for path, part in self.graph.additions.modules.items():
-            owner = module.get_submodule(path.rpartition(".")[0])
-            module.add_submodule(path, part.train(owner.training))
-        module.graph = self.graph.graph
-        shared = tensor_slots(original) if original is not None and self.record["original"] == RESIZED else {}
-        in_original = dict(shared.values())
-        for name, tensor in self.tensors.items():
-            old, places = slots[name]
-            if name not in self.replacements:
-                transaction.overwrite(old, tensor)
-                continue
-            for holder, attribute in (*places, *in_original.get(old, ())):
-                set_slot(holder, attribute, self.replacements[name].new)
-        remove_unused(module, transaction.undo)
-
-    def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration, transaction: Transaction) -> None:
-        """Correct the running statistics of the module, which has been resized."""
-        kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
-        slots = tensor_slots(module)
-        for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
-            transaction.overwrite(slots[name][0], tensor)
-        self.record["recalibrated"] = True
-
-
-def _evidence(
-    width_graph: WidthGraph, asked: Requested, data: Iterable[Any] | None, options: ResizeOptions, known: _Known
-) -> Evidence:
-    """Return what is known of the channels, as far as it is needed."""
-    selection = options.selection if known.evidence is None else known.evidence.selection
-    if known.blind or not needs_moments(asked.widths, selection, options.fold, asked.channels):
-        return Evidence(width_graph, None, selection)
-    if known.evidence is not None:
-        return known.evidence
-    return gather_evidence(width_graph, data, selection, options.rotates)
-
-
-def _turns(evidence: Evidence, asked: Requested) -> dict[ChannelGroup, Rotation]:
-    """Return the new bases of linear groups that lose channels, but for those whose channels the plan names."""
-    # All of them are found before any weight changes: readers of one group write another.
-    shrinking = (group for group, width in asked.widths.items() if width < group.width and group not in asked.channels)
-    found = {group: evidence.rotation(group) for group in shrinking}
-    return {group: turned for group, turned in found.items() if turned is not None}
-
-
-def _turned(evidence: Evidence, turns: Mapping[ChannelGroup, Rotation], transaction: Transaction) -> Moments | None:
-    """Bring groups to their new bases, and return the moments in these."""
-    moments = evidence.moments
-    for turned in turns.values():
-        assert moments is not None
-        moments = rotated(evidence.width_graph, turned, moments, transaction)
-    return moments
-
-
-def _channels_on_record(
-    kept: Mapping[ChannelGroup, Indices], asked: Requested, turns: Mapping[ChannelGroup, Rotation], known: _Known
-) -> dict[str, Any]:
-    """Return what the history tells of channels; in a new basis there are no old ones."""
-    found = {group.name: own[own != NEW].tolist() for group, own in kept.items() if group not in turns}
-    return {
-        "kept": dict(known.kept) if known.blind else found,
-        "rotated": [group.name for group in turns],
-        "named": [group.name for group in asked.channels],
-    }
-
-
-def _prepare(
-    evidence: Evidence,
-    moments: Moments | None,
-    kept: Mapping[ChannelGroup, Indices],
-    options: ResizeOptions,
-    known: _Known,
-) -> _Change:
-    width_graph = evidence.width_graph
-    analysis = width_graph.analysis
-    maps = IndexMaps(analysis.space, {group.factor: own for group, own in kept.items()})
-    missed: dict[str, str] = {}
-    tensors, maps = resized_tensors(width_graph, maps, moments, options.fold, known.norms, missed)
-    _refuse_infinite(width_graph, tensors)
-    replacements = _replacements(width_graph, maps, tensors)
-    fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
-    edits = AttributeEdits()
-    graph = rewrite_graph(analysis, maps, fakes, edits)
-    renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
-    update = None
-    if options.optimizer is not None:
-        names = {entry.tensor: name for name, entry in analysis.parameters.items()}
-        update = plan_optimizer_update(options.optimizer, list(replacements.values()), names)
-    original = None
-    if original_of(analysis.module) is not None:
-        original = RESIZED if goes_along(analysis, maps, fakes, tensors, edits) else UNTOUCHED
-    record = {
-        "widths": {group.name: [group.width, len(own)] for group, own in kept.items()},
-        "parameters": _count_after(width_graph, replacements),
-        "evidence": moments.source if moments is not None else None,
-        "selection": selection_name(evidence.selection),
-        "folded": options.fold and moments is not None,
-        "recalibrated": False,
-        "lowered": dict(graph.lowered),
-        "norms": ratios_by_gain(width_graph, maps),
-        "not_refitted": missed,
-        "original": original,
-    }
-    return _Change(graph, tensors, replacements, update, edits, record, _axes_on_record(width_graph, kept, maps))
-
-
-def _axes_on_record(width_graph: WidthGraph, kept: Mapping[ChannelGroup, Indices], maps: IndexMaps) -> KnownAxes | None:
-    """Return what the next analysis needs to know of groups that are of width one after a resize, if there are any."""
-    narrow = {
-        group.name: tuple((site.parameter, site.dim) for site in group.sites)
-        for group in width_graph.groups
-        if not group.is_lost and (len(kept[group]) if group in kept else group.width) == 1
-    }
-    return known_axes(width_graph.analysis, maps, narrow) if narrow or width_graph.analysis.lost else None
-
-
-def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        old = width_graph.analysis.parameters[name].tensor
-        new = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
-        if is_sound(old) and not is_sound(new):
-            raise FxwidthError(
-                f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range "
-                f"of {old.dtype}. Resize other groups, or bring the weights of this one's layers to a common scale."
-            )
-
-
-def _kept(evidence: Evidence, group: ChannelGroup, width: int, asked: Requested) -> Indices:
-    if group in asked.channels:
-        return asked.channels[group]
-    if width > group.width:
-        kept: Indices = np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
-        return kept
-    return select(evidence.width_graph, group, width, evidence)
-
-
-def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Replacement]:
-    result = {}
-    for name, tensor in tensors.items():
-        entry = width_graph.analysis.parameters[name]
-        indices = dim_maps(width_graph, maps, name)
-        if all(kept is None for kept in indices):
-            continue
-        new = successor(name, entry.tensor, tensor, indices)
-        result[name] = Replacement(name, entry.tensor, new, indices)
-    return result
-
-
-def _count_after(width_graph: WidthGraph, replacements: Mapping[str, Replacement]) -> list[int]:
-    parameters = {
-        name: entry.tensor
-        for name, entry in width_graph.analysis.parameters.items()
-        if isinstance(entry.tensor, nn.Parameter)
-    }
-    before = sum(tensor.numel() for tensor in parameters.values())
-    after = sum((replacements[name].new if name in replacements else t).numel() for name, t in parameters.items())
-    return [before, after]

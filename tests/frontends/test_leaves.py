@@ -68,8 +68,7 @@ def resized(gm: fx.GraphModule, values: list[Any], monkeypatch: pytest.MonkeyPat
     difference, place = stepwise_difference(wg.analysis, maps, values)
     assert difference < ROUNDING, place
     replay = ResizedReplay(wg.analysis, maps, torch.float64)
-    monkeypatch.setattr("fxwidth.resizing.resize.select", lambda graph, group, width, moments: kept[group.name])
-    fxwidth.resize(gm, {group: len(channels) for group, channels in kept.items()}, fold=False)
+    fxwidth.resize(gm, {group: channels.tolist() for group, channels in kept.items()}, fold=False)
     return replay
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -117,7 +117,7 @@ def assert_rewrites(model: nn.Module, inputs: Sequence[Any], ratio: float = 0.5,
     analysis = width_graph.analysis
     expected = reference_outputs(analysis, IndexMaps(analysis.space, kept), at_batch_of(analysis, inputs))
     plan = {group.name: len(kept[group.factor]) for group in width_graph.free}
-    with _without_improvements(lambda group: kept[group.factor]):
+    with _without_improvements():
         resize_analyzed(width_graph, plan, ResizeOptions(fold=False), blind=True)
     with torch.no_grad():
         actual = tensors_in(module(*at_batch_of(analysis, inputs)))
@@ -136,14 +136,13 @@ def at_batch_of(analysis: Analysis, inputs: Sequence[Any]) -> list[Any]:
 
 def halved_exactly(gm: fx.GraphModule, kept: Mapping[str, Indices]) -> None:
     """Resize a graph to given channels of its groups, by name, just as if the others were zero."""
-    with _without_improvements(lambda group: kept[group.name]):
-        fxwidth.resize(gm, {group: len(channels) for group, channels in kept.items()}, fold=False)
+    with _without_improvements():
+        fxwidth.resize(gm, {group: channels.tolist() for group, channels in kept.items()}, fold=False)
 
 
 @contextmanager
-def _without_improvements(kept: Callable[[ChannelGroup], Indices]) -> Iterator[None]:
-    """Have channels kept as given, with no selection, no folding and no variance matching."""
-    selects = patch("fxwidth.resizing.resize.select", lambda graph, group, width, moments: kept(group))
+def _without_improvements() -> Iterator[None]:
+    """Have dropped channels taken for zero, with no variance matching."""
     norms = patch("fxwidth.weights.reparametrised.normed_weights", lambda _: {})
-    with selects, norms, patch("fxwidth.resizing.parameters._variance_ratios", lambda *_: {}):
+    with norms, patch("fxwidth.resizing.parameters._variance_ratios", lambda *_: {}):
         yield

@@ -192,7 +192,7 @@ def test_nothing_is_looked_at_where_all_channels_are_named_and_nothing_is_folded
     def unasked(*_: object) -> None:
         raise AssertionError("moments were asked for")
 
-    monkeypatch.setattr("fxwidth.resizing.resize.gather_evidence", unasked)
+    monkeypatch.setattr("fxwidth.resizing.channel_selection.gather_evidence", unasked)
     gm = traced()
     fxwidth.resize(gm, {"0": [1, 2, 7], "3": [0, 5]}, fold=False)
     assert "channels chosen" not in str(fxwidth.report(gm))

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.importance.estimates import Evidence
 from fxwidth.statistics.moments import moments_from_noise
 from fxwidth.verification.replay_oracle import reference_outputs
 from tests.zoo.models import FULL_SIZE, SMALL, build, relative_difference
@@ -80,22 +79,20 @@ def test_growth_of_each_group_alone(name: str) -> None:
         assert relative_difference(gm(x), before) < EXACT, group
 
 
-def select_even(wg: fxwidth.WidthGraph, group: fxwidth.ChannelGroup, width: int, moments: object) -> np.ndarray:
-    return np.sort(np.random.default_rng(group.width).permutation(group.width)[:width])
+def some_channels(width: int, count: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(width).permutation(width)[:count])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_halving_every_group_matches_the_replay_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxwidth.resizing.resize.select", select_even)
-    monkeypatch.setattr("fxwidth.resizing.resize.gather_evidence", lambda graph, *_: Evidence(graph, None))
     gm, x = traced(name)
     wg = fxwidth.analyze(gm, x)
-    plan = {group.name: max(1, group.width // 2) for group in wg.free}
-    kept = {wg[group].factor: select_even(wg, wg[group], width, None) for group, width in plan.items()}
+    channels = {group.name: some_channels(group.width, max(1, group.width // 2)) for group in wg.free}
+    kept = {wg[name].factor: own for name, own in channels.items()}
     reference = reference_outputs(wg.analysis, IndexMaps(wg.analysis.space, kept), [x])
     # Gains are rescaled for the dropped part of a sum, which the oracle does not do.
     monkeypatch.setattr("fxwidth.resizing.parameters.variance_ratio", lambda *_: 1.0)
-    fxwidth.resize(gm, plan, fold=False)
+    fxwidth.resize(gm, {name: own.tolist() for name, own in channels.items()}, fold=False)
     assert relative_difference(gm(x), reference[0]) < EXACT
     assert gm(torch.cat([x, x[:1]])).shape[0] == len(x) + 1, "another batch size"
     train_a_step(gm, x)
@@ -192,7 +189,7 @@ def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     def fails(*_: object) -> None:
         raise fxwidth.FxwidthError("planted")
 
-    monkeypatch.setattr("fxwidth.resizing.resize.plan_optimizer_update", fails)
+    monkeypatch.setattr("fxwidth.resizing.edits.plan_optimizer_update", fails)
     with pytest.raises(fxwidth.FxwidthError, match="planted"):
         fxwidth.resize(gm, {"encoder.layers.encoder_layer_0.mlp.0": 7}, optimizer=optimizer)
     assert gm.code == code
@@ -240,7 +237,7 @@ def test_a_failure_changes_nothing_in_inference_mode_either(monkeypatch: pytest.
     def failing(*_: object) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("fxwidth.resizing.resize._Change.recalibrate", failing)
+    monkeypatch.setattr("fxwidth.resizing.edits.Edits.recalibrate", failing)
     with pytest.raises(RuntimeError, match="on purpose"):
         fxwidth.resize(gm, plan, data=[x])
     assert gm.code == code

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.resizing.resize import HISTORY
+from fxwidth.recording.graph_meta import HISTORY
 from fxwidth.verification.replay_oracle import largest_difference, replay_difference
 from tests.growth.test_interpreter import disagreements
 from tests.oracles.growth import check_all, recipes, width_graph

@@ -1,0 +1,176 @@
+"""All that a resize puts in place: tensors, graph, attributes, optimizer state, and its entry in the history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxwidth.analysis.known_axes import KnownAxes, known_axes
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import ResizeOptions
+from fxwidth.reconstruction.bn_recalibration import Recalibration
+from fxwidth.resizing.channel_selection import ChannelSelection
+from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
+from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
+from fxwidth.resizing.requested import Known
+from fxwidth.rewriting.added_modules import remove_unused
+from fxwidth.rewriting.attributes import AttributeEdits
+from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
+from fxwidth.rewriting.metadata import renew_metadata
+from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_behind, original_of
+from fxwidth.rewriting.successors import successor
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.fake_tensors import fake_like
+from fxwidth.runtime.tensor_slots import is_sound, set_slot, tensor_slots
+from fxwidth.selection.registry import selection_name
+from fxwidth.statistics.moments import Moments
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What a resize will put in place; nothing has changed yet.
+
+    Attributes:
+        graph: the nodes, modules and constants at the new sizes.
+        tensors: the new values of parameters and buffers that change, by name.
+        replacements: those of them that become new objects.
+        update: what happens to the optimizer.
+        attributes: what happens to size attributes of modules.
+        record: the entry in the history.
+        axes: what the next analysis needs to know of groups of width one.
+    """
+
+    graph: RewrittenGraph
+    tensors: Mapping[str, Tensor]
+    replacements: Mapping[str, Replacement]
+    update: OptimizerUpdate | None
+    attributes: AttributeEdits
+    record: dict[str, Any]
+    axes: KnownAxes | None
+
+    def put_in_place(self, module: fx.GraphModule, transaction: Transaction) -> None:
+        """Give the module, and the model that it was traced from where that goes along, its new graph and tensors."""
+        original = original_of(module)
+        goes = self.record["original"] == RESIZED
+        replaced = [one.old for one in self.replacements.values()]
+        leave_behind(module, goes, replaced, self.attributes, transaction)
+        slots = tensor_slots(module)
+        for name, constant in self.graph.additions.constants.items():
+            module.register_buffer(name, constant)
+        for path, part in self.graph.additions.modules.items():
+            owner = module.get_submodule(path.rpartition(".")[0])
+            module.add_submodule(path, part.train(owner.training))
+        module.graph = self.graph.graph
+        in_original = dict(tensor_slots(original).values()) if original is not None and goes else {}
+        for name, tensor in self.tensors.items():
+            old, places = slots[name]
+            if name not in self.replacements:
+                transaction.overwrite(old, tensor)
+                continue
+            for holder, attribute in (*places, *in_original.get(old, ())):
+                set_slot(holder, attribute, self.replacements[name].new)
+        remove_unused(module, transaction.undo)
+
+    def recalibrate(self, module: fx.GraphModule, recalibration: Recalibration, transaction: Transaction) -> None:
+        """Correct the running statistics of the module, which has been resized."""
+        kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
+        slots = tensor_slots(module)
+        for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
+            transaction.overwrite(slots[name][0], tensor)
+        self.record["recalibrated"] = True
+
+
+def prepare_edits(selection: ChannelSelection, moments: Moments | None, options: ResizeOptions, known: Known) -> Edits:
+    """Compute and check all that is to change.
+
+    Args:
+        selection: the channels to keep.
+        moments: what readers see of the channels, in the bases that they have by now; None where that is unknown.
+        options: those of the resize.
+        known: what was known before.
+
+    Raises:
+        FxwidthError: a node cannot follow, a value would not be finite, or the optimizer's state is unknown.
+    """
+    width_graph = selection.evidence.width_graph
+    analysis = width_graph.analysis
+    missed: dict[str, str] = {}
+    tensors, maps = resized_tensors(width_graph, selection.maps(), moments, options.fold, known.norms, missed)
+    _refuse_infinite(width_graph, tensors)
+    replacements = _replacements(width_graph, maps, tensors)
+    fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
+    attributes = AttributeEdits()
+    graph = rewrite_graph(analysis, maps, fakes, attributes)
+    renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
+    update = None
+    if options.optimizer is not None:
+        names = {entry.tensor: name for name, entry in analysis.parameters.items()}
+        update = plan_optimizer_update(options.optimizer, list(replacements.values()), names)
+    original = None
+    if original_of(analysis.module) is not None:
+        original = RESIZED if goes_along(analysis, maps, fakes, tensors, attributes) else UNTOUCHED
+    record = {
+        "widths": {group.name: [group.width, len(own)] for group, own in selection.kept.items()},
+        "parameters": _count_after(width_graph, replacements),
+        "evidence": moments.source if moments is not None else None,
+        "selection": selection_name(selection.evidence.selection),
+        "folded": options.fold and moments is not None,
+        "recalibrated": False,
+        "lowered": dict(graph.lowered),
+        "norms": ratios_by_gain(width_graph, maps),
+        "not_refitted": missed,
+        "original": original,
+        **selection.told(),
+        **({"kept": dict(known.kept)} if known.blind else {}),
+    }
+    return Edits(graph, tensors, replacements, update, attributes, record, _axes_on_record(selection, maps))
+
+
+def _axes_on_record(selection: ChannelSelection, maps: IndexMaps) -> KnownAxes | None:
+    """Return what the next analysis needs to know of groups that are of width one after a resize, if there are any."""
+    width_graph, kept = selection.evidence.width_graph, selection.kept
+    narrow = {
+        group.name: tuple((site.parameter, site.dim) for site in group.sites)
+        for group in width_graph.groups
+        if not group.is_lost and (len(kept[group]) if group in kept else group.width) == 1
+    }
+    return known_axes(width_graph.analysis, maps, narrow) if narrow or width_graph.analysis.lost else None
+
+
+def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        old = width_graph.analysis.parameters[name].tensor
+        new = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        if is_sound(old) and not is_sound(new):
+            raise FxwidthError(
+                f"{name} would hold values that are not finite (NaN or infinity) after this resize, beyond the range "
+                f"of {old.dtype}. Resize other groups, or bring the weights of this one's layers to a common scale."
+            )
+
+
+def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Replacement]:
+    result = {}
+    for name, tensor in tensors.items():
+        entry = width_graph.analysis.parameters[name]
+        indices = dim_maps(width_graph, maps, name)
+        if all(kept is None for kept in indices):
+            continue
+        new = successor(name, entry.tensor, tensor, indices)
+        result[name] = Replacement(name, entry.tensor, new, indices)
+    return result
+
+
+def _count_after(width_graph: WidthGraph, replacements: Mapping[str, Replacement]) -> list[int]:
+    parameters = {
+        name: entry.tensor
+        for name, entry in width_graph.analysis.parameters.items()
+        if isinstance(entry.tensor, nn.Parameter)
+    }
+    before = sum(tensor.numel() for tensor in parameters.values())
+    after = sum((replacements[name].new if name in replacements else t).numel() for name, t in parameters.items())
+    return [before, after]
