@@ -10,5 +10,7 @@ from fxwidth.rules import (  # noqa: F401
     pointwise,
     recurrent,
     reduction,
+    slicing,
     spatial,
+    views,
 )

@@ -116,7 +116,7 @@ def assert_rewrites(model: nn.Module, inputs: Sequence[Any], ratio: float = 0.5,
     kept = removals(width_graph.free, ratio, seed)
     analysis = width_graph.analysis
     expected = reference_outputs(analysis, IndexMaps(analysis.space, kept), at_batch_of(analysis, inputs))
-    plan = {group.name: len(kept[group.factor]) for group in width_graph.free}
+    plan = {group.name: kept[group.factor].tolist() for group in width_graph.free}
     with _without_improvements():
         resize_analyzed(width_graph, plan, ResizeOptions(fold=False), blind=True)
     with torch.no_grad():
