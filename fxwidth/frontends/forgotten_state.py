@@ -33,9 +33,13 @@ def refuse_computed_inside(model: nn.Module, is_table: Callable[[Tensor], bool])
     Raises:
         UntraceableError: it keeps what it computes.
     """
+    # A parameter that is kept under another name as well, as recurrent layers do, is not computed.
+    own = {id(parameter) for parameter in model.parameters()}
     for place, part in stores(model, FakeTensor):
         name = place.rpartition(".")[2]
-        if name not in part._buffers and not all(map(is_table, deep_tensors(getattr(part, name)))):
+        if name in part._buffers:
+            continue
+        if not all(id(tensor) in own or is_table(tensor) for tensor in deep_tensors(getattr(part, name))):
             raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 

@@ -14,7 +14,7 @@ import fxwidth
 from fxwidth.axes.factors import constant
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.rules import contraction, movement, normalization
+from fxwidth.rules import contraction, normalization, views
 from fxwidth.rules.registry import LITERAL_RULES, RULES, RuleContext, broadcast_all, revised
 from fxwidth.verification.replay_oracle import replay_difference
 from tests.fuzz.networks import seeded_program
@@ -58,7 +58,7 @@ def reversed_view(c: RuleContext) -> Any:
     """A view that takes the last of its dims for the major one."""
     sizes = [size for size in c.outputs[0].shape if size > 1]
     if len(c.axes("self")) >= len(sizes):
-        return movement._view(c)
+        return views._view(c)
     signal = c.axes("self")
     parts = c.factored(signal[1], *c.outputs[0].shape[:0:-1])
     return [[signal[0], *parts[::-1]]]
@@ -242,7 +242,7 @@ def test_needless_caution_is_seen(name, wrong, equal, monkeypatch):
 
 
 def test_a_view_by_strides_taken_for_an_alias_is_seen(monkeypatch):
-    monkeypatch.setattr(movement, "_is_alias", lambda call, shape: list(call.arguments["size"]) == list(shape))
+    monkeypatch.setattr(views, "_is_alias", lambda call, shape: list(call.arguments["size"]) == list(shape))
     inputs = [torch.randn(2, 8, 6)]
     analysis = analysed(Strided(), inputs)
     assert WidthGraph(analysis)["into"].pinned is None

@@ -14,7 +14,7 @@ from tests.oracles.sample_calls import Sample
 from tests.oracles.samples import ROWS
 
 # The kernels of norms, weight norms and packed sequences do not check their numbers, and read any memory.
-FAMILIES = ("attention", "contraction", "indexing", "movement", "reduction", "spatial")
+FAMILIES = ("attention", "contraction", "indexing", "movement", "reduction", "slicing", "spatial", "views")
 
 
 def _rows() -> list[Sample]:
