@@ -504,7 +504,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/runtime/kept_objects.py",
         "containers are not put back",
-        "        for container in self._containers:\n            container.put_back(judge)",
+        "        for container in self._containers:\n            container.put_back(chosen)",
         "        pass",
         ("frontends/test_tracing_only_looks.py",),
     ),
@@ -939,7 +939,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/runtime/module_state.py",
         "what code reaches outside of a model is not put back",
-        "            outside.put_back(judge)\n",
+        "            outside.put_back(chosen)\n",
         "",
         ("runtime/test_reachable_state.py",),
     ),

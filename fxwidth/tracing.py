@@ -162,16 +162,16 @@ def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Ana
     """Analyse a graph, by what is on record of its axes if there are groups of width one."""
     known = notes_of(module).get(AXES)
     if known is None:
-        return _with_values(_judged, module, specs, call)
+        return _with_values(_by_rules, module, specs, call)
     try:
         return _with_values(partial(follow_axes, known), module, specs, call)
     except OtherGraphError as error:
-        analysis = _with_values(_judged, module, specs, call)
+        analysis = _with_values(_by_rules, module, specs, call)
         analysis.lost = lost_groups(known, error)
         return analysis
 
 
-def _judged(module: fx.GraphModule, specs: list[Any], record: ValueRecord | None = None) -> Analysis:
+def _by_rules(module: fx.GraphModule, specs: list[Any], record: ValueRecord | None = None) -> Analysis:
     analysis = analyze_axes(module, specs, record)
     pin_what_is_written_in(analysis)
     return analysis

@@ -134,7 +134,7 @@ def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueReco
     for name, argument in zip(names, inputs, strict=False):
         for value in deep_tensors(argument):
             analysis.set_axes(value, _input_axes(value, batch, name))
-    run_on_tape(analysis, slots, partial(judge, analysis))
+    run_on_tape(analysis, slots, partial(apply_rule, analysis))
     _pin_what_is_used(analysis)
     pin_other_ways(analysis)
     space.context = "model output"
@@ -248,7 +248,7 @@ def _pin_what_is_used(analysis: Analysis) -> None:
                 analysis.space.pin(axis, reason)
 
 
-def judge(analysis: Analysis, call: OpCall) -> None:
+def apply_rule(analysis: Analysis, call: OpCall) -> None:
     """Apply an op's rule to a call that has just run, or pin what it touches."""
     outputs = call.outputs
     space = analysis.space
@@ -285,12 +285,12 @@ def _couple(analysis: Analysis, first: Sequence[Axis], second: Sequence[Axis]) -
 
 
 def _axes_by_rule(analysis: Analysis, call: OpCall, outputs: Sequence[Tensor]) -> tuple[Sequence[Axes] | None, str]:
-    judge = rule_for(call.func)
-    if judge is None:
+    rule = rule_for(call.func)
+    if rule is None:
         return None, why_unruled(call.func)
     context = RuleContext(call, analysis.space, analysis.axes_of, analysis.in_memory_of)
     try:
-        result = [tuple(axes) for axes in judge(context)]
+        result = [tuple(axes) for axes in rule(context)]
     except Exception as error:
         # A rule that does not fit the call must not guess: pinning costs compression, never the model.
         return None, f"{NOT_COVERED}: {error or type(error).__name__}"

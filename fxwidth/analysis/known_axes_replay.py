@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from fxwidth.analysis.axis_propagation import faked_inputs, judge, run_on_tape
+from fxwidth.analysis.axis_propagation import apply_rule, faked_inputs, run_on_tape
 from fxwidth.analysis.known_axes import KnownAxes, KnownAxis, KnownCall, decoded, kind_of
 from fxwidth.analysis.op_signatures import is_copy, is_silent, observed_signature, structure
 from fxwidth.analysis.result import Analysis, LostGroup, ParameterAxes
@@ -134,7 +134,7 @@ class _Follower:
     def see(self, call: OpCall) -> None:
         """Take note of an op that has just run."""
         if is_copy(call.func):
-            judge(self._analysis, call)
+            apply_rule(self._analysis, call)
         elif self.problem is None:
             self.problem = self._follow(call, next(self._calls, None))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.axis_propagation import judge
+from fxwidth.analysis.axis_propagation import apply_rule
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, Factor, FactorSpace
 from fxwidth.axes.pins import Pin
@@ -76,7 +76,7 @@ def _kept(analysis: Analysis) -> Iterator[_Piece]:
             pieces[storage_of(new)] = _Piece(again.axes_of(new), new.element_size())
 
     def see(call: OpCall) -> None:
-        judge(again, call)
+        apply_rule(again, call)
         for output, axes in zip(call.outputs, call.output_axes, strict=True):
             pieces.setdefault(storage_of(output), _Piece(axes, output.element_size()))
 

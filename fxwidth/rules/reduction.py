@@ -31,14 +31,14 @@ def _without(c: RuleContext, signal: list[Axis], dims: list[int]) -> Sequence[Se
 
 
 def _reduction(kind: str) -> Rule:
-    def judge(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    def apply(c: RuleContext) -> Sequence[Sequence[Axis]]:
         signal = c.axes("self")
         dims = _reduced_dims(c, len(signal))
         for dim in dims:
             c.mix("self", dim, kind)
         return _without(c, signal, dims)
 
-    return judge
+    return apply
 
 
 for _family, *_ops in (

@@ -40,12 +40,12 @@ _BY_RANK = {
 
 
 def _over_positions(rank: int) -> Rule:
-    def judge(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    def apply(c: RuleContext) -> Sequence[Sequence[Axis]]:
         (signal,) = [c.axes(tensor) for tensor in c.call.inputs]
         c.pin(signal[-rank:], POSITION)
         return [[*signal[:-rank], *_positions(c, output.shape[-rank:])] for output in c.outputs]
 
-    return judge
+    return apply
 
 
 for _rank, _rows in _BY_RANK.items():

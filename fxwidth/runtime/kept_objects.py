@@ -36,7 +36,7 @@ _DEEPEST = 2
 # The items of longer containers are data.
 _LONGEST = 4096
 
-Judge = Callable[[Any], bool]
+Predicate = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class Kept:
         self._namespaces.append(_Namespace(space, before, kind))
         self._add_parts(before.values(), 0)
 
-    def put_back(self, judge: Judge) -> None:
-        """Put back what is held otherwise now, where a judge says so of what is held in its place."""
+    def put_back(self, chosen: Predicate) -> None:
+        """Put back what is held otherwise now, where `chosen` says so of what is held in its place."""
         for namespace in self._namespaces:
-            namespace.put_back(judge)
+            namespace.put_back(chosen)
         for container in self._containers:
-            container.put_back(judge)
+            container.put_back(chosen)
         for value, _ in self._empty:
-            if value and judge(value):
+            if value and chosen(value):
                 value.clear()
         for cache in self._caches:
             if holds_stand_ins(_cached(cache)):
@@ -206,13 +206,13 @@ class _Namespace:
     before: Mapping[str, Any]
     owner: Any
 
-    def put_back(self, judge: Judge) -> None:
+    def put_back(self, chosen: Predicate) -> None:
         if len(self.space) == len(self.before) and all(map(is_, self.space.values(), self.before.values())):
             return
         now = dict(self.space)
         for name in [*self.before, *(name for name in now if name not in self.before)]:
             old, new = self.before.get(name, _MISSING), now.get(name, _MISSING)
-            if old is new or not judge(new):
+            if old is new or not chosen(new):
                 continue
             if old is _MISSING:
                 del self.space[name]
@@ -229,8 +229,8 @@ class _Container:
     before: Any
     owner: Any
 
-    def put_back(self, judge: Judge) -> None:
-        if not self.is_same(self.kind.read(self.value)) and judge(self.value):
+    def put_back(self, chosen: Predicate) -> None:
+        if not self.is_same(self.kind.read(self.value)) and chosen(self.value):
             self.kind.fill(self.value, self.before)
 
     def is_same(self, now: Any) -> bool:

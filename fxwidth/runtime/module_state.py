@@ -107,15 +107,15 @@ def restored(module: nn.Module) -> Iterator[Held]:
 
 
 @contextmanager
-def _restoring(kept: tuple[Kept, Kept], judge: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
+def _restoring(kept: tuple[Kept, Kept], chosen: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
     """Leave the global random states as they are, too."""
     own, outside = kept
     with same_randomness():
         try:
             yield own.tensors
         finally:
-            own.put_back(judge)
-            outside.put_back(judge)
+            own.put_back(chosen)
+            outside.put_back(chosen)
 
 
 @contextmanager
