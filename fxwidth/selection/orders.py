@@ -75,7 +75,8 @@ def rank(grams: Grams, count: int, selection: str = "greedy") -> Tensor:
 
 
 def _checked(order: Any, width: int, selection: str) -> Tensor:
-    numbers = torch.as_tensor(order)
+    # Not by as_tensor, which brings tensors to the device that is set as the default.
+    numbers = order if isinstance(order, Tensor) else torch.tensor(order, device="cpu")
     if numbers.shape != (width,) or numbers.is_floating_point() or numbers.is_complex():
         form = f"{str(numbers.dtype).removeprefix('torch.')} of shape {list(numbers.shape)}"
         raise FxwidthError(f"selection={selection!r} gave {form}; return all {width} channels, those to keep first.")

@@ -129,7 +129,7 @@ def test_weights_without_values():
 def test_a_wrong_shape_names_the_op_and_the_node(monkeypatch):
     inputs = [torch.randn(2, 4)]
     analysis = analysed(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 2)), inputs)
-    monkeypatch.setattr("fxwidth.analysis.replay.prescribed", lambda call, maps: (call.func, call.arguments))
+    monkeypatch.setattr("fxwidth.analysis.replay.resized_call", lambda call, maps: (call.func, call.arguments))
     with pytest.raises(FxwidthError, match=r"aten\.view\.default at node _1 \(op 2 of the tape\) does not run"):
         replay_difference(analysis, random_maps(analysis, 0.5), inputs)
 
@@ -146,7 +146,7 @@ class _Cut(nn.Module):
 def test_a_wrong_literal_that_runs_is_seen_by_its_shape(monkeypatch):
     inputs = [torch.randn(2, 4)]
     analysis = analysed(_Cut(), inputs)
-    monkeypatch.setattr("fxwidth.analysis.replay.prescribed", lambda call, maps: (call.func, call.arguments))
+    monkeypatch.setattr("fxwidth.analysis.replay.resized_call", lambda call, maps: (call.func, call.arguments))
     with pytest.raises(FxwidthError) as caught:
         replay_difference(analysis, random_maps(analysis, 0.5), inputs)
     assert str(caught.value) == (

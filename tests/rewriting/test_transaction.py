@@ -194,7 +194,9 @@ def overwritten(transaction: Transaction, tensor: Tensor) -> None:
 def test_ctrl_c_waits_until_all_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(3, 2)
     before, transaction = state_of(layer), Transaction(layer)
-    real, handler = module.overwrite, signal.getsignal(signal.SIGINT)
+    # What runs in the background ignores Ctrl-C from the start.
+    handler, outer = signal.default_int_handler, signal.signal(signal.SIGINT, signal.default_int_handler)
+    real = module.overwrite
 
     def interrupted(tensor: Tensor, values: Tensor) -> None:
         if bool(values.any()):
@@ -202,10 +204,13 @@ def test_ctrl_c_waits_until_all_is_put_back(monkeypatch: pytest.MonkeyPatch) -> 
         real(tensor, values)
 
     monkeypatch.setattr(module, "overwrite", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        transaction.run(lambda: overwritten(transaction, layer.weight.data))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            transaction.run(lambda: overwritten(transaction, layer.weight.data))
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, outer)
     assert not differences(before, state_of(layer))
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_failure_while_things_are_put_back_does_not_end_that() -> None:
