@@ -397,7 +397,7 @@ FAULTS: tuple[Fault, ...] = (
         ("selection/test_grams.py", "selection/test_registry.py"),
     ),
     Fault(
-        "fxwidth/selection/methods.py",
+        "fxwidth/selection/greedy.py",
         "a chosen channel explains nothing of the others",
         "        gain = gain - 2 * own / scale * EDU + (own / scale).square() * UDU\n",
         "",

@@ -14,7 +14,8 @@ from fxwidth.analysis.data_dependent_pins import pin_other_ways
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
 from fxwidth.analysis.training_calls import ModuleRun, follow_other_answer, follow_training
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, bare_factor, constant
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, axis_size, bare_factor, constant
 from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dimension
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError

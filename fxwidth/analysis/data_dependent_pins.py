@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fxwidth.axes.factors import FactorSpace
+from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.pins import BRANCHED, ON_EMPTY, OTHER_WAY
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import tensor_slots

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fxwidth.analysis.op_signatures import Signature, is_copy, is_view, prescribed_signatures, structure
 from fxwidth.analysis.result import Analysis, Dim, LostGroup
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, Link, find
+from fxwidth.axes.factor_space import FactorSpace, Link
+from fxwidth.axes.factors import Axis, Factor, find
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import Pin
 from fxwidth.recording.tape import OpCall

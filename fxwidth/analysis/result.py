@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.analysis.graph_state import GraphState
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, constant
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, constant
 from fxwidth.axes.pins import HELD, Pin
 from fxwidth.recording.data_dependent import ValueReader, ValueRecord
 from fxwidth.recording.tape import Axes, OpCall

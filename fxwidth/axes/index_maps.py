@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, element_size, term_size
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, axis_size, element_size, term_size
 from fxwidth.axes.unification import split
 
 Indices = npt.NDArray[np.int64]

@@ -9,7 +9,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, Term
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, Term
 
 Monomial = tuple[Factor, ...]
 Grid = npt.NDArray[np.float64]

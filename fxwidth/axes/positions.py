@@ -8,7 +8,8 @@ from math import gcd, prod
 
 import numpy as np
 
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size, element_size, find, is_integer_term, term_size
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, axis_size, element_size, find, is_integer_term, term_size
 from fxwidth.axes.index_maps import Indices
 
 

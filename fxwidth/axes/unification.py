@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from math import gcd
 
+from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import (
     Axis,
     AxisMismatchError,
     Factor,
-    FactorSpace,
     Term,
     axis_size,
     bare_factor,

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from fxwidth.analysis.axis_propagation import apply_rule
 from fxwidth.analysis.result import Analysis
-from fxwidth.axes.factors import Axis, Factor, FactorSpace
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.pins import Pin
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs.registry import cost

@@ -5,19 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxwidth.growth.states import (
-    ALL_ZERO,
-    CONSTANT,
-    NO_TRANSFER,
-    CallView,
-    Result,
-    State,
-    family_transfer,
-    follow,
-    meet,
-    of_number,
-    transfer,
-)
+from fxwidth.growth.call_view import CallView
+from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, of_number
+from fxwidth.growth.transfers import NO_TRANSFER, Result, family_transfer, follow, transfer
 from fxwidth.rules.family_table import as_family, is_move
 from fxwidth.rules.op_families import Move, Movement, Positions
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis.result import Analysis
-from fxwidth.axes.factors import Axis, Factor, FactorSpace
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.growth.recipes import Fill, Growth
 from fxwidth.runtime.tensor_slots import accumulation_dtype

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, CallView, State, meet, multiplied, of_number
+from fxwidth.growth.call_view import CallView
+from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, multiplied, of_number
 from fxwidth.recording.tape import tensors_in, unbind
 from fxwidth.rules.op_names import op_name, rule_name
 

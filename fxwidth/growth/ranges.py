@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.utils import _pytree as pytree
 
-from fxwidth.growth.states import CallView, State
+from fxwidth.growth.call_view import CallView
+from fxwidth.growth.states import State
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
 from fxwidth.rules.family_table import family_of, is_arithmetic, is_move
 from fxwidth.rules.op_families import Arithmetic, Family, LookUp, Move, Movement, Positions, Reduction

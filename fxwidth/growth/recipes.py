@@ -15,9 +15,11 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Roles
 from fxwidth.axes.factors import ONE, Factor
+from fxwidth.growth.call_view import AxisFacts
 from fxwidth.growth.contraction import convolution_parts
-from fxwidth.growth.interpreter import Interpretation, Slot, tape_index
-from fxwidth.growth.states import AxisFacts, DirectionlessError, NormedWriterError, ProductRefusedError, State
+from fxwidth.growth.interpreter import Interpretation
+from fxwidth.growth.states import DirectionlessError, NormedWriterError, ProductRefusedError, State
+from fxwidth.growth.tape_index import Slot, tape_index
 from fxwidth.recording.tape import Axes, OpCall
 from fxwidth.rules.family_table import adds, as_family, channel_norm, is_arithmetic
 from fxwidth.rules.op_families import Arithmetic, Norm, WeightNorm

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx
 
-from fxwidth.axes.factors import FactorSpace
+from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.tape import Axes
 

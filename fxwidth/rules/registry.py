@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxwidth.axes.factors import ONE, Axis, FactorSpace, axis_size, constant, why_fixed
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import ONE, Axis, axis_size, constant, why_fixed
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import MADE, Pin
 from fxwidth.axes.unification import cut, split, unify

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.axes.factors import Factor, FactorSpace
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Factor
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph

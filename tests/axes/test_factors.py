@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxwidth.axes.factors import ONE, Factor, FactorSpace, axis_size, constant, find
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import ONE, Factor, axis_size, constant, find
 from tests.oracles.axes_strategy import SIZES, layout, plans
 
 

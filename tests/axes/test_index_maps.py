@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, axis_size
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, axis_size
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.axes.unification import split
 from tests.oracles.axes_strategy import SIZES, Plan, kept_indices, plans

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxwidth.axes.factors import FactorSpace, axis_size
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.positions import positions_by_channel
 from fxwidth.axes.unification import unify

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxwidth.axes.factors import AxisMismatchError, FactorSpace, axis_size, constant
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import AxisMismatchError, axis_size, constant
 from fxwidth.axes.unification import cut, split, unify
 from tests.oracles.axes_strategy import SIZES, Plan, layout, numbered, pairs, plans, within
 

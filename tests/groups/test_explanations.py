@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fxwidth
 from fxwidth.axes import pins
-from fxwidth.axes.factors import FactorSpace, constant
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import constant
 from fxwidth.axes.pins import CONSTANT, NO_RULE, REMEDIES, Fixed, Pin, remedy
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError

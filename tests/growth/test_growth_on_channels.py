@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from fxwidth.axes.factors import Axis
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.growth.states import FAMILY_TRANSFERS, AxisFacts
+from fxwidth.growth.call_view import AxisFacts
+from fxwidth.growth.transfers import FAMILY_TRANSFERS
 from fxwidth.rules.op_families import Positions
 from tests.oracles.growth import check_all, check_refusals, recipes, sequence, width_graph
 from tests.zoo.networks_of_channels import ShuffledGroups

@@ -20,18 +20,11 @@ from fxwidth.analysis.roles import Roles, find_roles
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.growth import pointwise
-from fxwidth.growth.interpreter import Interpretation, Slot
-from fxwidth.growth.states import (
-    ALL_ZERO,
-    CONSTANT,
-    TRANSFERS,
-    CallView,
-    Result,
-    State,
-    Transfer,
-    follow,
-    transfer_of,
-)
+from fxwidth.growth.call_view import CallView
+from fxwidth.growth.interpreter import Interpretation
+from fxwidth.growth.states import ALL_ZERO, CONSTANT, State
+from fxwidth.growth.tape_index import Slot
+from fxwidth.growth.transfers import TRANSFERS, Result, Transfer, follow, transfer_of
 from fxwidth.recording.tape import tensors_in, unbind
 from fxwidth.rules.registry import RULES, resized_call
 from tests.oracles.rules import Probe, make_probe

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from fxwidth.axes.factors import Axis, Factor, FactorSpace, constant
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Axis, Factor, constant
 from fxwidth.axes.index_maps import NEW, Indices
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import fxwidth
 from fxwidth.errors import FxwidthError
 from fxwidth.passes import ResizeWidths
-from fxwidth.selection import methods
+from fxwidth.selection import greedy
 from fxwidth.selection.error_curves import logarithmic, lost_share, share_of
 from fxwidth.selection.grams import Grams
+from fxwidth.selection.greedy import greedy_order
 from fxwidth.selection.methods import (
     backward_order,
     cholesky_order,
-    greedy_order,
     leverage_order,
     projection_order,
     spectral_pruning_order,
@@ -133,8 +133,8 @@ def test_projection_keeps_rows_that_tell_the_leading_directions_apart() -> None:
 def test_blocks_choose_about_as_well_as_one_by_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = pairs(64, count=3, rows=rows)
     single = lost_share(given, greedy_order(given, 64))
-    monkeypatch.setattr(methods, "_BLOCKWISE", 1)
-    monkeypatch.setattr(methods, "_BLOCK", 8)
+    monkeypatch.setattr(greedy, "_BLOCKWISE", 1)
+    monkeypatch.setattr(greedy, "_BLOCK", 8)
     blocks = greedy_order(given, 64)
     assert sorted(blocks.tolist()) == list(range(64))
     several = lost_share(given, blocks)
@@ -146,8 +146,8 @@ def test_blocks_see_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     given = pairs(12, count=1)
     S = given.activation[0]
     twice = torch.cat([torch.cat([S, S], 1), torch.cat([S, S], 1)])[None]
-    monkeypatch.setattr(methods, "_BLOCKWISE", 1)
-    monkeypatch.setattr(methods, "_BLOCK", 5)
+    monkeypatch.setattr(greedy, "_BLOCKWISE", 1)
+    monkeypatch.setattr(greedy, "_BLOCK", 5)
     order = greedy_order(Grams(twice, pairs(24, count=1, seed=3).weight, 1e-16), 24)
     assert sorted(int(j) % 12 for j in order[:12]) == list(range(12))
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxwidth
-from fxwidth.axes.factors import Factor, FactorSpace, axis_size
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import Factor, axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.positions import channel_positions, occupied_positions
 from fxwidth.reconstruction.folding import fold
 from fxwidth.selection.grams import Grams, grams_of
-from fxwidth.selection.methods import greedy_order
+from fxwidth.selection.greedy import greedy_order
 from fxwidth.selection.orders import select
 from fxwidth.statistics.moments import moments_from_noise
 from tests.oracles.channels import (

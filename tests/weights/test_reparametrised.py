@@ -287,7 +287,7 @@ def test_a_wrong_length_is_seen(monkeypatch):
 
 def test_a_spectral_norm_that_saw_new_rows_would_change_in_training(monkeypatch):
     """Planted fault: rows that are free although the norm is over them."""
-    monkeypatch.setattr("fxwidth.growth.states.CallView.need_zero_weight", lambda *_: None)
+    monkeypatch.setattr("fxwidth.growth.call_view.CallView.need_zero_weight", lambda *_: None)
     model = build("spectral norm")
     x = example(model)
     gm = fxwidth.trace(build("spectral norm"), x)
