@@ -7,10 +7,8 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.nn.parameter import is_lazy
 
 from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.data_dependent_runs import record_values
@@ -33,14 +31,16 @@ from fxwidth.frontends.own_modes import own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
+from fxwidth.frontends.untraceable import refuse_names, refuse_scripts, refuse_unmade
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
+from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.runtime.gc_pause import without_collections
-from fxwidth.runtime.tensor_slots import is_sound, tensor_slots
+from fxwidth.runtime.tensor_slots import tensor_slots
 
 
 def trace(
@@ -83,8 +83,8 @@ def trace(
 
 
 def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
-    _refuse_scripts(model)
-    _refuse_unmade(model)
+    refuse_scripts(model)
+    refuse_unmade(model)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else _traced(model, call)
@@ -248,7 +248,7 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
         warn_of_modes(model, partly[0].unfollowed)
         warn_of_own_methods(model, partly[0].module, own)
         return partly[0].module, partly[1]
-    _refuse_names(model)
+    refuse_names(model)
     if unusable is not None:
         raise unusable
     raise _untraceable(model, reasons, call) from list(reasons.values())[-1]
@@ -285,49 +285,6 @@ def _drop_postponed_annotations(module: fx.GraphModule) -> None:
         node.type = None
     if annotated:
         module.recompile()
-
-
-def _refuse_scripts(model: nn.Module) -> None:
-    for name, part in model.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            place = f"{name!r} of the model" if name else "the model"
-            raise FxwidthError(
-                f"{place} is a module of TorchScript ({part.original_name}), whose code and parameters are out of "
-                "reach; pass the model with the module that it was made of."
-            )
-
-
-def _refuse_names(model: nn.Module) -> None:
-    """Check that nothing of a model goes by a name that graphs have for something of their own."""
-    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
-    for name in (*model._modules, *model._parameters, *model._buffers):
-        if name in taken:
-            raise FxwidthError(
-                f"{type(model).__name__} holds {name!r}, which is the name of something else in every fx graph; rename "
-                "it, or trace a module that holds the model, as torch.nn.Sequential(model) does."
-            )
-
-
-def _refuse_unmade(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise FxwidthError(
-                f"{name} has no shape before its lazy layer has been called; run the model on a batch, then trace it."
-            )
-
-
-def refuse_nan(module: nn.Module) -> None:
-    """Check that every parameter of a module is finite; tensors without values (on the meta device) pass.
-
-    Raises:
-        FxwidthError: a parameter or buffer holds NaN or infinity.
-    """
-    for name, (tensor, _) in tensor_slots(module).items():
-        if not is_sound(tensor):
-            raise FxwidthError(
-                f"{name} holds values that are not finite (NaN or infinity); its directions cannot be judged. "
-                "Go back to a checkpoint from before training diverged, or lower the learning rate."
-            )
 
 
 def _metadata(value: Tensor) -> TensorMetadata:

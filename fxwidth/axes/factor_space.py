@@ -11,13 +11,13 @@ from fxwidth.axes.factors import (
     Axis,
     Factor,
     Term,
-    _nested_factors,
     bare_factor,
     constant,
     constant_from,
     find,
     is_free,
     is_integer_term,
+    nested_factors,
     term_size,
 )
 from fxwidth.axes.pins import BATCH_DIVIDED, SELF_CONTAINED, Fixed, Pin
@@ -117,13 +117,13 @@ class FactorSpace:
         if known is None:
             known = self._normalise(axis)
             self._normal_forms[axis] = self._normal_forms[known] = known
-            for factor in _nested_factors(known):
+            for factor in nested_factors(known):
                 self._forms_with[factor] += (axis, known)
         return known
 
     def factors(self, axis: Axis) -> list[Factor]:
         """Return the free factors of an axis, in order, with repetitions."""
-        return list(_nested_factors(self.normalise(axis)))
+        return list(nested_factors(self.normalise(axis)))
 
     def reaches_batch(self, axis: Axis) -> bool:
         """Tell whether the batch is among the free factors of an axis."""
@@ -142,7 +142,7 @@ class FactorSpace:
         root = find(factor)
         if root.refined_to is None:
             return [root]
-        return [leaf for part in _nested_factors(root.refined_to) for leaf in self.leaves(part)]
+        return [leaf for part in nested_factors(root.refined_to) for leaf in self.leaves(part)]
 
     def product(self, *axes: Axis) -> Axis:
         """Return the axis of several dimensions flattened into one, major first."""

@@ -128,10 +128,11 @@ def is_integer_term(term: Term) -> bool:
     return True
 
 
-def _nested_factors(axis: Axis) -> Iterator[Factor]:
+def nested_factors(axis: Axis) -> Iterator[Factor]:
+    """Yield the factors that an axis mentions, in order, with repetitions."""
     for term in axis:
         for element in term:
             if isinstance(element, Factor):
                 yield element
             elif isinstance(element, tuple):
-                yield from _nested_factors(element)
+                yield from nested_factors(element)

@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils import _pytree as pytree
 
 from fxwidth.errors import FxwidthError
-from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, difference, flatten, flatten_each, rebuild
+from fxwidth.runtime.pytree_differences import difference
+from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatten, flatten_each, rebuild
 
 UNKNOWN = inspect.Parameter.empty
 INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"

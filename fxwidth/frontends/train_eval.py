@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxwidth.errors import warn
+from fxwidth.frontends.alignment import DifferentError, path_of
 from fxwidth.frontends.call_signature import Inputs, Outputs
-from fxwidth.frontends.export import Region
+from fxwidth.frontends.export_reassembly import Region
 from fxwidth.frontends.own_modes import OwnModes, SetByCode, in_modes, keep_modes
 from fxwidth.frontends.random_draws import ALMOST_ONE, drawing
-from fxwidth.frontends.train_eval_alignment import DifferentError, align, path_of
+from fxwidth.frontends.train_eval_alignment import align
 from fxwidth.frontends.train_eval_merge import InTraining, TrainingFlag, Writer, follow_flags
 from fxwidth.runtime.module_state import walk
 from fxwidth.runtime.tensor_slots import tensor_slots

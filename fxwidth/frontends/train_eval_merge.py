@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxwidth.frontends.alignment import Alignment, Choice, TrainingRegion
 from fxwidth.frontends.call_signature import Inputs
 from fxwidth.frontends.node_arguments import named_arguments, replaced, set_named_arguments
-from fxwidth.frontends.train_eval_alignment import Alignment, Choice, TrainingRegion, attribute, is_counter
+from fxwidth.frontends.train_eval_alignment import attribute, is_counter
 from fxwidth.runtime.tensor_slots import register_at
 
 FLAG_MODULE = "fxwidth_training"

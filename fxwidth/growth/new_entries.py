@@ -15,7 +15,7 @@ from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.growth.recipes import Fill, Growth
-from fxwidth.runtime.tensor_slots import accumulation_dtype
+from fxwidth.runtime.finiteness import accumulation_dtype
 
 # Of the Gram matrix of rows rounded to float32, an eigenvalue below this share of the largest is rounding.
 _NEGLIGIBLE = 1e-12

@@ -17,7 +17,7 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.basis_change import Rotation, rotation
 from fxwidth.rules.family_table import running_norm
-from fxwidth.runtime.tensor_slots import accumulation_dtype
+from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.selection.error_curves import Errors, logarithmic, lost_share
 from fxwidth.selection.grams import Grams, each_grams, grams_of
 from fxwidth.selection.orders import channel_order

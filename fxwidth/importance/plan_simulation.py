@@ -11,8 +11,9 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence
 from fxwidth.importance.loss_sensitivity import shrunk_in_place
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
+from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.runtime.pytrees import deep_tensors
-from fxwidth.runtime.tensor_slots import accumulation_dtype, substituted
+from fxwidth.runtime.tensor_slots import substituted
 from fxwidth.statistics.moments import statistics_of_noise
 
 

@@ -23,8 +23,8 @@ from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes
 from fxwidth.planning.thresholds import by_thresholds
 from fxwidth.plans import Plan
 from fxwidth.runtime.contexts import plain_surroundings
+from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.selection.error_curves import Errors
-from fxwidth.tracing import refuse_nan
 from fxwidth.weights.readers import wiring_of
 
 __all__ = ["Plan", "plan"]

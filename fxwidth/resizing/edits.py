@@ -26,7 +26,8 @@ from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_be
 from fxwidth.rewriting.successors import successor
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.fake_tensors import fake_like
-from fxwidth.runtime.tensor_slots import is_sound, set_slot, tensor_slots
+from fxwidth.runtime.finiteness import is_sound
+from fxwidth.runtime.tensor_slots import set_slot, tensor_slots
 from fxwidth.selection.registry import selection_name
 from fxwidth.statistics.moments import Moments
 

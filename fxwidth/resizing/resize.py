@@ -18,10 +18,11 @@ from fxwidth.resizing.requested import Known, refuse_too_narrow, requested
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resized_together
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
-from fxwidth.tracing import analyze_module, refuse_nan
+from fxwidth.tracing import analyze_module
 
 
 @tells_options(ResizeOptions)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxwidth.rewriting.training_behaviour import Dropout
+from fxwidth.rewriting.training_runs import Dropout
 from fxwidth.runtime.module_state import walk
 
 _CONSTANT, _DROPOUT = "_fxwidth_constant_", "fxwidth_dropout_"

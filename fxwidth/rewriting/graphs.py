@@ -21,7 +21,8 @@ from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_b
 from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
-from fxwidth.rewriting.training_behaviour import Step, UnexplainedError, any_batch, training_steps
+from fxwidth.rewriting.training_behaviour import Step, training_steps
+from fxwidth.rewriting.training_runs import UnexplainedError, any_batch
 from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.module_state import hooked_part, is_plain_layer, unchanged
 from fxwidth.runtime.pytrees import deep_tensors

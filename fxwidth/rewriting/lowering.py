@@ -17,7 +17,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.recording.composite_ops import PLAIN_FUNCTIONS
 from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import OpCall, unbind
-from fxwidth.rewriting.training_behaviour import Dropout, Kept, Step
+from fxwidth.rewriting.training_behaviour import Kept, Step
+from fxwidth.rewriting.training_runs import Dropout
 from fxwidth.rules.registry import resized_call
 from fxwidth.runtime.pytrees import deep_tensors
 

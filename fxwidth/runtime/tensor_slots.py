@@ -34,22 +34,6 @@ def copies_of(slots: Slots) -> dict[str, Tensor]:
     return {name: copy.deepcopy(one) if one.is_leaf else one.detach().clone() for name, one in tensors.items()}
 
 
-def is_sound(tensor: Tensor) -> bool:
-    """Tell whether a parameter is finite; a buffer may be infinite in places, as masks and bounds are."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
-        return True
-    # A sum is finite only if all its terms are, and costs a fraction of looking at each.
-    if bool(tensor.detach().sum().isfinite()):
-        return True
-    sound = tensor.isfinite() if isinstance(tensor, nn.Parameter) else ~tensor.isnan()
-    return bool(sound.all())
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the widest floating dtype that a tensor's device computes in."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def real_rows(matrices: Tensor) -> Tensor:
     """Return the rows of complex matrices [..., rows, columns] as two real ones each; real matrices as they are."""
     if not matrices.is_complex():

@@ -14,7 +14,8 @@ from torch import Tensor
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.batch_dim import takes_larger
-from fxwidth.runtime.pytrees import deep_tensors, difference, flatten, map_leaves, rebuild, sample_count
+from fxwidth.runtime.pytree_differences import difference
+from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild, sample_count
 from fxwidth.statistics.integer_inputs import Offsets, integer_sources
 
 # The bytes that the largest result of an op may take for a batch that is cut anew.

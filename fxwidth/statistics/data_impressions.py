@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
+from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.runtime.pytrees import deep_tensors
-from fxwidth.runtime.tensor_slots import accumulation_dtype, substituted, tensor_slots
+from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 from fxwidth.statistics.synthetic_inputs import Draw, products_per_sample
 
 # How far noise is moved, in its standard deviations, in how many steps at most and at least.

@@ -21,8 +21,8 @@ from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import TapeRecorder, bind
 from fxwidth.rules.family_table import running_norm
 from fxwidth.rules.registry import keeps
+from fxwidth.runtime.finiteness import is_sound
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
-from fxwidth.runtime.tensor_slots import is_sound
 from fxwidth.statistics.calibration_data import Gathered, batches_from, cut_anew
 from fxwidth.statistics.constant_evidence import constant_inputs, without_constants
 from fxwidth.statistics.data_impressions import impressions

@@ -17,7 +17,7 @@ from fxwidth.bases.linear_groups import linear_products
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.runtime.tensor_slots import accumulation_dtype
+from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.weights.readers import Reader, argument_name
 from fxwidth.weights.shared_readers import reader_sets
 

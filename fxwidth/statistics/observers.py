@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.tape import OpCall, TapeRecorder
-from fxwidth.runtime.tensor_slots import accumulation_dtype, real_rows
+from fxwidth.runtime.finiteness import accumulation_dtype
+from fxwidth.runtime.tensor_slots import real_rows
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, Measure, Probe
 

@@ -25,7 +25,7 @@ from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
 from fxwidth.rules.normalization import weight_norm_dim
 from fxwidth.rules.op_families import Arithmetic, Move, Product, WeightNorm
 from fxwidth.rules.registry import resized_call
-from fxwidth.runtime.tensor_slots import accumulation_dtype
+from fxwidth.runtime.finiteness import accumulation_dtype
 
 # The cosine from which on a singular vector counts as one.
 _ALIGNED = 1e-3

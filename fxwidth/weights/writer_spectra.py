@@ -16,7 +16,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family, running_norm
 from fxwidth.rules.op_families import LookUp
-from fxwidth.runtime.tensor_slots import accumulation_dtype
+from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import normed_weights, weight_values
 

@@ -13,7 +13,8 @@ import fxwidth
 from fxwidth import FxwidthError, FxwidthWarning
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import bound_to_placeholders, call_of
-from fxwidth.runtime.pytrees import deep_tensors, difference, flatten, map_leaves
+from fxwidth.runtime.pytree_differences import difference
+from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves
 from fxwidth.verification.replay_oracle import largest_difference, reference_outputs
 from tests.oracles.judges import removals
 from tests.zoo.networks_of_calls import (

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth import FxwidthError
-from fxwidth.analysis.replay import ResizedReplay, _Places
+from fxwidth.analysis.replay import ResizedReplay
+from fxwidth.analysis.replay_places import _Places
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import arguments_of, call_of
 from fxwidth.frontends.export import exported_graph
@@ -301,7 +302,7 @@ def test_the_stepwise_oracle_is_not_blind(monkeypatch: pytest.MonkeyPatch) -> No
         gathered = gather(self, tensor, axes)
         return gathered.flip(0) if tensor.dim() == 1 else gathered
 
-    monkeypatch.setattr("fxwidth.analysis.replay._Places.gather", reversed_biases)
+    monkeypatch.setattr("fxwidth.analysis.replay_places.Places.gather", reversed_biases)
     difference, place = stepwise_difference(wg.analysis, maps, [images(), None])
     assert difference > 1e-3
     assert "at node model" in place

@@ -14,7 +14,8 @@ from fxwidth import FxwidthError
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import bound_to_placeholders, call_of
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.runtime.pytrees import deep_tensors, difference, flatten
+from fxwidth.runtime.pytree_differences import difference
+from fxwidth.runtime.pytrees import deep_tensors, flatten
 from fxwidth.verification.replay_oracle import largest_difference, reference_outputs
 from tests.oracles.judges import ROUNDING, halved_exactly, randomise, removals
 from tests.zoo.networks_of_odd_forms import FORMS, StraightThrough, Two, x

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.rewriting.added_modules import Additions, remove_unused
-from fxwidth.rewriting.training_behaviour import Dropout
+from fxwidth.rewriting.training_runs import Dropout
 from fxwidth.runtime.fake_tensors import _Outcome
 from fxwidth.statistics.remembered_noise import _KNOWN
 from tests.zoo.nets import images

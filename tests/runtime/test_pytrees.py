@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxwidth.runtime.pytrees import deep_tensors, difference, flatten, map_leaves, rebuild, states_in
+from fxwidth.runtime.pytree_differences import difference
+from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild, states_in
 
 Pair = namedtuple("Pair", "left right")
 

@@ -1,0 +1,181 @@
+"""An exported graph with the arguments and the answer of its model."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxwidth.frontends.call_signature import (
+    INPUTS_MODULE,
+    OUTPUTS_MODULE,
+    Argument,
+    Inputs,
+    Outputs,
+    native,
+)
+from fxwidth.frontends.tracer_proxies import CodeTracer
+from fxwidth.runtime.pytrees import Leaf, Structure
+from fxwidth.runtime.trace_guards import UntraceableError
+
+aten = torch.ops.aten
+# What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
+_DROPPED = (aten._assert_tensor_metadata.default,)
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model."""
+
+    module: fx.GraphModule
+    guards: Sequence[str]
+
+
+class Region(nn.Module):
+    """A part of an exported graph that runs under autocast or without gradients, as the model wanted it."""
+
+    def __init__(
+        self, body: fx.GraphModule, context: Callable[..., AbstractContextManager[Any]], *settings: Any
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.context = context
+        self.settings = settings
+
+    def forward(self, *values: Any) -> Any:
+        """Run the part."""
+        with self.context(*self.settings):
+            return self.body(*values)
+
+
+class Reassembly:
+    """A graph with the arguments and the answer of the model, made from one with tensors alone."""
+
+    def __init__(
+        self,
+        program: Program,
+        arguments: Sequence[Argument],
+        structures: Sequence[Structure],
+        answer: Structure,
+    ) -> None:
+        self._exported = program.module
+        self._guards = program.guards
+        self._arguments = arguments
+        self._structures = structures
+        self._answer = answer
+        self._graph = fx.Graph(tracer_cls=CodeTracer)
+        self._modules: dict[str, nn.Module] = {}
+
+    def run(self) -> fx.GraphModule:
+        """Return the graph with its module."""
+        placeholders = self._exported.graph.find_nodes(op="placeholder")
+        known: dict[fx.Node, Any] = dict(zip(placeholders, self._inputs(placeholders), strict=True))
+        result = self._copy(self._exported, known)
+        plain, value = native(self._answer, result)
+        self._graph.output(value if plain else self._call(OUTPUTS_MODULE, Outputs(self._answer), result))
+        for name, module in self._modules.items():
+            self._exported.add_submodule(name, module)
+        return fx.GraphModule(self._exported, self._graph, "Exported")
+
+    def _inputs(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return the node of each tensor among the arguments."""
+        names = [argument.name for argument in self._arguments]
+        nodes = [
+            self._graph.create_node("placeholder", argument.name, argument.default, name=argument.name)
+            for argument in self._arguments
+        ]
+        shapes = [_known_shape(leaf.meta["val"]) for leaf in leaves]
+        checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, self._guards), nodes)
+        direct = {part.position: i for i, part in enumerate(self._structures) if isinstance(part, Leaf)}
+        return [
+            nodes[direct[i]] if i in direct else self._graph.call_function(operator.getitem, (checked, i))
+            for i in range(len(leaves))
+        ]
+
+    def _call(self, name: str, module: nn.Module, arguments: Sequence[fx.Node]) -> fx.Node:
+        self._modules[name] = module
+        return self._graph.create_node("call_module", name, tuple(arguments))
+
+    def _copy(self, source: fx.GraphModule, known: dict[fx.Node, Any]) -> Sequence[Any]:
+        """Copy the nodes of a graph and return what it returns."""
+        for node in source.graph.nodes:
+            if node.op == "output":
+                result: Sequence[Any] = fx.node.map_arg(node.args[0], known.__getitem__)
+                return result
+            is_guard = node.op == "call_module" and node.target == "_guards_fn"
+            if node.op == "placeholder" or is_guard or node.target in _DROPPED or _is_unused_attribute(source, node):
+                continue
+            operand = known.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+            if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+                known[node] = self._region(source, node, known)
+            elif node.target is operator.getitem and isinstance(operand, (list, tuple)):
+                known[node] = operand[node.args[1]]
+            else:
+                known[node] = self._graph.node_copy(node, known.__getitem__)
+        return ()
+
+    def _region(self, source: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+        """Take a part that runs in a context of its own: copy its nodes where that does the same."""
+        name = node.target.__name__ if callable(node.target) else str(node.target)
+        graphs = [part for part in node.args if isinstance(part, fx.Node) and _is_graph(source, part)]
+        if name not in _CONTEXTS or len(graphs) != 1:
+            raise UntraceableError(f"the exported graph has a part of the kind {name}")
+        place = node.args.index(graphs[0])
+        settings = node.args[:place]
+        operands: list[Any] = [fx.node.map_arg(part, known.__getitem__) for part in node.args[place + 1 :]]
+        body = source.get_submodule(str(graphs[0].target))
+        assert isinstance(body, fx.GraphModule)
+        if name == "wrap_with_set_grad_enabled" and not _writes(body):
+            own = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+            results = self._copy(body, own)
+            return results if settings[0] else [self._graph.call_function(aten.detach.default, (r,)) for r in results]
+        _drop_checks(body)
+        region = Region(body, _CONTEXTS[name], *settings)
+        return self._call(f"fxwidth_region_{len(self._modules)}", region, operands)
+
+
+_CONTEXTS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
+    "wrap_with_set_grad_enabled": torch.set_grad_enabled,
+    "wrap_with_autocast": torch.autocast,
+}
+
+
+def _is_graph(source: fx.GraphModule, part: Any) -> bool:
+    return (
+        isinstance(part, fx.Node)
+        and part.op == "get_attr"
+        and isinstance(getattr(source, str(part.target), None), fx.GraphModule)
+    )
+
+
+def _is_unused_attribute(source: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and (not node.users or _is_graph(source, node))
+
+
+def _writes(body: fx.GraphModule) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.HigherOrderOperator)
+        or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+        for node in body.graph.nodes
+    )
+
+
+def _drop_checks(body: fx.GraphModule) -> None:
+    for node in list(body.graph.nodes):
+        if node.target in _DROPPED:
+            body.graph.erase_node(node)
+    for part in body.children():
+        if isinstance(part, fx.GraphModule):
+            _drop_checks(part)
+    body.recompile()
+
+
+def _known_shape(value: Any) -> list[int | None] | None:
+    if not isinstance(value, Tensor):
+        return None
+    return [size if isinstance(size, int) else None for size in value.shape]

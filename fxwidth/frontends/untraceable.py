@@ -1,0 +1,52 @@
+"""What of a model no front end can trace."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from fxwidth.errors import FxwidthError
+
+
+def refuse_scripts(model: nn.Module) -> None:
+    """Check that no part of a model is a module of TorchScript.
+
+    Raises:
+        FxwidthError: one is.
+    """
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            place = f"{name!r} of the model" if name else "the model"
+            raise FxwidthError(
+                f"{place} is a module of TorchScript ({part.original_name}), whose code and parameters are out of "
+                "reach; pass the model with the module that it was made of."
+            )
+
+
+def refuse_names(model: nn.Module) -> None:
+    """Check that nothing of a model goes by a name that graphs have for something of their own.
+
+    Raises:
+        FxwidthError: something does.
+    """
+    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if name in taken:
+            raise FxwidthError(
+                f"{type(model).__name__} holds {name!r}, which is the name of something else in every fx graph; rename "
+                "it, or trace a module that holds the model, as torch.nn.Sequential(model) does."
+            )
+
+
+def refuse_unmade(model: nn.Module) -> None:
+    """Check that all parameters and buffers have a shape.
+
+    Raises:
+        FxwidthError: one has none yet.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise FxwidthError(
+                f"{name} has no shape before its lazy layer has been called; run the model on a batch, then trace it."
+            )
