@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Argument, Call, arguments_of, bound_to_placeholders, call_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
-from fxwidth.frontends.export_otherwise import NoQuestionError, exported_otherwise, warn_of_other_way
-from fxwidth.frontends.own_modes import own_modes, warn_of_own_methods
+from fxwidth.frontends.export_otherwise import exported_otherwise, warn_of_other_way
+from fxwidth.frontends.own_modes import OwnModes, own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
@@ -204,54 +205,86 @@ def _is_about_values(error: BaseException | None) -> bool:
 
 def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analysis]:
     """Return what the first front end makes that can trace the model and whose graph runs."""
-    arguments = arguments_of(model, call)
-    reasons: dict[str, Exception] = {}
-    unusable: FxwidthError | None = None
-    front_ends: list[tuple[str, Tracer]] = [
-        (_SYMBOLIC, lambda *found: _symbolic(model, arguments, True, *found)),
-        (_SYMBOLIC, lambda *found: _symbolic(model, arguments, False, *found)),
-    ]
-    if call is not None:
-        device, askers = device_of(model), set[str]()
-        as_it_runs = partial(answering_as_in_eager_mode, askers)
-        front_ends.append((_EXPORT, lambda *_: exported_graph(model, arguments, device, as_it_runs)))
-        front_ends.append((_OTHERWISE, lambda *_: exported_otherwise(model, arguments, device, askers)))
-        front_ends.append((_LEAVES, lambda leaves, _, modes: graph_with_leaves(model, arguments, leaves, modes)))
-    own = own_modes(model)
-    partly: tuple[Traced, Analysis] | None = None
-    for name, front_end in front_ends:
-        if partly is not None and name not in _EXPORTS:
+    askers = set[str]()
+    attempts = _Attempts(model, call, own_modes(model))
+    for name, front_end in _front_ends(model, call, askers):
+        if attempts.best is not None and name not in _EXPORTS:
             continue  # it would follow no more
-        try:
-            traced = in_both_modes(model, front_end, own, takes_leaves=name not in _EXPORTS)
-            keep_names(model, traced.module)
-        except NoQuestionError:
-            continue
-        except Exception as error:
-            reasons[name] = error
-            continue
-        try:
-            analysis = analyze_module(traced.module, call)
-        except FxwidthError as error:
-            reasons[name] = error
-            if name != _LEAVES:
-                unusable = unusable or error
-            continue
-        if not traced.untraceable:
+        found = attempts.make(name, front_end)
+        if found is not None and not found[0].untraceable:
             if name == _OTHERWISE:
                 warn_of_other_way(model, askers)
-            warn_of_modes(model, traced.unfollowed)
-            warn_of_own_methods(model, traced.module, own)
-            return traced.module, analysis
-        partly = partly or (traced, analysis)
-    if partly is not None:
-        warn_of_modes(model, partly[0].unfollowed)
-        warn_of_own_methods(model, partly[0].module, own)
-        return partly[0].module, partly[1]
+            return attempts.told(*found)
+        attempts.best = attempts.best or found
+    if attempts.best is not None:
+        return attempts.told(*attempts.best)
     refuse_names(model)
-    if unusable is not None:
-        raise unusable
-    raise _untraceable(model, reasons, call) from list(reasons.values())[-1]
+    raise attempts.failure()
+
+
+def _front_ends(model: nn.Module, call: Call | None, askers: set[str]) -> Iterator[tuple[str, Tracer]]:
+    """Yield all that can trace with what is known of the call, in the order in which they are asked."""
+    arguments = arguments_of(model, call)
+    yield _SYMBOLIC, lambda *found: _symbolic(model, arguments, True, *found)
+    yield _SYMBOLIC, lambda *found: _symbolic(model, arguments, False, *found)
+    if call is None:
+        return
+    device, as_it_runs = device_of(model), partial(answering_as_in_eager_mode, askers)
+    yield _EXPORT, lambda *_: exported_graph(model, arguments, device, as_it_runs)
+    if askers:
+        yield _OTHERWISE, lambda *_: exported_otherwise(model, arguments, device, askers)
+    yield _LEAVES, lambda leaves, _, modes: graph_with_leaves(model, arguments, leaves, modes)
+
+
+@dataclass
+class _Attempts:
+    """What has come of the front ends so far.
+
+    Attributes:
+        model: the module.
+        call: how it is called.
+        own: what its `train()` and `eval()` do.
+        best: a graph that runs, but does not follow both modes for want of a trace.
+        reasons: why those that have failed did, by their names.
+        unusable: why the first graph that could be traced does not run.
+    """
+
+    model: nn.Module
+    call: Call | None
+    own: OwnModes
+    best: tuple[Traced, Analysis] | None = None
+    reasons: dict[str, Exception] = field(default_factory=dict)
+    unusable: FxwidthError | None = None
+
+    def make(self, name: str, front_end: Tracer) -> tuple[Traced, Analysis] | None:
+        """Return the graph that a front end makes, or None where it fails or its graph does not run."""
+        try:
+            traced = in_both_modes(self.model, front_end, self.own, takes_leaves=name not in _EXPORTS)
+            keep_names(self.model, traced.module)
+        except Exception as error:
+            self.reasons[name] = error
+            return None
+        try:
+            return traced, analyze_module(traced.module, self.call)
+        except FxwidthError as error:
+            self.reasons[name] = error
+            if name != _LEAVES:
+                self.unusable = self.unusable or error
+            return None
+
+    def told(self, traced: Traced, analysis: Analysis) -> tuple[fx.GraphModule, Analysis]:
+        """Return a graph, with warnings of what of the model it does not follow."""
+        warn_of_modes(self.model, traced.unfollowed)
+        warn_of_own_methods(self.model, traced.module, self.own)
+        return traced.module, analysis
+
+    def failure(self) -> FxwidthError:
+        """Return the error that says why no front end can trace the model."""
+        if self.unusable is not None:
+            return self.unusable
+        error = _untraceable(self.model, self.reasons, self.call)
+        error.__cause__ = list(self.reasons.values())[-1]
+        return error
 
 
 def _symbolic(

@@ -137,12 +137,16 @@ def _program(
         leave(first)
         if first and (str(exported().graph) != str(program.graph) or not same_changes(first, changes)):
             raise progress(first[0])
-        # How a tensor lies in memory changes nothing of what is computed.
-        kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
-        placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-        own = [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
-        guards = [*(guard.replace("L['leaves']", "leaves") for guard in kept), *questions.guards(own)]
-        return Program(program.module(), guards)
+        return Program(program.module(), _guards(program, questions))
+
+
+def _guards(program: torch.export.ExportedProgram, questions: SizeQuestions) -> list[str]:
+    """Return the conditions under which a program is the model, on `leaves`."""
+    # How a tensor lies in memory changes nothing of what is computed.
+    kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    own = [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
+    return [*(guard.replace("L['leaves']", "leaves") for guard in kept), *questions.guards(own)]
 
 
 def _refuse_transforms(graph: fx.Graph) -> None:

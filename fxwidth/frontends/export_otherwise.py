@@ -25,10 +25,6 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 3e-2
 
 
-class NoQuestionError(Exception):
-    """The model has not asked whether it is exported, so there is no other way."""
-
-
 def exported_otherwise(
     model: nn.Module, arguments: Sequence[Argument], device: torch.device, askers: Collection[str]
 ) -> fx.GraphModule:
@@ -41,11 +37,8 @@ def exported_otherwise(
         askers: the Python modules that have asked whether the model is exported.
 
     Raises:
-        NoQuestionError: nothing has.
         UntraceableError: the graph gives something else.
     """
-    if not askers:
-        raise NoQuestionError
     graph = exported_graph(model, arguments, device, nullcontext)
     values = [argument.value for argument in arguments]
     graph.train(model.training)

@@ -74,21 +74,7 @@ def symbolic_graph(
 
         def traced() -> tuple[_Tracer, fx.Graph]:
             tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, held, modes)
-            reads = refusing_reads(tracer.watch.is_of_model)
-            effects = watching_effects(refuse_effect)
-            asked, setters = answering_as_in_eager_mode(), SetterWatch()
-            with (
-                heeding_interruptions(),
-                refusing_draws(),
-                noticing(tracer.autocasts),
-                effects,
-                asked,
-                assigned_buffers(),
-                reads,
-                tracer.watch,
-                setters,
-            ):
-                return tracer, tracer.trace(model)
+            return tracer, _run(tracer, model)
 
         tracer, graph = traced()
         _refuse_stores(model, failed)
@@ -100,6 +86,22 @@ def symbolic_graph(
     graph._tracer_cls = CodeTracer
     root._modules = {**model._modules, **tracer.helpers}
     return fx.GraphModule(root, graph, type(model).__name__)
+
+
+def _run(tracer: _Tracer, model: nn.Module) -> fx.Graph:
+    """Trace a model while all is watched that a graph would forget."""
+    with (
+        heeding_interruptions(),
+        refusing_draws(),
+        noticing(tracer.autocasts),
+        watching_effects(refuse_effect),
+        answering_as_in_eager_mode(),
+        assigned_buffers(),
+        refusing_reads(tracer.watch.is_of_model),
+        tracer.watch,
+        SetterWatch(),
+    ):
+        return tracer.trace(model)
 
 
 def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
