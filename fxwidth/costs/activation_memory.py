@@ -116,8 +116,8 @@ class _TrainingAnalysis(Analysis):
     """The axes of a second run, in the factors of the first, which it must not change."""
 
     def __init__(self, first: Analysis) -> None:
-        settled = {f for entry in first.parameters.values() for axis in entry.axes for f in first.space.factors(axis)}
-        super().__init__(first.module, _SettledSpace(settled), first.mode, first.parameters, first.inputs, first.batch)
+        known = {f for entry in first.parameters.values() for axis in entry.axes for f in first.space.factors(axis)}
+        super().__init__(first.module, _KnownSpace(known), first.mode, first.parameters, first.inputs, first.batch)
         self._places: dict[tuple[Any, ...], Axes] = {}
 
     def axes_of(self, tensor: Tensor) -> Axes:
@@ -137,30 +137,30 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
 
 
-class _SettledSpace(FactorSpace):
+class _KnownSpace(FactorSpace):
     """A space that may decide on its own factors, but leaves those of another as they are."""
 
-    def __init__(self, settled: set[Factor]) -> None:
+    def __init__(self, known: set[Factor]) -> None:
         super().__init__()
-        self._settled = settled
+        self._known = known
 
     def merge(self, kept: Factor, absorbed: Factor) -> None:
-        """Make two roots one, unless both are settled."""
-        if absorbed in self._settled:
+        """Make two roots one, unless both are known."""
+        if absorbed in self._known:
             kept, absorbed = absorbed, kept
-        if absorbed not in self._settled:
+        if absorbed not in self._known:
             absorbed.parent = kept
             self.changed(absorbed)
 
     def refine(self, factor: Factor, axis: Axis) -> None:
         """Say what a root of this space consists of."""
-        if factor not in self._settled:
+        if factor not in self._known:
             super().refine(factor, axis)
 
     def pin(self, axis: Axis, reason: str, cause: Pin | None = None) -> None:
         """Fix the size of this space's own factors."""
         for factor in self.factors(axis):
-            if factor not in self._settled:
+            if factor not in self._known:
                 factor.pinned = Pin(reason, cause=cause)
                 self.changed(factor)
 

@@ -1,7 +1,7 @@
 """Whether a model treats a batch of one in a way of its own.
 
 The exporter takes each size that may change for two or more. What a model asks and this answers, as in
-`if x.shape[0] > 1`, leaves no guard in the graph; so the questions are heard here, and answered again for one.
+`if x.shape[0] > 1`, leaves no guard in the graph; so the questions are noted here, and answered again for one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SizeQuestions:
         self._asked: list[tuple[Any, bool]] = []
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def noted(self) -> Iterator[None]:
         """Hear the questions of code that is run now."""
         with ExitStack() as stack:
             for kind, name in _ANSWERS:

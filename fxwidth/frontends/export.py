@@ -122,7 +122,7 @@ def _program(
         others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         for context in (
             *(same_values(others), refusing_reads(memory_of(others)), watching_effects(refuse_effect)),
-            *(questions.heard(), told(), _nothing_left(), watch, refusing_draws(), _silently()),
+            *(questions.noted(), told(), _nothing_left(), watch, refusing_draws(), _silently()),
         ):
             stack.enter_context(context)
 

@@ -153,13 +153,15 @@ class CallView:
 
     def results(self, states: Sequence[Sequence[State]]) -> list[States]:
         """Return a transfer's result without what integers or a squared factor cannot promise."""
-        settled = []
+        results = []
         for (output, axes), row in zip(self.outputs, states, strict=True):
             exact = output.dtype.is_floating_point or output.dtype.is_complex
-            settled.append(tuple(self._settled(axis, state, exact) for axis, state in zip(axes, row, strict=True)))
-        return settled
+            results.append(
+                tuple(self._checked_state(axis, state, exact) for axis, state in zip(axes, row, strict=True))
+            )
+        return results
 
-    def _settled(self, axis: Axis, state: State, exact: bool) -> State:
+    def _checked_state(self, axis: Axis, state: State, exact: bool) -> State:
         if not self.facts.carries(axis):
             return CONSTANT
         if self.facts.repeats(axis):

@@ -193,7 +193,7 @@ class Interpretation:
                 view.refuse(NO_TRANSFER)
             passes = pass_pointwise
             refuse_not_finite(view, self._range_of)
-        settled = view.results(passes(view))
+        results = view.results(passes(view))
         own = ANYTHING if call.func._schema.is_mutable else result_range(call, self._range_of)
         self._ranges |= dict.fromkeys(call.outputs, own)
         origins: frozenset[Slot] = frozenset()
@@ -201,8 +201,8 @@ class Interpretation:
             if view.carrying(tensor):
                 origins |= self.sources.get(tensor, frozenset())
         if call.func._schema.is_mutable:
-            self._write(call, settled, origins)
-        for (output, axes), states in zip(view.outputs, settled, strict=True):
+            self._write(call, results, origins)
+        for (output, axes), states in zip(view.outputs, results, strict=True):
             if any(map(self._facts.carries, axes)):
                 self._store(output, states, origins)
 
@@ -218,10 +218,10 @@ class Interpretation:
         self.sources[tensor] = origins
         self._by_storage.setdefault(storage_of(tensor), {})[tensor] = tensor
 
-    def _write(self, call: OpCall, settled: list[States], origins: frozenset[Slot]) -> None:
+    def _write(self, call: OpCall, results: list[States], origins: frozenset[Slot]) -> None:
         """Let all views of what an in-place op wrote have only what holds for old and written entries alike."""
         written = ALL_ZERO
-        for (_, axes), states in zip(CallView(call, self._facts, self).outputs, settled, strict=True):
+        for (_, axes), states in zip(CallView(call, self._facts, self).outputs, results, strict=True):
             for axis, state in zip(axes, states, strict=True):
                 if self._facts.carries(axis):
                     written &= state

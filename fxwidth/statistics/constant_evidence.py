@@ -1,4 +1,4 @@
-"""Inputs that noise could not vary, and readers that hear of nothing else: nothing is known of what they read."""
+"""Inputs that noise could not vary, and readers that depend on nothing else: nothing is known of what they read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxwidth.statistics.calibration_data import input_names
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key
 
-# A channel varies if its deviation is more than so many rounding units of the loudest channel.
+# A channel varies if its deviation is more than so many rounding units of the channel of largest variance.
 _ROUNDING = 100.0
 
 

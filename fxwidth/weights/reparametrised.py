@@ -92,8 +92,8 @@ def with_solved_lengths(width_graph: WidthGraph, maps: IndexMaps, tensors: Mappi
     result: dict[str, Tensor] = {}
     for name, normed in normed_weights(width_graph).items():
         if name in tensors and not tensors[name].is_meta:
-            settled = _solved_length if normed.product is None else _solved_vector
-            result |= settled(width_graph, maps, normed, {**tensors, **result})
+            solved = _solved_length if normed.product is None else _solved_vector
+            result |= solved(width_graph, maps, normed, {**tensors, **result})
     return result
 
 
