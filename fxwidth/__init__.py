@@ -12,6 +12,7 @@ from fxwidth.evolution import Evolver, evolve
 from fxwidth.group_spectra import GroupSpectrum, spectrum
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.growth.directions import growth_direction
 from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
@@ -38,6 +39,7 @@ __all__ = [
     "cost",
     "cost_polynomial",
     "evolve",
+    "growth_direction",
     "load",
     "optimizer_state_rule",
     "plan",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
+from fxwidth.growth.directions import Direction, check_directions
 from fxwidth.rewriting.optimizers import Optimizers, refuse_other_than_optimizers
 from fxwidth.selection.registry import Selection, check_selection
 from fxwidth.statistics.calibration_data import refuse_other_than_batches, replayed
@@ -55,6 +56,7 @@ class ResizeKeywords(_CommonKeywords, total=False):
 
     recalibrate: bool | None
     fold: bool
+    directions: Direction
 
 
 class EvolveKeywords(PlanKeywords, ResizeKeywords, total=False):
@@ -122,10 +124,12 @@ class ResizeOptions:
     rotate: bool = True
     fold: bool = True
     exact: bool = True
+    directions: Direction = "orthogonal"
 
     def __post_init__(self) -> None:
         refuse_other_than_optimizers(self.optimizer)
         check_selection(self.selection)
+        check_directions(self.directions)
         refuse_other_than_batches(self.data)
         _check_switches({"rotate": self.rotate, "fold": self.fold, "exact": self.exact})
         if self.recalibrate is not None:

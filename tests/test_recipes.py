@@ -1,4 +1,4 @@
-"""What users add from outside of the package, each in one place: a method of selection, a cost, a pass, an op rule."""
+"""What users add from outside, each in one place: a method of selection, a cost, a growth direction, a pass."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import fxwidth
 from fxwidth.costs.registry import COSTS
+from fxwidth.growth.directions import DIRECTIONS
 from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
 from fxwidth.selection.registry import METHODS
 
@@ -19,7 +20,7 @@ from fxwidth.selection.registry import METHODS
 @pytest.fixture(autouse=True)
 def _tables_as_before() -> Iterator[None]:
     """Leave the tables as they are."""
-    before = [(table, dict(table)) for table in (METHODS, COSTS)]
+    before = [(table, dict(table)) for table in (METHODS, COSTS, DIRECTIONS)]
     yield
     for table, entries in before:
         table.clear()  # type: ignore[attr-defined]
@@ -166,6 +167,70 @@ class TestCost:
         model, x = net()
         with pytest.raises(fxwidth.FxwidthError, match="the cost 'number' gave int"):
             fxwidth.plan(fxwidth.analyze(fxwidth.trace(model, x)), budget=fxwidth.Budget(costs={"number": 0.5}))
+
+
+class TestGrowthDirection:
+    """A method makes the rows that new channels begin with; the function stays what it was."""
+
+    @staticmethod
+    def _grown(directions: Any) -> tuple[fx.GraphModule, nn.Module]:
+        model, x = net()
+        gm = fxwidth.trace(model, x)
+        before = gm(x)
+        gm = fxwidth.resize(gm, {"0": 12, "2": 11}, directions=directions)
+        torch.testing.assert_close(gm(x), before, rtol=0, atol=1e-12)
+        return gm, net()[0]
+
+    @pytest.mark.parametrize("by_name", [True, False])
+    def test_new_rows_are_those_of_the_method(self, by_name: bool) -> None:
+        asked = []
+
+        def twice_the_first(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+            assert isinstance(generator, torch.Generator)
+            asked.append((tuple(rows.shape), count))
+            return 2 * rows[:1].expand(count, -1)
+
+        if by_name:
+            fxwidth.growth_direction("twice the first")(twice_the_first)
+        gm, old = self._grown("twice the first" if by_name else twice_the_first)
+        assert asked == [((10, 6), 2), ((8, 10), 3)]
+        for name, width in (("0.weight", 10), ("2.weight", 8)):
+            new, first = gm.get_parameter(name), old.get_parameter(name)[0]
+            # Columns that are new themselves read nothing.
+            torch.testing.assert_close(new[width:, : len(first)], 2 * first.expand(len(new) - width, -1))
+            assert not new[width:, len(first) :].any()
+
+    def test_random_ones_are_not_orthogonal_and_as_long(self) -> None:
+        gm, old = self._grown("random")
+        new, present = gm.get_parameter("2.weight")[8:, :10], old.get_parameter("2.weight")
+        lengths = torch.linalg.vector_norm(new, dim=1)
+        torch.testing.assert_close(lengths, torch.linalg.vector_norm(present, dim=1).mean().expand(3))
+        assert (new @ present.T).abs().max() > 1e-3
+        orthogonal = self._grown("orthogonal")[0].get_parameter("2.weight")[8:10, :10]
+        assert (orthogonal @ present.T).abs().max() < 1e-12
+
+    @pytest.mark.parametrize(
+        ("made", "told"),
+        [
+            (lambda rows, count, _: rows[:count].T, "gave a tensor of shape"),
+            (lambda rows, count, _: [0.0] * count, "gave list"),
+            (lambda rows, count, _: rows[:count] / 0, "not finite"),
+        ],
+    )
+    def test_what_are_no_rows_is_refused(self, made: Any, told: str) -> None:
+        model, x = net()
+        gm = fxwidth.trace(model, x)
+        with pytest.raises(fxwidth.FxwidthError, match=told):
+            fxwidth.resize(gm, {"0": 12}, directions=made)
+        assert gm.get_parameter("0.weight").shape == (10, 6)
+
+    def test_what_is_no_method_is_refused(self) -> None:
+        with pytest.raises(fxwidth.FxwidthError, match="is none of 'orthogonal', 'random'"):
+            fxwidth.resize(fxwidth.trace(*net()), {"0": 12}, directions="orthogonl")
+        with pytest.raises(fxwidth.FxwidthError, match="choose another"):
+            fxwidth.growth_direction("random")
+        with pytest.raises(fxwidth.FxwidthError, match="is a text"):
+            fxwidth.growth_direction(1)  # type: ignore[arg-type]
 
 
 def test_a_pass_between_ours() -> None:

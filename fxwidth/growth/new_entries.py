@@ -14,11 +14,9 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
+from fxwidth.growth.directions import Direction, new_rows
 from fxwidth.growth.recipes import Fill, Growth
 from fxwidth.runtime.finiteness import accumulation_dtype
-
-# Of the Gram matrix of rows rounded to float32, an eigenvalue below this share of the largest is rounding.
-_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,12 @@ class _Filling:
 
 
 def new_entries(
-    analysis: Analysis, growths: Mapping[Factor, Growth], maps: IndexMaps, name: str, gathered: Tensor
+    analysis: Analysis,
+    growths: Mapping[Factor, Growth],
+    maps: IndexMaps,
+    name: str,
+    gathered: Tensor,
+    directions: Direction = "orthogonal",
 ) -> Tensor:
     """Return a parameter or buffer with its new slots filled.
 
@@ -58,6 +61,10 @@ def new_entries(
         maps: the new indices of each resized group.
         name: the parameter or buffer.
         gathered: the tensor at its new shape: old entries in place, zeros in the new slots.
+        directions: the method by which new channels are made where they may be anything.
+
+    Raises:
+        FxwidthError: what the method gives cannot be used.
     """
     fillings = list(_fillings(analysis, growths, maps, name))
     if not fillings or gathered.is_meta:
@@ -70,7 +77,7 @@ def new_entries(
             if filling.fill is not kind:
                 continue
             if kind is Fill.DIRECTIONS:
-                _fill_directions(result, filling, _old_positions(analysis, maps, name), name)
+                _fill_directions(result, filling, _old_positions(analysis, maps, name), name, directions)
             elif kind in (Fill.MEAN, Fill.WEIGHTED):
                 _fill_means(result, filling, _scale(analysis, maps, name, filling))
             else:
@@ -172,8 +179,8 @@ def _fill_means(tensor: Tensor, filling: _Filling, scale: Tensor | None) -> None
 # -- directions ----------------------------------------------------------------------------------------------------
 
 
-def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name: str) -> None:
-    """Put directions that the present ones do not span in the new slots, in place.
+def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name: str, directions: Direction) -> None:
+    """Put new directions in the new slots, in place.
 
     Rows are the positions of the dim, columns everything else. Columns that are new themselves stay zero.
     """
@@ -192,9 +199,9 @@ def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name
     unit = known.abs().amax() if known.numel() else known.new_zeros(())
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{len(present)}".encode()))
-    directions = new_directions((known / unit).to(precision), len(fresh), generator).to(known.dtype) * unit
+    made = new_rows(directions, (known / unit).to(precision), len(fresh), generator).to(known.dtype) * unit
     grid = torch.meshgrid(fresh, *places, indexing="ij")
-    rows[grid] = _bounded(directions, tensor.dtype).reshape(grid[0].shape).to(tensor.dtype)
+    rows[grid] = _bounded(made, tensor.dtype).reshape(grid[0].shape).to(tensor.dtype)
 
 
 def _bounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,42 +210,3 @@ def _bounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     bounded: Tensor = rows * (longest / lengths.clamp_min(longest))
     return bounded
-
-
-def new_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return new rows orthogonal to the present ones and to each other, of the present ones' mean norm.
-
-    Once nothing is left to be orthogonal to, the rest are random.
-
-    Args:
-        rows: [channels, columns], in single or double precision.
-        count: how many to make.
-        generator: a source of random numbers on the CPU.
-
-    Source: the orthogonal complement of the row space, as in SVD evolutive CNN, Jérome Dejaegher, 2021.
-    """
-    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
-    basis = _row_space(rows)
-    room = min(count, rows.shape[1] - basis.shape[1])
-    made = random[:room]
-    if room > 0:
-        for _ in range(2):  # the second pass takes away what rounding left in the first
-            made = made - (made @ basis) @ basis.T
-        made = torch.linalg.qr(made.T).Q.T
-    made = torch.cat([made, torch.nn.functional.normalize(random[max(room, 0) :], dim=1)])
-    norm = torch.linalg.vector_norm(rows, dim=1).mean() if len(rows) else rows.new_zeros(())
-    # Rows of a layer that starts at zero say nothing about a scale; a row of norm one keeps the size of its input.
-    scale: Tensor = torch.where(norm > 0, norm, torch.ones_like(norm))
-    return made * scale
-
-
-def _row_space(rows: Tensor) -> Tensor:
-    """Return an orthonormal basis, [columns, rank], of a space that holds all rows."""
-    if rows.shape[0] < rows.shape[1]:
-        basis: Tensor = torch.linalg.qr(rows.T).Q
-        return basis
-    # More rows than columns: only a spectrum tells whether there is room; the Gram matrix is the smaller problem.
-    wide = rows if rows.device.type == "mps" else rows.double()
-    energies, vectors = torch.linalg.eigh(wide.T @ wide)
-    spanned: Tensor = vectors[:, energies > _NEGLIGIBLE * energies[-1]]
-    return spanned.to(rows)

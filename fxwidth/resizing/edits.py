@@ -101,7 +101,9 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     width_graph = selection.evidence.width_graph
     analysis = width_graph.analysis
     missed: dict[str, str] = {}
-    tensors, maps = resized_tensors(width_graph, selection.maps(), moments, options.fold, known.norms, missed)
+    tensors, maps = resized_tensors(
+        width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions
+    )
     _refuse_infinite(width_graph, tensors)
     replacements = _replacements(width_graph, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxwidth.axes.index_maps import IndexMaps, Indices
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.growth.directions import Direction
 from fxwidth.growth.new_entries import new_entries
 from fxwidth.reconstruction.folding import fold, variance_ratio
 from fxwidth.recording.tape import OpCall
@@ -34,6 +35,7 @@ def resized_tensors(
     folds: bool = True,
     norms: Mapping[str, float] | None = None,
     missed: dict[str, str] | None = None,
+    directions: Direction = "orthogonal",
 ) -> tuple[dict[str, Tensor], IndexMaps]:
     """Return the tensors that change, by name, and the maps completed with the variance ratios of norms.
 
@@ -44,6 +46,7 @@ def resized_tensors(
         folds: whether readers take over what they read from dropped channels.
         norms: variance ratios by the names of gains, where they are known already.
         missed: takes the readers and gains that were not fitted to what is dropped, and why.
+        directions: the method by which new channels are made where they may be anything.
     """
     analysis = width_graph.analysis
     missed = {} if missed is None else missed
@@ -57,7 +60,7 @@ def resized_tensors(
         indices = dim_maps(width_graph, maps, name)
         if any(kept is not None for kept in indices):
             gathered = gather(old, indices)
-            result[name] = new_entries(analysis, growths, maps, name, gathered)
+            result[name] = new_entries(analysis, growths, maps, name, gathered, directions)
         elif name in folded:
             result[name] = old
     maps = maps.with_variance_ratios(ratios)

@@ -63,6 +63,9 @@ def resize(
             their spectrum first; not done with an optimizer, whose state knows the old basis, nor without folding.
         fold: whether readers take over what they read from dropped channels.
         exact: whether to refuse the growth of groups whose new channels would change the function.
+        directions: what new channels are where they may be anything: "orthogonal" to the present ones and to each
+            other, as far as there is room, "random", or a function `(rows, count, generator) -> new rows`; see
+            `fxwidth.growth_direction`.
 
     Raises:
         FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other

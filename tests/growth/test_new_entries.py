@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.growth.new_entries import new_directions, new_entries
+from fxwidth.growth.directions import orthogonal_directions
+from fxwidth.growth.new_entries import new_entries
 from tests.oracles.growth import check_together, grown_maps, grown_parameters, sequence, width_graph
 from tests.zoo.models import build
 
@@ -39,7 +40,7 @@ def test_directions_leave_the_row_space_while_there_is_room(rows: int, columns: 
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(*shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
     present = left @ right
-    made = new_directions(present, count, generator)
+    made = orthogonal_directions(present, count, generator)
     assert made.shape == (count, columns)
     size = present.norm(dim=1).mean()
     torch.testing.assert_close(made.norm(dim=1), size.expand(count))
@@ -48,7 +49,7 @@ def test_directions_leave_the_row_space_while_there_is_room(rows: int, columns: 
 
 
 def test_directions_beside_rows_of_zeros_have_norm_one() -> None:
-    made = new_directions(torch.zeros(2, 5), 2, torch.Generator().manual_seed(0))
+    made = orthogonal_directions(torch.zeros(2, 5), 2, torch.Generator().manual_seed(0))
     torch.testing.assert_close(made.norm(dim=1), torch.ones(2))
 
 

@@ -97,6 +97,7 @@ ROWS: dict[str, Row] = {
     "optimizer": Row(_optimizer),
     "recalibrate": Row(_of(False), lambda: {**HALF, "data": labelled()}),
     "fold": Row(_of(False)),
+    "directions": Row(_of("random"), lambda: {"grow_energy": 0.0, "grow_step": 2, "shrink_energy": 0.0}),
 }
 
 
