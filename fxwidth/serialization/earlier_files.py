@@ -40,7 +40,10 @@ _MOVED = {
     "fxwidth.value_record": "fxwidth.recording.data_dependent",
 }
 # By module and name: what did what another function does now.
-_RENAMED = {("fxwidth.recording.graph_meta", "_carry"): ("fxwidth.serialization.graph_pickling", "pickle_as_data")}
+_RENAMED = {
+    ("fxwidth.recording.graph_meta", "_carry"): ("fxwidth.serialization.graph_pickling", "pickle_as_data"),
+    ("fxwidth.frontends.export", "Region"): ("fxwidth.frontends.export_reassembly", "Region"),
+}
 _IMPORT = re.compile(r"^from (fxwidth\.\w+) import (\w+) as (\w+)$", re.MULTILINE)
 _WRAP = re.compile(r"^torch\.fx\._symbolic_trace\.wrap\(['\"](\w+)['\"]\)", re.MULTILINE)
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.analysis.replay import ResizedReplay
-from fxwidth.analysis.replay_places import _Places
+from fxwidth.analysis.replay_places import Places
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import arguments_of, call_of
 from fxwidth.frontends.export import exported_graph
@@ -296,9 +296,9 @@ def test_the_stepwise_oracle_is_not_blind(monkeypatch: pytest.MonkeyPatch) -> No
     gm = fxwidth.trace(detector("retina_net"), (images(),))
     wg = fxwidth.analyze(gm)
     maps = IndexMaps(wg.analysis.space, removals(wg.free, 0.5))
-    gather = _Places.gather
+    gather = Places.gather
 
-    def reversed_biases(self: _Places, tensor: Tensor, axes: Any) -> Tensor:
+    def reversed_biases(self: Places, tensor: Tensor, axes: Any) -> Tensor:
         gathered = gather(self, tensor, axes)
         return gathered.flip(0) if tensor.dim() == 1 else gathered
 

@@ -55,14 +55,19 @@ def test_tensors_alone_fit_a_fresh_model(name: str) -> None:
     torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
 
 
+def names_in(file: Path) -> set[tuple[str, str]]:
+    """Return the modules and names of this package that a file names."""
+    with zipfile.ZipFile(file) as archive:
+        (entry,) = (entry for entry in archive.namelist() if entry.endswith("data.pkl"))
+        found = pickletools.genops(archive.read(entry))
+        return {tuple(arg.split()) for op, arg, _ in found if op.name == "GLOBAL" and arg.startswith("fxwidth")}
+
+
 def test_what_the_files_name_has_moved() -> None:
     """The files need most of the table; what they name is found by it, and not without it."""
     named: set[tuple[str, str]] = set()
     for name in NETWORKS:
-        with zipfile.ZipFile(FILES / f"{name}.pt") as archive:
-            (entry,) = (entry for entry in archive.namelist() if entry.endswith("data.pkl"))
-            found = pickletools.genops(archive.read(entry))
-            named |= {tuple(arg.split()) for op, arg, _ in found if op.name == "GLOBAL" and arg.startswith("fxwidth")}
+        named |= names_in(FILES / f"{name}.pt")
     assert len({module for module, _ in named} & earlier_files._MOVED.keys()) >= 8
     assert {(earlier_files._MOVED[module], name) for module, name in named} >= earlier_files._RENAMED.keys()
     for module, name in named:
@@ -71,6 +76,50 @@ def test_what_the_files_name_has_moved() -> None:
         assert earlier_files.Unpickler(io.BytesIO()).find_class(module, name).__name__ == now
         with pytest.raises((ImportError, AttributeError)):
             getattr(importlib.import_module(module), name)
+
+
+# What files of this version name. Whoever moves or renames one of these tells where it is now, in `earlier_files._MOVED`
+# or `_RENAMED`, and here.
+NAMED = frozenset(
+    {
+        "fxwidth.analysis.known_axes.KnownAxes",
+        "fxwidth.analysis.known_axes.KnownCall",
+        "fxwidth.analysis.known_axes.KnownFactor",
+        "fxwidth.analysis.known_axes.Ref",
+        "fxwidth.analysis.result.TensorSpec",
+        "fxwidth.axes.pins.Fixed",
+        "fxwidth.axes.pins.Pin",
+        "fxwidth.frontends.call_signature.Inputs",
+        "fxwidth.frontends.call_signature.Outputs",
+        "fxwidth.frontends.export_reassembly.Region",
+        "fxwidth.frontends.in_place.iadd",
+        "fxwidth.frontends.tracer_proxies.CodeTracer",
+        "fxwidth.frontends.train_eval_merge.InTraining",
+        "fxwidth.frontends.train_eval_merge.TrainingFlag",
+        "fxwidth.frontends.train_eval_merge.by_mode",
+        "fxwidth.runtime.pytrees.Constant",
+        "fxwidth.runtime.pytrees.Container",
+        "fxwidth.runtime.pytrees.Leaf",
+        "fxwidth.serialization.graph_data.GraphData",
+        "fxwidth.serialization.graph_data.Named",
+        "fxwidth.serialization.graph_data.NodeData",
+        "fxwidth.serialization.graph_data.NodeReference",
+        "fxwidth.serialization.graph_pickling.blank",
+        "fxwidth.serialization.graph_pickling.fill",
+        "fxwidth.serialization.graph_pickling.pickle_as_data",
+    }
+)
+
+
+def test_what_present_files_name_stays(tmp_path: Path) -> None:
+    named = set()
+    for name in NETWORKS:
+        fxwidth.save(fxwidth.load(FILES / f"{name}.pt"), tmp_path / f"{name}.pt")
+        named |= names_in(tmp_path / f"{name}.pt")
+    assert {f"{module}.{name}" for module, name in named} == NAMED
+    for old, now in earlier_files._RENAMED.items():
+        assert ".".join(old) not in NAMED
+        assert earlier_files.Unpickler(io.BytesIO()).find_class(*old).__module__ == now[0]
 
 
 def code_of(lines: str) -> tuple[dict[str, Any], str]:
