@@ -78,8 +78,8 @@ def test_what_the_files_name_has_moved() -> None:
             getattr(importlib.import_module(module), name)
 
 
-# What files of this version name. Whoever moves or renames one of these tells where it is now, in `earlier_files._MOVED`
-# or `_RENAMED`, and here.
+# What files of this version name. Who moves or renames one of these tells where it is now, in `earlier_files._MOVED` or
+# `_RENAMED`, and here.
 NAMED = frozenset(
     {
         "fxwidth.analysis.known_axes.KnownAxes",
