@@ -41,6 +41,7 @@ _SET: tuple[tuple[str, str, Any], ...] = (
     ("torch.compiler", "_is_exporting_flag", False),
     ("torch.compiler", "_is_non_strict_tracing_flag", False),
     ("torch.fx._symbolic_trace", "CURRENT_PATCHER", None),
+    ("torch.fx._symbolic_trace", "_is_fx_tracing_flag", False),  # of torch 2.11; later ones have one for each thread
     ("torch.fx.experimental.proxy_tensor", "_CURRENT_MAKE_FX_TRACER", None),
     ("torch._export.utils", "_DISABLE_ATEN_TO_ASSERTION_PASS", False),
     ("torch.export._trace", "_EXPORT_FLAGS", None),
@@ -51,7 +52,11 @@ _SET: tuple[tuple[str, str, Any], ...] = (
     ("warnings", "showwarning", None),
     ("warnings", "_showwarnmsg_impl", None),
 )
-_THREADS = (_symbolic_trace._is_fx_tracing_tls, _guards._TLS)
+_THREADS = tuple(
+    getattr(module, name)
+    for module, name in ((_symbolic_trace, "_is_fx_tracing_tls"), (_guards, "_TLS"))
+    if hasattr(module, name)
+)
 _FLAGS: tuple[tuple[Callable[[], bool], Callable[[bool], object]], ...] = (
     (torch.is_grad_enabled, torch._C._set_grad_enabled),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
