@@ -135,7 +135,7 @@ def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: I
         functions = {name: id(value) for name, value in vars(owner).items() if callable(value) or name == "data"}
         result[f"functions of {owner.__name__}"] = functions
     result["settings"] = (
-        torch.compiler.is_compiling(), torch.compiler.is_exporting(), _symbolic_trace._get_is_fx_tracing(),
+        torch.compiler.is_compiling(), torch.compiler.is_exporting(), _symbolic_trace.is_fx_tracing(),
         _symbolic_trace.CURRENT_PATCHER, torch._C._get_mkldnn_enabled(), _ops._len_torch_dispatch_stack_pre_dispatch(),
         list(warnings.filters), logging.getLogger("torch.export").disabled, sys.stderr,
         random.getstate(), torch.get_rng_state().tolist(), torch.is_autocast_enabled("cpu"),
