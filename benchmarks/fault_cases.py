@@ -751,8 +751,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/runtime/unseen_effects.py",
         "functions with gradients of their own may be applied",
-        '        if not cls.__module__.startswith("torch._"):\n',
-        "        if False:\n",
+        '        elif not cls.__module__.startswith("torch._"):\n',
+        "        elif False:\n",
         ("frontends/test_unseen_effects.py",),
     ),
     Fault(

@@ -28,7 +28,7 @@ PLAN = {
 }  # fmt: skip
 RESIZE = {
     "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
-    "exact": True,
+    "exact": True, "directions": "orthogonal",
 }  # fmt: skip
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: PLAN,
