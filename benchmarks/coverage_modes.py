@@ -177,13 +177,13 @@ class ModeChecks:
 
     def _rows_alone(self, gm: fx.GraphModule) -> str:
         """Compare every row's outputs with those of the same row in another batch, wherever the model's are equal."""
-        own = _apart(rearranged(self._of_the_model().outputs), self._of_the_model(other=True).outputs)
+        own = _apart(rearranged(self._of_the_model()), self._of_the_model(other=True).outputs)
         alone = [i for i, distance in enumerate(own) if distance < 1e-3]
         if not alone:
             raise ModelItselfError("the rows of a batch depend on each other")
         # Sums of other shapes are rounded otherwise, in float32 where the model computes in it.
         bound = max(self._tolerance, *(100 * own[i] for i in alone))
-        apart = _apart(rearranged(run(gm, self._call).outputs), run(gm, self._others).outputs)
+        apart = _apart(rearranged(run(gm, self._call)), run(gm, self._others).outputs)
         worst = max(apart[i] if i < len(apart) else float("inf") for i in alone)
         return RIGHT if worst < bound else f"rows differ by {worst:.1e} in another batch"
 

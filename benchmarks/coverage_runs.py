@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +22,11 @@ OTHER_ROWS = [1, 0, 1]  # of the two rows of an example call
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward pass gave, and the buffers that it wrote to."""
+    """What one forward pass gave, the buffers that it wrote to, and whether it gave a list of results, one a row."""
 
     outputs: list[Tensor]
     written: dict[str, Tensor]
+    is_list: bool = False
 
 
 def run(module: nn.Module, call: Call, training: bool = False, seed: int = 0, steady: bool = False) -> Run:
@@ -40,9 +41,11 @@ def run(module: nn.Module, call: Call, training: bool = False, seed: int = 0, st
     """
     with _in_mode(module, training, seed), torch.no_grad(), _SteadyNoise() if steady else nullcontext():  # type: ignore[no-untyped-call]
         before = _copies(module)
-        outputs = [leaf.clone() for leaf in deep_tensors(module(*call.args, **call.kwargs))]
+        answer = module(*call.args, **call.kwargs)
+        outputs = [leaf.clone() for leaf in deep_tensors(answer)]
         after = _copies(module)
-    return Run(outputs, {name: t for name, t in after.items() if name not in before or not same(t, before[name])})
+    written = {name: t for name, t in after.items() if name not in before or not same(t, before[name])}
+    return Run(outputs, written, isinstance(answer, list) and all(isinstance(one, Mapping) for one in answer))
 
 
 def gradients(module: nn.Module, call: Call) -> frozenset[str]:
@@ -71,9 +74,10 @@ def other_batch(call: Call) -> Call:
     return Call(args, kwargs)
 
 
-def rearranged(outputs: list[Tensor]) -> list[Tensor | None]:
+def rearranged(found: Run) -> list[Tensor | None]:
     """Return what the outputs for two rows must be for the rows of the other batch; None where that is unknown."""
-    if any(leaf.dim() and len(leaf) % 2 for leaf in outputs) and len(outputs) % 2 == 0:
+    outputs = found.outputs
+    if found.is_list or (any(leaf.dim() and len(leaf) % 2 for leaf in outputs) and len(outputs) % 2 == 0):
         half = len(outputs) // 2  # a list of results, one a row
         return [leaf for row in OTHER_ROWS for leaf in outputs[row * half : (row + 1) * half]]
     return [_rows_of(leaf) for leaf in outputs]

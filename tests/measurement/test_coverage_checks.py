@@ -18,7 +18,7 @@ from benchmarks.coverage import _markdown
 from benchmarks.coverage_cases import Call
 from benchmarks.coverage_check import check_fxwidth
 from benchmarks.coverage_modes import COLUMNS, RIGHT, ModeChecks, holds, summed_up
-from benchmarks.coverage_runs import equal, other_batch, rearranged, run
+from benchmarks.coverage_runs import Run, equal, other_batch, rearranged, run
 
 
 class Network(nn.Module):
@@ -279,8 +279,11 @@ def test_batches_of_other_forms() -> None:
     assert [t.tolist() for t in images.args[0]] == [[2, 3], [0, 1], [2, 3]]
     assert images.kwargs["mask"].tolist() == [[2, 3], [0, 1], [2, 3]]
     assert (images.kwargs["scale"].tolist(), images.kwargs["n"]) == ([1.0], 2)
-    flat, lone = rearranged([torch.arange(4), torch.tensor(5)])
+    flat, lone = rearranged(Run([torch.arange(4), torch.tensor(5)], {}))
     assert flat is not None
     assert (flat.tolist(), lone) == ([2, 3, 0, 1, 2, 3], None)
-    found = rearranged([torch.ones(3), torch.ones(1), torch.zeros(5), torch.zeros(1)])
+    found = rearranged(Run([torch.ones(3), torch.ones(1), torch.zeros(5), torch.zeros(1)], {}))
     assert [len(t) for t in found if t is not None] == [5, 1, 3, 1, 5, 1]
+    # Even counts tell nothing: a list of results is one by its form.
+    found = rearranged(Run([torch.ones(4), torch.zeros(2)], {}, is_list=True))
+    assert [len(t) for t in found if t is not None] == [2, 4, 2]
