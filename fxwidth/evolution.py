@@ -156,7 +156,7 @@ class Evolver:
         width_graph = WidthGraph(analyze_module(gm))
         bounds = target.bounds if target is not None else {}
         self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
-        self._target = {n: b if isinstance(b, int) else max(1, round(b * self._first[n])) for n, b in bounds.items()}
+        self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
         if self._target:
             refuse_out_of_reach(width_graph, replace(self._planning, budget=Budget.of(self._target), params=None))
 

@@ -141,6 +141,18 @@ class TestCost:
             evolver.step()
         assert sum(parameter.numel() for parameter in evolver.gm.parameters()) <= before / 2
 
+    def test_a_unit_of_which_a_network_costs_less_than_one_is_refused(self) -> None:
+        @fxwidth.cost("gigabytes", unit="gigabytes")
+        def gigabytes(width_graph: fxwidth.WidthGraph) -> fxwidth.Polynomial:
+            return fxwidth.Polynomial.sum([(4e-9, fxwidth.cost_polynomial(width_graph, "params"))])
+
+        model, x = net()
+        gm, budget = fxwidth.trace(model, x), fxwidth.Budget(costs={"gigabytes": 0.5})
+        with pytest.raises(fxwidth.FxwidthError, match="gigabytes=0 must be at least 1"):
+            fxwidth.Evolver(gm, budget=budget)
+        with pytest.raises(fxwidth.FxwidthError, match=r"gigabytes=0\.5 is out of reach"):
+            fxwidth.plan(fxwidth.analyze(gm), budget=budget)
+
     def test_errors_name_its_unit(self) -> None:
         self._register()
         model, x = net()

@@ -42,17 +42,24 @@ def exported_otherwise(
     graph = exported_graph(model, arguments, device, nullcontext)
     values = [argument.value for argument in arguments]
     graph.train(model.training)
-    own, other = _results(model, arguments, values), _results(graph, arguments, values)
-    if len(own) != len(other) or not all(map(_are_close, own, other)):
+    (own, own_state), (other, other_state) = (_results(module, arguments, values) for module in (model, graph))
+    # What the graph does not hold it does not write to.
+    pairs = [*zip(own, other, strict=False)]
+    pairs += [(value, other_state.get(name, model.get_buffer(name))) for name, value in own_state.items()]
+    if len(own) != len(other) or not all(_are_close(*pair) for pair in pairs):
         raise UntraceableError(f"the model gives other results when it is exported ({_told(askers)} asks for that)")
     return graph
 
 
-def _results(module: nn.Module, arguments: Sequence[Argument], values: Sequence[Any]) -> list[Tensor]:
+def _results(
+    module: nn.Module, arguments: Sequence[Argument], values: Sequence[Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return what a module gives, and what its buffers hold afterwards."""
     with left_as_it_is(module, evaluates=False), torch.no_grad():
         # Noise is the same for both where both draw it alike; where not, they cannot be compared.
         torch.manual_seed(0)
-        return deep_tensors(invoke(module, arguments, copies(copy.deepcopy(values))))
+        given = deep_tensors(invoke(module, arguments, copies(copy.deepcopy(values))))
+        return given, {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
 def _are_close(own: Tensor, other: Tensor) -> bool:

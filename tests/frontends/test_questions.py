@@ -109,12 +109,15 @@ def _fail_unless(changed: bool) -> None:
 class Ungrouped(Effect):
     """Goes another way when it is exported, since a kernel of its own knows no stand-ins."""
 
-    def __init__(self, factor: float = 1.0, draws: bool = False) -> None:
+    def __init__(self, factor: float = 1.0, draws: bool = False, counts: int = 1) -> None:
         super().__init__()
         self._factor = factor
         self._draws = draws
+        self._counts = counts
+        self.register_buffer("calls", torch.zeros(1))
 
     def between(self, h: Tensor) -> Tensor:
+        self.calls.add_(self._counts if torch.compiler.is_exporting() else 1)
         if torch.compiler.is_exporting():
             return h * self._factor + (torch.rand_like(h) if self._draws and self.training else 0)
         # As a kernel without a form for stand-ins would refuse.
@@ -142,7 +145,7 @@ def test_another_way_in_exporting_is_taken_where_its_own_cannot_be_and_told() ->
     assert fxwidth.analyze(gm).free
 
 
-@pytest.mark.parametrize("options", [{"factor": 1.001}, {"draws": True}])
+@pytest.mark.parametrize("options", [{"factor": 1.001}, {"draws": True}, {"counts": 2}])
 def test_another_way_in_exporting_that_gives_something_else_is_not_taken(options: dict[str, Any]) -> None:
     with pytest.raises(FxwidthError, match="gives other results when it is exported"):
         fxwidth.trace(ungrouped(**options).train(), rows())
