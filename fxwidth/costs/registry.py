@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from fxwidth.axes.polynomials import Polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.registration import refuse_name
 
 CostFunction = Callable[[WidthGraph], Polynomial]
 _Function = TypeVar("_Function", bound=CostFunction)
@@ -53,10 +53,7 @@ def cost(name: str, unit: str) -> Callable[[_Function], _Function]:
         >>> dict(fxwidth.plan(fxwidth.analyze(gm), budget=fxwidth.Budget(costs={"quantized": 0.5})))
         {'0': 7}
     """
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise FxwidthError(f"cost({name!r}): a cost's name is an identifier, by which a budget names it.")
-    if name in COSTS:
-        raise FxwidthError(f"cost({name!r}): there is a cost of that name; choose another.")
+    refuse_name(COSTS, name, "cost", identifier=True)
 
     def registering(function: _Function) -> _Function:
         COSTS[name] = Cost(name, unit, function)

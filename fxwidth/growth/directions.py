@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxwidth.errors import FxwidthError
+from fxwidth.registration import name_of, refuse_name, refuse_unknown
 
 # (rows [channels, columns], how many to make, a source of random numbers) -> new rows [count, columns].
 Directions = Callable[[Tensor, int, torch.Generator], Tensor]
@@ -45,10 +46,7 @@ def growth_direction(name: str) -> Callable[[Directions], Directions]:
         >>> fxwidth.resize(gm, {"0": 18}, directions="near the mean").get_parameter("0.weight").shape
         torch.Size([18, 8])
     """
-    if not isinstance(name, str) or not name:
-        raise FxwidthError(f"growth_direction({name!r}): a method's name is a text, by which directions= names it.")
-    if name in DIRECTIONS:
-        raise FxwidthError(f"growth_direction({name!r}): there is a method of that name; choose another.")
+    refuse_name(DIRECTIONS, name, "growth_direction")
 
     def registering(function: Directions) -> Directions:
         DIRECTIONS[name] = function
@@ -63,11 +61,7 @@ def check_directions(directions: Direction) -> Direction:
     Raises:
         FxwidthError: there is no such method.
     """
-    if not callable(directions) and (not isinstance(directions, str) or directions not in DIRECTIONS):
-        raise FxwidthError(
-            f"directions={directions!r} is none of {', '.join(map(repr, DIRECTIONS))}, nor a function "
-            "(rows, count, generator) -> new rows."
-        )
+    refuse_unknown(DIRECTIONS, directions, "directions", "(rows, count, generator) -> new rows")
     return directions
 
 
@@ -83,7 +77,7 @@ def new_rows(directions: Direction, rows: Tensor, count: int, generator: torch.G
 
 
 def _checked(made: Any, rows: Tensor, count: int, directions: Direction) -> Tensor:
-    name = directions if isinstance(directions, str) else getattr(directions, "__name__", type(directions).__name__)
+    name = name_of(directions)
     shape = (count, rows.shape[1])
     if not isinstance(made, Tensor) or made.shape != shape:
         form = f"a tensor of shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__

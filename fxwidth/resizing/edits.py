@@ -14,6 +14,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
+from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
@@ -28,7 +29,6 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.finiteness import is_sound
 from fxwidth.runtime.tensor_slots import set_slot, tensor_slots
-from fxwidth.selection.registry import selection_name
 from fxwidth.statistics.moments import Moments
 
 
@@ -121,7 +121,7 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
         "widths": {group.name: [group.width, len(own)] for group, own in selection.kept.items()},
         "parameters": _count_after(width_graph, replacements),
         "evidence": moments.source if moments is not None else None,
-        "selection": selection_name(selection.evidence.selection),
+        "selection": name_of(selection.evidence.selection),
         "folded": options.fold and moments is not None,
         "recalibrated": False,
         "lowered": dict(graph.lowered),

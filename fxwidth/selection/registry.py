@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fxwidth.errors import FxwidthError
+from fxwidth.registration import refuse_name, refuse_unknown
 from fxwidth.selection.scores import Scores
 
 # A method by its name, or a function that scores the channels of a group.
@@ -63,10 +63,7 @@ def selection_method(
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> gm = fxwidth.resize(gm, {"0": 10}, selection="largest variance")
     """
-    if not isinstance(name, str) or not name:
-        raise FxwidthError(f"selection_method({name!r}): a method's name is a text, by which selection= names it.")
-    if name in METHODS:
-        raise FxwidthError(f"selection_method({name!r}): there is a method of that name; choose another.")
+    refuse_name(METHODS, name, "selection_method")
 
     def registering(function: _Function) -> _Function:
         # What scores channels gives one order for all counts.
@@ -82,20 +79,8 @@ def check_selection(selection: Selection) -> Selection:
     Raises:
         FxwidthError: there is no such method.
     """
-    if not callable(selection) and (not isinstance(selection, str) or selection not in METHODS):
-        raise FxwidthError(
-            f"selection={selection!r} is none of {', '.join(map(repr, METHODS))}, nor a function "
-            "(group, width_graph) -> scores."
-        )
+    refuse_unknown(METHODS, selection, "selection", "(group, width_graph) -> scores")
     return selection
-
-
-def selection_name(selection: Selection) -> str:
-    """Return what a method is called; for a function that is its module and its name in there."""
-    if isinstance(selection, str):
-        return selection
-    named = selection if hasattr(selection, "__qualname__") else type(selection)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def is_nested(selection: Selection) -> bool:
