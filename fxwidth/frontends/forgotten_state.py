@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxwidth.runtime.kept_objects import Change, Kept, holds
-from fxwidth.runtime.module_state import Held, stores
+from fxwidth.runtime.module_state import Held, kept_in, stores
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.trace_guards import UntraceableError
 
@@ -72,12 +72,7 @@ def refuse_progress(model: nn.Module, kept: Kept, code: str, again: Callable[[],
     first = plain_changes(kept.changes())
     if not first:
         return
-    since = Kept()
-    for part in model.modules():
-        since.add_attributes(part)
-    for kind in {kind for part in model.modules() for kind in type(part).__mro__}:
-        if not kind.__module__.startswith(("torch.", "builtins")):
-            since.add_class(kind)
+    since = kept_in(list(model.modules()))
     same = again() == code
     changes = plain_changes(since.changes())
     if same and not changes:

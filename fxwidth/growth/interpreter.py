@@ -138,7 +138,7 @@ class Interpretation:
 
     def gain_conflict(self, weight: Tensor) -> str | None:
         """Return why the gain of a norm cannot be rescaled, or None."""
-        if weight not in self._index.names:
+        if weight not in self._analysis.names:
             return "computes its gain, which can therefore not be rescaled"
         for call in self._index.users[weight]:
             if channel_norm(call.func) is None or call.arguments["weight"] is not weight:

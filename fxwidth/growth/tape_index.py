@@ -22,7 +22,6 @@ class TapeIndex:
         self.calls: dict[Factor, list[OpCall]] = {}
         self.slots: dict[Factor, list[Slot]] = {}
         self.users: dict[Tensor, list[OpCall]] = {entry.fake: [] for entry in analysis.parameters.values()}
-        self.names = analysis.names
         self.used = set(analysis.outputs)
         # Of tensors that are made of parameters and buffers, whether of buffers alone.
         self.statistics = {e.fake: not isinstance(e.tensor, Parameter) for e in analysis.parameters.values()}

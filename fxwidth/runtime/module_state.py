@@ -168,16 +168,21 @@ def _kept_by(module: nn.Module) -> tuple[Kept, Kept]:
 
 def kept_by(parts: Sequence[nn.Module]) -> tuple[Kept, Kept]:
     """Return what is kept by modules that their code, or that of others, may write to; and outside of them."""
-    kept = Kept()
     # Without code of others, nothing is written but what layers of torch write to themselves, which are buffers.
     if not has_global_hooks() and all(map(_runs_known_code, parts)):
-        return kept, Kept()
+        return Kept(), Kept()
+    return kept_in(parts), keep_reachable(parts)
+
+
+def kept_in(parts: Sequence[nn.Module]) -> Kept:
+    """Return what is kept by modules in their attributes, and by their classes."""
+    kept = Kept()
     for part in parts:
         kept.add_attributes(part, _NOTES if isinstance(part, fx.GraphModule) else frozenset())
     for kind in {kind for part in parts for kind in type(part).__mro__}:
         if not kind.__module__.startswith(("torch.", "builtins")):
             kept.add_class(kind)
-    return kept, keep_reachable(parts)
+    return kept
 
 
 def _runs_known_code(part: nn.Module) -> bool:

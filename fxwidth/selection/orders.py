@@ -4,42 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fxwidth.axes.index_maps import Indices
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.selection.grams import Grams, grams_of
+from fxwidth.selection.grams import Grams
 from fxwidth.selection.methods import magnitude_scores
-from fxwidth.selection.registry import METHODS, Selection, check_selection, reads_moments
+from fxwidth.selection.registry import METHODS, Selection, reads_moments
 from fxwidth.selection.scores import scored_order
-from fxwidth.statistics.moments import Moments
-
-
-def select(
-    width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None, selection: Selection = "greedy"
-) -> Indices:
-    """Return the channels of a group to keep, sorted.
-
-    Args:
-        width_graph: the graph.
-        group: one of its groups.
-        width: how many channels to keep.
-        moments: what the readers see; without, or where nothing reads the group, the writers' largest rows are kept.
-        selection: the method, one that is registered, or a function that scores the channels.
-
-    Raises:
-        FxwidthError: there is no such method, or what it gives is no order or no scores.
-    """
-    check_selection(selection)
-    if width >= group.width:
-        return np.arange(group.width, dtype=np.int64)
-    grams = grams_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
-    order = channel_order(width_graph, group, width, grams, selection)
-    return np.sort(order[:width].cpu().numpy().astype(np.int64))
 
 
 def channel_order(

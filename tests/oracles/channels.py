@@ -8,7 +8,11 @@ from torch import Tensor
 
 from fxwidth.axes.index_maps import Indices
 from fxwidth.axes.positions import channel_positions
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.selection.grams import grams_of
+from fxwidth.selection.orders import channel_order
+from fxwidth.selection.registry import Selection, check_selection, reads_moments
 from fxwidth.statistics.moments import Moments, moments_from_data
 from tests.zoo.nets import build
 
@@ -64,3 +68,26 @@ def plain_groups(name: str) -> list[str]:
 
 def readers_of(graph: WidthGraph, name: str) -> list[object]:
     return [site for site in graph[name].sites if site.role == "reader"]
+
+
+def select(
+    width_graph: WidthGraph, group: ChannelGroup, width: int, moments: Moments | None, selection: Selection = "greedy"
+) -> Indices:
+    """Return the channels of a group to keep, sorted.
+
+    Args:
+        width_graph: the graph.
+        group: one of its groups.
+        width: how many channels to keep.
+        moments: what the readers see; without, or where nothing reads the group, the writers' largest rows are kept.
+        selection: the method, one that is registered, or a function that scores the channels.
+
+    Raises:
+        FxwidthError: there is no such method, or what it gives is no order or no scores.
+    """
+    check_selection(selection)
+    if width >= group.width:
+        return np.arange(group.width, dtype=np.int64)
+    grams = grams_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
+    order = channel_order(width_graph, group, width, grams, selection)
+    return np.sort(order[:width].cpu().numpy().astype(np.int64))

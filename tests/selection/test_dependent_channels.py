@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.reconstruction.folding import fold
-from fxwidth.selection.orders import select
 from fxwidth.statistics.moments import moments_from_noise
 from tests.oracles.channels import (
     copy_channel,
@@ -18,6 +17,7 @@ from tests.oracles.channels import (
     plain_groups,
     readers_of,
     relative,
+    select,
     silence_channel,
 )
 from tests.zoo.nets import (

@@ -23,9 +23,10 @@ from fxwidth.selection.methods import (
     projection_order,
     spectral_pruning_order,
 )
-from fxwidth.selection.orders import rank, select
+from fxwidth.selection.orders import rank
 from fxwidth.selection.registry import METHODS
 from fxwidth.statistics.moments import moments_from_noise
+from tests.oracles.channels import select
 from tests.zoo.nets import build, images, trained_like
 
 ORDERS = [name for name, method in METHODS.items() if method.needs_moments]

@@ -20,12 +20,12 @@ from fxwidth.axes.positions import channel_positions, occupied_positions
 from fxwidth.reconstruction.folding import fold
 from fxwidth.selection.grams import Grams, grams_of
 from fxwidth.selection.greedy import greedy_order
-from fxwidth.selection.orders import select
 from fxwidth.statistics.moments import moments_from_noise
 from tests.oracles.channels import (
     evidence,
     kept_without,
     relative,
+    select,
     silence_channel,
 )
 from tests.zoo.nets import (
