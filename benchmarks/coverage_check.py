@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,79 +111,93 @@ def _halved(model: nn.Module, call: Call, dtype: torch.dtype, checks: ModeChecks
             "pinned_reasons": Counter(str(group.pinned) for group in pinned).most_common(),
         }
         plan = {group.name: _some(group.width, max(group.least.width, group.width // 2)) for group in free}
-        kept = {graph[name].factor: np.array(channels) for name, channels in plan.items()}
+        maps = IndexMaps(graph.analysis.space, {graph[name].factor: np.array(own) for name, own in plan.items()})
         values = bound_to_placeholders(gm, call_signature.Call(call.args, call.kwargs))
-        maps = IndexMaps(graph.analysis.space, kept)
+        trial = _Trial(gm, graph, plan, maps, values, call, before, seconds)
         if graph.analysis.record is not None:
-            result |= _check_by_steps(gm, graph, plan, maps, values, call)
+            result |= _check_by_steps(trial)
             checks.resized(gm)
             return result
-        with _timed(seconds, "oracle"):
-            reference = reference_outputs(graph.analysis, maps, values, dtype)
-        with _timed(seconds, "resize"), _as_the_oracle_keeps():
-            fxwidth.resize(gm, plan, fold=False)
-        with torch.no_grad():
-            answer = gm(*call.args, **call.kwargs)
-        after = leaves_of(answer)
-        with _timed(seconds, "modes, resized"):
-            checks.resized(gm)
-        # Caches are compared, too, but may have other sizes.
-        difference = of_the_signal(deep_tensors(answer), reference)
-        rounding = rounding_of(reference, dtype)
-        if difference >= max(TOLERANCE[dtype], rounding):
-            # Some models compute in float32 whatever they are given: what that alone changes is no fault.
-            own = reference_outputs(graph.analysis, maps, values, None)
-            rounding = max(rounding, 10 * of_the_signal(own, reference))
+        return result | _check_outputs(trial, dtype, checks)
     except fxwidth.FxwidthError as error:
         return result | {"reason": str(error)[:1000]}
-    result |= {
-        "parameters_after": count_parameters(gm),
-        "shapes_kept": [t.shape for t in after] == [t.shape for t in before],
-        "difference": difference,
-        "rounding": rounding,
-        "lowered": len(gm.meta["fxwidth_history"][-1]["lowered"]) if plan else 0,
-    }
-    right = result["shapes_kept"] and difference < max(TOLERANCE[dtype], rounding) and rounding < BLIND
-    return result | {"status": ("right" if free else "pinned") if right else "wrong"}
 
 
-def _check_by_steps(
-    gm: fx.GraphModule,
-    graph: fxwidth.WidthGraph,
-    plan: dict[str, list[int]],
-    maps: IndexMaps,
-    values: list[Any],
-    call: Call,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Trial:
+    """A graph that is to be halved: which channels stay, what it is called with, and what it gave before."""
+
+    gm: fx.GraphModule
+    graph: fxwidth.WidthGraph
+    plan: dict[str, list[int]]
+    maps: IndexMaps
+    values: list[Any]
+    call: Call
+    before: list[Tensor]
+    seconds: dict[str, float]
+
+    def resize(self) -> None:
+        """Halve it."""
+        with _timed(self.seconds, "resize"), _as_the_oracle_keeps():
+            fxwidth.resize(self.gm, self.plan, fold=False)
+
+    def answer(self) -> Any:
+        """Call it."""
+        with torch.no_grad():
+            return self.gm(*self.call.args, **self.call.kwargs)
+
+    def in_history(self) -> dict[str, int]:
+        """Return what is left of it."""
+        lowered = len(self.gm.meta["fxwidth_history"][-1]["lowered"]) if self.plan else 0
+        return {"parameters_after": count_parameters(self.gm), "lowered": lowered}
+
+    def status(self, right: bool) -> str:
+        """Return the word for it."""
+        return ("right" if self.plan else "pinned") if right else "wrong"
+
+
+def _check_outputs(trial: _Trial, dtype: torch.dtype, checks: ModeChecks) -> dict[str, Any]:
+    """Compare the outputs of the resized graph with those of the replay oracle."""
+    analysis, maps, values = trial.graph.analysis, trial.maps, trial.values
+    with _timed(trial.seconds, "oracle"):
+        reference = reference_outputs(analysis, maps, values, dtype)
+    trial.resize()
+    answer = trial.answer()
+    with _timed(trial.seconds, "modes, resized"):
+        checks.resized(trial.gm)
+    # Caches are compared, too, but may have other sizes.
+    difference = of_the_signal(deep_tensors(answer), reference)
+    rounding = rounding_of(reference, dtype)
+    if difference >= max(TOLERANCE[dtype], rounding):
+        # Some models compute in float32 whatever they are given: what that alone changes is no fault.
+        own = reference_outputs(analysis, maps, values, None)
+        rounding = max(rounding, 10 * of_the_signal(own, reference))
+    shapes_kept = [t.shape for t in leaves_of(answer)] == [t.shape for t in trial.before]
+    right = shapes_kept and difference < max(TOLERANCE[dtype], rounding) and rounding < BLIND
+    found = {"shapes_kept": shapes_kept, "difference": difference, "rounding": rounding}
+    return {**trial.in_history(), **found, "status": trial.status(right)}
+
+
+def _check_by_steps(trial: _Trial) -> dict[str, Any]:
     """Compare every op with the replay oracle, for models that answer with whatever they have found."""
-    seconds: dict[str, float] = {}
+    gm, call, analysis = trial.gm, trial.call, trial.graph.analysis
     dtype = next(gm.parameters()).dtype
-    with torch.no_grad():
-        before = leaves_of(gm(*call.args, **call.kwargs))
-    with _timed(seconds, "oracle"):
-        difference, place = stepwise_difference(graph.analysis, maps, values, dtype)
-    with _timed(seconds, "resize"), _as_the_oracle_keeps():
-        fxwidth.resize(gm, plan, fold=False)
+    before = leaves_of(trial.answer())
+    with _timed(trial.seconds, "oracle"):
+        difference, place = stepwise_difference(analysis, trial.maps, trial.values, dtype)
+    trial.resize()
     # Some models compute in float32 whatever they are given, anchors for instance: so must the oracle then.
-    own, compared = prescribed_difference(gm, graph.analysis, maps, values, None)
+    own, compared = prescribed_difference(gm, analysis, trial.maps, trial.values, None)
+    after = leaves_of(trial.answer())
     with torch.no_grad():
-        after = leaves_of(gm(*call.args, **call.kwargs))
         # Another number of things found, in images of other sizes.
         others = pytree.tree_map_only(Tensor, lambda image: torch.rand_like(image[..., 3:, :-5]), call.args)
         gm(*others, **call.kwargs)
     kept = [t.shape[1:] for t in after] == [t.shape[1:] for t in before]
     worst = max(difference, own)
     right = kept and worst < TOLERANCE[dtype] and compared > 0
-    return {
-        "parameters_after": count_parameters(gm),
-        "shapes_kept": kept,
-        "difference": worst,
-        "place": place,
-        "compared": compared,
-        "lowered": len(gm.meta["fxwidth_history"][-1]["lowered"]) if plan else 0,
-        "status": ("right" if plan else "pinned") if right else "wrong",
-        "seconds_by_steps": seconds,
-    }
+    found = {"shapes_kept": kept, "difference": worst, "place": place, "compared": compared}
+    return {**trial.in_history(), **found, "status": trial.status(right)}
 
 
 def check_torch_pruning(model: nn.Module, call: Call) -> dict[str, Any]:
