@@ -42,7 +42,6 @@ class NodeInterpreter(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, analysis: Analysis, recorder: TapeRecorder) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self._modules: dict[Any, nn.Module] = dict(walk(module))
         self._analysis = analysis
         self._recorder = recorder
 
@@ -66,7 +65,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def keeping(self) -> list[str]:
         """Return the nodes whose modules have tensors of this run in attributes."""
-        keepers = {id(part) for part in self._modules.values() if keeps_tensors(part)}
+        keepers = {id(part) for part in self.submodules.values() if keeps_tensors(part)}
         if not keepers:
             return []
         calls = [(node.name, self.fetch_attr(str(node.target))) for node in self.graph.find_nodes(op="call_module")]
@@ -94,7 +93,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def fetch_attr(self, target: str) -> Any:
         """Return a module, parameter or buffer by its path."""
-        module = self._modules.get(target)
+        module = self.submodules.get(target)
         return super().fetch_attr(target) if module is None else module
 
 
@@ -240,9 +239,9 @@ def _parameters(slots: Slots, mode: FakeTensorMode, space: FactorSpace) -> dict[
 
 def _pin_what_is_used(analysis: Analysis) -> None:
     calls = [*analysis.calls, *(call for calls in analysis.training_calls.values() for call in calls)]
-    used = {tensor for call in calls for tensor in call.inputs}
-    used |= set(analysis.outputs)
-    for call in calls:
+    in_question = [call for call in calls if call.pins_if_used]
+    used = {tensor for call in calls for tensor in call.inputs} | set(analysis.outputs) if in_question else set()
+    for call in in_question:
         for result, axis, reason in call.pins_if_used:
             if result in used:
                 analysis.space.context = call.place
@@ -264,15 +263,20 @@ def apply_rule(analysis: Analysis, call: OpCall) -> None:
                 space.pin(axis, reason)
         why = Pin(reason, space.context)
         axes = [tuple(constant(size, why) for size in output.shape) for output in outputs]
-    for output, result in zip(outputs, axes, strict=True):
-        old = call.axes.get(output)
-        if old is not None and len(old) == len(result) and all(map(_same_size, old, result)):
-            # In place: what was written must fit what was there.
-            _couple(analysis, old, result)
-        else:
-            analysis.set_axes(output, result)
-    call.output_axes = tuple(analysis.axes_of(output) for output in outputs)
-    analysis.kept_alive.append(call.inputs)
+    call.output_axes = tuple(
+        _write_axes(analysis, call, output, result) for output, result in zip(outputs, axes, strict=True)
+    )
+
+
+def _write_axes(analysis: Analysis, call: OpCall, output: Tensor, axes: Axes) -> Axes:
+    """Give a result its axes, and return them; one that was written in place keeps those that it has."""
+    old = call.axes.get(output)
+    if old is not None and len(old) == len(axes) and all(map(_same_size, old, axes)):
+        # What was written must fit what was there.
+        _couple(analysis, old, axes)
+        return old
+    analysis.set_axes(output, axes)
+    return axes
 
 
 def _same_size(first: Axis, second: Axis) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, bound_to_placeholders
 from fxwidth.recording.graph_meta import INPUTS, notes_of
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild
-from fxwidth.runtime.tensor_slots import tensor_slots
 
 # How many samples of integers are remembered, and of how many numbers, of which one sample may have more.
 _SAMPLES, _NUMBERS = 64, 2**20
@@ -44,7 +44,7 @@ def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
 
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module's parameters or buffers are; the CPU when it has none."""
-    return next((tensor.device for tensor, _ in tensor_slots(module).values()), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def _carried_spec(node: fx.Node) -> tuple[Any] | None:

@@ -161,7 +161,6 @@ class _Follower:
         call.reductions = [Reduction(inputs[place], dim, kind) for place, dim, kind in known.reductions]
         for output, axes in zip(call.outputs, results, strict=True):
             analysis.set_axes(output, axes)
-        analysis.kept_alive.append(inputs)
         return None
 
     def _decoded(self, axes: tuple[KnownAxis, ...]) -> Axes:

@@ -87,7 +87,6 @@ class Analysis:
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     in_training: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     axes: dict[Tensor, Axes] = field(default_factory=dict)
-    kept_alive: list[Any] = field(default_factory=list)
     lost: tuple[LostGroup, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     seen: GraphState | None = None
@@ -110,9 +109,8 @@ class Analysis:
         return axes
 
     def set_axes(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
-        """Say of what a tensor is made; it is kept alive, since it is known by its identity."""
+        """Say of what a tensor is made."""
         self.axes[tensor] = tuple(axes)
-        self.kept_alive.append(tensor)
 
     def in_memory_of(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors seen so far that are in the memory of one: what it is a view of, and other views."""

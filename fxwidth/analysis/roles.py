@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -61,12 +61,14 @@ def find_roles(analysis: Analysis) -> Roles:
     made_in: defaultdict[int, list[Tensor]] = defaultdict(list)
     for call in analysis.calls:
         inputs = call.inputs
-        if call.func._schema.is_mutable and any(tensor not in provenance for tensor in inputs):
+        traced = [tensor for tensor in inputs if tensor in provenance]
+        if call.func._schema.is_mutable and len(traced) < len(inputs):
             # What was made of parameters alone is so no longer, under any of its names.
             for output in call.outputs:
                 for key in made_in.pop(storage_of(output), ()):
                     provenance.pop(key, None)
-        if inputs and all(tensor in provenance for tensor in inputs):
+            traced = [tensor for tensor in inputs if tensor in provenance]
+        if inputs and len(traced) == len(inputs):
             for output in call.outputs:
                 if output not in provenance:
                     provenance[output] = _through(call, inputs, output, provenance)
@@ -74,8 +76,7 @@ def find_roles(analysis: Analysis) -> Roles:
             if not call.contractions:
                 continue
         readings += _contraction_roles(call, provenance, by_dim)
-        for tensor in inputs:
-            _per_channel_roles(call, tensor, provenance, by_dim)
+        _per_channel_roles(call, traced, provenance, by_dim)
     return Roles(by_dim, tuple(readings), provenance)
 
 
@@ -110,16 +111,16 @@ def _contraction_roles(call: OpCall, provenance: dict[Tensor, Provenance], by_di
 
 
 def _per_channel_roles(
-    call: OpCall, tensor: Tensor, provenance: dict[Tensor, Provenance], by_dim: dict[Dim, Role]
+    call: OpCall, traced: Sequence[Tensor], provenance: dict[Tensor, Provenance], by_dim: dict[Dim, Role]
 ) -> None:
-    if tensor not in provenance:
-        return
-    if any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
+    if not traced:
         return
     # What is added to the channels writes them; what multiplies or normalises them acts on each alone.
-    writes = bool(call.contractions) or adds(call.func)
-    for sources in provenance[tensor]:
-        _assign(by_dim, sources, Role.WRITER if writes else Role.PER_CHANNEL)
+    role = Role.WRITER if call.contractions or adds(call.func) else Role.PER_CHANNEL
+    for tensor in traced:
+        if not any(tensor is contraction.left or tensor is contraction.right for contraction in call.contractions):
+            for sources in provenance[tensor]:
+                _assign(by_dim, sources, role)
 
 
 def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dict[Tensor, Provenance]) -> Provenance:

@@ -96,7 +96,7 @@ def term_size(term: Term) -> int:
     """Return the number of positions a term spans."""
     size = 1
     for element in term:
-        size *= element if isinstance(element, int) else element_size(element)
+        size *= element.size if type(element) is Factor else element_size(element)
     return size
 
 
@@ -104,7 +104,11 @@ def axis_size(axis: Axis) -> int:
     """Return the length of the dimension an axis describes."""
     if len(axis) == 1 and len(axis[0]) == 1:
         return element_size(axis[0][0])
-    return sum(map(term_size, axis))
+    size = 0
+    for term in axis:  # most terms of a long axis are one factor; nested calls would cost more than the sum
+        first = term[0] if len(term) == 1 else None
+        size += first.size if type(first) is Factor else term_size(term)
+    return size
 
 
 def bare_factor(axis: Axis) -> Factor | None:

@@ -20,6 +20,7 @@ from fxwidth.frontends.call_signature import (
     native,
 )
 from fxwidth.frontends.tracer_proxies import CodeTracer
+from fxwidth.runtime.module_state import GraphPart
 from fxwidth.runtime.pytrees import Leaf, Structure
 from fxwidth.runtime.trace_guards import UntraceableError
 
@@ -36,7 +37,7 @@ class Program:
     guards: Sequence[str]
 
 
-class Region(nn.Module):
+class Region(GraphPart):
     """A part of an exported graph that runs under autocast or without gradients, as the model wanted it."""
 
     def __init__(

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from fxwidth.errors import warn
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_copies import put_copies, shallow_copies
-from fxwidth.runtime.module_state import restored, same_values, walk
+from fxwidth.runtime.module_state import GraphPart, restored, same_values, walk
 from fxwidth.runtime.tensor_slots import Slots, copies_of, substituted, tensor_slots
 
 MODES_MODULE = "fxwidth_modes"
@@ -181,7 +181,7 @@ class SetByCode:
     after: dict[bool, dict[nn.Module, bool]] = field(default_factory=lambda: {False: {}, True: {}})
 
 
-class PartModes(nn.Module):
+class PartModes(GraphPart):
     """Gives parts of a graph the modes that `train()` and `eval()` of its model lead to.
 
     Args:

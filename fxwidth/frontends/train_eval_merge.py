@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxwidth.frontends.alignment import Alignment, Choice, TrainingRegion
 from fxwidth.frontends.call_signature import Inputs
 from fxwidth.frontends.node_arguments import named_arguments, replaced, set_named_arguments
 from fxwidth.frontends.train_eval_alignment import attribute, is_counter
+from fxwidth.runtime.module_state import GraphPart
 from fxwidth.runtime.tensor_slots import register_at
 
 FLAG_MODULE = "fxwidth_training"
@@ -20,7 +21,7 @@ _FLAGS = ("train", "training")
 _NEUTRAL = (torch.ops.aten.contiguous.default,)
 
 
-class TrainingFlag(nn.Module):
+class TrainingFlag(GraphPart):
     """Tells a graph whether it is in training mode."""
 
     def forward(self) -> bool:
@@ -28,7 +29,7 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
-class InTraining(nn.Module):
+class InTraining(GraphPart):
     """A part of a graph that is run in training alone.
 
     Args:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
+from torch import Tensor
 
 from fxwidth.analysis.least_widths import Least, least_widths
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role, Roles, find_roles
-from fxwidth.axes.factors import Factor, term_size
+from fxwidth.axes.factors import Factor, find, term_size
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.axes.pins import BATCH, STRUCTURAL, UNUSED, Pin
 from fxwidth.axes.positions import positions_by_channel
@@ -201,7 +202,7 @@ class WidthGraph:
 def _pin_unused(analysis: Analysis) -> None:
     # A parameter the tape never touches looks free, but nothing says what depends on its shape.
     in_training = (call for calls in analysis.training_calls.values() for call in calls)
-    used = {tensor for call in (*analysis.calls, *in_training) for tensor in call.inputs}
+    used = set[Tensor]().union(*(call.axes for call in analysis.calls), *(call.inputs for call in in_training))
     for entry in analysis.parameters.values():
         if entry.fake not in used:
             analysis.space.context = ""
@@ -213,11 +214,12 @@ def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
     sites: dict[Factor, list[Site]] = {}
     names: dict[Factor, str] = {}
     shared = _group_factors(analysis, roles)
+    leaves_of = cache(lambda root: tuple(dict.fromkeys(analysis.space.leaves(root))))
     for parameter, entry in analysis.parameters.items():
         for dim, origin in enumerate(entry.origins):
             if origin is None:
                 continue
-            leaves = list(dict.fromkeys(analysis.space.leaves(origin)))
+            leaves = leaves_of(find(origin))
             role = roles.by_dim.get((parameter, dim), Role.PER_CHANNEL)
             for number, leaf in enumerate(leaves):
                 own_role = Role.PER_CHANNEL if (parameter, dim, leaf) in shared else role
@@ -264,8 +266,10 @@ def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Fact
     for reading in roles.readings:
         signal_axis = reading.call.axes[reading.activation][reading.activation_dim]
         entry = analysis.parameters[reading.parameter]
-        own = set(analysis.space.factors(entry.axes[reading.parameter_dim]))
-        through = set(analysis.space.factors(signal_axis)) - own
+        own_axis = entry.axes[reading.parameter_dim]
+        if analysis.space.normalise(signal_axis) == analysis.space.normalise(own_axis):
+            continue
+        through = set(analysis.space.factors(signal_axis)) - set(analysis.space.factors(own_axis))
         for dim, axis in enumerate(entry.axes):
             if dim != reading.parameter_dim:
                 result |= {

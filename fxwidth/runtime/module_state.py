@@ -38,6 +38,10 @@ def is_plain_layer(module: nn.Module) -> bool:
     return type(module).__module__ in _PLAIN_LAYERS and not (module._forward_hooks or module._forward_pre_hooks)
 
 
+class GraphPart(nn.Module):
+    """A module that graphs are given beside those of the model; its own code writes to nothing and calls no other's."""
+
+
 def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return what `module.named_modules()` yields, quicker: no generator inside of a generator for every level."""
     found: dict[int, tuple[str, nn.Module]] = {}
@@ -188,6 +192,8 @@ def kept_in(parts: Sequence[nn.Module]) -> Kept:
 def _runs_known_code(part: nn.Module) -> bool:
     if isinstance(part, fx.GraphModule):
         return not (part._forward_hooks or part._forward_pre_hooks or called_functions(part))
+    if isinstance(part, GraphPart):
+        return not (part._forward_hooks or part._forward_pre_hooks)
     return type(part) is nn.Module or is_plain_layer(part)
 
 
