@@ -427,7 +427,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/reconstruction/basis_change.py",
         "groups with unsound norms change their basis",
-        "if linear is None or not all(can_absorb(width_graph, norm) for norm in linear.norms):",
+        "if linear is None or not all(can_absorb(wiring, norm) for norm in linear.norms):",
         "if linear is None:",
         ("bases/test_foldable_norms.py", "reconstruction/test_basis_change.py"),
     ),

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxwidth.weights.readers import wiring_of
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.children import in_child
@@ -140,7 +142,7 @@ def _timed_parts(evidence: Evidence, group: ChannelGroup, parts: dict[str, float
         every = [one.grams(moments) for consumers in turned.consumers for one in consumers]
         return [pairs.activation.double() for pairs in every if pairs is not None]
     clock = Clock()
-    pairs: Grams | None = grams_of(graph, group, moments)
+    pairs: Grams | None = grams_of(wiring_of(graph), group, moments)
     parts["pairs"] += clock.read()["cpu"]
     if pairs is None:
         return []

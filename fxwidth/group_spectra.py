@@ -104,7 +104,7 @@ def _of(evidence: Evidence, group: ChannelGroup, errors: Any, is_calibrated: boo
     columns = writer_columns(graph, group)
     curve = tuple(np.asarray(errors).tolist())
     source = evidence.source(group)
-    if not columns or not has_values(graph):
+    if not columns or not has_values(graph.analysis):
         return GroupSpectrum(group.width, None, None, None, None, None, curve, source, is_calibrated)
     values = np.asarray(singular_values(graph, group).cpu().numpy(), dtype=np.float64)
     return GroupSpectrum(

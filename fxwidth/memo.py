@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Remembering(Protocol):
-    """What has a memo of its own: an `Analysis` or a `WidthGraph`."""
+    """What has a memo of its own: an `Analysis`, a `WidthGraph` or its `Wiring`."""
 
     @property
     def memo(self) -> dict[Any, Any]:

@@ -10,11 +10,10 @@ from torch._ops import OpOverload
 from fxwidth.analysis.def_use import def_use
 from fxwidth.axes.index_maps import Indices
 from fxwidth.bases.channel_provenance import Origins
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import family_of, is_move, running_norm
 from fxwidth.rules.op_families import Convolution, Move, Product
-from fxwidth.weights.readers import wiring_of
+from fxwidth.weights.readers import Wiring
 
 # Between writer and batch norm nothing may be but what leaves all channels of all samples where they are.
 _MOVES = (Move.COPY, Move.RESHAPE, Move.PERMUTATION, Move.UNIT_DIMS)
@@ -70,37 +69,35 @@ class InnerNorm:
         return self.scales | {self.bias, self.mean}
 
 
-def inner_norms(
-    width_graph: WidthGraph, calls: Sequence[OpCall], paths: Mapping[str, Origins]
-) -> list[InnerNorm] | None:
+def inner_norms(wiring: Wiring, calls: Sequence[OpCall], paths: Mapping[str, Origins]) -> list[InnerNorm] | None:
     """Return the batch norms among some ops; None where one is not right behind a layer, or shares what it has.
 
     Args:
-        width_graph: the graph.
+        wiring: that of the graph.
         calls: all ops that see the channels of a group, in order.
         paths: where the channels of each parameter go, by its name.
     """
-    found = [_inner_norm(width_graph, call, paths) for call in calls if running_norm(call.func)]
+    found = [_inner_norm(wiring, call, paths) for call in calls if running_norm(call.func)]
     whole = [norm for norm in found if norm is not None]
     return whole if len(whole) == len(found) else None
 
 
-def _inner_norm(width_graph: WidthGraph, call: OpCall, paths: Mapping[str, Origins]) -> InnerNorm | None:
-    layer, family = _layer_of(width_graph, call), running_norm(call.func)
+def _inner_norm(wiring: Wiring, call: OpCall, paths: Mapping[str, Origins]) -> InnerNorm | None:
+    layer, family = _layer_of(wiring, call), running_norm(call.func)
     if layer is None or family is None or family.by_own_batch(call.arguments):
         return None
     writers = []
     for argument in _parameters_of(layer.func):
         if layer.arguments.get(argument) is None:
             continue
-        name = _sole_parameter(width_graph, layer, argument)
+        name = _sole_parameter(wiring, layer, argument)
         path = None if name is None else paths.get(name)
         rows = None if path is None else path.along(call.arguments["input"], 1)
         if path is None or rows is None:
             return None
         writers.append(Writer(path.parameter, path.dim, rows.numpy()))
     vectors = "weight", family.bias, family.mean, family.variance
-    weight, bias, mean, variance = (_sole_parameter(width_graph, call, argument) for argument in vectors)
+    weight, bias, mean, variance = (_sole_parameter(wiring, call, argument) for argument in vectors)
     if weight is None or bias is None or mean is None or variance is None:
         return None
     eps = float(call.arguments[family.eps])
@@ -118,21 +115,21 @@ def _parameters_of(func: OpOverload) -> tuple[str, ...]:
             return ()
 
 
-def _sole_parameter(width_graph: WidthGraph, call: OpCall, argument: str) -> str | None:
+def _sole_parameter(wiring: Wiring, call: OpCall, argument: str) -> str | None:
     """Return the parameter that an op is given under a name, if all of it is, and it is used nowhere else."""
-    wiring, tensor = wiring_of(width_graph), call.arguments.get(argument)
+    tensor = call.arguments.get(argument)
     view = None if tensor is None else wiring.view(tensor)
     if tensor is None or view is None:
         return None
     if len(wiring.uses.get(view.parameter, [])) != 1 or view.parameter in wiring.shown:
         return None
-    whole = width_graph.analysis.parameters[view.parameter].tensor
+    whole = wiring.analysis.parameters[view.parameter].tensor
     return view.parameter if tensor.numel() == whole.numel() else None
 
 
-def _layer_of(width_graph: WidthGraph, call: OpCall) -> OpCall | None:
+def _layer_of(wiring: Wiring, call: OpCall) -> OpCall | None:
     """Return the layer whose result a batch norm alone reads."""
-    tape, outputs = def_use(width_graph.analysis), width_graph.analysis.outputs
+    tape, outputs = def_use(wiring.analysis), wiring.analysis.outputs
     tensor = call.arguments["input"]
     while len(tape.consumers_of(tensor)) == 1 and not any(tensor is output for output in outputs):
         maker = tape.producers.get(tensor)

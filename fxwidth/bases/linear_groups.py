@@ -25,6 +25,7 @@ from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.rules import op_families
 from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
 from fxwidth.rules.op_families import Arithmetic, Attention, Convolution, Move
+from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.reparametrised import normed_weights
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 
@@ -72,20 +73,20 @@ class LinearGroup:
 @per_graph
 def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | None:
     """Return where the channels of a group are, if any basis is as good as the one they have; else None."""
-    analysis, factor = width_graph.analysis, group.factor
+    analysis, factor, wiring = width_graph.analysis, group.factor, wiring_of(width_graph)
     calls = _calls_by_factor(analysis).get(factor, [])
-    if not _is_plain(width_graph, group) or not all(_is_linear(analysis, call, factor) for call in calls):
+    if not _is_plain(analysis, group) or not all(_is_linear(analysis, call, factor) for call in calls):
         return None
     if any(_is_seen_elsewhere(call, calls) for call in calls if call.func._schema.is_mutable):
         return None
-    sets = [one for one in reader_sets(width_graph) if factor in analysis.space.factors(one.first.axis)]
+    sets = [one for one in reader_sets(wiring) if factor in analysis.space.factors(one.first.axis)]
     if any(len(one.readers) != 1 or not one.foldable for one in sets):
         return None
     scales = _scales(analysis, calls)
     sites = [site for site in group.sites if site.parameter not in scales]
     found = [origins(analysis, factor, site.parameter, site.dim) for site in sites]
     paths = [path for path in found if path is not None]
-    norms = inner_norms(width_graph, calls, {path.parameter: path for path in paths})
+    norms = inner_norms(wiring, calls, {path.parameter: path for path in paths})
     if norms is None or len(paths) < len(found):
         return None
     vectors = {name for norm in norms for name in norm.vectors}
@@ -116,13 +117,13 @@ def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
         yield from found.norms if found else ()
 
 
-def _is_plain(width_graph: WidthGraph, group: ChannelGroup) -> bool:
+def _is_plain(analysis: Analysis, group: ChannelGroup) -> bool:
     """Tell whether nothing but the ops on its way can keep a group from another basis."""
     if group.pinned is not None or group.mixed is not None:
         return False
     names = {site.parameter for site in group.sites}
-    dtypes = {width_graph.analysis.parameters[name].tensor.dtype for name in names}
-    return not names & set(normed_weights(width_graph)) and dtypes <= {torch.float32, torch.float64}
+    dtypes = {analysis.parameters[name].tensor.dtype for name in names}
+    return not names & set(normed_weights(analysis)) and dtypes <= {torch.float32, torch.float64}
 
 
 @per_graph

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import Indices
 from fxwidth.axes.positions import channel_positions
@@ -133,13 +134,13 @@ class Evidence:
     def _grams(self, group: ChannelGroup, *, always: bool = False) -> Grams | None:
         if self.moments is None or not (always or reads_moments(self.selection)):
             return None
-        return grams_of(self.width_graph, group, self.moments)
+        return grams_of(wiring_of(self.width_graph), group, self.moments)
 
     def _lost(self, group: ChannelGroup, grams: Grams, order: Tensor) -> Errors:
         """Return the share of their outputs that readers miss of the first k channels of an order, for every k."""
         assert self.moments is not None
         # Readers that were too many to be held are gone through once more.
-        parts = each_grams(self.width_graph, group, self.moments) if grams.is_sum else [grams]
+        parts = each_grams(wiring_of(self.width_graph), group, self.moments) if grams.is_sum else [grams]
         return np.asarray(sum(lost_share(part, order) for part in parts), dtype=np.float64)
 
     def _found_order(self, group: ChannelGroup, count: int, grams: Grams | None) -> Tensor:
@@ -147,13 +148,7 @@ class Evidence:
         order = channel_order(self.width_graph, group, count, grams, self.selection)
         if grams is None or self.moments is None:
             return order
-        return silent_last(order, silent_channels(self.width_graph, group, self.moments))
-
-
-def select(width_graph: WidthGraph, group: ChannelGroup, width: int, evidence: Evidence) -> Indices:
-    """Return the channels of a group to keep, sorted."""
-    assert evidence.width_graph is width_graph
-    return evidence.kept(group, width)
+        return silent_last(order, silent_channels(self.width_graph.analysis, group, self.moments))
 
 
 def spectral_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
@@ -178,7 +173,7 @@ def gather_evidence(
     width_graph.refuse_outdated()
     if check_selection(selection) == PROJECTION:
         return Evidence(width_graph, moments_from_writers(width_graph), selection)
-    refuse_negative_variances(width_graph)
+    refuse_negative_variances(width_graph.analysis)
     if data is not None:
         measured = moments_from_data(width_graph, data)
         moments = None if measured is None else shrunk(measured, lambda: noise_moments(width_graph, keeps=False))
@@ -201,19 +196,19 @@ def needs_moments(
     return any(folds or (group not in given and reads_moments(selection)) for group in shrinking)
 
 
-def refuse_negative_variances(width_graph: WidthGraph) -> None:
+def refuse_negative_variances(analysis: Analysis) -> None:
     """Check that no batch norm takes the root of a negative number.
 
     Raises:
         FxwidthError: one does.
     """
-    for call in width_graph.analysis.calls:
+    for call in analysis.calls:
         norm = running_norm(call.func)
         if norm is None:
             continue
         variance = call.arguments.get(norm.variance)
-        name = None if variance is None else width_graph.analysis.names.get(variance)
-        values = None if name is None else width_graph.analysis.parameters[name].tensor
+        name = None if variance is None else analysis.names.get(variance)
+        values = None if name is None else analysis.parameters[name].tensor
         if values is None or values.device.type == "meta":
             continue
         eps = call.arguments[norm.eps]
@@ -232,7 +227,7 @@ def moments_from_writers(width_graph: WidthGraph) -> Moments | None:
 
     Source: J. Dejaegher, SVD evolutive CNN (2021), where layers are projected by their weights alone.
     """
-    if not has_values(width_graph):
+    if not has_values(width_graph.analysis):
         return None
     space = width_graph.analysis.space
     grams = {group.factor: writer_gram(width_graph, group) for group in width_graph.free}

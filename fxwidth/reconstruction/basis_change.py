@@ -19,6 +19,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.selection.error_curves import lost_share
 from fxwidth.selection.grams import Grams
 from fxwidth.statistics.moments import Moments
+from fxwidth.weights.readers import Wiring, wiring_of
 
 # Directions of less energy than this share of the largest are not scaled up: it would cost precision.
 _FLOOR = 1e-6
@@ -45,16 +46,16 @@ class Rotation:
 
 def rotation(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Rotation | None:
     """Return the basis of a linear group in which its first channels matter most; None for other groups."""
-    linear = linear_group(width_graph, group)
-    if linear is None or not all(can_absorb(width_graph, norm) for norm in linear.norms):
+    linear, wiring = linear_group(width_graph, group), wiring_of(width_graph)
+    if linear is None or not all(can_absorb(wiring, norm) for norm in linear.norms):
         return None
-    if any(width_graph.analysis.parameters[site.parameter].tensor.is_complex() for site in group.sites):
+    if any(wiring.analysis.parameters[site.parameter].tensor.is_complex() for site in group.sites):
         # Of these no more is known than products of one part with the same of another.
         return None
     changes, consumers = [], []
     lost = torch.zeros(group.width + 1, dtype=torch.float64, device="cpu")
     for basis in linear.bases:
-        consumers.append(consumers_of(width_graph, group.factor, basis))
+        consumers.append(consumers_of(wiring, group.factor, basis))
         grams = [consumer.grams(moments) for consumer in consumers[-1]]
         found = change(basis, [one for one in grams if one is not None])
         if found is None or any(one is None for one in grams):
@@ -145,34 +146,34 @@ def _lost(one: BasisChange, grams: Sequence[Grams]) -> Tensor:
     return torch.from_numpy(lost_share(turned, torch.arange(width, device=one.forward.device)))
 
 
-def rotated(width_graph: WidthGraph, rotation: Rotation, moments: Moments, transaction: Transaction) -> Moments:
+def rotated(wiring: Wiring, rotation: Rotation, moments: Moments, transaction: Transaction) -> Moments:
     """Bring a group's parameters to another basis, in place, and return the moments in that basis.
 
     The function of the network stays as it is. Batch norms behind writers come to normalise the new channels.
 
     Args:
-        width_graph: the graph.
+        wiring: that of the graph.
         rotation: the change of basis.
         moments: the evidence in the old basis.
         transaction: takes what brings the old parameters back.
     """
 
     def overwrite(name: str, values: Tensor) -> None:
-        transaction.overwrite(width_graph.analysis.parameters[name].tensor, values)
+        transaction.overwrite(wiring.analysis.parameters[name].tensor, values)
 
     bases = [one.basis for one in rotation.changes]
-    before = [spread(width_graph, norm, bases, moments) for norm in rotation.norms]
+    before = [spread(wiring, norm, bases, moments) for norm in rotation.norms]
     spreads = [_turned_spread(rotation, norm, own) for norm, own in zip(rotation.norms, before, strict=True)]
     for norm, (channels, _) in zip(rotation.norms, spreads, strict=True):
-        take_scales(width_graph, norm, channels, overwrite)
+        take_scales(wiring, norm, channels, overwrite)
     for one, consumers in zip(rotation.changes, rotation.consumers, strict=True):
         for place in one.basis.places:
-            old = width_graph.analysis.parameters[place.parameter].tensor.detach()
+            old = wiring.analysis.parameters[place.parameter].tensor.detach()
             overwrite(place.parameter, _turned_place(old, place, one))
         for consumer in consumers:
             moments = consumer.turned(moments, one)
     for norm, (channels, variance) in zip(rotation.norms, spreads, strict=True):
-        normalise(width_graph, norm, channels, variance, overwrite)
+        normalise(wiring, norm, channels, variance, overwrite)
     return moments
 
 

@@ -1,4 +1,4 @@
-"""What the channels of a basis consumer in: what it sees of them and wants, and how that is told in another basis."""
+"""What consumes the channels of a basis: what it sees of them and wants, and how that is told in another basis."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fxwidth.axes.index_maps import Indices
 from fxwidth.bases.activation_products import Product, Side
 from fxwidth.bases.channel_provenance import Place
 from fxwidth.bases.linear_groups import Basis, ReadingView
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.selection.grams import Grams, reader_grams
 from fxwidth.statistics.moments import Moments
+from fxwidth.weights.readers import Wiring
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class BasisConsumer(Protocol):
 class ReaderConsumer:
     """Parameters that read the channels of a factor."""
 
-    width_graph: WidthGraph
+    wiring: Wiring
     factor: Factor
     view: ReadingView
 
     def grams(self, moments: Moments) -> Grams | None:
         """Return what the readers see of the channels of each head, and what they make of them."""
-        return reader_grams(self.width_graph, self.view.readers, self.factor, moments)
+        return reader_grams(self.wiring, self.view.readers, self.factor, moments)
 
     def turned(self, moments: Moments, change: BasisChange) -> Moments:
         """Return moments in which the readers see the new channels."""
@@ -65,7 +65,7 @@ class ReaderConsumer:
         moment = moments.contracted[key]
         whole = in_place(change.forward, self.view.positions, len(moment.mean)).to(moment.covariance)
         seen = replace(moment, mean=whole @ moment.mean, covariance=whole @ moment.covariance @ whole.T)
-        # Whoever else shares the moment sees another group of the same activation, or is an consumer of its own.
+        # Whoever else shares the moment sees another group of the same activation, or is a consumer of its own.
         return replace(moments, contracted={**moments.contracted, key: seen})
 
 
@@ -96,9 +96,9 @@ class ProductConsumer:
         return self.product.left, self.product.right
 
 
-def consumers_of(width_graph: WidthGraph, factor: Factor, basis: Basis) -> list[BasisConsumer]:
-    """Return all that the channels of a basis of a factor consumer in."""
-    consumers: list[BasisConsumer] = [ReaderConsumer(width_graph, factor, view) for view in basis.views]
+def consumers_of(wiring: Wiring, factor: Factor, basis: Basis) -> list[BasisConsumer]:
+    """Return all that consumes the channels of a basis of a factor."""
+    consumers: list[BasisConsumer] = [ReaderConsumer(wiring, factor, view) for view in basis.views]
     return consumers if basis.product is None else [*consumers, ProductConsumer(basis.product)]
 
 

@@ -14,13 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, Indices
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import OpCall, bind
 from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.statistics.calibration_data import batches_from, cut_anew
-from fxwidth.weights.readers import wiring_of
+from fxwidth.weights.readers import Wiring
 
 # Differences between two runs on the same inputs take few of these to be seen well.
 SAMPLES = 512
@@ -131,15 +130,14 @@ class Recalibration:
         return watch.seen
 
 
-def statistics_used_elsewhere(width_graph: WidthGraph) -> dict[str, str]:
+def statistics_used_elsewhere(wiring: Wiring) -> dict[str, str]:
     """Return the running statistics of batch norms that are not to be corrected, since others use them, and why."""
-    wiring = wiring_of(width_graph)
-    names = width_graph.analysis.names
+    names = wiring.analysis.names
 
     def as_statistic(call: OpCall, tensor: Tensor) -> bool:
         return any(own is tensor for own in _running_statistics(call))
 
-    calls = width_graph.analysis.calls
+    calls = wiring.analysis.calls
     found = {names.get(own) for call in calls for own in _running_statistics(call)} - {None}
     return {
         name: "it is used for something else too"

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxwidth.analysis.result import Analysis
+from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.groups.width_graph import WidthGraph
@@ -17,6 +19,7 @@ from fxwidth.runtime.tensor_slots import complex_rows, real_rows
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.moments import Moments
 from fxwidth.statistics.observation_points import NORMS
+from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.reparametrised import weight_values
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 
@@ -54,14 +57,15 @@ def fold(
     folded: dict[str, Tensor] = {}
     if moments is None:
         return folded
-    for readers in reader_sets(width_graph):
+    analysis = width_graph.analysis
+    for readers in reader_sets(wiring_of(width_graph)):
         reader = readers.first
         if not maps.changes(reader.axis):
             continue
         indices = maps.indices(reader.axis)
         kept = indices[indices != NEW]
         reason = _why_not(readers, moments)
-        if reason is None and not _fold_set(width_graph, readers, kept, moments, folded):
+        if reason is None and not _fold_set(analysis, readers, kept, moments, folded):
             reason = "what it would take over is beyond the range of its dtype"
         if reason is not None and missed is not None and len(kept) < axis_size(reader.axis):
             missed[reader.view.parameter if reader.view is not None else f"node {reader.call.node}"] = reason
@@ -80,7 +84,7 @@ def _why_not(readers: ReaderSet, moments: Moments) -> str | None:
     return None
 
 
-def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, call: OpCall) -> float:
+def variance_ratio(space: FactorSpace, maps: IndexMaps, moments: Moments | None, call: OpCall) -> float:
     """Return the variance (RMS norm: mean square) that a norm sees after a resize, relative to what it saw before.
 
     It is the kept channels' share of the sum of squares, over the new size instead of the old; new channels are at the
@@ -88,13 +92,12 @@ def variance_ratio(width_graph: WidthGraph, maps: IndexMaps, moments: Moments | 
     channels. Without evidence the dropped channels are taken to carry nothing.
 
     Args:
-        width_graph: the graph.
+        space: knows the factors of the graph.
         maps: which channels are kept.
         moments: the evidence, if there is any.
         call: a layer norm or RMS norm on the tape.
     """
     reductions = [reduction for reduction in call.reductions if reduction.kind in NORMS]
-    space = width_graph.analysis.space
     axes = [space.normalise(call.axes[reduction.tensor][reduction.dim]) for reduction in reductions]
     if not any(maps.changes(axis) for axis in axes):
         return 1.0
@@ -127,7 +130,7 @@ def _common_moment(readers: ReaderSet, moments: Moments) -> Moment | None:
 
 
 def _fold_set(
-    width_graph: WidthGraph, readers: ReaderSet, kept: Indices, moments: Moments, folded: dict[str, Tensor]
+    analysis: Analysis, readers: ReaderSet, kept: Indices, moments: Moments, folded: dict[str, Tensor]
 ) -> bool:
     """Fold what is not kept into one weight, the constant into what absorbs it, lost variance into a batch norm.
 
@@ -138,7 +141,7 @@ def _fold_set(
     moment = _common_moment(readers, moments)
     assert view is not None
     assert moment is not None
-    weight = view.of(_working_copy(width_graph, view.parameter, folded))
+    weight = view.of(_working_copy(analysis, view.parameter, folded))
     # Contiguous, so that the blocks of a transposed weight can be written to in place.
     blocks = real_rows(reader.blocks(weight)).clone(memory_format=torch.contiguous_format)
     groups, _, size = blocks.shape
@@ -157,10 +160,10 @@ def _fold_set(
         return False
     weight.copy_(reader.operand(complex_rows(blocks) if weight.is_complex() else blocks, weight))
     if absorber is not None:
-        vector = absorber.view.of(_working_copy(width_graph, absorber.view.parameter, folded))
+        vector = absorber.view.of(_working_copy(analysis, absorber.view.parameter, folded))
         vector.add_(absorber.sign * constants.view(-1).to(vector.dtype))
     if readers.variance is not None:
-        vector = readers.variance.of(_working_copy(width_graph, readers.variance.parameter, folded))
+        vector = readers.variance.of(_working_copy(analysis, readers.variance.parameter, folded))
         vector.mul_(shares.view(-1).to(vector.dtype))
     return True
 
@@ -216,10 +219,10 @@ def _part(moment: Moment, channels: slice) -> Moment:
     return Moment(moment.mean[channels], covariance, moment.rows, moment.samples, moment.precision)
 
 
-def _working_copy(width_graph: WidthGraph, name: str, folded: dict[str, Tensor]) -> Tensor:
+def _working_copy(analysis: Analysis, name: str, folded: dict[str, Tensor]) -> Tensor:
     """Return the tensor that will replace a parameter, laid out like it."""
     if name not in folded:
-        tensor = weight_values(width_graph, name)
+        tensor = weight_values(analysis, name)
         copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         folded[name] = copy.copy_(tensor)
     return folded[name]

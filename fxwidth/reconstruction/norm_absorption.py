@@ -9,28 +9,27 @@ from torch import Tensor
 
 from fxwidth.bases.foldable_norms import InnerNorm
 from fxwidth.bases.linear_groups import Basis
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.statistics.moments import Moments
-from fxwidth.weights.readers import wiring_of
+from fxwidth.weights.readers import Wiring
 
 Overwrite = Callable[[str, Tensor], None]
 
 
-def can_absorb(width_graph: WidthGraph, norm: InnerNorm) -> bool:
+def can_absorb(wiring: Wiring, norm: InnerNorm) -> bool:
     """Tell whether a batch norm's gains and running statistics are numbers that it can work with."""
-    gain, mean, variance = (_values(width_graph, name) for name in (norm.weight, norm.mean, norm.variance))
+    gain, mean, variance = (_values(wiring, name) for name in (norm.weight, norm.mean, norm.variance))
     usable = bool(gain.isfinite().all()) and bool(mean.isfinite().all()) and bool(variance.isfinite().all())
     return usable and bool((variance >= 0).all()) and bool((variance + norm.eps > 0).all())
 
 
-def spread(width_graph: WidthGraph, norm: InnerNorm, bases: Sequence[Basis], moments: Moments) -> Tensor:
+def spread(wiring: Wiring, norm: InnerNorm, bases: Sequence[Basis], moments: Moments) -> Tensor:
     """Return the covariance of what a batch norm makes of its channels, [channels, channels], as training left it.
 
     The variances are the running ones. The correlations are those that a reader sees where it reads no other writer;
     elsewhere those that the layer makes of the moments of its inputs, kernel positions taken to know nothing of each
     other; and none where the moments are unknown.
     """
-    gain, variance = _values(width_graph, norm.weight), _values(width_graph, norm.variance)
+    gain, variance = _values(wiring, norm.weight), _values(wiring, norm.variance)
     deviation = gain * (variance / (variance + norm.eps)).sqrt()
     seen = _covariance_seen(norm, bases, moments, len(gain))
     if seen is not None:
@@ -38,7 +37,7 @@ def spread(width_graph: WidthGraph, norm: InnerNorm, bases: Sequence[Basis], mom
         # As it was before the batch norm's gains, which change signs.
         covariance: Tensor | None = gain.sign()[:, None] * seen * gain.sign()
     else:
-        covariance = _covariance_made(width_graph, norm, moments, len(gain))
+        covariance = _covariance_made(wiring, norm, moments, len(gain))
     if covariance is None:
         return torch.diag(deviation.square())
     scale = covariance.diagonal().clamp_min(0).sqrt()
@@ -67,9 +66,8 @@ def _covariance_seen(norm: InnerNorm, bases: Sequence[Basis], moments: Moments, 
     return covariance
 
 
-def _covariance_made(width_graph: WidthGraph, norm: InnerNorm, moments: Moments, count: int) -> Tensor | None:
+def _covariance_made(wiring: Wiring, norm: InnerNorm, moments: Moments, count: int) -> Tensor | None:
     """Return the covariance of a layer's outputs if its inputs were uncorrelated over the positions of a kernel."""
-    wiring = wiring_of(width_graph)
     reader = next((one for one in wiring.readers if one.call is norm.layer), None)
     moment = None if reader is None else moments.of(reader)
     values = None if reader is None else wiring.values(reader.call.arguments[reader.weight])
@@ -87,34 +85,32 @@ def _covariance_made(width_graph: WidthGraph, norm: InnerNorm, moments: Moments,
     return covariance[rows][:, rows]
 
 
-def take_scales(width_graph: WidthGraph, norm: InnerNorm, channels: Tensor, overwrite: Overwrite) -> None:
+def take_scales(wiring: Wiring, norm: InnerNorm, channels: Tensor, overwrite: Overwrite) -> None:
     """Move some channels' scales, gain over deviation, into the writers: what is left of the norm is a shift."""
-    gain, variance = _values(width_graph, norm.weight), _values(width_graph, norm.variance)
+    gain, variance = _values(wiring, norm.weight), _values(wiring, norm.variance)
     scale = gain / (variance + norm.eps).sqrt()
-    mean = _values(width_graph, norm.mean)
+    mean = _values(wiring, norm.mean)
     mean[channels] *= scale[channels]
     overwrite(norm.mean, mean)
     for writer in norm.writers:
-        values = _values(width_graph, writer.parameter).movedim(writer.dim, 0).contiguous()
+        values = _values(wiring, writer.parameter).movedim(writer.dim, 0).contiguous()
         rows = torch.from_numpy(writer.rows).to(values.device)[channels]
         values[rows] *= scale[channels].view(-1, *[1] * (values.dim() - 1)).to(values.device)
         overwrite(writer.parameter, values.movedim(0, writer.dim))
 
 
-def normalise(
-    width_graph: WidthGraph, norm: InnerNorm, channels: Tensor, variance: Tensor, overwrite: Overwrite
-) -> None:
+def normalise(wiring: Wiring, norm: InnerNorm, channels: Tensor, variance: Tensor, overwrite: Overwrite) -> None:
     """Let a batch norm divide some channels by their own variance, [channels], and multiply them by its root again."""
-    running, gain = _values(width_graph, norm.variance), _values(width_graph, norm.weight)
+    running, gain = _values(wiring, norm.variance), _values(wiring, norm.weight)
     # With next to no eps, a channel that never varies would be divided by zero.
     running[channels] = variance[channels].clamp_min(torch.finfo(torch.float32).tiny).to(running)
     overwrite(norm.variance, running)
     # The gain undoes what is stored, not what was meant.
-    stored = _values(width_graph, norm.variance)
+    stored = _values(wiring, norm.variance)
     gain[channels] = (stored[channels] + norm.eps).sqrt()
     overwrite(norm.weight, gain)
 
 
-def _values(width_graph: WidthGraph, name: str) -> Tensor:
+def _values(wiring: Wiring, name: str) -> Tensor:
     """Return a copy of a parameter in double precision."""
-    return width_graph.analysis.parameters[name].tensor.detach().to(torch.float64, copy=True)
+    return wiring.analysis.parameters[name].tensor.detach().to(torch.float64, copy=True)

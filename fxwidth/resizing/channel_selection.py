@@ -11,12 +11,13 @@ import numpy as np
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.importance.estimates import Evidence, gather_evidence, needs_moments, refuse_negative_variances, select
+from fxwidth.importance.estimates import Evidence, gather_evidence, needs_moments, refuse_negative_variances
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.resizing.requested import Known, Requested
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.moments import Moments
+from fxwidth.weights.readers import wiring_of
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class ChannelSelection:
 
     def change_bases(self, transaction: Transaction) -> Moments | None:
         """Bring groups to their new bases, and return the moments in these."""
-        moments = self.evidence.moments
+        moments, wiring = self.evidence.moments, wiring_of(self.evidence.width_graph)
         for basis in self.bases.values():
             assert moments is not None
-            moments = rotated(self.evidence.width_graph, basis, moments, transaction)
+            moments = rotated(wiring, basis, moments, transaction)
         return moments
 
 
@@ -65,7 +66,7 @@ def select_channels(
             negative number.
     """
     if asked.drops and not known.blind:
-        refuse_negative_variances(width_graph)
+        refuse_negative_variances(width_graph.analysis)
     evidence = _evidence(width_graph, asked, data, options, known)
     kept = {group: _kept(evidence, group, width, asked) for group, width in asked.widths.items()}
     # All bases are found before any weight changes: readers of one group write another.
@@ -92,4 +93,4 @@ def _kept(evidence: Evidence, group: ChannelGroup, width: int, asked: Requested)
     if width > group.width:
         kept: Indices = np.concatenate([np.arange(group.width), np.full(width - group.width, NEW)])
         return kept
-    return select(evidence.width_graph, group, width, evidence)
+    return evidence.kept(group, width)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxwidth.analysis.known_axes import KnownAxes, known_axes
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
 from fxwidth.registration import name_of
@@ -104,8 +104,8 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     tensors, maps = resized_tensors(
         width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions
     )
-    _refuse_infinite(width_graph, tensors)
-    replacements = _replacements(width_graph, maps, tensors)
+    _refuse_infinite(analysis, tensors)
+    replacements = _replacements(analysis, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
     attributes = AttributeEdits()
     graph = rewrite_graph(analysis, maps, fakes, attributes)
@@ -119,13 +119,13 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
         original = RESIZED if goes_along(analysis, maps, fakes, tensors, attributes) else UNTOUCHED
     record = {
         "widths": {group.name: [group.width, len(own)] for group, own in selection.kept.items()},
-        "parameters": _count_after(width_graph, replacements),
+        "parameters": _count_after(analysis, replacements),
         "evidence": moments.source if moments is not None else None,
         "selection": name_of(selection.evidence.selection),
         "folded": options.fold and moments is not None,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
-        "norms": ratios_by_gain(width_graph, maps),
+        "norms": ratios_by_gain(analysis, maps),
         "not_refitted": missed,
         "original": original,
         **selection.told(),
@@ -145,9 +145,9 @@ def _axes_on_record(selection: ChannelSelection, maps: IndexMaps) -> KnownAxes |
     return known_axes(width_graph.analysis, maps, narrow) if narrow or width_graph.analysis.lost else None
 
 
-def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_infinite(analysis: Analysis, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        old = width_graph.analysis.parameters[name].tensor
+        old = analysis.parameters[name].tensor
         new = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
         if is_sound(old) and not is_sound(new):
             raise FxwidthError(
@@ -156,11 +156,11 @@ def _refuse_infinite(width_graph: WidthGraph, tensors: Mapping[str, Tensor]) -> 
             )
 
 
-def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Replacement]:
+def _replacements(analysis: Analysis, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Replacement]:
     result = {}
     for name, tensor in tensors.items():
-        entry = width_graph.analysis.parameters[name]
-        indices = dim_maps(width_graph, maps, name)
+        entry = analysis.parameters[name]
+        indices = dim_maps(maps, entry.axes)
         if all(kept is None for kept in indices):
             continue
         new = successor(name, entry.tensor, tensor, indices)
@@ -168,11 +168,9 @@ def _replacements(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str
     return result
 
 
-def _count_after(width_graph: WidthGraph, replacements: Mapping[str, Replacement]) -> list[int]:
+def _count_after(analysis: Analysis, replacements: Mapping[str, Replacement]) -> list[int]:
     parameters = {
-        name: entry.tensor
-        for name, entry in width_graph.analysis.parameters.items()
-        if isinstance(entry.tensor, nn.Parameter)
+        name: entry.tensor for name, entry in analysis.parameters.items() if isinstance(entry.tensor, nn.Parameter)
     }
     before = sum(tensor.numel() for tensor in parameters.values())
     after = sum((replacements[name].new if name in replacements else t).numel() for name, t in parameters.items())

@@ -8,23 +8,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps, Indices
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.directions import Direction
 from fxwidth.growth.new_entries import new_entries
 from fxwidth.reconstruction.folding import fold, variance_ratio
-from fxwidth.recording.tape import OpCall
+from fxwidth.recording.tape import Axes, OpCall
 from fxwidth.rewriting.successors import gather
 from fxwidth.statistics.moments import Moments
-from fxwidth.weights.readers import wiring_of
+from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import weight_values, with_solved_lengths
 
 _NORMS = ("layer norm", "RMS norm")
 
 
-def dim_maps(width_graph: WidthGraph, maps: IndexMaps, name: str) -> list[Indices | None]:
+def dim_maps(maps: IndexMaps, axes: Axes) -> list[Indices | None]:
     """Return the index map of each dim of a parameter, None where it stays."""
-    axes = width_graph.analysis.parameters[name].axes
     return [maps.indices(axis) if maps.changes(axis) else None for axis in axes]
 
 
@@ -51,37 +51,37 @@ def resized_tensors(
     analysis = width_graph.analysis
     missed = {} if missed is None else missed
     folded = fold(width_graph, maps, moments, missed) if moments is not None and folds else {}
-    missed |= gains_kept(width_graph, maps)
-    ratios = _variance_ratios(width_graph, maps, moments, norms or {})
+    missed |= gains_kept(wiring_of(width_graph), maps)
+    ratios = _variance_ratios(wiring_of(width_graph), maps, moments, norms or {})
     growths = width_graph.growths(maps)
     result = {}
-    for name in analysis.parameters:
-        old = folded[name] if name in folded else weight_values(width_graph, name)
-        indices = dim_maps(width_graph, maps, name)
+    for name, entry in analysis.parameters.items():
+        old = folded[name] if name in folded else weight_values(analysis, name)
+        indices = dim_maps(maps, entry.axes)
         if any(kept is not None for kept in indices):
             gathered = gather(old, indices)
             result[name] = new_entries(analysis, growths, maps, name, gathered, directions)
         elif name in folded:
             result[name] = old
     maps = maps.with_variance_ratios(ratios)
-    for name, ratio in ratios_by_gain(width_graph, maps).items():
+    for name, ratio in ratios_by_gain(analysis, maps).items():
         gain = result.get(name, analysis.parameters[name].tensor.detach())
         result[name] = gain * math.sqrt(ratio)
-    result |= with_solved_lengths(width_graph, maps, result)
+    result |= with_solved_lengths(analysis, maps, result)
     return result, maps
 
 
 def _variance_ratios(
-    width_graph: WidthGraph, maps: IndexMaps, moments: Moments | None, known: Mapping[str, float]
+    wiring: Wiring, maps: IndexMaps, moments: Moments | None, known: Mapping[str, float]
 ) -> dict[int, float]:
     """Return the variance ratio of each norm whose gain can be rescaled, one for all calls that share a gain."""
     by_gain: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    shared_gains = gains_kept(width_graph, maps).keys() - known.keys()
-    for call in width_graph.analysis.calls:
-        gain = _gain(width_graph, call)
+    shared_gains = gains_kept(wiring, maps).keys() - known.keys()
+    for call in wiring.analysis.calls:
+        gain = _gain(wiring.analysis, call)
         changed = [m for m in call.reductions if maps.changes(call.axes[m.tensor][m.dim])]
         if gain is not None and gain not in shared_gains and changed:
-            by_gain[gain].append((call.index, variance_ratio(width_graph, maps, moments, call)))
+            by_gain[gain].append((call.index, variance_ratio(wiring.analysis.space, maps, moments, call)))
     result: dict[int, float] = {}
     for gain, entries in by_gain.items():
         found = math.exp(sum(math.log(max(ratio, 1e-12)) for _, ratio in entries) / len(entries))
@@ -90,35 +90,34 @@ def _variance_ratios(
     return result
 
 
-def _gain(width_graph: WidthGraph, call: OpCall) -> str | None:
+def _gain(analysis: Analysis, call: OpCall) -> str | None:
     if not any(reduction.kind in _NORMS for reduction in call.reductions):
         return None
     weight = call.arguments.get("weight")
-    return next((name for name, e in width_graph.analysis.parameters.items() if e.fake is weight), None)
+    return None if weight is None else analysis.names.get(weight)
 
 
-def gains_kept(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, str]:
+def gains_kept(wiring: Wiring, maps: IndexMaps) -> dict[str, str]:
     """Return the gains of norms over channels that change which keep their values all the same, and why."""
-    wiring = wiring_of(width_graph)
 
     def as_gain(call: OpCall, tensor: Tensor) -> bool:
         return call.arguments.get("weight") is tensor and any(reduction.kind in _NORMS for reduction in call.reductions)
 
     result = {}
-    for call in width_graph.analysis.calls:
-        gain = _gain(width_graph, call)
+    for call in wiring.analysis.calls:
+        gain = _gain(wiring.analysis, call)
         changed = any(maps.changes(call.axes[reduction.tensor][reduction.dim]) for reduction in call.reductions)
         if gain is not None and changed and not wiring.used_only(gain, as_gain):
             result[gain] = "it is used for something else too"
     return result
 
 
-def ratios_by_gain(width_graph: WidthGraph, maps: IndexMaps) -> dict[str, float]:
+def ratios_by_gain(analysis: Analysis, maps: IndexMaps) -> dict[str, float]:
     """Return by the names of gains by what the variances that their norms see are multiplied in a resize."""
     result = {}
-    for call in width_graph.analysis.calls:
+    for call in analysis.calls:
         ratio = maps.variance_ratio(call.index)
-        gain = _gain(width_graph, call) if ratio != 1.0 else None
+        gain = _gain(analysis, call) if ratio != 1.0 else None
         if gain is not None:
             result[gain] = ratio
     return result

@@ -23,6 +23,7 @@ from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
 from fxwidth.tracing import analyze_module
+from fxwidth.weights.readers import wiring_of
 
 
 @tells_options(ResizeOptions)
@@ -148,13 +149,13 @@ def _resize(
         # with what follows: the network is run as it was before that.
         recalibration = None
         wanted = options.recalibrate is not False and asked.drops and not known.blind
-        if data is not None and wanted and has_values(width_graph):
-            recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(width_graph))
+        if data is not None and wanted and has_values(width_graph.analysis):
+            recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(wiring_of(width_graph)))
         edits = prepare_edits(selection, moments, options, known)
         edits.put_in_place(module, transaction)
         if recalibration is not None:
             edits.recalibrate(module, recalibration, transaction)
-            edits.record["not_refitted"] |= statistics_used_elsewhere(width_graph)
+            edits.record["not_refitted"] |= statistics_used_elsewhere(wiring_of(width_graph))
         if edits.update is not None:
             edits.update.commit()
         forget_noise(module)

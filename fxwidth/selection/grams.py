@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import real_rows
 from fxwidth.statistics.moment import Moment, effective_rows
 from fxwidth.statistics.moments import Moments
 from fxwidth.statistics.observation_points import Key
-from fxwidth.weights.readers import Reader, wiring_of
+from fxwidth.weights.readers import Reader, Wiring
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
 
 # More numbers than this in all pairs of a group, or as many products in all steps, and pairs are merged.
@@ -153,36 +153,36 @@ def _sum(parts: Sequence[Grams]) -> Grams:
     return Grams(first.activation, first.weight, max(part.precision for part in parts))
 
 
-def grams_of(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Grams | None:
+def grams_of(wiring: Wiring, group: ChannelGroup, moments: Moments) -> Grams | None:
     """Return the evidence on a group from all that reads it, None where nothing does.
 
     Where it would take too much memory, neighbouring readers are added together.
     """
     held = _Held()
-    for pairs in each_grams(width_graph, group, moments):
+    for pairs in each_grams(wiring, group, moments):
         held.add(pairs)
     return held.together()
 
 
-def each_grams(width_graph: WidthGraph, group: ChannelGroup, moments: Moments) -> Iterator[Grams]:
+def each_grams(wiring: Wiring, group: ChannelGroup, moments: Moments) -> Iterator[Grams]:
     """Yield the evidence on a group from one after the other of all that read it."""
-    for readers in reader_sets(width_graph):
-        own = reader_grams(width_graph, readers, group.factor, moments)
+    for readers in reader_sets(wiring):
+        own = reader_grams(wiring, readers, group.factor, moments)
         if own is not None:
             yield own
-    for squares in _product_squares(width_graph, group.factor, moments):
+    for squares in _product_squares(wiring.analysis, group.factor, moments):
         total = squares.sum()
         if float(total) > 0:
             weight = torch.eye(group.width, dtype=squares.dtype, device=squares.device)[None] / total
             yield Grams(torch.diag(squares)[None], weight, _EXACT, squares.new_full((1,), math.inf))
 
 
-def reader_grams(width_graph: WidthGraph, readers: ReaderSet, factor: Factor, moments: Moments) -> Grams | None:
+def reader_grams(wiring: Wiring, readers: ReaderSet, factor: Factor, moments: Moments) -> Grams | None:
     """Return the evidence from readers of one weight, a pair for each position of a factor in it; None without any."""
     # Readers of one weight see what is measured in all their places together.
-    reader, space = readers.first, width_graph.analysis.space
+    reader, space = readers.first, wiring.analysis.space
     moment = moments.of(reader)
-    values = _weight_values(width_graph, reader)
+    values = wiring.values(reader.call.arguments[reader.weight])
     if moment is None or values is None or factor not in space.factors(reader.axis):
         return None
     # Values from single precision are worked on in single precision where that is much faster.
@@ -208,10 +208,6 @@ def _fits_single(moment: Moment) -> bool:
 def _together(parts: Sequence[Tensor]) -> Tensor:
     """Return matrices one behind another; one alone is not copied, as it may be as large as a layer."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _weight_values(width_graph: WidthGraph, reader: Reader) -> Tensor | None:
-    return wiring_of(width_graph).values(reader.call.arguments[reader.weight])
 
 
 def _reader_grams(
@@ -246,15 +242,15 @@ def _reader_grams(
         yield inside[rows, columns, owner[:, None, None]], D[owner[:, None, None], rows, columns]
 
 
-def _product_squares(width_graph: WidthGraph, factor: Factor, moments: Moments) -> Iterator[Tensor]:
+def _product_squares(analysis: Analysis, factor: Factor, moments: Moments) -> Iterator[Tensor]:
     """Yield E q_j^2 E k_j^2 per channel for each product of two activations over a factor, [width]."""
     by_call: dict[OpCall, list[Key]] = {}
     for key in moments.squares:
-        by_call.setdefault(width_graph.analysis.calls[key[0]], []).append(key)
+        by_call.setdefault(analysis.calls[key[0]], []).append(key)
     for call, keys in by_call.items():
         contraction = call.contractions[0]
         axis = call.axes[contraction.left][contraction.left_dims[0]]
         product = moments.squares[keys[0]] * moments.squares[keys[-1]]
-        for positions in channel_positions(width_graph.analysis.space, axis, factor):
+        for positions in channel_positions(analysis.space, axis, factor):
             # Where both are divided into groups, these are samples of one and the same channels.
             yield product[torch.from_numpy(positions % len(product)).to(product.device)].sum(1)

@@ -70,9 +70,9 @@ class Moments:
         return self.contracted.get(reader.key)
 
 
-def has_values(width_graph: WidthGraph) -> bool:
+def has_values(analysis: Analysis) -> bool:
     """Tell whether the parameters have numbers in them, which they do not on the meta device."""
-    return all(entry.tensor.device.type != "meta" for entry in width_graph.analysis.parameters.values())
+    return all(entry.tensor.device.type != "meta" for entry in analysis.parameters.values())
 
 
 def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int | None = 1024) -> Moments | None:
@@ -87,7 +87,7 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
     Raises:
         FxwidthError: the data are empty, do not fit the graph or are not finite, or the parameters are not.
     """
-    if not has_values(width_graph):
+    if not has_values(width_graph.analysis):
         return None
     source = "training" if isinstance(data, Gathered) else "data"
     batches = cut_anew(width_graph.analysis, batches_from(width_graph.analysis, data, limit), _AT_ONCE)
@@ -127,7 +127,7 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
         FxwidthError: the parameters are not finite.
     """
     analysis = width_graph.analysis
-    if not has_values(width_graph):
+    if not has_values(width_graph.analysis):
         return None
     drawn = partial(_moments_of_draws, width_graph, seed, work)
     try:

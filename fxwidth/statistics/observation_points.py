@@ -18,7 +18,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.runtime.finiteness import accumulation_dtype
-from fxwidth.weights.readers import Reader, argument_name
+from fxwidth.weights.readers import Reader, argument_name, wiring_of
 from fxwidth.weights.shared_readers import reader_sets
 
 NORMS = {"layer norm": True, "RMS norm": False}
@@ -119,7 +119,7 @@ def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
     writes = _writes(analysis)
     first: dict[object, Probe] = {}
     keys_of: dict[tuple[object, ...], list[Key]] = {}
-    for readers in reader_sets(width_graph):
+    for readers in reader_sets(wiring_of(width_graph)):
         if not resizable(analysis, [readers.first.axis]) or _holds_batch(analysis, readers.first.axis):
             continue  # with as many groups as samples, each sees its own sample: no batch is like another
         places: dict[object, None] = {}

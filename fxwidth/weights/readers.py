@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
 from fxwidth.rules.op_families import Arithmetic, Convolution, Move, Product
-from fxwidth.weights.reparametrised import computed_values, normed_weights, own_values
+from fxwidth.weights.reparametrised import computed_values, normed_weights, weight_values
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,20 @@ class Reader:
 
 
 class Wiring:
-    """How the parameters of a width graph meet its activations, looked up by op, tensor and parameter."""
+    """How the parameters of a width graph meet its activations, looked up by op, tensor and parameter.
+
+    Attributes:
+        analysis: that of the graph.
+        readers: in the order of the tape.
+        memo: what has been found of it.
+    """
 
     def __init__(self, width_graph: WidthGraph) -> None:
         # Not the width graph itself, which remembers its wiring: it is to go as soon as nobody holds it.
-        self._analysis = width_graph.analysis
+        self.analysis = width_graph.analysis
+        self.memo: dict[Any, Any] = {}
         self._provenance = width_graph.roles.provenance
-        self._normed = normed_weights(width_graph)
+        self._normed = normed_weights(self.analysis)
         self.readers: list[Reader] = list(self._find_readers())
 
     @cached_property
@@ -143,7 +151,7 @@ class Wiring:
         """Where each parameter, or what is made of it, meets something that is no parameter."""
         result: dict[str, list[tuple[OpCall, Tensor]]] = {}
         inner = {index for normed in self._normed.values() for index in normed.inner}
-        for call in self._analysis.calls:
+        for call in self.analysis.calls:
             if call.index in inner or self._is_inside(call):
                 continue
             for tensor in call.inputs:
@@ -154,13 +162,13 @@ class Wiring:
     @cached_property
     def shown(self) -> frozenset[str]:
         """The parameters that a model's output holds, itself or something that is made of parameters alone."""
-        return frozenset(name for tensor in self._analysis.outputs for name in self._made_of.get(tensor, ()))
+        return frozenset(name for tensor in self.analysis.outputs for name in self._made_of.get(tensor, ()))
 
     @cached_property
     def _made_of(self) -> dict[Tensor, frozenset[str]]:
         """Of which parameters each tensor that is made of parameters alone is made, numbers without dims included."""
-        result = {entry.fake: frozenset({name}) for name, entry in self._analysis.parameters.items()}
-        for call in self._analysis.calls:
+        result = {entry.fake: frozenset({name}) for name, entry in self.analysis.parameters.items()}
+        for call in self.analysis.calls:
             inputs = call.inputs
             if not inputs or any(tensor not in self._provenance for tensor in inputs):
                 continue
@@ -194,11 +202,11 @@ class Wiring:
     def _by_storage(self) -> dict[int, list[tuple[str, Tensor]]]:
         """Which parameter, or normed weight in its place, a memory of the tape is, and the tensor that is all of it."""
         result: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, entry in self._analysis.parameters.items():
+        for name, entry in self.analysis.parameters.items():
             result.setdefault(storage_of(entry.fake), []).append((name, entry.fake))
         for name, normed in self._normed.items():
             # Only the weight that is used has entries that readers see.
-            result[storage_of(self._analysis.parameters[name].fake)] = []
+            result[storage_of(self.analysis.parameters[name].fake)] = []
             for whole in normed.results:
                 result.setdefault(storage_of(whole), []).append((name, whole))
         return result
@@ -209,7 +217,7 @@ class Wiring:
         if len(known) != 1:
             return None
         name, whole = known[0]
-        parameter = self._analysis.parameters[name].tensor
+        parameter = self.analysis.parameters[name].tensor
         if parameter.layout != torch.strided or whole.stride() != parameter.detach().clone().stride():
             return None
         size = tuple(1 if stride == 0 else n for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -221,8 +229,8 @@ class Wiring:
             return None
         view = self.view(tensor)
         if view is not None:
-            return view.of(own_values(self._analysis, self._normed, view.parameter))
-        return computed_values(self._analysis, tensor)
+            return view.of(weight_values(self.analysis, view.parameter))
+        return computed_values(self.analysis, tensor)
 
     def following_batch_norm(self, call: OpCall) -> OpCall | None:
         """Return the batch norm that alone takes an op's result, if it keeps running statistics."""
@@ -255,12 +263,12 @@ class Wiring:
         return None
 
     def _only_consumer(self, tensor: Tensor) -> tuple[OpCall] | None:
-        consumers = def_use(self._analysis).consumers_of(tensor)
-        is_result = any(tensor is output for output in self._analysis.outputs)
+        consumers = def_use(self.analysis).consumers_of(tensor)
+        is_result = any(tensor is output for output in self.analysis.outputs)
         return (consumers[0],) if len(consumers) == 1 and not is_result else None
 
     def _find_readers(self) -> Iterator[Reader]:
-        for call in self._analysis.calls:
+        for call in self.analysis.calls:
             for contraction in call.contractions:
                 left, right = contraction.left, contraction.right
                 for own, own_dims, other, other_dims in (
@@ -273,7 +281,7 @@ class Wiring:
     def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:
         is_convolution = isinstance(family_of(call.func), Convolution)
         groups = call.arguments["groups"] if is_convolution else 1
-        axis = self._analysis.space.normalise(call.axes[activation][dim])
+        axis = self.analysis.space.normalise(call.axes[activation][dim])
         axis, minor = without_minor(axis) if not is_convolution else (axis, 1)
         transposed = bool(call.arguments.get("transposed"))
         outputs = prod(size for i, size in enumerate(_distinct(weight)) if i != weight_dim)

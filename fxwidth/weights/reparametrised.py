@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from fxwidth.analysis.def_use import def_use
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, IndexMaps
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, plain_kernels, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
@@ -56,19 +55,14 @@ class NormedWeight:
 
 
 @per_graph
-def normed_weights(width_graph: WidthGraph) -> dict[str, NormedWeight]:
+def normed_weights(analysis: Analysis) -> dict[str, NormedWeight]:
     """Return the normed weights of a graph by the names of their parameters."""
-    return _find(width_graph.analysis)
+    return _find(analysis)
 
 
-def weight_values(width_graph: WidthGraph, name: str) -> Tensor:
+def weight_values(analysis: Analysis, name: str) -> Tensor:
     """Return the values of a parameter, or of the normed weight that is computed from it; of its shape either way."""
-    return own_values(width_graph.analysis, normed_weights(width_graph), name)
-
-
-def own_values(analysis: Analysis, found: Mapping[str, NormedWeight], name: str) -> Tensor:
-    """Return the values of a parameter, or of the one among these normed weights that is computed from it."""
-    normed = found.get(name)
+    normed = normed_weights(analysis).get(name)
     tensor = analysis.parameters[name].tensor.detach()
     if normed is None or tensor.is_meta:
         return tensor
@@ -81,26 +75,26 @@ def computed_values(analysis: Analysis, tensor: Tensor) -> Tensor:
     return _evaluated(analysis, tensor, values, lambda call: (call.func, call.arguments))
 
 
-def with_solved_lengths(width_graph: WidthGraph, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_solved_lengths(analysis: Analysis, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters and their companions for which the computed weights are the wanted ones.
 
     Args:
-        width_graph: the graph at the old sizes.
+        analysis: that of the graph at the old sizes.
         maps: the kept and new indices.
         tensors: the new tensors by name; those of normed weights are the weights that are wanted.
     """
     result: dict[str, Tensor] = {}
-    for name, normed in normed_weights(width_graph).items():
+    for name, normed in normed_weights(analysis).items():
         if name in tensors and not tensors[name].is_meta:
             solved = _solved_length if normed.product is None else _solved_vector
-            result |= solved(width_graph, maps, normed, {**tensors, **result})
+            result |= solved(analysis, maps, normed, {**tensors, **result})
     return result
 
 
-def _restored(width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, wanted: Tensor, scale: Tensor) -> Tensor:
+def _restored(analysis: Analysis, maps: IndexMaps, normed: NormedWeight, wanted: Tensor, scale: Tensor) -> Tensor:
     """Return the parameter for a wanted weight: entries that are as they were keep every digit."""
-    entry = width_graph.analysis.parameters[normed.parameter]
-    old, used = entry.tensor.detach(), weight_values(width_graph, normed.parameter)
+    entry = analysis.parameters[normed.parameter]
+    old, used = entry.tensor.detach(), weight_values(analysis, normed.parameter)
     for dim, axis in enumerate(entry.axes):
         if maps.changes(axis):
             places = torch.from_numpy(np.maximum(maps.indices(axis), 0)).to(old.device)
@@ -109,10 +103,9 @@ def _restored(width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, wa
 
 
 def _solved_length(
-    width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, tensors: Mapping[str, Tensor]
+    analysis: Analysis, maps: IndexMaps, normed: NormedWeight, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give each slice of a weight norm the length it shall have, and its direction the scale that it had."""
-    analysis = width_graph.analysis
     entry, companion = (analysis.parameters[name] for name in (normed.parameter, normed.companion))
     dim = weight_norm_dim(normed.calls[0])
     old, gain = entry.tensor.detach(), companion.tensor.detach()
@@ -130,7 +123,7 @@ def _solved_length(
 
     # A length of zero leaves nothing to take the direction from: it stays what it was.
     scale = moved(torch.where(gain == 0, 0.0, _length(old, dim) / gain), 1.0)
-    direction = _restored(width_graph, maps, normed, tensors[normed.parameter], scale)
+    direction = _restored(analysis, maps, normed, tensors[normed.parameter], scale)
     lengths = moved(gain / _length(old, dim), 0.0) * _length(direction, dim)
     if kept is not None:
         lengths = torch.where(moved(torch.zeros_like(gain), 1.0) == 1.0, filled, lengths)
@@ -151,16 +144,15 @@ def _length(tensor: Tensor, dim: int | None) -> Tensor:
 
 
 def _solved_vector(
-    width_graph: WidthGraph, maps: IndexMaps, normed: NormedWeight, tensors: Mapping[str, Tensor]
+    analysis: Analysis, maps: IndexMaps, normed: NormedWeight, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give the left vector of a spectral norm the length at which the estimated norm stays what it was.
 
     Training normalises the vector again before it uses it.
     """
-    analysis = width_graph.analysis
     assert normed.product is not None
     norm = computed_values(analysis, normed.calls[0].arguments["other"])
-    weight = _restored(width_graph, maps, normed, tensors[normed.parameter], norm)
+    weight = _restored(analysis, maps, normed, tensors[normed.parameter], norm)
     values = {e.fake: tensors.get(name, e.tensor.detach()) for name, e in analysis.parameters.items()}
     values[analysis.parameters[normed.parameter].fake] = weight
     product = _evaluated(analysis, normed.product, values, lambda call: resized_call(call, maps))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import running_norm, takes_rows
 from fxwidth.rules.op_families import Norm
-from fxwidth.weights.readers import ParameterView, Reader, Wiring, wiring_of
+from fxwidth.weights.readers import ParameterView, Reader, Wiring
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class ReaderSet:
 
 
 @per_graph
-def reader_sets(width_graph: WidthGraph) -> list[ReaderSet]:
-    """Return the readers of a width graph, put together where they share a weight."""
-    return list(_find(wiring_of(width_graph)))
+def reader_sets(wiring: Wiring) -> list[ReaderSet]:
+    """Return the readers of a graph, put together where they share a weight."""
+    return list(_find(wiring))
 
 
 def _find(wiring: Wiring) -> Iterator[ReaderSet]:

@@ -93,7 +93,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
     wiring = wiring_of(width_graph)
     space = width_graph.analysis.space
     provenance = width_graph.roles.provenance
-    companions = {normed.companion for normed in normed_weights(width_graph).values()}
+    companions = {normed.companion for normed in normed_weights(width_graph.analysis).values()}
     for site in group.sites:
         entry = width_graph.analysis.parameters[site.parameter]
         dim = site.parameter, site.dim
@@ -102,7 +102,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
         if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue
-        weight = weight_values(width_graph, site.parameter).movedim(site.dim, 0).flatten(1)
+        weight = weight_values(width_graph.analysis, site.parameter).movedim(site.dim, 0).flatten(1)
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):
             index = torch.from_numpy(positions).to(weight.device)
             rows = weight[index.view(-1)].view(*index.shape, -1)

@@ -20,6 +20,7 @@ from fxwidth.reconstruction.basis_change import rotated
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.moments import moments_from_data
 from fxwidth.tracing import analyze_module
+from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import tokens, trained_like
 from tests.zoo.networks_of_norms import (
     NETS,
@@ -46,7 +47,7 @@ def test_a_rotation_changes_no_function(name: str) -> None:
     assert (len(found.norms), len(change.basis.views)) == (writers, readers)
     before, expected = copy.deepcopy(gm.state_dict()), gm(x)
     transaction = Transaction()
-    after = rotated(graph, found, moments, transaction)
+    after = rotated(wiring_of(graph), found, moments, transaction)
     assert relative(gm(x), expected) < 1e-12
     changed = {key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])}
     scales = {scale for norm in found.norms for scale in norm.scales}
@@ -75,7 +76,7 @@ def test_a_batch_norm_may_belong_to_several_bases(make: type[nn.Module], groups:
     changes = [one for one in found if one is not None]
     assert [len(one.changes) for one in changes] == [bases] * groups
     for one in changes:
-        moments = rotated(graph, one, moments, Transaction())
+        moments = rotated(wiring_of(graph), one, moments, Transaction())
     assert relative(gm(x), expected) < 1e-12
     # Its variances are those of what it is given now.
     variance = gm.get_buffer("norm.running_var").clone()
@@ -158,7 +159,7 @@ def test_in_training_the_network_stays_close(name: str) -> None:
     found = Evidence(graph, moments, rotates=True).rotation(graph[NETS[name][2]])
     assert found is not None
     expected = copy.deepcopy(gm).train()(x)
-    rotated(graph, found, moments, Transaction())
+    rotated(wiring_of(graph), found, moments, Transaction())
     assert relative(copy.deepcopy(gm).train()(x), expected) < 0.02
     # A batch norm that has another variance than its channels does not train like the old one.
     gm.get_buffer(found.norms[0].variance).fill_(100.0)
@@ -294,7 +295,7 @@ def test_the_whole_of_mobilenet_keeps_its_function() -> None:
         assert len(changes) == 7
         assert sum(len(one.norms) for one in changes) == 17
         for one in changes:
-            moments = rotated(graph, one, moments, Transaction())
+            moments = rotated(wiring_of(graph), one, moments, Transaction())
         assert relative(gm(x), expected) < 1e-10
 
 
@@ -343,5 +344,5 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(
     assert moments is not None
     found, expected = basis_change.rotation(graph, graph["0"], moments), gm(x)
     assert found is not None
-    rotated(graph, found, moments, Transaction())
+    rotated(wiring_of(graph), found, moments, Transaction())
     assert relative(gm(x), expected) < tolerance

@@ -14,6 +14,7 @@ from fxwidth.selection.grams import grams_of
 from fxwidth.selection.orders import channel_order
 from fxwidth.selection.registry import Selection, check_selection, reads_moments
 from fxwidth.statistics.moments import Moments, moments_from_data
+from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import build
 
 
@@ -88,6 +89,8 @@ def select(
     check_selection(selection)
     if width >= group.width:
         return np.arange(group.width, dtype=np.int64)
-    grams = grams_of(width_graph, group, moments) if moments is not None and reads_moments(selection) else None
+    grams = (
+        grams_of(wiring_of(width_graph), group, moments) if moments is not None and reads_moments(selection) else None
+    )
     order = channel_order(width_graph, group, width, grams, selection)
     return np.sort(order[:width].cpu().numpy().astype(np.int64))

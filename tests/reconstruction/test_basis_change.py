@@ -22,6 +22,7 @@ from fxwidth.reconstruction.basis_change import rotated
 from fxwidth.reconstruction.basis_consumers import BasisChange
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.tracing import analyze_module
+from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import Attention, build, tokens, trained_like
 
 
@@ -187,7 +188,7 @@ def test_a_rotation_changes_no_function(name: str) -> None:
     with torch.no_grad():
         expected = gm(x)
         transaction = Transaction()
-        moments = rotated(graph, turned, evidence.moments, transaction)
+        moments = rotated(wiring_of(graph), turned, evidence.moments, transaction)
         torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
         changed = [key for key, value in gm.state_dict().items() if not torch.equal(value, before[key])]
         bases = [change.basis for change in turned.changes]
@@ -320,7 +321,7 @@ def test_bare_parameters_are_readers_or_keep_the_basis(make: Callable[[], nn.Mod
     transaction = Transaction()
     for group in graph.free:
         found = evidence.rotation(group)
-        moments = moments if found is None else rotated(graph, found, moments, transaction)
+        moments = moments if found is None else rotated(wiring_of(graph), found, moments, transaction)
     torch.testing.assert_close(gm(x), expected, rtol=1e-8, atol=1e-9)
     transaction.roll_back()
 
@@ -341,6 +342,6 @@ def test_a_wrong_order_of_heads_is_seen(name: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(basis_change, "_turned_place", wrong)
     transaction = Transaction()
-    rotated(graph, found, evidence.moments, transaction)
+    rotated(wiring_of(graph), found, evidence.moments, transaction)
     assert float((gm(x) - expected).abs().max()) > 1e-3
     transaction.roll_back()

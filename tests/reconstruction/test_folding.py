@@ -318,7 +318,7 @@ class TestVarianceRatio:
         call, group = self._norm(graph)
         maps = maps_for(graph, {group: np.concatenate([np.arange(12), [NEW] * 5])})
         for moments in (None, evidence(graph, x)):
-            assert variance_ratio(graph, maps, moments, call) == pytest.approx(12 / 17, rel=1e-15)
+            assert variance_ratio(graph.analysis.space, maps, moments, call) == pytest.approx(12 / 17, rel=1e-15)
 
     def test_dropping_channels_at_the_mean_undoes_growth(self) -> None:
         graph, x = build("attention")
@@ -330,7 +330,7 @@ class TestVarianceRatio:
                 moved[[3, 7]] = moved[[0, 1, 2, 4, 5, 6, 8, 9, 10, 11]].mean(0)
         moments = evidence(graph, x)
         maps = maps_for(graph, {group: kept_without(12, 3, 7)})
-        assert variance_ratio(graph, maps, moments, call) == pytest.approx(12 / 10, rel=1e-14)
+        assert variance_ratio(graph.analysis.space, maps, moments, call) == pytest.approx(12 / 10, rel=1e-14)
 
     def test_against_the_samples(self) -> None:
         graph, x = build("attention")
@@ -339,10 +339,13 @@ class TestVarianceRatio:
         deviations = (given - given.mean(-1, keepdim=True)).square().mean((0, 1))
         maps = maps_for(graph, {group: kept_without(12, 0, 5, 6)})
         expected = deviations[kept_without(12, 0, 5, 6)].mean() / deviations.mean()
-        found = variance_ratio(graph, maps, evidence(graph, x), call)
+        found = variance_ratio(graph.analysis.space, maps, evidence(graph, x), call)
         assert found == pytest.approx(float(expected), rel=1e-12)
 
     def test_other_norms_stay(self) -> None:
         graph, x = build("attention")
         call, _ = self._norm(graph)
-        assert variance_ratio(graph, maps_for(graph, {"v#1": kept_without(4, 0)}), evidence(graph, x), call) == 1.0
+        assert (
+            variance_ratio(graph.analysis.space, maps_for(graph, {"v#1": kept_without(4, 0)}), evidence(graph, x), call)
+            == 1.0
+        )

@@ -21,6 +21,7 @@ from fxwidth.rules.family_table import FAMILIES, adds, declare, running_norm, ta
 from fxwidth.rules.op_families import Norm, NormKind, Product
 from fxwidth.rules.registry import POINTWISE, RULES, pointwise, rule
 from fxwidth.rules.unruled import UNRULED
+from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.shared_readers import reader_sets
 from tests.oracles.judges import analysed, assert_replays
 
@@ -88,7 +89,9 @@ def _told(graph: WidthGraph) -> list[Any]:
         sites = [(site.parameter, site.dim, site.role) for site in group.sites]
         growth = (group.growth.recipe, bool(group.growth.inexact), sorted(group.growth.fills.items(), key=str))
         found.append((group.name, group.width, group.pinned is None, sites, growth, places))
-    readers = [(one.foldable, one.first.outputs, one.first.groups, str(one.absorber)) for one in reader_sets(graph)]
+    readers = [
+        (one.foldable, one.first.outputs, one.first.groups, str(one.absorber)) for one in reader_sets(wiring_of(graph))
+    ]
     return [*found, readers]
 
 

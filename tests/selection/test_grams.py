@@ -13,6 +13,7 @@ from fxwidth.selection import grams as module
 from fxwidth.selection.error_curves import lost_share
 from fxwidth.selection.grams import Grams, each_grams, grams_of
 from fxwidth.statistics.moments import Moments, moments_from_noise
+from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import width_graph
 
 WIDTH = 8
@@ -56,12 +57,12 @@ def test_readers_that_are_too_many_are_added_to_their_neighbours(
     readers: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, group, moments = stream(readers)
-    every = grams_of(graph, group, moments)
+    every = grams_of(wiring_of(graph), group, moments)
     assert every is not None
     assert not every.is_sum
     assert len(every.activation) == readers
     monkeypatch.setattr(module, "_MOST_ENTRIES", limit * WIDTH**2)
-    held = grams_of(graph, group, moments)
+    held = grams_of(wiring_of(graph), group, moments)
     assert held is not None
     assert limit / 2 < len(held.activation) <= limit or len(held.activation) == readers <= limit
     assert held.is_sum is (readers > limit)
@@ -79,7 +80,7 @@ def test_readers_that_are_too_many_are_added_to_their_neighbours(
 
 def test_what_is_lost_is_the_same_whether_readers_are_held_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, group, moments = stream(9)
-    every = grams_of(graph, group, moments)
+    every = grams_of(wiring_of(graph), group, moments)
     assert every is not None
     monkeypatch.setattr(module, "_MOST_ENTRIES", 2 * WIDTH**2)
     evidence = Evidence(graph, moments)
@@ -87,13 +88,13 @@ def test_what_is_lost_is_the_same_whether_readers_are_held_or_not(monkeypatch: p
     order = evidence.order(group, WIDTH)
     expected = fxwidth.selection.error_curves.logarithmic(lost_share(every, order))
     np.testing.assert_allclose(errors, expected, rtol=1e-9, atol=1e-12)
-    assert len(list(each_grams(graph, group, moments))) == 9
+    assert len(list(each_grams(wiring_of(graph), group, moments))) == 9
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_readers_weigh_the_same_however_loud_they_are(scale: float) -> None:
     graph, group, moments = stream(5)
-    before = grams_of(graph, group, moments)
+    before = grams_of(wiring_of(graph), group, moments)
     assert before is not None
     # Each is measured by what it makes of the channels, all of which are one.
     torch.testing.assert_close(products(before), torch.ones(5).double())
@@ -102,7 +103,7 @@ def test_readers_weigh_the_same_however_loud_they_are(scale: float) -> None:
         graph.analysis.parameters["readers.2.weight"].tensor.mul_(scale)
     graph = fxwidth.analyze(graph.analysis.module)
     (group,) = graph.free
-    after = grams_of(graph, group, moments)
+    after = grams_of(wiring_of(graph), group, moments)
     assert after is not None
     torch.testing.assert_close(after.activation, before.activation)
     torch.testing.assert_close(after.weight, before.weight)

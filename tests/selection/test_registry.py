@@ -21,6 +21,7 @@ from fxwidth.reconstruction.folding import fold
 from fxwidth.selection.grams import Grams, grams_of
 from fxwidth.selection.greedy import greedy_order
 from fxwidth.statistics.moments import moments_from_noise
+from fxwidth.weights.readers import wiring_of
 from tests.oracles.channels import (
     evidence,
     kept_without,
@@ -181,7 +182,7 @@ class TestSelect:
         (group,) = graph.free
         moments = evidence(graph, images())
         assert 3 not in select(graph, group, 7, moments)
-        pairs = grams_of(graph, group, moments)
+        pairs = grams_of(wiring_of(graph), group, moments)
         assert pairs is not None
         assert len(pairs.activation) == 1
 

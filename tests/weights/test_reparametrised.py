@@ -171,7 +171,7 @@ def test_twins_are_folded(norm):
             tensor[8:] = tensor[:8]
     before = model(x)
     gm = fxwidth.trace(model, x)
-    used = weight_values(fxwidth.analyze(gm), next(iter(normed_weights(fxwidth.analyze(gm)))))
+    used = weight_values(fxwidth.analyze(gm).analysis, next(iter(normed_weights(fxwidth.analyze(gm).analysis))))
     assert used.shape == (12, 16)
     fxwidth.resize(gm, {first_group(gm): 8})
     assert largest_difference([gm(x)], [before]) < 1e-9

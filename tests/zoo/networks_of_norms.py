@@ -15,6 +15,7 @@ from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.moments import Moments, moments_from_data
 from fxwidth.tracing import analyze_module
+from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import tokens, trained_like
 
 
@@ -160,7 +161,7 @@ def change(name: str) -> float:
     """Return by how much a rotation changes what a network computes."""
     gm, x, graph, found, moments = turned(name)
     expected = gm(x)
-    rotated(graph, found, moments, Transaction())
+    rotated(wiring_of(graph), found, moments, Transaction())
     return relative(gm(x), expected)
 
 
