@@ -3,8 +3,11 @@
     python benchmarks/fuzz.py --networks 5000
 
 Every network of the fuzzer is analysed and compared in float64 with the replay oracle after removing random channels of
-all groups, and with the model where nothing is removed. Writes a markdown table to benchmarks/results/. The oracle
-cannot see what is pinned without need: the reasons are there to be read.
+all groups, and with the model where nothing is removed. Then it is judged by its values alone, whatever the rules are:
+all that grows exactly is grown, at two batch sizes and in both modes; and by turns, it is halved and must train, or
+copies of channels, which readers can do without, are dropped from a network of the same seed in which parameters read
+every channel. Writes a markdown table to benchmarks/results/. No oracle sees what is pinned without need: the reasons
+are there to be read.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from benchmarks.support.tables import header, line
 from fxwidth.groups.width_graph import WidthGraph
 from tests.fuzz.networks import RandomNetwork, Tally, example_input, seeded_program
 from tests.oracles.judges import analysed, assert_replays, assert_replays_unchanged
+from tests.oracles.values import READ_BY_PARAMETERS, check_copies, check_growth, check_training
 
 # The seeds of the slow suite.
 FIRST_SEED = 10_000
@@ -59,7 +63,7 @@ def check_all(seeds: range) -> tuple[Tally, list[tuple[int, str]]]:
 
 
 def check(seed: int, tally: Tally) -> None:
-    """Compare one network with the replay oracle and count its groups."""
+    """Hold one network to the replay oracle and to its own values, and count its groups."""
     torch.manual_seed(0)
     inputs = [example_input()]
     model = RandomNetwork(seeded_program(seed)).double()
@@ -67,6 +71,11 @@ def check(seed: int, tally: Tally) -> None:
     tally.add(WidthGraph(analysis))
     assert_replays(analysis, inputs)
     assert_replays_unchanged(analysis, model, inputs)
+    check_growth(seeded_program(seed))
+    if seed % 2:
+        check_copies(seeded_program(seed, ops=READ_BY_PARAMETERS))
+    else:
+        check_training(seeded_program(seed))
 
 
 def render(tally: Tally, failed: list[tuple[int, str]], networks: int, processes: int, seconds: float) -> str:
@@ -74,7 +83,7 @@ def render(tally: Tally, failed: list[tuple[int, str]], networks: int, processes
     pinned = tally.reasons.total()
     share = pinned / max(1, pinned + tally.free)
     lines = [
-        "# Random networks against the replay oracle",
+        "# Random networks against the replay oracle and their own values",
         "",
         f"torch {version('torch')}, {processes} process{'es' if processes > 1 else ''} of 1 thread, {seconds:.0f} s.",
         "",
