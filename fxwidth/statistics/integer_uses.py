@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,23 +10,14 @@ from torch import Tensor
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.rules.family_table import as_family
+from fxwidth.rules.op_families import LookUp
 
-# Ops that look up rows: the argument that holds their numbers, and the one whose dim they number.
-_LOOKUPS = {
-    "embedding": ("indices", "weight"),
-    "_embedding_bag": ("indices", "weight"),
-    "_embedding_bag_forward_only": ("indices", "weight"),
-    "index_select": ("index", "self"),
-    "gather": ("index", "self"),
-    "scatter": ("index", "self"),
-    "scatter_add": ("index", "self"),
-    "scatter_reduce": ("index", "self"),
-    "index_add": ("index", "self"),
-    "index_copy": ("index", "self"),
-    "index_fill": ("index", "self"),
-    "index_reduce": ("index", "self"),
-}
-_BY_LISTS = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
+# Ops that look up entries beside those of the family of look-ups: those that write to them.
+_WRITTEN = frozenset(
+    {"scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce"}
+)
+_WRITTEN_BY_LISTS = frozenset({"index_put", "_unsafe_index_put"})
 _CLASSES = frozenset({"nll_loss_forward", "nll_loss2d_forward"})
 _BAGS = frozenset({"_embedding_bag", "_embedding_bag_forward_only"})
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge"})
@@ -242,17 +234,28 @@ def _is_integer(tensor: Tensor) -> bool:
 
 def _looked_up(call: OpCall, taken: set[Tensor]) -> list[int] | None:
     """Return the sizes of the dims that an op numbers by some tensors; None where it numbers none by them."""
-    arguments = call.arguments
-    if call.name in _BY_LISTS:
-        pairs = zip(arguments["self"].shape, arguments["indices"], strict=False)
-        return [size for size, index in pairs if index is not None and index in taken] or None
     if call.name in _CLASSES:
-        scores = arguments["self"]
-        return [scores.shape[min(1, scores.dim() - 1)]] if arguments["target"] in taken else None
-    if call.name not in _LOOKUPS:
+        scores = call.arguments["self"]
+        return [scores.shape[min(1, scores.dim() - 1)]] if call.arguments["target"] in taken else None
+    names = _table_and_index(call)
+    if names is None:
         return None
-    numbers, table = (arguments[name] for name in _LOOKUPS[call.name])
+    table, numbers = (call.arguments[name] for name in names)
+    if isinstance(numbers, Sequence):
+        pairs = zip(table.shape, numbers, strict=False)
+        return [size for size, index in pairs if index is not None and index in taken] or None
     if numbers in taken:
-        dim = arguments.get("dim", 0)
-        return [table.shape[dim] if table.dim() else 1]
+        return [table.shape[call.arguments.get("dim", 0)] if table.dim() else 1]
     return [] if call.name in _BAGS else None
+
+
+def _table_and_index(call: OpCall) -> tuple[str, str] | None:
+    """Return by which names an op takes what it looks up entries of, and their numbers; None if it looks up none."""
+    family = as_family(call.func, LookUp)
+    if family is not None:
+        return family.table, family.index
+    if call.name in _BAGS:
+        return "weight", "indices"
+    if call.name in _WRITTEN:
+        return "self", "index"
+    return ("self", "indices") if call.name in _WRITTEN_BY_LISTS else None
