@@ -1,6 +1,6 @@
 """How new channels enter a group without changing the function: what stands in the new slots of every parameter.
 
-A recipe is exact when interpretation of the tape (see `growth_interpretation`) finds no op that lets new channels reach
+A recipe is exact when interpretation of the tape (`interpreter.py`) finds no op that lets new channels reach
 old ones. Recipes are tried from the one that leaves most to learn to the narrowest.
 """
 
