@@ -68,6 +68,46 @@ def test_statistics_are_those_of_the_resized_network(sizes: tuple[int, ...]) -> 
         torch.testing.assert_close(norm.running_var, variance, rtol=1e-10, atol=1e-9)
 
 
+class TwoScales(nn.Module):
+    """One batch norm for images and for smaller ones, which have fewer positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 6, 3, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def inputs_of_norm(self, x: Tensor) -> list[Tensor]:
+        """Return what the batch norm is given, at either scale."""
+        return [self.second(torch.relu(self.first(scale))) for scale in (x, nn.functional.avg_pool2d(x, 2) + 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of images."""
+        large, small = (torch.relu(self.norm(values)).mean((2, 3)) for values in self.inputs_of_norm(x))
+        logits: Tensor = self.head(large + small)
+        return logits
+
+
+@torch.no_grad()
+def of_all_values(model: TwoScales, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance per channel over all values that the batch norm is given."""
+    values = torch.cat([y.movedim(1, 0).flatten(1) for y in model.inputs_of_norm(x)], 1)
+    return values.mean(1), values.var(1, correction=0)
+
+
+def test_every_value_counts_the_same_where_a_batch_norm_is_used_at_two_scales() -> None:
+    torch.manual_seed(0)
+    x, model = images(size=12), trained_like(TwoScales())
+    mean, variance = of_all_values(model, x)
+    model.norm.running_mean.copy_(mean)
+    model.norm.running_var.copy_(variance)
+    gm = fxwidth.trace(model, x[:4])
+    fxwidth.resize(gm, {"first": 3}, data=[x])
+    assert fxwidth.report(gm).resizes[-1]["original"] == "resized"
+    mean, variance = of_all_values(model, x)
+    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.norm.running_var, variance, rtol=1e-10, atol=1e-9)
+
+
 @pytest.mark.parametrize("count", [100, 160, 161])
 def test_how_the_data_are_cut_does_not_matter(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More data than are run at once, in one batch and in batches of unequal sizes."""
