@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,13 @@ from fxwidth.analysis.op_signatures import Signature, differ, observing, prescri
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.train_eval_merge import TrainingFlag
 from fxwidth.recording.tape import plain_kernels
 from fxwidth.rewriting.added_modules import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
-from fxwidth.rewriting.batch_checks import differs_in_batch
 from fxwidth.rewriting.literals import NodeState, patch
 from fxwidth.rewriting.lowering import Lowering
-from fxwidth.rewriting.training_behaviour import Step, training_steps
-from fxwidth.rewriting.training_runs import UnexplainedError, any_batch
+from fxwidth.rewriting.old_sizes import OldSizes
+from fxwidth.rewriting.training_runs import any_batch
 from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.module_state import hooked_part, is_plain_layer, unchanged
 from fxwidth.runtime.pytrees import deep_tensors
@@ -78,6 +76,7 @@ class _Rewriter:
         self._values = self._result.values
         additions = self._result.additions
         self._old_values: dict[fx.Node, Any] = {}
+        self._old = OldSizes(analysis, edits, self._old_values)
         # What one run has found must not become a number in the graph.
         self._behind_values = frozenset(nodes_behind_values(analysis))
         self._lowering = Lowering(analysis, maps, self._graph, additions.constant, additions.dropout)
@@ -160,10 +159,9 @@ class _Rewriter:
 
     def _trained_before(self, node: fx.Node, module: nn.Module) -> bool:
         """Tell whether a module could be run in training at the old sizes: some need targets, or look at values."""
-        old = {name: entry.fake for name, entry in self._analysis.parameters.items()}
         values, self._values = self._values, self._old_values
         try:
-            with self._edits.suspended(), substituted(self._module, old):
+            with self._old.restored():
                 return self._in_training_mode(node, module)[1] is None
         finally:
             self._values = values
@@ -250,8 +248,8 @@ class _Rewriter:
                 f"node {name!r} has a size written into its code ({problem}), and {whole}, so that it cannot be taken "
                 "apart into ATen ops. Keep its groups with keep=."
             )
-        self._check_batch(name, problem)
-        result, inserted = self._lowering.lower(node, name, self._old_values, self._in_training(node, problem))
+        self._old.refuse_other_in_batch(name, problem)
+        result, inserted = self._lowering.lower(node, name, self._old_values, self._old.in_training(node, problem))
         for new in inserted:
             self._values[new] = self._run_inserted(new, name, problem)
         node.replace_all_uses_with(result)
@@ -264,61 +262,6 @@ class _Rewriter:
     def _writes(self, name: str) -> bool:
         """Tell whether a node writes to a tensor: what it is there for may not be what it returns."""
         return any(call.func._schema.is_mutable for call in self._analysis.calls_of(name))
-
-    def _check_batch(self, name: str, problem: str) -> None:
-        """Refuse what would write a number that depends on the batch into the graph."""
-        old = {name: entry.fake for name, entry in self._analysis.parameters.items()}
-        with self._edits.suspended(), substituted(self._module, old), quiet():
-            other = differs_in_batch(self._analysis, name)
-        if other is not None:
-            raise FxwidthError(
-                f"node {name!r} has to be taken apart into ATen ops ({problem}), which would not follow the batch "
-                f"size as it does: for a batch larger by one it does {other}. Keep its groups with keep=, or trace "
-                "the model so that this module is taken apart."
-            )
-
-    def _in_training(self, node: fx.Node, problem: str) -> tuple[list[Step], Any] | None:
-        """Return what a node does in training at the old sizes, where that can differ and can be told."""
-        callee = self._callee(node)
-        flags = {source: self._value_in_training(source) for source in node.all_input_nodes}
-        if not isinstance(callee, nn.Module) and all(value is self._old_values[n] for n, value in flags.items()):
-            return None
-        in_evaluation, in_training = _arguments(node, self._old_values), _arguments(node, flags)
-        old = {name: entry.fake for name, entry in self._analysis.parameters.items()}
-        twins = self._analysis.calls_of(node.name)
-        try:
-            with self._edits.suspended(), substituted(self._module, old), quiet():
-                mode = self._analysis.mode
-                return training_steps(self._module, callee, in_evaluation, in_training, twins, mode)
-        except UnexplainedError as error:
-            raise FxwidthError(
-                f"node {node.name!r} has to be taken apart into ATen ops ({problem}), which cannot follow what the "
-                f"module does in training: {error}. Keep the groups of this module with keep=, or trace the model so "
-                "that it is taken apart."
-            ) from error
-
-    def _callee(self, node: fx.Node) -> Callable[..., Any]:
-        if node.op == "call_module":
-            return self._module.get_submodule(str(node.target))
-        if node.op == "call_method":
-            name = str(node.target)
-            return lambda owner, *args, **kwargs: getattr(owner, name)(*args, **kwargs)
-        assert callable(node.target)
-        return node.target
-
-    def _value_in_training(self, node: fx.Node) -> Any:
-        """Return what a node is in training: numbers may be others, tensors are looked at elsewhere."""
-        value = self._old_values[node]
-        if node.op not in ("call_module", "call_function") or deep_tensors(value):
-            return value
-        if node.op == "call_module":
-            is_flag = isinstance(self._callee(node), TrainingFlag)
-            return True if is_flag else value
-        inputs = {source: self._value_in_training(source) for source in node.all_input_nodes}
-        if all(own is self._old_values[source] for source, own in inputs.items()):
-            return value
-        args, kwargs = _arguments(node, inputs)
-        return self._callee(node)(*args, **kwargs)
 
     def _run_inserted(self, node: fx.Node, lowered: str, problem: str) -> Any:
         additions = self._result.additions
@@ -346,10 +289,3 @@ class _Rewriter:
 
     def _changes(self, tensor: Tensor) -> bool:
         return any(map(self._maps.changes, self._analysis.axes_of(tensor)))
-
-
-def _arguments(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a node's positional and keyword arguments with values for nodes."""
-    args: Any = fx.node.map_arg(node.args, values.__getitem__)
-    kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
-    return args, kwargs

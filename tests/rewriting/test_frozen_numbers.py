@@ -164,7 +164,7 @@ def test_a_lowered_module_that_counts_the_batch_is_refused(number: Callable[[Ten
 
 def test_without_the_larger_batch_the_number_would_be_written_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: nothing else sees that a lowered module counts the batch."""
-    monkeypatch.setattr("fxwidth.rewriting.graphs.differs_in_batch", lambda analysis, name: None)
+    monkeypatch.setattr("fxwidth.rewriting.old_sizes.differs_in_batch", lambda analysis, name: None)
     gm = traced_with_closed(lambda h: h.numel())
     group = next(group.name for group in fxwidth.analyze(gm).groups if not group.pinned)
     fxwidth.resize(gm, {group: 1}, fold=False)
