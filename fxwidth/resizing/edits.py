@@ -14,6 +14,7 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
+from fxwidth.reconstruction.unfitted_uses import unfitted_uses
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
@@ -30,6 +31,7 @@ from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.finiteness import is_sound
 from fxwidth.runtime.tensor_slots import set_slot, tensor_slots
 from fxwidth.statistics.moments import Moments
+from fxwidth.weights.readers import wiring_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     tensors, maps = resized_tensors(
         width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions
     )
+    rotated = [group.factor for group in selection.bases]
+    missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     _refuse_infinite(analysis, tensors)
     replacements = _replacements(analysis, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}

@@ -185,6 +185,10 @@ class Wiring:
         of_parameters = all(tensor in self._provenance for tensor in call.inputs)
         return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
 
+    def is_activation(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor of the tape is made of more than parameters and buffers."""
+        return tensor not in self._provenance
+
     def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
         """Tell whether all uses of a parameter are of one kind: then other values in it change nothing else."""
         return name not in self.shown and all(accepts(call, tensor) for call, tensor in self.uses.get(name, ()))
