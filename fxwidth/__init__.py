@@ -12,7 +12,8 @@ from fxwidth.evolution import Evolver, evolve
 from fxwidth.group_spectra import GroupSpectrum, spectrum
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.growth.directions import growth_direction
+from fxwidth.growth import informed_directions  # noqa: F401  (fills the table of directions)
+from fxwidth.growth.directions import TaskMoments, growth_direction
 from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
@@ -34,6 +35,7 @@ __all__ = [
     "Replacement",
     "Report",
     "Site",
+    "TaskMoments",
     "WidthGraph",
     "analyze",
     "cost",

@@ -12,7 +12,7 @@ from fxwidth.costs.budget import Budget
 from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.options import EvolveKeywords, Loss, PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_out_of_reach
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
@@ -42,7 +42,7 @@ def evolve(
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
         options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
-            `selection`, `exact` and `rotate` are for both.
+            `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
 
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used; nothing has changed. So it is after any other
@@ -93,8 +93,9 @@ class Evolver:
         rounds: the number of resizes on the way to the target.
         options: those of `fxwidth.plan` and `fxwidth.resize`, as for `fxwidth.evolve`. The target, `params=` or
             `budget=`, is absolute or in ratios of the present costs. Without `data=` some of the batches given to
-            `step` are looked at, drawn evenly from all; `recalibrate=None` corrects batch norm's running statistics
-            where data are given alone, since training brings them up to date by itself.
+            `step` are looked at, drawn evenly from all, with their targets where there is a `loss=`; `recalibrate=None`
+            corrects batch norm's running statistics where data are given alone, since training brings them up to date
+            by itself.
 
     Attributes:
         history: one dict per resize: step, params_before, params_after, widths {group: [old, new]}.
@@ -131,14 +132,15 @@ class Evolver:
         if every < 1:
             raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
         recalibrate = options.pop("recalibrate", None)
-        # Of a generator's batches those that are looked at are kept for the next round.
-        self._planning, resizing = both_options(options, optimizer)
         self._gathered = Gathered()
+        self._gathers = options.get("data") is None
+        # Of a generator's batches those that are looked at are kept for the next round.
+        self._planning, resizing = both_options(options, optimizer, later=self._gathered)
         self._resizing = replace(
             resizing,
             # Batches of training are still to come.
             data=self._gathered if resizing.data is None else resizing.data,
-            recalibrate=resizing.data is not None if recalibrate is None else recalibrate,
+            recalibrate=not self._gathers if recalibrate is None else recalibrate,
         )
         target = self._planning.target
         if rounds is not None and (target is None or rounds < 1):
@@ -173,7 +175,8 @@ class Evolver:
         """Count one training step, and resize when it is time.
 
         Args:
-            batch: the inputs of the step, in the order the model takes them; what follows them (targets) is ignored.
+            batch: the inputs of the step, in the order the model takes them, and what follows them, the targets, at
+                which `loss=` looks where no `data=` are given; else they are ignored.
 
         Returns:
             The plan that was carried out, or None when nothing was due.
@@ -194,17 +197,30 @@ class Evolver:
         self._remember(batch)
         return None if transaction is None else self._resize(transaction)
 
+    @property
+    def _loss(self) -> Loss | None:
+        return self._planning.loss or self._resizing.loss
+
     def _remember(self, batch: Sequence[Any]) -> None:
+        if self._loss is not None:
+            if self._gathers and batch:
+                self._gathered.add(tuple(map_leaves(Tensor.detach, value) for value in batch))
+            return
         count = len(self.gm.graph.find_nodes(op="placeholder"))
         inputs = tuple(map_leaves(Tensor.detach, value) for value in batch if deep_tensors(value))[:count]
-        if self._planning.data is None and inputs:
+        if self._gathers and inputs:
             self._gathered.add(inputs)
 
     def _resize(self, transaction: Transaction) -> Plan:
         before = parameter_count(self.gm)
         width_graph = WidthGraph(analyze_module(self.gm))
         gathered = self._gathered if self._gathered.batches else None
-        data = self._planning.data if self._planning.data is not None else gathered
+        if self._gathers and self._loss is not None and gathered is None:
+            raise FxwidthError(
+                "loss= is taken on batches of training, and none has been given to step() yet; call it with the "
+                "inputs and the targets, step(x, y), or pass data=."
+            )
+        data = gathered if self._gathers else self._planning.data
         planning = replace(self._planning, budget=self._budget_due(), params=None, data=data)
         resizing = replace(self._resizing, optimizer=self.optimizer, data=data)
         chosen, _ = _planned_and_resized(width_graph, planning, resizing, transaction)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
-from fxwidth.growth.directions import Direction, check_directions
+from fxwidth.growth.directions import Direction, check_directions, needs_of
+from fxwidth.registration import name_of
 from fxwidth.rewriting.optimizers import Optimizers, refuse_other_than_optimizers
 from fxwidth.selection.registry import Selection, check_selection
 from fxwidth.statistics.calibration_data import refuse_other_than_batches, replayed
@@ -32,6 +33,7 @@ class _CommonKeywords(TypedDict, total=False):
     selection: Selection
     exact: bool
     rotate: bool
+    loss: Loss | None
 
 
 class PlanKeywords(_CommonKeywords, total=False):
@@ -39,7 +41,6 @@ class PlanKeywords(_CommonKeywords, total=False):
 
     budget: Budget | None
     params: int | float | None
-    loss: Loss | None
     shrink_energy: float
     grow_energy: float
     grow_step: int
@@ -57,6 +58,7 @@ class ResizeKeywords(_CommonKeywords, total=False):
     recalibrate: bool | None
     fold: bool
     directions: Direction
+    reader_step: bool
 
 
 class EvolveKeywords(PlanKeywords, ResizeKeywords, total=False):
@@ -125,17 +127,25 @@ class ResizeOptions:
     fold: bool = True
     exact: bool = True
     directions: Direction = "orthogonal"
+    loss: Loss | None = None
+    reader_step: bool = False
 
     def __post_init__(self) -> None:
         refuse_other_than_optimizers(self.optimizer)
         check_selection(self.selection)
         check_directions(self.directions)
         refuse_other_than_batches(self.data)
-        _check_switches({"rotate": self.rotate, "fold": self.fold, "exact": self.exact})
+        _check_switches({name: getattr(self, name) for name in ("rotate", "fold", "exact", "reader_step")})
         if self.recalibrate is not None:
             _check_switches({"recalibrate": self.recalibrate})
         if self.recalibrate and self.data is None:
             raise FxwidthError("recalibrate=True needs data= to run the network on.")
+        _check_task(self)
+
+    @property
+    def looks_at_task(self) -> bool:
+        """Whether growth goes by the data and the loss."""
+        return bool(self.reader_step or needs_of(self.directions))
 
     @property
     def rotates(self) -> bool:
@@ -158,6 +168,23 @@ def refuse_loss_without_data(loss: Loss | None, data: Iterable[Any] | None) -> N
         raise FxwidthError("loss= needs data= to be taken on: batches of the inputs and what the loss compares with.")
 
 
+def _check_task(options: ResizeOptions) -> None:
+    """Check that growth has the data and the loss that it goes by, and that no loss is given in vain."""
+    if options.loss is not None and not callable(options.loss):
+        raise FxwidthError(f"loss={options.loss!r} must be a function of the model's output and the targets.")
+    if not options.looks_at_task:
+        if options.loss is not None:
+            raise FxwidthError(
+                f"loss= would be ignored: directions={name_of(options.directions)!r} does not look at it. Choose "
+                'directions that do, such as "tiny", or reader_step=True, or leave loss out.'
+            )
+        return
+    asks = f"directions={name_of(options.directions)!r}" if needs_of(options.directions) else "reader_step=True"
+    for name, what in (("data", "batches of inputs and targets"), ("loss", "a function of the output and the targets")):
+        if getattr(options, name) is None:
+            raise FxwidthError(f"{asks} looks at the task and needs {name}=, {what}, but received none.")
+
+
 def options_from(kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
     """Return the options of one kind that some keywords give.
 
@@ -168,8 +195,17 @@ def options_from(kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
     return kind(**given)
 
 
-def both_options(given: Mapping[str, Any], optimizer: Optimizers | None) -> tuple[PlanOptions, ResizeOptions]:
+def both_options(
+    given: Mapping[str, Any], optimizer: Optimizers | None, later: Iterable[Any] | None = None
+) -> tuple[PlanOptions, ResizeOptions]:
     """Return the options of `plan` and of `resize` that some keywords give, those that both have to both.
+
+    A loss is for that one, or for both, which looks at it.
+
+    Args:
+        given: the keywords.
+        optimizer: that of the resize.
+        later: batches that are still to come, by which growth goes that looks at the task where no data are given.
 
     Raises:
         FxwidthError: one of them is no option of either, is out of range, or contradicts another.
@@ -178,9 +214,18 @@ def both_options(given: Mapping[str, Any], optimizer: Optimizers | None) -> tupl
     refuse_other_than_batches(given.get("data"))
     # What an iterator gives is for both.
     given = {**given, "data": replayed(given.get("data"))}
+    grows_by_task = bool(given.get("reader_step") or needs_of(given.get("directions", "orthogonal")))
+    if given["data"] is None and grows_by_task:
+        given["data"] = later
     planning, resizing = (
         {name: value for name, value in given.items() if name in _names(kind)} for kind in (PlanOptions, ResizeOptions)
     )
+    if given.get("loss") is not None:
+        is_weighing = given.get("budget") is not None or given.get("params") is not None
+        if grows_by_task and not is_weighing:
+            del planning["loss"]
+        elif not grows_by_task:
+            del resizing["loss"]
     return PlanOptions(**planning), ResizeOptions(optimizer=optimizer, **resizing)
 
 

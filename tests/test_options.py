@@ -28,7 +28,7 @@ PLAN = {
 }  # fmt: skip
 RESIZE = {
     "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
-    "exact": True, "directions": "orthogonal",
+    "exact": True, "directions": "orthogonal", "loss": None, "reader_step": False,
 }  # fmt: skip
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: PLAN,
@@ -140,6 +140,13 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"rotate": None}, "plan resize", "rotate=None must be True or False"),
     ({"fold": 2}, "resize", "fold=2 must be True or False"),
     ({"recalibrate": "no"}, "resize", "recalibrate='no' must be True or False"),
+    ({"loss": F.mse_loss}, "resize", r"loss= (would be ignored|weighs groups)"),
+    ({"loss": F.mse_loss, "directions": "random", "data": [X]}, "resize", r"loss= (would be ignored|weighs groups)"),
+    ({"directions": "tinny"}, "resize", "directions='tinny' is none of .*'tiny'"),
+    ({"loss": 3, "directions": "tiny", "data": [X]}, "resize", "loss=3 must be a function"),
+    ({"directions": "tiny", "data": [X]}, "resize", "directions='tiny' looks at the task and needs loss="),
+    ({"reader_step": True, "data": [X]}, "resize", "reader_step=True looks at the task and needs loss="),
+    ({"reader_step": "no"}, "resize", "reader_step='no' must be True or False"),
     ({"optimizer": "Adam"}, "resize", "optimizer= takes a torch.optim.Optimizer, or a list of them, but received str"),
 ]
 ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {

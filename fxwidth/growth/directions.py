@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,17 +12,41 @@ from torch import Tensor
 from fxwidth.errors import FxwidthError
 from fxwidth.registration import name_of, refuse_name, refuse_unknown
 
-# (rows [channels, columns], how many to make, a source of random numbers) -> new rows [count, columns].
-Directions = Callable[[Tensor, int, torch.Generator], Tensor]
+
+@dataclass(frozen=True)
+class TaskMoments:
+    """What data and a loss tell of new channels of a group; fields that a method has not asked for are None.
+
+    A new channel has one row, its entries in all weights that write it, side by side, and what reads it has one column
+    of entries. All are means over samples, in double precision.
+
+    Attributes:
+        inputs_second: E h h^T of what the rows are multiplied with, [columns, columns]; each weight by itself, zero
+            between two of them.
+        cross: minus the derivative of the loss by a row and by what reads it, [columns, entries of readers]: a row `a`
+            and reading entries `b`, both small, lower the loss by `a @ cross @ b`.
+        residual: the same with the gradients at the readers' outputs but for what their present inputs explain of them.
+    """
+
+    inputs_second: Tensor | None = None
+    cross: Tensor | None = None
+    residual: Tensor | None = None
+
+
+# (rows [channels, columns], how many to make, a source of random numbers) -> new rows [count, columns]; those that
+# need moments of the task are given these too.
+Directions = Callable[..., Tensor]
 # A method by its name, or a function.
 Direction = str | Directions
 
 DIRECTIONS: dict[str, Directions] = {}
+# The fields of `TaskMoments` that a method needs, by its name.
+NEEDS: dict[str, frozenset[str]] = {}
 # Of the Gram matrix of rows rounded to float32, an eigenvalue below this share of the largest is rounding.
 _NEGLIGIBLE = 1e-12
 
 
-def growth_direction(name: str) -> Callable[[Directions], Directions]:
+def growth_direction(name: str, *, needs: Collection[str] = ()) -> Callable[[Directions], Directions]:
     """Register a function as a method of growth, for `directions=name` in all that takes it.
 
     The function is called for each parameter in which new channels may be anything, as
@@ -30,11 +55,17 @@ def growth_direction(name: str) -> Callable[[Directions], Directions]:
     `generator` a seeded source of random numbers on the CPU. It returns the new rows, [count, columns]. What other
     parameters hold of a new channel follows from the recipe that keeps the function as it is.
 
+    A method that looks at the task says what it needs, and is called as `function(rows, count, generator, seen)`, once
+    for each growing group: a row is that of all weights that write a channel, side by side, and `seen` a
+    `fxwidth.TaskMoments`. New rows are brought to the present ones' mean norm in each weight. `data=` and `loss=` must
+    be given then. Where the moments of a weight cannot be taken, "orthogonal" takes the place of the method.
+
     Args:
         name: a name that is not taken.
+        needs: the fields of `fxwidth.TaskMoments` that the function reads.
 
     Raises:
-        FxwidthError: the name is no text, or taken.
+        FxwidthError: the name is no text, or taken, or there is no such field.
 
     Example:
         >>> @fxwidth.growth_direction("near the mean")
@@ -47,9 +78,13 @@ def growth_direction(name: str) -> Callable[[Directions], Directions]:
         torch.Size([18, 8])
     """
     refuse_name(DIRECTIONS, name, "growth_direction")
+    known = [field.name for field in fields(TaskMoments)]
+    if isinstance(needs, str) or any(need not in known for need in needs):
+        raise FxwidthError(f"growth_direction({name!r}): needs={needs!r} must name some of {', '.join(known)}.")
 
     def registering(function: Directions) -> Directions:
         DIRECTIONS[name] = function
+        NEEDS[name] = frozenset(needs)
         return function
 
     return registering
@@ -65,15 +100,25 @@ def check_directions(directions: Direction) -> Direction:
     return directions
 
 
-def new_rows(directions: Direction, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return new rows by a method, [count, columns].
+def needs_of(directions: Direction) -> frozenset[str]:
+    """Return which fields of `TaskMoments` a method needs; none where it does not look at the task."""
+    return NEEDS.get(directions, frozenset()) if isinstance(directions, str) else frozenset()
+
+
+def new_rows(
+    directions: Direction, rows: Tensor, count: int, generator: torch.Generator, seen: TaskMoments | None = None
+) -> Tensor:
+    """Return new rows by a method, [count, columns]; by "orthogonal" where it needs moments that there are not.
 
     Raises:
         FxwidthError: what the method gives has another shape, or is not finite.
     """
     check_directions(directions)
+    if needs_of(directions) and seen is None:
+        directions = "orthogonal"
     method = DIRECTIONS[directions] if isinstance(directions, str) else directions
-    return _checked(method(rows, count, generator), rows, count, directions)
+    made = method(rows, count, generator, seen) if seen is not None else method(rows, count, generator)
+    return _checked(made, rows, count, directions)
 
 
 def _checked(made: Any, rows: Tensor, count: int, directions: Direction) -> Tensor:
@@ -111,7 +156,7 @@ def orthogonal_directions(rows: Tensor, count: int, generator: torch.Generator) 
             made = made - (made @ basis) @ basis.T
         made = torch.linalg.qr(made.T).Q.T
     made = torch.cat([made, torch.nn.functional.normalize(random[max(room, 0) :], dim=1)])
-    return made * _mean_norm(rows)
+    return made * mean_norm(rows)
 
 
 def _row_space(rows: Tensor) -> Tensor:
@@ -136,10 +181,11 @@ def random_directions(rows: Tensor, count: int, generator: torch.Generator) -> T
         generator: a source of random numbers on the CPU.
     """
     made = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
-    return torch.nn.functional.normalize(made, dim=1) * _mean_norm(rows)
+    return torch.nn.functional.normalize(made, dim=1) * mean_norm(rows)
 
 
-def _mean_norm(rows: Tensor) -> Tensor:
+def mean_norm(rows: Tensor) -> Tensor:
+    """Return the mean norm of rows; one where there is none, or all are zero."""
     norm = torch.linalg.vector_norm(rows, dim=1).mean() if len(rows) else rows.new_zeros(())
     # Rows of a layer that starts at zero say nothing about a scale; a row of norm one keeps the size of its input.
     scale: Tensor = torch.where(norm > 0, norm, torch.ones_like(norm))

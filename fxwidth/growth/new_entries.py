@@ -16,6 +16,7 @@ from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import NEW, IndexMaps, Indices
 from fxwidth.growth.directions import Direction, new_rows
 from fxwidth.growth.recipes import Fill, Growth
+from fxwidth.growth.tape_index import Slot
 from fxwidth.runtime.finiteness import accumulation_dtype
 
 
@@ -52,6 +53,7 @@ def new_entries(
     name: str,
     gathered: Tensor,
     directions: Direction = "orthogonal",
+    rows: Mapping[Slot, Tensor] | None = None,
 ) -> Tensor:
     """Return a parameter or buffer with its new slots filled.
 
@@ -62,6 +64,8 @@ def new_entries(
         name: the parameter or buffer.
         gathered: the tensor at its new shape: old entries in place, zeros in the new slots.
         directions: the method by which new channels are made where they may be anything.
+        rows: new entries that have been made already, by parameter and dim: the new positions of the dim in order, with
+            the old entries of the other dims, [positions, *other dims].
 
     Raises:
         FxwidthError: what the method gives cannot be used.
@@ -76,7 +80,10 @@ def new_entries(
         for filling in fillings:
             if filling.fill is not kind:
                 continue
-            if kind is Fill.DIRECTIONS:
+            if kind is Fill.DIRECTIONS and rows is not None and (name, filling.dim) in rows:
+                made = _with_kept_columns(rows[name, filling.dim], analysis, maps, name, filling.dim)
+                _put_rows(result, filling, _old_positions(analysis, maps, name), made)
+            elif kind is Fill.DIRECTIONS:
                 _fill_directions(result, filling, _old_positions(analysis, maps, name), name, directions)
             elif kind in (Fill.MEAN, Fill.WEIGHTED):
                 _fill_means(result, filling, _scale(analysis, maps, name, filling))
@@ -98,6 +105,20 @@ def _fillings(analysis: Analysis, growths: Mapping[Factor, Growth], maps: IndexM
 def _old_positions(analysis: Analysis, maps: IndexMaps, name: str) -> list[Indices]:
     """Return the positions of each dim that are not new."""
     return [np.flatnonzero(maps.indices(axis) != NEW) for axis in analysis.parameters[name].axes]
+
+
+def new_positions(analysis: Analysis, maps: IndexMaps, name: str, dim: int, factor: Factor) -> tuple[Tensor, Tensor]:
+    """Return of each position of a dim that is new by a factor, in order, its channel and which of the channel's it is.
+
+    Channels are numbered as after growth.
+    """
+    at = _coordinates(analysis.space, maps, analysis.parameters[name].axes[dim], factor)
+    channels = at.channels[at.new]
+    order = np.argsort(channels, kind="stable")
+    starts = np.flatnonzero(np.diff(channels[order], prepend=-1))
+    counted = np.empty_like(channels)
+    counted[order] = np.arange(len(channels)) - np.repeat(starts, np.diff(starts, append=len(channels)))
+    return torch.from_numpy(channels), torch.from_numpy(counted)
 
 
 # -- positions -----------------------------------------------------------------------------------------------------
@@ -200,8 +221,26 @@ def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{len(present)}".encode()))
     made = new_rows(directions, (known / unit).to(precision), len(fresh), generator).to(known.dtype) * unit
+    _put_rows(tensor, filling, old, made)
+
+
+def _put_rows(tensor: Tensor, filling: _Filling, old: list[Indices], made: Tensor) -> None:
+    """Put rows in the new positions of a dim, in place, at the old positions of the others."""
+    device = tensor.device
+    fresh = torch.from_numpy(np.flatnonzero(filling.at.new)).to(device)
+    places = [torch.from_numpy(own).to(device) for dim, own in enumerate(old) if dim != filling.dim]
     grid = torch.meshgrid(fresh, *places, indexing="ij")
-    rows[grid] = _bounded(made, tensor.dtype).reshape(grid[0].shape).to(tensor.dtype)
+    made = _bounded(made.flatten(1), tensor.dtype).reshape(grid[0].shape)
+    tensor.movedim(filling.dim, 0)[grid] = made.to(tensor)
+
+
+def _with_kept_columns(rows: Tensor, analysis: Analysis, maps: IndexMaps, name: str, dim: int) -> Tensor:
+    """Return rows without the entries of their other dims that a resize drops."""
+    others = [axis for place, axis in enumerate(analysis.parameters[name].axes) if place != dim]
+    for place, axis in enumerate(others, start=1):
+        kept = maps.indices(axis)
+        rows = rows.index_select(place, torch.from_numpy(kept[kept != NEW]).to(rows.device))
+    return rows
 
 
 def _bounded(rows: Tensor, dtype: torch.dtype) -> Tensor:

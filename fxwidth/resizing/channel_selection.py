@@ -36,6 +36,11 @@ class ChannelSelection:
     bases: Mapping[ChannelGroup, Rotation]
     named: tuple[ChannelGroup, ...]
 
+    @property
+    def growing(self) -> list[ChannelGroup]:
+        """The groups that get new channels."""
+        return [group for group, own in self.kept.items() if (own == NEW).any()]
+
     def maps(self) -> IndexMaps:
         """Return the maps of all dims."""
         space = self.evidence.width_graph.analysis.space

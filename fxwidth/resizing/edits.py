@@ -12,6 +12,7 @@ from fxwidth.analysis.known_axes import KnownAxes, known_axes
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
+from fxwidth.gradients.informed_rows import InformedRows
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
 from fxwidth.reconstruction.unfitted_uses import unfitted_uses
@@ -88,7 +89,13 @@ class Edits:
         self.record["recalibrated"] = True
 
 
-def prepare_edits(selection: ChannelSelection, moments: Moments | None, options: ResizeOptions, known: Known) -> Edits:
+def prepare_edits(
+    selection: ChannelSelection,
+    moments: Moments | None,
+    options: ResizeOptions,
+    known: Known,
+    informed: InformedRows,
+) -> Edits:
     """Compute and check all that is to change.
 
     Args:
@@ -96,6 +103,7 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
         moments: what readers see of the channels, in the bases that they have by now; None where that is unknown.
         options: those of the resize.
         known: what was known before.
+        informed: the new rows that go by the data and the loss.
 
     Raises:
         FxwidthError: a node cannot follow, a value would not be finite, or the optimizer's state is unknown.
@@ -104,7 +112,7 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     analysis = width_graph.analysis
     missed: dict[str, str] = {}
     tensors, maps = resized_tensors(
-        width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions
+        width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions, informed.rows
     )
     rotated = [group.factor for group in selection.bases]
     missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
@@ -132,6 +140,9 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
         "norms": ratios_by_gain(analysis, maps),
         "not_refitted": missed,
         "original": original,
+        "directions": name_of(options.directions) if selection.growing else None,
+        "not_informed": dict(informed.untold),
+        "reader_step": None,
         **selection.told(),
         **({"kept": dict(known.kept)} if known.blind else {}),
     }

@@ -13,6 +13,7 @@ from fxwidth.axes.index_maps import IndexMaps, Indices
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.directions import Direction
 from fxwidth.growth.new_entries import new_entries
+from fxwidth.growth.tape_index import Slot
 from fxwidth.reconstruction.folding import fold, variance_ratio
 from fxwidth.recording.tape import Axes, OpCall
 from fxwidth.rewriting.successors import gather
@@ -36,6 +37,7 @@ def resized_tensors(
     norms: Mapping[str, float] | None = None,
     missed: dict[str, str] | None = None,
     directions: Direction = "orthogonal",
+    rows: Mapping[Slot, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], IndexMaps]:
     """Return the tensors that change, by name, and the maps completed with the variance ratios of norms.
 
@@ -47,6 +49,7 @@ def resized_tensors(
         norms: variance ratios by the names of gains, where they are known already.
         missed: takes the readers and gains that were not fitted to what is dropped, and why.
         directions: the method by which new channels are made where they may be anything.
+        rows: new entries that have been made already; see `growth.new_entries`.
     """
     analysis = width_graph.analysis
     missed = {} if missed is None else missed
@@ -60,7 +63,7 @@ def resized_tensors(
         indices = dim_maps(maps, entry.axes)
         if any(kept is not None for kept in indices):
             gathered = gather(old, indices)
-            result[name] = new_entries(analysis, growths, maps, name, gathered, directions)
+            result[name] = new_entries(analysis, growths, maps, name, gathered, directions, rows)
         elif name in folded:
             result[name] = old
     maps = maps.with_variance_ratios(ratios)

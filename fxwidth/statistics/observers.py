@@ -143,13 +143,18 @@ class Observer:
 
     def see(self, call: OpCall) -> None:
         """Take in one op that has just run."""
-        expected = self._expected.popleft() if self._expected else None
-        if expected is None or expected.name != call.name:
-            self._stray(expected)
-            self._expected.clear()
-            return
-        for probe in self._probes.get(expected.index, ()):
+        expected = self.matched(call)
+        for probe in self._probes.get(expected.index, ()) if expected is not None else ():
             self._measure(probe, call.arguments[probe.argument])
+
+    def matched(self, call: OpCall) -> OpCall | None:
+        """Return the place on the tape of an op that has just run, or None where the run has left the tape."""
+        expected = self._expected.popleft() if self._expected else None
+        if expected is not None and expected.name == call.name:
+            return expected
+        self._stray(expected)
+        self._expected.clear()
+        return None
 
     def _stray(self, expected: OpCall | None) -> None:
         """Note that the run has left the tape at an op; what depends on values may, and is known up to there."""
@@ -159,12 +164,17 @@ class Observer:
         elif expected is not None or not any(call.recorded is not None for call in calls):
             self.missed[self.node] = OTHER_OPS
 
+    @property
+    def expected(self) -> OpCall | None:
+        """The op that is to come next in the node at work."""
+        return self._expected[0] if self._expected else None
+
     def seen(self) -> Seen:
         """Return all that was seen."""
         result = Seen(missed=self.missed)
         for key, total in self._sums.items():
             probes = self._parts[key]
-            if any(self._is_unseen(probe.call) for probe in probes):
+            if any(self.is_unseen(probe.call) for probe in probes):
                 continue
             probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
             if not _is_finite(value.covariance if isinstance(value, Moment) else value):
@@ -180,7 +190,8 @@ class Observer:
                 result.deviations[probe.call.index] = value
         return result
 
-    def _is_unseen(self, call: OpCall) -> bool:
+    def is_unseen(self, call: OpCall) -> bool:
+        """Tell whether a run has not come to an op of the tape, or has left the tape before."""
         return call.node in self.missed or call.index >= self._ends.get(call.node, call.index + 1)
 
     def _measure(self, probe: Probe, tensor: Tensor) -> None:

@@ -54,6 +54,8 @@ def labelled() -> list[tuple[Tensor, Tensor]]:
 
 Options = Mapping[str, Any]
 HALF = {"params": 0.6}
+GROWING = {"grow_energy": 0.0, "grow_step": 2, "shrink_energy": 0.0}
+TASK = {"data": labelled(), "loss": F.cross_entropy}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ ROWS: dict[str, Row] = {
     "optimizer": Row(_optimizer),
     "recalibrate": Row(_of(False), lambda: {**HALF, "data": labelled()}),
     "fold": Row(_of(False)),
-    "directions": Row(_of("random"), lambda: {"grow_energy": 0.0, "grow_step": 2, "shrink_energy": 0.0}),
+    "directions": Row(_of("random"), lambda: GROWING),
+    "reader_step": Row(_of(True), lambda: {**GROWING, **TASK, "directions": "tiny"}),
 }
 
 
@@ -112,12 +115,20 @@ def _some(options: Options, names: list[str]) -> dict[str, Any]:
 def _for_plan(options: Options) -> dict[str, Any]:
     # What a resize does not turn a plan must not count on.
     turns = options.get("rotate", True) and options.get("fold", True) and options.get("optimizer") is None
-    return {**_some(options, PLAN), "rotate": turns}
+    targets = options.get("params") is not None or options.get("budget") is not None
+    asked = {name: value for name, value in _some(options, PLAN).items() if name != "loss" or targets}
+    return {**asked, "rotate": turns}
+
+
+def _for_resize(options: Options) -> dict[str, Any]:
+    # A loss is refused where it would be ignored.
+    grows_by_it = options.get("reader_step") or options.get("directions") in ("gradmax", "tiny")
+    return {name: value for name, value in _some(options, RESIZE).items() if name != "loss" or grows_by_it}
 
 
 def _direct(gm: fx.GraphModule, options: Options) -> None:
     chosen = fxwidth.plan(fxwidth.analyze(gm), **_for_plan(options))
-    fxwidth.resize(gm, chosen, **_some(options, RESIZE))
+    fxwidth.resize(gm, chosen, **_for_resize(options))
 
 
 def _evolve(gm: fx.GraphModule, options: Options) -> None:
@@ -131,7 +142,7 @@ def _evolver(gm: fx.GraphModule, options: Options) -> None:
 
 
 def _passes(gm: fx.GraphModule, options: Options) -> None:
-    passes = [AnalyzeWidths(), PlanWidths(**_for_plan(options)), ResizeWidths(**_some(options, RESIZE))]
+    passes = [AnalyzeWidths(), PlanWidths(**_for_plan(options)), ResizeWidths(**_for_resize(options))]
     assert PassManager(passes)(gm).modified
 
 
@@ -177,6 +188,16 @@ def test_an_option_does_something(name: str) -> None:
     row = ROWS[name]
     without = row if row.beside() else Row(row.value, lambda: {"shrink_energy": 0.05})
     assert not _same(_tensors(_resized(_direct, row, name)), _tensors(_resized(_direct, without, None)))
+
+
+@pytest.mark.parametrize("method", ["gradmax", "tiny"])
+@pytest.mark.parametrize("target", [{}, {"params": 0.6}])
+def test_directions_that_look_at_the_task_do_the_same_on_every_way(method: str, target: Options) -> None:
+    row = Row(_of(None), lambda: {**GROWING, **TASK, **target, "directions": method})
+    wanted = _resized(_direct, row, None)
+    assert wanted.meta["fxwidth_history"][-1]["not_informed"] == {}
+    for way, run in WAYS.items():
+        assert _same(_tensors(_resized(run, row, None)), _tensors(wanted)), f"{method} through {way} differs"
 
 
 def test_options_that_make_no_sense_together_are_refused_on_every_way_before_anything_changes() -> None:
