@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from fxwidth.statistics.observers import OTHER_OPS
 TOO_WIDE = "its moments are larger than what is kept in memory"
 NO_GRADIENT = "no gradient comes to it"
 # How many numbers a moment may have.
-_LARGEST = 2**27
+_LARGEST = 2**25
 # How often gradients are taken from readers to writers for a batch; entries beyond that are mixed at random.
 _PASSES = 24
 # What the inputs explain is taken away where they vary, in units of their mean variance.
@@ -179,7 +181,8 @@ class _Sums:
         self._channels = channels
         self._second: list[Tensor | None] = [None] * len(places.written)
         self._cross: dict[str, Tensor] = {}
-        largest = max(self._columns**2, self._columns * self._width, *(_regressors(read) for read in places.read), 0)
+        squares = sum(written.columns**2 for written in places.written)
+        largest = max(squares, self._columns * self._width, *(_regressors(read) for read in places.read), 0)
         if largest > _LARGEST:
             self._leave_out(TOO_WIDE)
 
@@ -254,7 +257,7 @@ class _Sums:
             return torch.eq(places[:, None], torch.arange(self._entries)).to(like)
         generator = torch.Generator().manual_seed(first)
         mixed = torch.randn(self._channels, self._entries, generator=generator, dtype=torch.float64, device="cpu")
-        return mixed.to(like) / self._width**0.5
+        return mixed.to(like) * (1 / sqrt(self._width))
 
     def _cotangents(
         self, run: GradientRun, gradients: dict[int, Tensor], entries: Tensor
@@ -280,12 +283,12 @@ class _Sums:
         """Return the means over samples."""
         if not self._is_told:
             return GroupMoments(self.places, None, self.untold)
-        moments = {name: total / samples for name, total in self._cross.items()}
+        moments: dict[str, Any] = {name: total / samples for name, total in self._cross.items()}
         if any(not bool(total.isfinite().all()) or not bool(total.any()) for total in moments.values()):
             self._leave_out(NO_GRADIENT)
             return GroupMoments(self.places, None, self.untold)
         if "inputs_second" in needs:
-            moments["inputs_second"] = torch.block_diag(*(one / samples for one in self._second if one is not None))
+            moments["inputs_second"] = tuple(one / samples for one in self._second if one is not None)
         return GroupMoments(self.places, TaskMoments(**moments), self.untold)
 
 

@@ -21,14 +21,14 @@ class TaskMoments:
     of entries. All are means over samples, in double precision.
 
     Attributes:
-        inputs_second: E h h^T of what the rows are multiplied with, [columns, columns]; each weight by itself, zero
-            between two of them.
+        inputs_second: E h h^T of what the rows are multiplied with, one for each weight that writes the channels, in
+            the order of their columns, [columns of the weight, columns of the weight].
         cross: minus the derivative of the loss by a row and by what reads it, [columns, entries of readers]: a row `a`
             and reading entries `b`, both small, lower the loss by `a @ cross @ b`.
         residual: the same with the gradients at the readers' outputs but for what their present inputs explain of them.
     """
 
-    inputs_second: Tensor | None = None
+    inputs_second: tuple[Tensor, ...] | None = None
     cross: Tensor | None = None
     residual: Tensor | None = None
 

@@ -49,12 +49,20 @@ def tiny_directions(rows: Tensor, count: int, generator: torch.Generator, seen: 
     """
     assert seen.inputs_second is not None
     assert seen.residual is not None
-    second = seen.inputs_second
-    ridge = _RIDGE * second.diagonal().mean().clamp_min(torch.finfo(second.dtype).tiny)
-    factor = torch.linalg.cholesky(second + ridge * torch.eye(len(second)).to(second))
-    whitened = torch.linalg.solve_triangular(factor, seen.residual, upper=False)
-    made = torch.linalg.solve_triangular(factor.mT, _left_vectors(whitened).mT, upper=True)
+    sizes = [len(second) for second in seen.inputs_second]
+    factors = [_factor(second) for second in seen.inputs_second]
+    parts = zip(factors, seen.residual.split(sizes), strict=True)
+    whitened = torch.cat([torch.linalg.solve_triangular(factor, part, upper=False) for factor, part in parts])
+    parts = zip(factors, _left_vectors(whitened).mT.split(sizes), strict=True)
+    made = torch.cat([torch.linalg.solve_triangular(factor.mT, part, upper=True) for factor, part in parts])
     return _both_signs(made.mT, rows, count, generator)
+
+
+def _factor(second: Tensor) -> Tensor:
+    """Return the Cholesky factor of a second moment, and of a little of its mean variance in all directions."""
+    ridge = _RIDGE * second.diagonal().mean().clamp_min(torch.finfo(second.dtype).tiny)
+    factor: Tensor = torch.linalg.cholesky(second + ridge * torch.eye(len(second)).to(second))
+    return factor
 
 
 @growth_direction("split")
