@@ -152,7 +152,10 @@ def loss_of(loss: Loss, output: Any, targets: Sequence[Any]) -> Tensor:
             f"{len(targets)} values{'' if targets else '; pass batches that hold the targets too, as tuples (x, y)'}."
         ) from error
     if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.detach().isfinite()):
-        is_whole = isinstance(result, Tensor) and result.numel() != 1
-        found = f"a tensor of shape {list(result.shape)}" if is_whole else result.item() if isinstance(result, Tensor) else result
+        found = result if not isinstance(result, Tensor) else _told(result)
         raise FxwidthError(f"loss= returned {found}; it must return one finite number, the mean over a batch. {told}.")
     return result.reshape(())
+
+
+def _told(result: Tensor) -> str:
+    return str(result.item()) if result.numel() == 1 else f"a tensor of shape {list(result.shape)}"

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxwidth.analysis.roles import Role
 from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.errors import FxwidthError
+from fxwidth.gradients.gradient_run import loss_of
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence
@@ -196,25 +196,9 @@ def _losses(
             size = evidence.width_graph.analysis.samples_in(values)
             output = fx.Interpreter(module).run(*copies(values), enable_io_processing=False)
             for count, part in _divided((module.graph.process_outputs(output), targets), size):
-                result = _called(loss, *part)
-                if not isinstance(result, Tensor) or result.numel() != 1 or not bool(result.isfinite()):
-                    raise FxwidthError(
-                        f"loss= returned {result!r}; it must return one finite number, the mean over a batch, when "
-                        "called with the model's output and what follows the inputs in a batch of data."
-                    )
-                losses.append(float(result))
+                losses.append(float(loss_of(loss, *part)))
                 sizes.append(count)
     return np.array(losses), np.array(sizes, dtype=np.float64)
-
-
-def _called(loss: Loss, output: Any, targets: Sequence[Any]) -> Any:
-    try:
-        return loss(output, *targets)
-    except Exception as error:
-        raise FxwidthError(
-            f"loss={getattr(loss, '__name__', loss)!r} fails: {type(error).__name__}: {error}. It is called with the "
-            f"model's output and what follows the inputs in a batch of data, here {len(targets)} values."
-        ) from error
 
 
 def _divided(whole: Any, size: int) -> Iterator[tuple[int, Any]]:

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001  (the arguments are named as torch names them)
 """Gradients of the ops that analysis keeps whole: those of the functions that they stand for."""
 
 from __future__ import annotations

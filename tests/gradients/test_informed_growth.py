@@ -188,7 +188,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"directions": "tiny", "data": X, "loss": F.cross_entropy}, "batch 0 of data holds inputs alone"),
     ({"directions": "tiny", "data": [], "loss": F.cross_entropy}, "data gave no batches"),
     ({"directions": "tiny", "data": data(), "loss": _nan}, "loss= returned nan; it must return one finite number"),
-    ({"directions": "tiny", "data": data(), "loss": _rows}, r"loss= returned a tensor of shape \[9\]; it must return one finite number"),
+    (
+        {"directions": "tiny", "data": data(), "loss": _rows},
+        r"loss= returned a tensor of shape \[9\]; it must return one finite number",
+    ),
     ({"directions": "tiny", "data": data(), "loss": lambda out, y, z: out}, "fails: TypeError"),
     ({"directions": "tiny", "data": data(), "loss": lambda out, y: 3.0}, "loss= returned 3.0"),
     ({"reader_step": True, "data": data(), "loss": _nan}, "loss= returned nan"),
@@ -224,7 +227,7 @@ def test_a_loss_that_fails_after_growth_takes_growth_back() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
 
 
-# -- the registry and the loop of training ------------------------------------------------------------------------------
+# -- the registry and the loop of training ---------------------------------------------------------------------------
 
 
 def test_a_method_of_ones_own_is_given_what_it_needs() -> None:
