@@ -26,6 +26,12 @@ class TaskMoments:
         cross: minus the derivative of the loss by a row and by what reads it, [columns, entries of readers]: a row `a`
             and reading entries `b`, both small, lower the loss by `a @ cross @ b`.
         residual: the same with the gradients at the readers' outputs but for what their present inputs explain of them.
+
+    Example:
+        >>> seen = fxwidth.TaskMoments(cross=torch.tensor([[0.0, 3.0], [1.0, 0.0]]))
+        >>> left, _, _ = torch.linalg.svd(seen.cross)
+        >>> left[:, 0].abs()  # the row by which a small step of its readers lowers the loss most
+        tensor([1., 0.])
     """
 
     inputs_second: tuple[Tensor, ...] | None = None
@@ -76,6 +82,13 @@ def growth_direction(name: str, *, needs: Collection[str] = ()) -> Callable[[Dir
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> fxwidth.resize(gm, {"0": 18}, directions="near the mean").get_parameter("0.weight").shape
         torch.Size([18, 8])
+        >>> @fxwidth.growth_direction("steepest", needs=["cross"])
+        ... def steepest(rows, count, generator, seen):
+        ...     return torch.linalg.svd(seen.cross)[0].T[:count]
+        >>> data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(4)]
+        >>> loss = torch.nn.functional.mse_loss
+        >>> fxwidth.resize(gm, {"0": 20}, directions="steepest", data=data, loss=loss).get_parameter("0.weight").shape
+        torch.Size([20, 8])
     """
     refuse_name(DIRECTIONS, name, "growth_direction")
     known = [field.name for field in fields(TaskMoments)]

@@ -101,9 +101,13 @@ def resize(
 def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
     """Do what `resize` does, with options that have been checked."""
     transaction = Transaction(*resized_together(gm), optimizer=options.optimizer)
-    transaction.run(
-        lambda: resize_analyzed(WidthGraph(analyze_module(gm)), plan, options, transaction=transaction),
-    )
+
+    def work() -> None:
+        width_graph = WidthGraph(analyze_module(gm))
+        _refuse_needless_data(requested(width_graph, plan, options.exact), options)
+        resize_analyzed(width_graph, plan, options, transaction=transaction)
+
+    transaction.run(work)
 
 
 def resize_analyzed(
@@ -147,7 +151,6 @@ def _resize(
     asked = requested(width_graph, plan, options.exact)
     if not asked.widths:
         return module
-    _refuse_needless_data(asked, options, known)
     if not known.blind:
         refuse_nan(module)
         refuse_too_narrow(width_graph, asked)
@@ -178,10 +181,10 @@ def _resize(
     return module
 
 
-def _refuse_needless_data(asked: Requested, options: ResizeOptions, known: Known) -> None:
-    """Check that data which were given for this resize alone are looked at."""
-    is_own = options.data is not None and known.evidence is None and not known.blind
-    if is_own and not asked.drops and not options.looks_at_task:
+def _refuse_needless_data(asked: Requested, options: ResizeOptions) -> None:
+    """Check that data which were given for this resize alone are looked at: a plan that is made with them does so."""
+    grows_only = bool(asked.widths) and not asked.drops
+    if options.data is not None and grows_only and not options.looks_at_task:
         raise FxwidthError(
             f"data= would be ignored: the plan drops no channels, and directions={name_of(options.directions)!r} does "
             'not look at data. Leave data out, or choose directions that do, such as "tiny".'
