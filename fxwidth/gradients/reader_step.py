@@ -77,7 +77,8 @@ def stepped_readers(
     """Return the readers of new channels after a step against the gradient, and what is told of it.
 
     Args:
-        module: the network after growth; it is run in eval mode and left as it was.
+        module: the network after growth; it is run in the mode that it is in, since batch norms treat new channels
+            differently in each, every time with the same random numbers, and left as it was.
         columns: the new positions of the dims that read new channels.
         seen: the batches that the gradient is taken from.
         kept: others, by whose loss the length of the step is chosen: where none lowers it, nothing is returned.
@@ -106,7 +107,7 @@ def _gradients(
 ) -> dict[str, Tensor]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     totals = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    with left_as_it_is(module), torch.enable_grad(), substituted(module, leaves):
+    with left_as_it_is(module, evaluates=False), torch.enable_grad(), substituted(module, leaves):
         for values, targets in batches:
             found = torch.autograd.grad(
                 loss_of(loss, _output(module, values), targets), list(leaves.values()), allow_unused=True
@@ -141,7 +142,7 @@ def _unit(present: Mapping[str, Tensor], steps: Mapping[str, Tensor], columns: M
 
 def _loss(module: fx.GraphModule, tensors: Mapping[str, Tensor], batches: Sequence[Batch], loss: Loss) -> float:
     total, samples = 0.0, 0
-    with left_as_it_is(module), torch.no_grad(), substituted(module, tensors):
+    with left_as_it_is(module, evaluates=False), torch.no_grad(), substituted(module, tensors):
         for values, targets in batches:
             size = max(1, sample_count(values))
             total += size * float(loss_of(loss, _output(module, values), targets))

@@ -75,8 +75,8 @@ def resize(
         loss: what directions that look at the task, and `reader_step`, go by: a function of the output and the targets
             that follow the inputs in a batch of `data`; returns the mean over the batch.
         reader_step: whether what reads new channels then takes a step down the loss, which changes the function. Its
-            length is that which lowers the loss most on batches held out, every fourth, in eval mode; where none
-            does, the function stays as it was.
+            length is that which lowers the loss most on batches held out, every fourth, in the mode that `gm` is in;
+            where none does, the function stays as it was.
 
     Raises:
         FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other

@@ -136,6 +136,21 @@ def test_a_step_of_readers_lowers_the_loss_held_out_or_changes_nothing(name: str
     assert (told["loss_after"] < told["loss_before"]) is (told["length"] > 0)
 
 
+def test_a_step_of_readers_is_judged_in_the_mode_of_the_network() -> None:
+    """New channels of a batch norm are normalised by their own statistics in training alone."""
+    gm = graph("residual").train()
+    buffers = {name: tensor.clone() for name, tensor in gm.named_buffers()}
+    fxwidth.resize(gm, growing(gm), directions="tiny", reader_step=True, **task("tiny"))
+    told, (x, y) = record(gm)["reader_step"], data()[-1]
+    assert told["length"] > 0
+    with torch.no_grad():
+        assert told["loss_after"] == pytest.approx(float(F.cross_entropy(copy.deepcopy(gm)(x), y)), abs=1e-9)
+    assert gm.training
+    for name, tensor in gm.named_buffers():
+        own = tuple(slice(0, size) for size in buffers[name].shape)
+        assert torch.equal(tensor[own], buffers[name]), name
+
+
 def test_no_step_is_taken_uphill() -> None:
     """The targets of what is held out are those that the network gives: every step makes it worse."""
     gm, exact = graph(), graph()
@@ -257,6 +272,30 @@ def test_a_method_of_ones_own_is_given_what_it_needs() -> None:
     for needs in ("cross", ["crosses"]):
         with pytest.raises(FxwidthError, match="must name some of inputs_second, cross, residual"):
             fxwidth.growth_direction("of my own", needs=needs)
+
+
+def test_rows_of_channels_that_lie_in_every_head_are_put_where_they_belong() -> None:
+    made = []
+
+    def own(rows: Tensor, count: int, generator: torch.Generator, moments: fxwidth.TaskMoments) -> Tensor:
+        made.append(torch.randn(count, rows.shape[1], generator=generator, dtype=rows.dtype))
+        return made[-1]
+
+    try:
+        fxwidth.growth_direction("drawn", needs=["cross"])(own)
+        gm = graph("attention")
+        fxwidth.resize(gm, {"v#1": 6}, directions="drawn", data=data(), loss=F.cross_entropy)
+    finally:
+        DIRECTIONS.pop("drawn", None)
+        NEEDS.pop("drawn", None)
+    # Two new channels, each with a row of 12 entries in each of three heads of 4 + 2 channels.
+    (rows,) = made
+    assert rows.shape == (2, 3 * 12)
+    weight = gm.get_parameter("v.weight").detach().unflatten(0, (3, 6))
+    for head in range(3):
+        for channel in range(2):
+            wanted = rows[channel, 12 * head : 12 * head + 12]
+            assert F.cosine_similarity(weight[head, 4 + channel], wanted, dim=0) > 1 - 1e-9
 
 
 def test_an_evolver_grows_by_the_batches_of_training_with_their_targets() -> None:

@@ -155,3 +155,78 @@ def test_the_cross_moment_is_the_mixed_derivative_of_the_loss() -> None:
     mixed = torch.stack([torch.autograd.grad(one, row, retain_graph=True)[0] for one in by_entries], 1)
     assert found.cross is not None
     torch.testing.assert_close(found.cross, -mixed, rtol=1e-9, atol=1e-12)
+
+
+WRITERS = {
+    "linear": (lambda: nn.Linear(8, 5, bias=False), lambda: images(6)),
+    "linear without rows": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 5, bias=False)), lambda: images(6)),
+    "line": (lambda: nn.Conv1d(4, 6, 3, stride=2, groups=2, bias=False), lambda: images(6, 4).flatten(2)),
+    "plane": (lambda: nn.Conv2d(4, 6, (3, 2), padding=(2, 0), dilation=2, bias=False), lambda: images(6, 4)),
+    "volume": (lambda: nn.Conv3d(2, 3, 2, bias=False), lambda: images(6, 8).unflatten(1, (2, 4))),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, bias=False), lambda: images(6, 4)),
+        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False),
+        lambda: images(6, 4).flatten(2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_second_moments_tell_the_squares_of_what_is_written(kind: str) -> None:
+    torch.manual_seed(0)
+    make, inputs = WRITERS[kind]
+    writer, x = make().double(), inputs()
+    model = nn.Sequential(writer, nn.Flatten(), nn.Linear(writer(x)[0].numel(), 4)).double()
+    written = writer(x).detach()
+    channel = written.dim() - 1 if "linear" in kind else 1
+    squares = written.square().sum([dim for dim in range(written.dim()) if dim != channel]) / len(x)
+    gm = fxwidth.trace(model, x)
+    wg = fxwidth.analyze(gm)
+    group = wg.free[0]
+    found = gather_task_moments(wg, [group], [([x], (labels(6),))], F.cross_entropy, ALL)[group]
+    assert found.moments is not None, found.untold
+    assert found.moments.inputs_second is not None
+    told = torch.zeros_like(squares)
+    for one, second in zip(found.places.written, found.moments.inputs_second, strict=True):
+        rows = one.rows(gm.get_parameter(one.parameter).detach())
+        told[one.positions] = ((rows @ second) * rows).sum(1)
+    torch.testing.assert_close(told, squares, rtol=1e-9, atol=1e-12)
+
+
+class Stream(nn.Module):
+    """A stream that is written twice and read twice, in between by what writes it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.head = nn.Linear(7, 3), nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.stem(x)
+        return self.head(stream + self.down(torch.tanh(self.up(stream))))
+
+    def grown(self, x: Tensor, stem: Tensor, down: Tensor, up: Tensor, head: Tensor) -> Tensor:
+        """Return the output with one more channel: what writes it, and what reads it."""
+        stream, more = self.stem(x), x @ stem
+        hidden = torch.tanh(self.up(stream) + more[:, None] * up)
+        stream, more = stream + self.down(hidden), more + hidden @ down
+        return self.head(stream) + more[:, None] * head
+
+
+def test_gradients_end_at_other_readers_of_a_stream() -> None:
+    torch.manual_seed(0)
+    model = Stream().double()
+    x, y = torch.randn(12, 7, dtype=torch.float64), labels(12)
+    gm = fxwidth.trace(model, x)
+    wg = fxwidth.analyze(gm)
+    group = wg["stem"]
+    found = gather_task_moments(wg, [group], [([x], (y,))], F.cross_entropy, ALL)[group]
+    assert [one.parameter for one in found.places.written] == ["stem.weight", "down.weight"]
+    places = [torch.zeros(size, dtype=x.dtype, requires_grad=True) for size in (7, 5, 5, 4)]
+    loss = F.cross_entropy(model.grown(x, *places), y)
+    entries = torch.cat(torch.autograd.grad(loss, places[2:], create_graph=True))
+    mixed = [
+        torch.cat([torch.zeros(size) if one is None else one for size, one in zip((7, 5), row, strict=True)])
+        for row in (torch.autograd.grad(one, places[:2], retain_graph=True, allow_unused=True) for one in entries)
+    ]
+    assert found.moments is not None
+    assert found.moments.cross is not None
+    torch.testing.assert_close(found.moments.cross, -torch.stack(mixed, 1), rtol=1e-9, atol=1e-12)
