@@ -164,9 +164,6 @@ WRITERS = {
     "plane": (lambda: nn.Conv2d(4, 6, (3, 2), padding=(2, 0), dilation=2, bias=False), lambda: images(6, 4)),
     "volume": (lambda: nn.Conv3d(2, 3, 2, bias=False), lambda: images(6, 8).unflatten(1, (2, 4))),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, bias=False), lambda: images(6, 4)),
-        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False),
-        lambda: images(6, 4).flatten(2),
-    ),
 }
 
 
