@@ -20,8 +20,10 @@ from fxwidth.frontends.call_signature import (
     Inputs,
     Outputs,
     Passing,
+    has_own_call,
     invoke,
     native,
+    signature_of,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
@@ -31,7 +33,7 @@ from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProx
 from fxwidth.frontends.watched_tensors import SetterWatch, TensorWatch, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions
 from fxwidth.runtime.module_state import Held, restored, stores
-from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
+from fxwidth.runtime.pytrees import Constant, Leaf, flatten, flatten_each, rebuild_each
 from fxwidth.runtime.random_states import Generators
 from fxwidth.runtime.trace_guards import (
     Belongings,
@@ -143,7 +145,7 @@ def _one_call(model: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    for parameter in inspect.signature(model.forward).parameters.values():
+    for parameter in signature_of(model).parameters.values():
         required = parameter.default is UNKNOWN
         variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         if variable or not (required or isinstance(parameter.default, PLAIN)):
@@ -277,22 +279,37 @@ class _Tracer(fx.Tracer):
         proxies = [
             self.create_proxy("placeholder", argument.name, argument.default, {}) for argument in self._arguments
         ]
-        taken_apart = [i for i, argument in enumerate(self._arguments) if not self._is_live(argument)]
-        values = list(proxies)
-        if taken_apart:
-            tensors, structures = flatten_each(self._arguments[i].value for i in taken_apart)
-            helper = Inputs([self._arguments[i].name for i in taken_apart], structures)
-            result: Any = self._helper(INPUTS_MODULE, helper, [proxies[i] for i in taken_apart])
+        checked = [i for i, argument in enumerate(self._arguments) if self._is_checked(i, argument)]
+        values: list[Any] = list(proxies)
+        if checked:
+            tensors, structures = flatten_each(self._arguments[i].value for i in checked)
+            live = [self._is_live(self._arguments[i]) for i in checked]
+            names = [self._arguments[i].name for i in checked]
+            numbers = [
+                n
+                for n, structure, is_live in zip(names, structures, live, strict=True)
+                if is_live and isinstance(structure, Constant)
+            ]
+            helper = Inputs(names, structures, numbers=numbers)
+            result: Any = self._helper(INPUTS_MODULE, helper, [proxies[i] for i in checked])
+            direct = {structure.position for structure in structures if isinstance(structure, Leaf)}
+            opened_leaves = [None if i in direct else result[i] for i in range(len(tensors))]
             # The model may write to what it is given, such as an empty cache.
-            opened = rebuild_each(copy.deepcopy(structures), [result[i] for i in range(len(tensors))])
-            for i, value in zip(taken_apart, opened, strict=True):
-                values[i] = value
+            opened = rebuild_each(copy.deepcopy(structures), opened_leaves)
+            for i, value, is_live in zip(checked, opened, live, strict=True):
+                values[i] = proxies[i] if is_live else value
 
         def run(root: nn.Module) -> Any:
             # As a call of the model does: it may have hooks, and a forward of its own put over that of its class.
-            return self._answer(invoke(root._call_impl, self._arguments, values))
+            called = root if has_own_call(root) else root._call_impl
+            return self._answer(invoke(called, self._arguments, values))
 
         return run, [self.root]
+
+    def _is_checked(self, place: int, argument: Argument) -> bool:
+        """Tell whether what a call gives is looked at: the model may have looked whether it is None."""
+        is_optional = bool(argument.default) or place > 0
+        return not self._is_live(argument) or (is_optional and argument.value is not UNKNOWN)
 
     def _is_live(self, argument: Argument) -> bool:
         value = argument.value
