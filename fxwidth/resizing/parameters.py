@@ -113,11 +113,13 @@ def gains_kept(wiring: Wiring, maps: IndexMaps) -> dict[str, str]:
 
 
 def ratios_by_gain(analysis: Analysis, maps: IndexMaps) -> dict[str, float]:
-    """Return by the names of gains by what the variances that their norms see are multiplied in a resize."""
+    """Return by the names of gains by what the variances that their norms see are multiplied in a resize.
+
+    A ratio of one is among them: a file from which it is missing would have it guessed by the sizes.
+    """
     result = {}
     for call in analysis.calls:
-        ratio = maps.variance_ratio(call.index)
-        gain = _gain(analysis, call) if ratio != 1.0 else None
+        gain = _gain(analysis, call) if maps.tells_variance(call.index) else None
         if gain is not None:
-            result[gain] = ratio
+            result[gain] = maps.variance_ratio(call.index)
     return result

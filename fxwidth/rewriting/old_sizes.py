@@ -43,6 +43,11 @@ class OldSizes:
         with self._edits.suspended(), substituted(self._module, old):
             yield
 
+    def follows_batch(self, name: str) -> bool:
+        """Tell whether a node does at a larger batch what the tape prescribes for it."""
+        with self.restored(), quiet():
+            return differs_in_batch(self._analysis, name) is None
+
     def refuse_other_in_batch(self, name: str, problem: str) -> None:
         """Check that no number that depends on the batch would be written into the graph.
 
