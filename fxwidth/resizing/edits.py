@@ -109,8 +109,9 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     )
     if not known.blind:
         refuse_shared_memory(analysis, tensors)
-    rotated = [group.factor for group in selection.bases]
-    missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
+    if options.fold and moments is not None:
+        rotated = [group.factor for group in selection.bases]
+        missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     _refuse_infinite(analysis, tensors)
     replacements = _replacements(analysis, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}

@@ -48,11 +48,11 @@ def resized_tensors(
         missed: takes the readers and gains that were not fitted to what is dropped, and why.
         directions: the method by which new channels are made where they may be anything.
     """
-    analysis = width_graph.analysis
+    analysis, wiring = width_graph.analysis, wiring_of(width_graph)
     missed = {} if missed is None else missed
     folded = fold(width_graph, maps, moments, missed) if moments is not None and folds else {}
-    missed |= gains_kept(wiring_of(width_graph), maps)
-    ratios = _variance_ratios(wiring_of(width_graph), maps, moments, norms or {})
+    missed |= gains_kept(wiring, maps)
+    ratios = _variance_ratios(wiring, maps, moments, norms or {})
     growths = width_graph.growths(maps)
     result = {}
     for name, entry in analysis.parameters.items():
