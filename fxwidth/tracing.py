@@ -153,10 +153,12 @@ def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
         if doubled is None:
             raise
         analysis = _analyze(module, specs, call)
-    notes = notes_of(module)
-    notes[INPUTS] = specs
+    found: dict[str, Any] = {INPUTS: specs}
     if call is not None:
-        notes[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
+        found[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
+    notes = notes_of(module)
+    # In one step: nothing can come between the two.
+    notes |= found
     return analysis
 
 
