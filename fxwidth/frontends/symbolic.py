@@ -120,11 +120,11 @@ def graph_with_leaves(
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
                 del leaves[known:]
-                return _one_call(model)
+                return one_call(model)
         leaves.append(failed[0])
 
 
-def _one_call(model: nn.Module) -> fx.GraphModule:
+def one_call(model: nn.Module) -> fx.GraphModule:
     """Return a graph that calls a model with the arguments it is given."""
     graph = fx.Graph()
     positional: list[fx.Node] = []

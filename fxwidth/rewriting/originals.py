@@ -115,7 +115,7 @@ def goes_along(
     with substituted(original, _fakes_of(slots, analysis, fakes), slots, restored):
         _set_sizes(original, holders, edits)
         with evaluating(original):
-            observed = _observed(analysis, original)
+            observed = _observed(analysis, original, _ORIGINALS[analysis.module].arguments)
         wanted = prescribed_signatures(analysis.calls, maps)
         follows = observed is not None and differ(observed, wanted) is None
         # It may have parts for training that the graph, which is of one mode, has not.
@@ -129,6 +129,22 @@ def goes_along(
     if not trains:
         edits.undo(start)
     return trains
+
+
+def differs_from_model(analysis: Analysis, model: nn.Module, arguments: Sequence[Argument]) -> str | None:
+    """Return what a model does otherwise than its graph, in evaluation; None where it does the same, or cannot be run.
+
+    Args:
+        analysis: that of the graph, whose parameters are the model's.
+        model: the model.
+        arguments: how it is called.
+    """
+    slots = tensor_slots(model)
+    with substituted(model, _fakes_of(slots, analysis, {}), slots, restored), evaluating(model):
+        observed = _observed(analysis, model, arguments)
+    if observed is None:
+        return None
+    return differ(observed, prescribed_signatures(analysis.calls, IndexMaps(analysis.space, {})))
 
 
 def _fakes_of(slots: Slots, analysis: Analysis, fakes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +163,7 @@ def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) ->
             edits.apply(part, sizes_by_shape(part))
 
 
-def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None:
+def _observed(analysis: Analysis, original: nn.Module, arguments: Sequence[Argument]) -> list[Signature] | None:
     """Return what a model does on the inputs of an analysis; None where it fails."""
     observed: list[Signature] = []
 
@@ -156,7 +172,7 @@ def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None
             observed.append(observed_signature(call))
 
     with suppress(Exception):
-        _call(analysis, original, see)
+        _call(analysis, original, arguments, see)
         return observed
     return None
 
@@ -187,15 +203,16 @@ def _trains(analysis: Analysis, original: nn.Module) -> bool:
     """Tell whether a model runs in training mode, and can change its mode."""
     with suppress(Exception):
         with training(original):
-            _call(analysis, original, lambda _: None)
+            _call(analysis, original, _ORIGINALS[analysis.module].arguments, lambda _: None)
         with analysis.mode, quiet():
             switch_modes(original)
         return True
     return False
 
 
-def _call(analysis: Analysis, original: nn.Module, see: Callable[[OpCall], None]) -> None:
-    arguments = _ORIGINALS[analysis.module].arguments
+def _call(
+    analysis: Analysis, original: nn.Module, arguments: Sequence[Argument], see: Callable[[OpCall], None]
+) -> None:
     leaves, structures = flatten_each(analysis.inputs, (Tensor,))
     # The model may write to what it is given.
     values = rebuild_each(copy.deepcopy(structures), leaves)
