@@ -271,7 +271,7 @@ class _Attempts:
             return None
         try:
             analysis = analyze_module(traced.module, self.call)
-            if name not in _EXPORTS and (other := self._otherwise(analysis)) is not None:
+            if name not in _EXPORTS and (other := self._otherwise(traced, analysis)) is not None:
                 self.reasons[name] = UntraceableError(f"its graph would not do what the model does: {other}")
                 return None
             return traced, analysis
@@ -281,8 +281,10 @@ class _Attempts:
                 self.unusable = self.unusable or error
             return None
 
-    def _otherwise(self, analysis: Analysis) -> str | None:
+    def _otherwise(self, traced: Traced, analysis: Analysis) -> str | None:
         """Return what the model does otherwise than its graph: its code may have looked at what it is given."""
+        if traced.unfollowed is not None and self.model.training:
+            return None  # it is the graph of training alone, as the user is told
         return differs_from_model(analysis, self.model, arguments_of(self.model, self.call))
 
     def told(self, traced: Traced, analysis: Analysis) -> tuple[fx.GraphModule, Analysis]:
