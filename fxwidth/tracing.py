@@ -36,7 +36,8 @@ from fxwidth.frontends.untraceable import refuse_names, refuse_scripts, refuse_u
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
-from fxwidth.rewriting.originals import differs_from_model, remember_original
+from fxwidth.rewriting.model_runs import differs_from_model
+from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.finiteness import refuse_nan
