@@ -180,12 +180,15 @@ class Inputs(nn.Module):
     # What earlier versions have saved has none.
     numbers: tuple[str, ...] = ()
 
-    def forward(self, *values: Any) -> list[Any]:
-        """Return the tensors among the arguments.
+    def forward(self, *values: Any) -> Any:
+        """Return the tensors among the arguments, as a list.
 
         Raises:
             FxwidthError: the call differs from that of the trace by more than what tensors hold.
         """
+        node = _in_a_trace(self, values)
+        if node is not None:
+            return node
         leaves, found = flatten_each(values)
         for name, own, other in zip(self.names, self.structures, found, strict=True):
             text = None if name in self.numbers and _is_number(other) else difference(own, other, f"argument {name!r}")
@@ -238,7 +241,16 @@ class Outputs(nn.Module):
 
     def forward(self, *leaves: Any) -> Any:
         """Return what the model returns."""
-        return rebuild(self.structure, leaves)
+        node = _in_a_trace(self, leaves)
+        return rebuild(self.structure, leaves) if node is None else node
+
+
+def _in_a_trace(module: nn.Module, arguments: Sequence[Any]) -> fx.Proxy | None:
+    """Return a call of a module as a node where some symbolic trace looks into it: what it does is no op."""
+    tracer = next((one.tracer for one in arguments if isinstance(one, fx.Proxy)), None)
+    if not isinstance(tracer, fx.Tracer):
+        return None
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), tuple(arguments), {})
 
 
 def native(structure: Structure, leaves: Sequence[Any]) -> tuple[bool, Any]:

@@ -319,3 +319,17 @@ def test_how_an_input_lies_in_memory_does_not_matter(exported: bool) -> None:
     with torch.no_grad():
         for given in (wide[::2, :WIDTH], wide[:2, :WIDTH].contiguous(), _x(WIDTH, 2).T):
             assert largest_difference(deep_tensors(gm(given)), deep_tensors(model(given))) < EXACT
+
+
+@by_front_end
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_can_be_traced_once_more(name: str, exported: bool) -> None:
+    """By the stock tracer, which looks into all modules but those of torch."""
+    case = CASES[name]
+    _, gm = traced(case, exported)
+    again = fx.symbolic_trace(gm)
+    calls = [[node.target for node in one.graph.nodes if node.op == "call_module"] for one in (gm, again)]
+    assert [path for path in calls[1] if path.startswith("fxwidth_")] == [
+        path for path in calls[0] if path.startswith("fxwidth_")
+    ]
+    assert largest_difference(deep_tensors(invoked(again, case)), deep_tensors(invoked(gm, case))) < EXACT
