@@ -12,7 +12,7 @@ from fxwidth.frontends.alignment import DifferentError, path_of
 from fxwidth.frontends.as_traced import Differences, differences, keep_as_traced
 from fxwidth.frontends.call_signature import Inputs, Outputs
 from fxwidth.frontends.export_reassembly import Region
-from fxwidth.frontends.own_modes import OwnModes, SetByCode, in_modes, keep_modes
+from fxwidth.frontends.own_modes import OwnModes, SetByCode, are_in_modes, in_modes, keep_modes
 from fxwidth.frontends.random_draws import ALMOST_ONE, drawing
 from fxwidth.frontends.train_eval_alignment import align
 from fxwidth.frontends.train_eval_merge import InTraining, TrainingFlag, Writer, follow_flags
@@ -181,7 +181,7 @@ class _BothModes:
             except Exception as error:
                 drawn = None if self._takes_leaves else self._as_if_drawn(mode)
                 return drawn, error if drawn is None else None
-        if is_present and all(part.training == after[part] for part in after):
+        if is_present and are_in_modes(after):
             self.set_by_code.now.update(self.set_by_code.after[mode])
         elif is_present:
             try:
