@@ -24,11 +24,12 @@ from fxwidth.analysis.input_specs import (
 from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import Argument, Call, arguments_of, bound_to_placeholders, call_of
+from fxwidth.frontends.call_signature import Argument, Call, arguments_of, call_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.export_otherwise import exported_otherwise, warn_of_other_way
 from fxwidth.frontends.own_modes import OwnModes, own_modes, warn_of_own_methods
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, one_call, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes

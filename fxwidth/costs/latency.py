@@ -23,7 +23,7 @@ from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs.counts import call_flops
 from fxwidth.costs.registry import cost
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import call_with
+from fxwidth.frontends.placeholder_calls import call_with
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, tensors_in, unbind

@@ -10,14 +10,12 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-from torch.utils import _pytree as pytree
 
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.generated_signature import kinds_of
 from fxwidth.runtime.pytree_differences import difference
-from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatten, flatten_each, rebuild
+from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatten_each, rebuild
 
 UNKNOWN = inspect.Parameter.empty
 INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
@@ -25,7 +23,7 @@ INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
 NOT_GIVEN = ...
 PLAIN = (type(None), bool, int, float, str)
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
+CALL_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
         except TypeError as error:
             raise FxwidthError(
                 f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
-                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {_FORMS}."
+                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {CALL_FORMS}."
             ) from error
     result: list[Argument] = []
     for parameter in taken_by_graph(signature, bound):
@@ -242,8 +240,8 @@ class Inputs(nn.Module):
 
 
 def _is_number(structure: Structure) -> bool:
-    is_tensor = isinstance(structure, Leaf)  # one number or many: an op takes either
-    return is_tensor or (isinstance(structure, Constant) and isinstance(structure.value, (int, float)))
+    # No tensor: the model's code may have asked which of the two it is.
+    return isinstance(structure, Constant) and isinstance(structure.value, (int, float))
 
 
 def refuse_guarded(guards: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -300,60 +298,3 @@ def native(structure: Structure, leaves: Sequence[Any]) -> tuple[bool, Any]:
     if structure.spec.type is dict:
         return True, dict(zip(structure.spec.context, values, strict=True))
     return True, structure.spec.type(values)
-
-
-def bound_to_placeholders(module: fx.GraphModule, call: Call) -> list[Any]:
-    """Return one value per placeholder of a graph for a call.
-
-    Raises:
-        FxwidthError: the graph does not take this call.
-    """
-    placeholders = module.graph.find_nodes(op="placeholder")
-    codegen = module.graph._codegen
-    if isinstance(codegen, fx.graph._PyTreeCodeGen):
-        # A graph of torch.export: one placeholder per tensor, and a function of the model's arguments around it.
-        info = codegen.pytree_info
-        either_way = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        values = _by_name({name: either_way for name in info.orig_args if name != "self"}, {}, call)
-        leaves = pytree.tree_leaves(list(values.values()))
-        if len(leaves) != len(placeholders):
-            raise FxwidthError(
-                f"example_inputs hold {len(leaves)} values, but the graph was exported for {len(placeholders)}; "
-                "pass inputs of the structure it was exported with."
-            )
-        return leaves
-    defaults = {str(node.target): node.args[0] for node in placeholders if node.args and node.args[0] is not NOT_GIVEN}
-    return list(_by_name(kinds_of(module.graph), defaults, call).values())
-
-
-def call_with(module: fx.GraphModule, values: Sequence[Any]) -> Call:
-    """Return the call of a graph that gives its placeholders some values, in order."""
-    by_name = [kind is inspect.Parameter.KEYWORD_ONLY for kind in kinds_of(module.graph).values()]
-    if not any(by_name):
-        return Call(tuple(values), {})
-    first, names = by_name.index(True), list(kinds_of(module.graph))
-    return Call(tuple(values[:first]), dict(zip(names[first:], values[first:], strict=True)))
-
-
-def _by_name(kinds: Mapping[str, Any], defaults: Mapping[str, Any], call: Call) -> dict[str, Any]:
-    places = [name for name, kind in kinds.items() if kind is not inspect.Parameter.KEYWORD_ONLY]
-    values = dict(zip(places, call.args, strict=False))
-    named = [name for name, kind in kinds.items() if kind is not inspect.Parameter.POSITIONAL_ONLY]
-    unknown = [name for name in call.kwargs if name not in named or name in values]
-    values = {**defaults, **values, **call.kwargs}
-    missing = [name for name in kinds if name not in values]
-    if missing or unknown or len(call.args) > len(places):
-        given = len(call.args) + len(call.kwargs)
-        detail = f" and {unknown[0]!r} is none of them" if unknown else ""
-        if len(call.args) > len(places):
-            detail = f", {len(call.args)} of them by position, of which it takes {len(places)}"
-        raise FxwidthError(
-            f"the model takes {len(kinds)} inputs ({', '.join(kinds)}), but example_inputs has {given}{detail}; "
-            f"{_FORMS}."
-        )
-    return {name: values[name] for name in kinds}
-
-
-def tensors_of(values: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors among the values of placeholders."""
-    return [leaf for leaf in flatten(tuple(values), (Tensor,))[0] if isinstance(leaf, Tensor)]

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 import fxwidth
 from fxwidth import FxwidthError, FxwidthWarning
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.frontends.call_signature import bound_to_placeholders, call_of, call_with
+from fxwidth.frontends.call_signature import call_of
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders, call_with
 from fxwidth.runtime.pytree_differences import difference
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves
 from fxwidth.verification.replay_oracle import largest_difference, reference_outputs

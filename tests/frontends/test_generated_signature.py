@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.costs.latency import latency_polynomial
-from fxwidth.frontends.call_signature import bound_to_placeholders, call_of, call_with
+from fxwidth.frontends.call_signature import call_of
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders, call_with
 
 EXACT = 1e-12
 REFUSED = (TypeError, FxwidthError)

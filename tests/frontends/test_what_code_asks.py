@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
-from fxwidth import tracing
+from fxwidth import FxwidthError, tracing
 
 WIDTH = 8
 
@@ -68,6 +68,16 @@ def test_the_graph_does_what_the_model_does(question: str, given: bool, x: Tenso
     for group in fxwidth.analyze(gm).free:
         gm = fxwidth.resize(gm, {group.name: WIDTH + 2})
     torch.testing.assert_close(gm(*arguments), expected)
+
+
+def test_a_tensor_is_not_taken_where_a_number_was(x: Tensor) -> None:
+    """The code may have asked which of the two it is."""
+    torch.manual_seed(0)
+    model = Asking(QUESTIONS["is_tensor of a number"]).double()
+    gm = fxwidth.trace(model, (x, 2))
+    assert torch.equal(gm(x, 5), model(x, 5))
+    with pytest.raises(FxwidthError, match="argument 'n' is a tensor, not 2 as when the graph was traced"):
+        gm(x, torch.tensor(2.0))
 
 
 @pytest.mark.parametrize("question", ["isinstance of a tensor", "dtype", "number of dims in a table"])
