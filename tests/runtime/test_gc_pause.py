@@ -181,3 +181,13 @@ def test_what_the_caller_has_frozen_stays_frozen() -> None:
         pass
     # A few of them may have died of themselves.
     assert gc.get_freeze_count() > count // 2 > 0
+
+
+def test_an_interruption_while_memory_is_asked_for_leaves_the_collector_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gc_pause.memory_in_use, "resident_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt), without_collections():
+        pass
+    assert gc.isenabled()
