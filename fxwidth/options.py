@@ -131,7 +131,8 @@ class PlanOptions:
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             value = getattr(self, name)
-            if value is not defaults[name] and (callable(value) or name == "data" or value != defaults[name]):
+            is_default = value is defaults[name] or (isinstance(value, (str, int, float)) and value == defaults[name])
+            if not is_default:
                 remedy = (
                     "Leave it out, or params= and budget=."
                     if self.target

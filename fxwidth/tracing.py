@@ -61,8 +61,8 @@ def trace(
 
     Parameters are shared with the model, so an optimizer made for the model goes on. A resize of the graph resizes the
     model too, if its own code does the same at the new widths; else the model stays as it is and shares nothing from
-    then on. It is not kept alive by the graph. The graph may list its parameters in the order of their
-    use: the state dict of an optimizer, which goes by order, belongs to an optimizer that is made for the same module.
+    then on. It is not kept alive by the graph. The graph may list its parameters in the order of their use: the state
+    dict of an optimizer, which goes by order, belongs to an optimizer that is made for the same module.
 
     Args:
         model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.
@@ -212,8 +212,9 @@ def _is_about_values(error: BaseException | None) -> bool:
 def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analysis]:
     """Return what the first front end makes that can trace the model and whose graph runs."""
     askers = set[str]()
-    attempts = _Attempts(model, call, own_modes(model))
-    for name, front_end in _front_ends(model, call, askers):
+    arguments = arguments_of(model, call)
+    attempts = _Attempts(model, call, arguments, own_modes(model))
+    for name, front_end in _front_ends(model, call, arguments, askers):
         if attempts.best is not None and name not in _EXPORTS:
             continue  # it would follow no more
         found = attempts.make(name, front_end)
@@ -228,9 +229,10 @@ def _traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analys
     raise attempts.failure()
 
 
-def _front_ends(model: nn.Module, call: Call | None, askers: set[str]) -> Iterator[tuple[str, Tracer]]:
+def _front_ends(
+    model: nn.Module, call: Call | None, arguments: Sequence[Argument], askers: set[str]
+) -> Iterator[tuple[str, Tracer]]:
     """Yield all that can trace with what is known of the call, in the order in which they are asked."""
-    arguments = arguments_of(model, call)
     yield _SYMBOLIC, lambda *found: _symbolic(model, arguments, True, *found)
     yield _SYMBOLIC, lambda *found: _symbolic(model, arguments, False, *found)
     if call is None:
@@ -250,6 +252,7 @@ class _Attempts:
     Attributes:
         model: the module.
         call: how it is called.
+        arguments: those that it takes, with what the call gives.
         own: what its `train()` and `eval()` do.
         best: a graph that runs, but does not follow both modes for want of a trace.
         reasons: why those that have failed did, by their names.
@@ -258,6 +261,7 @@ class _Attempts:
 
     model: nn.Module
     call: Call | None
+    arguments: Sequence[Argument]
     own: OwnModes
     best: tuple[Traced, Analysis] | None = None
     reasons: dict[str, Exception] = field(default_factory=dict)
@@ -287,7 +291,7 @@ class _Attempts:
         """Return what the model does otherwise than its graph: its code may have looked at what it is given."""
         if traced.unfollowed is not None and self.model.training:
             return None  # it is the graph of training alone, as the user is told
-        return differs_from_model(analysis, self.model, arguments_of(self.model, self.call))
+        return differs_from_model(analysis, self.model, self.arguments)
 
     def told(self, traced: Traced, analysis: Analysis) -> tuple[fx.GraphModule, Analysis]:
         """Return a graph, with warnings of what of the model it does not follow."""

@@ -9,12 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxwidth.frontends.call_signature import (
-    UNKNOWN,
-    Argument,
-    signature_of,
-    taken_by_graph,
-)
+from fxwidth.frontends.call_signature import Argument, Passing, arguments_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
 from fxwidth.frontends.generated_signature import set_kinds
@@ -131,19 +126,14 @@ def one_call(model: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    parameters = list(taken_by_graph(signature_of(model), {}))
-    for parameter in parameters:
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            continue
-        required = parameter.default is UNKNOWN
-        default = () if required else (parameter.default,)
-        node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
-        by_name = parameter.kind == inspect.Parameter.KEYWORD_ONLY
-        if parameter.kind == inspect.Parameter.POSITIONAL_ONLY or (required and not by_name):
+    arguments = arguments_of(model, None)
+    for argument in arguments:
+        node = graph.create_node("placeholder", argument.name, argument.default, name=argument.name)
+        if argument.passing is Passing.BY_POSITION or argument.kind is inspect.Parameter.POSITIONAL_ONLY:
             positional.append(node)
         else:
-            named[parameter.name] = node
-    set_kinds(graph, ((parameter.name, parameter.kind) for parameter in parameters))
+            named[argument.name] = node
+    set_kinds(graph, ((argument.name, argument.kind) for argument in arguments))
     name = "model"
     while hasattr(model, name):
         name += "_"

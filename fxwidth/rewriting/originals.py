@@ -19,15 +19,14 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.op_signatures import Signature, differ, is_silent, observed_signature, prescribed_signatures
+from fxwidth.analysis.op_signatures import differ, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.frontends.own_modes import PartModes, switch_modes
-from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
-from fxwidth.rewriting.model_runs import fakes_of, run_model
+from fxwidth.rewriting.model_runs import fakes_of, observed, run_model
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.contexts import evaluating, quiet, training
@@ -112,9 +111,9 @@ def goes_along(
     with substituted(original, fakes_of(slots, analysis, fakes), slots, restored):
         _set_sizes(original, holders, edits)
         with evaluating(original):
-            observed = _observed(analysis, original)
+            done = observed(analysis, original, _ORIGINALS[analysis.module].arguments)
         wanted = prescribed_signatures(analysis.calls, maps)
-        follows = observed is not None and differ(observed, wanted) is None
+        follows = done is not None and differ(done, wanted) is None
         # It may have parts for training that the graph, which is of one mode, has not.
         trains = follows and _trains(analysis, original)
         # Again, for weights that a module computes when it is called.
@@ -133,20 +132,6 @@ def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) ->
     for _, part in walk(original):
         if any(id(inner) in holders for _, inner in walk(part)):
             edits.apply(part, sizes_by_shape(part))
-
-
-def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None:
-    """Return what a model does on the inputs of an analysis; None where it fails."""
-    observed: list[Signature] = []
-
-    def see(call: OpCall) -> None:
-        if not is_silent(call.func):
-            observed.append(observed_signature(call))
-
-    with suppress(Exception):
-        run_model(analysis, original, _ORIGINALS[analysis.module].arguments, see)
-        return observed
-    return None
 
 
 def _trained_on_fakes(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
