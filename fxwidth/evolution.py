@@ -21,7 +21,8 @@ from fxwidth.rewriting.originals import resized_together
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.statistics.calibration_data import Gathered
-from fxwidth.tracing import analyze_module, trace
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.trace import trace
 
 
 @tells_options(PlanOptions, ResizeOptions)

@@ -22,7 +22,7 @@ from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
 
 
