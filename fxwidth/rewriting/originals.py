@@ -27,6 +27,7 @@ from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.frontends.own_modes import PartModes, switch_modes
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
 from fxwidth.rewriting.model_runs import fakes_of, observed, run_model
+from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.contexts import evaluating, quiet, training
@@ -59,11 +60,13 @@ def original_of(module: fx.GraphModule) -> nn.Module | None:
     return None if known is None else known.model()
 
 
-def resized_together(module: nn.Module) -> list[nn.Module]:
-    """Return all modules that a resize of one may change."""
-    original = original_of(module) if isinstance(module, fx.GraphModule) else None
-    own = [module] if original is None else [module, original]
-    return [*own, *_other_graphs(own)]
+def resize_transaction(
+    *modules: nn.Module, optimizer: Optimizers | None = None, objects: Iterable[object] = ()
+) -> Transaction:
+    """Return a transaction of all that a resize of some modules may change: their models and other graphs of these."""
+    originals = [original_of(module) for module in modules if isinstance(module, fx.GraphModule)]
+    own = [*modules, *(original for original in originals if original is not None)]
+    return Transaction(*own, *_other_graphs(own), optimizer=optimizer, objects=objects)
 
 
 def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
