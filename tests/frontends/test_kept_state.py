@@ -183,3 +183,52 @@ def test_a_part_with_a_state_keeps_what_its_next_call_may_use() -> None:
     fxwidth.resize(gm, {"1": 12})
     for seed in range(3):
         assert largest_difference([gm(rows(4, seed))], [twin(rows(4, seed))]) < 1e-9
+
+
+def one_kept(part: Any, h: Tensor) -> Tensor:
+    before, part.last = part.last, h.detach()
+    return h if before is None else h + before.mean()
+
+
+def all_kept(part: Any, h: Tensor) -> Tensor:
+    part.many.append(h.detach())
+    return h + torch.stack([one.mean() for one in part.many]).sum()
+
+
+def handed_on(part: Any, h: Tensor) -> Tensor:
+    before, part.last, part.state = part.last, part.state, h.detach()
+    return h + before.mean() if isinstance(before, Tensor) else h
+
+
+def only_kept(part: Any, h: Tensor) -> Tensor:
+    part.last = h.detach()
+    return h
+
+
+class WithPast(nn.Module):
+    """What it keeps of a call may be in the next one."""
+
+    def __init__(self, past: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.past = past
+        self.up, self.down = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.last, self.state, self.many = None, None, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.past(self, torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize("past", [one_kept, all_kept, handed_on], ids=lambda past: past.__name__)
+def test_a_tensor_that_the_next_call_reads_keeps_its_size(past: Callable[[Any, Tensor], Tensor]) -> None:
+    """What is done to it there is in no tape of the first call: a mean takes new channels in."""
+    wg = fxwidth.analyze(fxwidth.trace(WithPast(past).double(), rows()))
+    assert not wg.free
+    assert "it is kept, and read in the next call" in str(wg.why_pinned("up"))
+
+
+def test_a_tensor_that_is_kept_for_others_may_have_another_size() -> None:
+    model = WithPast(only_kept).double()
+    twin, gm = copy.deepcopy(model), fxwidth.trace(model, rows())
+    fxwidth.resize(gm, {"up": HIDDEN + 3})
+    for seed in range(3):
+        assert largest_difference([gm(rows(4, seed))], [twin(rows(4, seed))]) < 1e-9
