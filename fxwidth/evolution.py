@@ -13,14 +13,16 @@ from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, Loss, PlanOptions, ResizeOptions, both_options, tells_options
-from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_out_of_reach
+from fxwidth.plain_numbers import is_integer, plain_number
+from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_impossible
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resized_together
+from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.statistics.calibration_data import Gathered
-from fxwidth.tracing import analyze_module, trace
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.trace import trace
 
 
 @tells_options(PlanOptions, ResizeOptions)
@@ -58,7 +60,7 @@ def evolve(
     modules = [model] if isinstance(model, nn.Module) else []
     for module in modules:
         check_optimizer(optimizer, module)
-    transaction = Transaction(*modules, optimizer=optimizer)
+    transaction = resize_transaction(*modules, optimizer=optimizer)
 
     def work() -> fx.GraphModule:
         module = trace(model, example_inputs, example_kwargs)
@@ -129,8 +131,10 @@ class Evolver:
         rounds: int | None = None,
         **options: Unpack[EvolveKeywords],
     ) -> None:
-        if every < 1:
-            raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
+        every = _count("every", every, "the number of steps between resizes", 1)
+        start = _count("start", start, "the number of steps before the first resize", 0)
+        if rounds is not None:
+            rounds = _count("rounds", rounds, "the number of resizes on the way to a target", 1)
         recalibrate = options.pop("recalibrate", None)
         self._gathered = Gathered()
         self._gathers = options.get("data") is None
@@ -143,8 +147,8 @@ class Evolver:
             recalibrate=not self._gathers if recalibrate is None else recalibrate,
         )
         target = self._planning.target
-        if rounds is not None and (target is None or rounds < 1):
-            raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to, and must be at least 1.")
+        if rounds is not None and target is None:
+            raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to.")
         if isinstance(gm, nn.Module):
             check_optimizer(optimizer, gm)
         self.gm = gm
@@ -159,8 +163,8 @@ class Evolver:
         bounds = target.bounds if target is not None else {}
         self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
         self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
-        if self._target:
-            refuse_out_of_reach(width_graph, replace(self._planning, budget=Budget.of(self._target), params=None))
+        budget = Budget.of(self._target) if self._target else None
+        refuse_impossible(width_graph, replace(self._planning, budget=budget, params=None))
 
     @property
     def finished(self) -> bool:
@@ -186,8 +190,8 @@ class Evolver:
                 after any other exception, Ctrl-C included.
         """
         due = not self.finished and self._steps >= self.start and (self._steps + 1 - self.start) % self.every == 0
-        modules, optimizer = (resized_together(self.gm), self.optimizer) if due else ([], None)
-        transaction = Transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
+        modules, optimizer = ([self.gm], self.optimizer) if due else ([], None)
+        transaction = resize_transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
         return transaction.run(lambda: self._step(batch, transaction if due else None))
 
     def _step(self, batch: Sequence[Any], transaction: Transaction | None) -> Plan | None:
@@ -242,6 +246,13 @@ class Evolver:
         first = self._first
         due = {n: max(goal, round(first[n] * (goal / first[n]) ** share)) for n, goal in self._target.items()}
         return Budget.of(due)
+
+
+def _count(name: str, given: Any, meaning: str, least: int) -> int:
+    value = plain_number(given)
+    if not is_integer(value) or value < least:
+        raise FxwidthError(f"{name}= is {meaning}, a whole number of at least {least}, but received {given!r}.")
+    return int(value)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _global_buffer_registration_hooks
 from fxwidth.frontends.batch_of_one import SizeQuestions
 from fxwidth.frontends.call_signature import (
     Argument,
+    has_own_call,
     invoke,
     refuse_guarded,
 )
@@ -107,11 +108,14 @@ def _program(
         watch.take(model.buffers())
         result = forward(*leaves)
         # Here, since the exporter puts attributes of submodules back when it ends.
-        refuse_computed_inside(model, watch.is_table)
-        changes[:] = plain_changes(held.own.changes())
+        refuse_computed_inside(model, held, watch.is_table)
+        changes[:] = plain_changes(held.changes())
         return result
 
     shell.forward = watched
+    if has_own_call(model):
+        # That too is in the call inside.
+        shell.__class__ = type(type(model).__name__, (type(model),), {"__call__": nn.Module.__call__})
     # The hooks are the model's, which is called inside.
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
@@ -122,7 +126,7 @@ def _program(
         others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         for context in (
             *(same_values(others), refusing_reads(memory_of(others)), watching_effects(refuse_effect)),
-            *(questions.noted(), told(), _nothing_left(), watch, refusing_draws(), _silently()),
+            *(questions.noted(), told(), _nothing_left(), watch, refusing_draws(held.generators), _silently()),
         ):
             stack.enter_context(context)
 

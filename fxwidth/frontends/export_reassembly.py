@@ -19,6 +19,7 @@ from fxwidth.frontends.call_signature import (
     Outputs,
     native,
 )
+from fxwidth.frontends.generated_signature import set_kinds
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.runtime.module_state import GraphPart
 from fxwidth.runtime.pytrees import Leaf, Structure
@@ -90,6 +91,7 @@ class Reassembly:
             self._graph.create_node("placeholder", argument.name, argument.default, name=argument.name)
             for argument in self._arguments
         ]
+        set_kinds(self._graph, ((argument.name, argument.kind) for argument in self._arguments))
         shapes = [_known_shape(leaf.meta["val"]) for leaf in leaves]
         checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, self._guards), nodes)
         direct = {part.position: i for i, part in enumerate(self._structures) if isinstance(part, Leaf)}
@@ -159,11 +161,20 @@ def _is_unused_attribute(source: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _writes(body: fx.GraphModule) -> bool:
+    """Tell whether a part writes to what gradients may flow through, or may do so in a part of its own."""
     return any(
         isinstance(node.target, torch._ops.HigherOrderOperator)
-        or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+        or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not _counts(node))
         for node in body.graph.nodes
     )
+
+
+def _counts(node: fx.Node) -> bool:
+    """Tell whether a node writes to whole numbers alone, as the counter of a batch norm, which have no gradients."""
+    if node.target is not aten.add_.Tensor or not isinstance(node.args[0], fx.Node):
+        return False
+    value = node.args[0].meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _drop_checks(body: fx.GraphModule) -> None:

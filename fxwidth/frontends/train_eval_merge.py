@@ -16,7 +16,8 @@ from fxwidth.runtime.module_state import GraphPart
 from fxwidth.runtime.tensor_slots import register_at
 
 FLAG_MODULE = "fxwidth_training"
-_FLAGS = ("train", "training")
+_FLAGS = ("train", "training", "use_input_stats")
+_RECURRENT = ("lstm.", "gru.", "rnn_tanh.", "rnn_relu.")  # with a dropout between layers
 # What gives back its operand as it is: what training does to the order in memory, evaluation can do too.
 _NEUTRAL = (torch.ops.aten.contiguous.default,)
 
@@ -76,7 +77,7 @@ class Writer:
             chooser.set_arguments(node, filled)
         for counter, place in found.counters:
             name = str(counter.all_input_nodes[0].target)
-            _share(self._trained, self._evaluated, name)
+            share(self._trained, self._evaluated, name)
             with self._graph.inserting_before(place):
                 counted = self._graph.get_attr(name), chooser.node(Choice(counter.args[1], 0))
                 self._graph.create_node("call_function", counter.target, counted)
@@ -111,7 +112,7 @@ class Writer:
     def _value(self, source: fx.Node) -> fx.Node:
         """Return the node that is in training what a node of the graph of training is."""
         if source.op == "get_attr":
-            return self._graph.get_attr(_share(self._trained, self._evaluated, str(source.target)))
+            return self._graph.get_attr(share(self._trained, self._evaluated, str(source.target)))
         written = (node for region, node in self._written.items() if region.result is source and region.nodes)
         return self._alignment.partner.get(source) or next(written)
 
@@ -173,12 +174,12 @@ class _Chooser:
 
 
 def follow_flags(module: fx.GraphModule, present: bool) -> None:
-    """Let the flags of dropout and batch norm, and the counters of the latter, follow the mode."""
+    """Let the flags of dropout and norms, and those counters of batches that are in the graph, follow the mode."""
     changes = []
     for node in module.graph.nodes:
         if node.op == "call_function":
             named = named_arguments(node)
-            flags = [name for name in _FLAGS if named.get(name) is present and _is_stochastic(node)]
+            flags = [name for name in _FLAGS if named.get(name) is present and _has_modes(node, named)]
             changes += [(node, {**named, name: Choice(True, False)}) for name in flags]
             if is_counter(node):
                 changes.append((node, {**named, "other": Choice(named["other"], 0)}))
@@ -190,12 +191,17 @@ def follow_flags(module: fx.GraphModule, present: bool) -> None:
     chooser.done()
 
 
-def _is_stochastic(node: fx.Node) -> bool:
+def _has_modes(node: fx.Node, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether an op has a dropout, or is a norm with running statistics: without these it is the same in both."""
     name = str(getattr(node.target, "__name__", node.target))
-    return "dropout" in name or "norm" in name
+    return (
+        "dropout" in name
+        or name.startswith(_RECURRENT)
+        or ("norm" in name and arguments.get("running_mean") is not None)
+    )
 
 
-def _share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:
+def share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:
     """Let a module hold a tensor that another has; return the path at which it does."""
     tensor = attribute(source, name)
     path, _, last = name.rpartition(".")

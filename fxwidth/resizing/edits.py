@@ -21,6 +21,7 @@ from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
 from fxwidth.resizing.requested import Known
+from fxwidth.resizing.shared_memory import refuse_shared_memory
 from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
@@ -84,9 +85,10 @@ class Edits:
         """Correct the running statistics of the module, which has been resized."""
         kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
         slots = tensor_slots(module)
-        for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
+        corrected = recalibration.corrected({n: i for n, i in kept.items() if i is not None})
+        for name, tensor in corrected.items():
             transaction.overwrite(slots[name][0], tensor)
-        self.record["recalibrated"] = True
+        self.record["recalibrated"] = bool(corrected)
 
 
 def prepare_edits(
@@ -114,8 +116,12 @@ def prepare_edits(
     tensors, maps = resized_tensors(
         width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions, informed.rows
     )
-    rotated = [group.factor for group in selection.bases]
-    missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
+    if not known.blind:
+        refuse_shared_memory(analysis, tensors)
+    folds = options.fold and moments is not None
+    if folds:
+        rotated = [group.factor for group in selection.bases]
+        missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     _refuse_infinite(analysis, tensors)
     replacements = _replacements(analysis, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
@@ -134,7 +140,7 @@ def prepare_edits(
         "parameters": _count_after(analysis, replacements),
         "evidence": moments.source if moments is not None else None,
         "selection": name_of(selection.evidence.selection),
-        "folded": options.fold and moments is not None,
+        "folded": folds,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(analysis, maps),

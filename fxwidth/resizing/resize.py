@@ -19,13 +19,13 @@ from fxwidth.resizing.edits import prepare_edits
 from fxwidth.resizing.informed_growth import InformedGrowth
 from fxwidth.resizing.requested import Known, Requested, refuse_too_narrow, requested
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resized_together
+from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
 
 
@@ -100,7 +100,7 @@ def resize(
 
 def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
     """Do what `resize` does, with options that have been checked."""
-    transaction = Transaction(*resized_together(gm), optimizer=options.optimizer)
+    transaction = resize_transaction(gm, optimizer=options.optimizer)
 
     def work() -> None:
         width_graph = WidthGraph(analyze_module(gm))
@@ -133,7 +133,7 @@ def resize_analyzed(
     options, before = options or ResizeOptions(), Known(**known)
     if transaction is not None:
         return _resize(width_graph, plan, options, before, transaction)
-    whole = Transaction(*resized_together(width_graph.analysis.module), optimizer=options.optimizer)
+    whole = resize_transaction(width_graph.analysis.module, optimizer=options.optimizer)
     return whole.run(lambda: _resize(width_graph, plan, options, before, whole))
 
 
@@ -161,16 +161,17 @@ def _resize(
         moments = selection.change_bases(transaction)
         # Batch norms that a change of basis changes are compared with what they are then; and modules take on new sizes
         # with what follows: the network is run as it was before that.
-        recalibration = None
+        recalibration, elsewhere = None, {}
         wanted = options.recalibrate is not False and asked.drops and not known.blind
         if data is not None and wanted and has_values(width_graph.analysis):
-            recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(wiring_of(width_graph)))
+            elsewhere = statistics_used_elsewhere(wiring_of(width_graph))
+            recalibration = Recalibration(width_graph.analysis, data, elsewhere)
         informed = InformedGrowth.of(selection, data, options, known)
         edits = prepare_edits(selection, moments, options, known, informed.rows)
         edits.put_in_place(module, transaction)
         if recalibration is not None:
             edits.recalibrate(module, recalibration, transaction)
-            edits.record["not_refitted"] |= statistics_used_elsewhere(wiring_of(width_graph))
+            edits.record["not_refitted"] |= elsewhere
         informed.step(module, edits.record, transaction)
         if edits.update is not None:
             edits.update.commit()
