@@ -116,8 +116,10 @@ def _for_plan(options: Options) -> dict[str, Any]:
     # What a resize does not turn a plan must not count on.
     turns = options.get("rotate", True) and options.get("fold", True) and options.get("optimizer") is None
     targets = options.get("params") is not None or options.get("budget") is not None
-    asked = {name: value for name, value in _some(options, PLAN).items() if name != "loss" or targets}
-    return {**asked, "rotate": turns}
+    if targets:
+        return {**_some(options, PLAN), "rotate": turns}
+    # Refused where they would be ignored.
+    return {name: value for name, value in _some(options, PLAN).items() if name not in ("data", "loss", "selection")}
 
 
 def _for_resize(options: Options) -> dict[str, Any]:
@@ -191,9 +193,9 @@ def test_an_option_does_something(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["gradmax", "tiny"])
-@pytest.mark.parametrize("target", [{}, {"params": 0.6}])
+@pytest.mark.parametrize("target", [GROWING, {"params": 1.5}])
 def test_directions_that_look_at_the_task_do_the_same_on_every_way(method: str, target: Options) -> None:
-    row = Row(_of(None), lambda: {**GROWING, **TASK, **target, "directions": method})
+    row = Row(_of(None), lambda: {**TASK, **target, "directions": method})
     wanted = _resized(_direct, row, None)
     assert wanted.meta["fxwidth_history"][-1]["not_informed"] == {}
     for way, run in WAYS.items():
