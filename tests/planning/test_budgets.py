@@ -46,11 +46,11 @@ class TestBudget:
         [
             ({}, "a budget bounds at least one of params=, flops=, activation_memory=, latency=, costs="),
             ({"flops": 0}, "flops=0 must be at least 1."),
-            ({"flops": 1.5}, "flops=1.5 as a ratio must lie in (0, 1]; give an int for an absolute count."),
+            ({"flops": 101.0}, "flops=101.0 as a ratio of the present cost must lie in (0, 100]; give an int for an absolute count."),
             ({"latency": True}, "latency=True must be an int, the count to reach, or a float, its ratio."),
             ({"params": 0.5, "activation_memory": "1G"}, ("activation_memory='1G' must be an int, the count to reach, "
              "or a float, its ratio.")),
-            ({"params": math.nan}, "params=nan as a ratio must lie in (0, 1]; give an int for an absolute count."),
+            ({"params": math.nan}, "params=nan as a ratio of the present cost must lie in (0, 100]; give an int for an absolute count."),
         ],
     )  # fmt: skip
     def test_what_it_must_not_say(self, options: dict[str, Any], text: str) -> None:

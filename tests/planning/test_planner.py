@@ -297,8 +297,14 @@ def test_allocation_against_all_combinations() -> None:
     ("options", "text"),
     [
         ({"params": 0}, "params=0 must be at least 1."),
-        ({"params": 0.0}, "params=0.0 as a ratio must lie in (0, 1]; give an int for an absolute count."),
-        ({"params": 1.5}, "params=1.5 as a ratio must lie in (0, 1]; give an int for an absolute count."),
+        (
+            {"params": 0.0},
+            "params=0.0 as a ratio of the present cost must lie in (0, 100]; give an int for an absolute count.",
+        ),
+        (
+            {"params": 101.0},
+            "params=101.0 as a ratio of the present cost must lie in (0, 100]; give an int for an absolute count.",
+        ),
         ({"params": True}, "params=True must be an int, the count to reach, or a float, its ratio."),
         ({"shrink_energy": 1.0}, "shrink_energy=1.0 must lie in [0, 1): a share of the spectrum."),
         ({"grow_energy": math.nan}, "grow_energy=nan must lie in [0, 1]: a share of the spectrum."),
