@@ -7,12 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -28,7 +31,8 @@ from fxwidth.serialization import earlier_files
 from fxwidth.serialization.graph_pickling import unpicklable
 from fxwidth.tracing import analyze_module, trace
 
-_FORMAT, _NORMS, _KEPT = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept"
+_FORMAT, _NORMS, _KEPT, _PAIRS = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept", "fxwidth.real_pairs"
+_AS_PAIRS = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
 def save(gm: fx.GraphModule, path: str | Path) -> None:
@@ -79,6 +83,7 @@ def _save_module(gm: fx.GraphModule, path: Path) -> None:
 def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
+    pairs: list[str] = []
     for name, (tensor, _) in tensor_slots(gm).items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             kind = "on the meta device" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
@@ -87,6 +92,14 @@ def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
                 "tensor first."
             )
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        if tensor.dtype in _AS_PAIRS and not _is_known(tensor.dtype):
+            plain = torch.view_as_real(plain)
+            pairs.append(name)
+        if not _is_known(plain.dtype):
+            raise FxwidthError(
+                f"{name} is of {tensor.dtype}, which a .safetensors file does not hold; save to another path, or make "
+                "it a tensor of another dtype first."
+            )
         # A file holds no memory twice.
         plain = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())
@@ -96,8 +109,18 @@ def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
     norms = [record.get("norms", {}) for record in history]
     kept = [record.get("kept", {}) for record in history]
     metadata = {_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms), _KEPT: json.dumps(kept)}
+    metadata |= {_PAIRS: json.dumps(pairs)} if pairs else {}
     with _beside(path) as target:
         save_file(tensors, target, metadata=metadata)
+
+
+@cache
+def _is_known(dtype: torch.dtype) -> bool:
+    """Tell whether a file of tensors can hold those of a dtype, and give them back."""
+    try:
+        return load_bytes(save_bytes({"": torch.zeros(1, dtype=dtype, device="cpu")}))[""].dtype == dtype
+    except Exception:
+        return False
 
 
 def _refuse_parametrized(gm: fx.GraphModule) -> None:
@@ -183,6 +206,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         # Files from before norms were noted lack them; the sizes alone tell then.
         norms = json.loads(metadata[_NORMS]) if _NORMS in metadata else [None] * len(widths)
         kept = json.loads(metadata[_KEPT]) if _KEPT in metadata else [{}] * len(widths)
+        pairs = set(json.loads(metadata.get(_PAIRS, "[]")))
         for plan, ratios, channels in zip(widths, norms, kept, strict=True):
             graph = WidthGraph(analyze_module(module))
             plan = {_present_name(graph, name): width for name, width in plan.items()}
@@ -196,6 +220,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         with torch.no_grad():
             for name in (name for name in tensors if name in names):
                 saved, tensor = file.get_tensor(name), tensors[name]
+                saved = torch.view_as_complex(saved) if name in pairs else saved
                 if saved.shape != tensor.shape:
                     raise FxwidthError(
                         f"{path} does not fit this model: {name} has shape {tuple(saved.shape)} in the file and "

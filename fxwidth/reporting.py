@@ -24,7 +24,8 @@ class Report:
             plan named), folded (whether readers were refitted), recalibrated (whether batch norm statistics were
             corrected), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
             variances multiplied), not_refitted (readers that lost channels without taking over what they read from
-            them, and gains and running statistics that keep their values, with the reason), original (what has become
+            them, products and reductions over channels, which have no weights to do so by, and gains and running
+            statistics that keep their values, with the reason), original (what has become
             of the model that was traced: "resized", "untouched", or None where there is none, or none any more that
             shares parameters).
 

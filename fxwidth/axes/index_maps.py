@@ -53,6 +53,10 @@ class IndexMaps:
         """Return the variance (or mean square) that a norm sees after the resize, relative to before."""
         return self._variance_ratios.get(call_index, 1.0)
 
+    def tells_variance(self, call_index: int) -> bool:
+        """Tell whether it is known what becomes of the variance that a norm sees, if only that it stays."""
+        return call_index in self._variance_ratios
+
     def size(self, axis: Axis) -> int:
         """Return the new length of a dimension."""
         return self._size(self._space.normalise(axis))

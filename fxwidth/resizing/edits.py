@@ -14,11 +14,13 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
+from fxwidth.reconstruction.unfitted_uses import unfitted_uses
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
 from fxwidth.resizing.requested import Known
+from fxwidth.resizing.shared_memory import refuse_shared_memory
 from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
@@ -30,6 +32,7 @@ from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.finiteness import is_sound
 from fxwidth.runtime.tensor_slots import set_slot, tensor_slots
 from fxwidth.statistics.moments import Moments
+from fxwidth.weights.readers import wiring_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     tensors, maps = resized_tensors(
         width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions
     )
+    if not known.blind:
+        refuse_shared_memory(analysis, tensors)
+    if options.fold and moments is not None:
+        rotated = [group.factor for group in selection.bases]
+        missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     _refuse_infinite(analysis, tensors)
     replacements = _replacements(analysis, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
