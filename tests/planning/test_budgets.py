@@ -46,11 +46,13 @@ class TestBudget:
         [
             ({}, "a budget bounds at least one of params=, flops=, activation_memory=, latency=, costs="),
             ({"flops": 0}, "flops=0 must be at least 1."),
-            ({"flops": 101.0}, "flops=101.0 as a ratio of the present cost must lie in (0, 100]; give an int for an absolute count."),
+            ({"flops": 101.0}, ("flops=101.0 as a ratio of the present cost must lie in (0, 100]; give an int for an "
+             "absolute count.")),
             ({"latency": True}, "latency=True must be an int, the count to reach, or a float, its ratio."),
             ({"params": 0.5, "activation_memory": "1G"}, ("activation_memory='1G' must be an int, the count to reach, "
              "or a float, its ratio.")),
-            ({"params": math.nan}, "params=nan as a ratio of the present cost must lie in (0, 100]; give an int for an absolute count."),
+            ({"params": math.nan}, ("params=nan as a ratio of the present cost must lie in (0, 100]; give an int for an "
+             "absolute count.")),
         ],
     )  # fmt: skip
     def test_what_it_must_not_say(self, options: dict[str, Any], text: str) -> None:
@@ -77,7 +79,7 @@ class TestPlans:
     def test_each_cost(self, name: str, kind: str, share: float) -> None:
         graph = GRAPHS[name]
         smallest, full = cost(graph, kind, {g.name: 1 for g in graph.free}), cost(graph, kind, {})
-        target = int(smallest + share * (full - smallest)) + 1
+        target = min(int(smallest + share * (full - smallest)) + 1, full - 1)
         chosen = plan(graph, budget=Budget(**{kind: target}))
         assert cost(graph, kind, chosen) <= target
         assert chosen.notes["cost"][kind] == [full, cost(graph, kind, chosen)]
@@ -97,7 +99,7 @@ class TestPlans:
         targets = {}
         for kind, share in zip(KINDS, shares, strict=True):
             smallest, full = cost(graph, kind, {g.name: 1 for g in graph.free}), cost(graph, kind, {})
-            targets[kind] = int(smallest + share * (full - smallest)) + 1
+            targets[kind] = min(int(smallest + share * (full - smallest)) + 1, full - 1)
         with pytest.MonkeyPatch.context() as patch:
             # What is tried out on noise may be preferred with a larger sum of errors: here it is that sum alone.
             patch.setattr("fxwidth.planning.planner.has_inputs", lambda _: False)
@@ -114,7 +116,7 @@ class TestPlans:
             full = cost(graph, kind, {})
             assert plan(graph, budget=Budget(**{kind: 0.6})) == plan(graph, budget=Budget(**{kind: int(0.6 * full)}))
         assert plan(graph, budget=Budget(params=0.5)) == plan(graph, params=0.5)
-        assert plan(graph, budget=Budget(params=1.0, flops=1.0)) == {}
+        assert plan(graph, budget=Budget(params=1.0, flops=1.0), only="2") == {}
 
     def test_flops_and_parameters_are_cut_in_different_places(self) -> None:
         torch.manual_seed(0)
@@ -194,7 +196,7 @@ class TestOutOfReach:
 class TestSameWidth:
     """Groups that a pattern puts together get one width."""
 
-    @given(st.floats(0.2, 1.0), st.integers(1, 3))
+    @given(st.floats(0.2, 0.99), st.integers(1, 3))
     @settings(max_examples=20)
     def test_under_a_budget(self, share: float, align: int) -> None:
         graph = GRAPHS["conv"]
@@ -223,7 +225,7 @@ class TestSameWidth:
 
     def test_a_group_that_stays_decides(self) -> None:
         graph = GRAPHS["conv"]
-        assert plan(graph, params=1.0, same_width=[["2", "5"]], keep="5") == {"2": 5}
+        assert plan(graph, params=1.0, same_width=[["2", "5"]], keep="5", only="[25]") == {"2": 5}
         assert plan(graph, shrink_energy=0.9, same_width=[["2", "5"]], keep="5", only="[25]") == {"2": 5}
 
     @pytest.mark.parametrize(
