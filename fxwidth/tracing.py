@@ -24,24 +24,27 @@ from fxwidth.analysis.input_specs import (
 from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import Argument, Call, arguments_of, bound_to_placeholders, call_of
+from fxwidth.frontends.call_signature import Argument, Call, arguments_of, call_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.export_otherwise import exported_otherwise, warn_of_other_way
 from fxwidth.frontends.own_modes import OwnModes, own_modes, warn_of_own_methods
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders
 from fxwidth.frontends.state_names import keep_names
-from fxwidth.frontends.symbolic import graph_with_leaves, symbolic_graph
+from fxwidth.frontends.symbolic import graph_with_leaves, one_call, symbolic_graph
 from fxwidth.frontends.train_eval import Traced, Tracer, in_both_modes, warn_of_modes
 from fxwidth.frontends.untraceable import refuse_names, refuse_scripts, refuse_unmade
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
+from fxwidth.rewriting.model_runs import differs_from_model
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import tensor_slots
+from fxwidth.runtime.trace_guards import UntraceableError
 
 
 def trace(
@@ -237,6 +240,7 @@ def _front_ends(model: nn.Module, call: Call | None, askers: set[str]) -> Iterat
     if askers:
         yield _OTHERWISE, lambda *_: exported_otherwise(model, arguments, device, askers)
     yield _LEAVES, lambda leaves, _, modes: graph_with_leaves(model, arguments, leaves, modes)
+    yield _ONE_CALL, lambda *_: one_call(model)
 
 
 @dataclass
@@ -268,12 +272,22 @@ class _Attempts:
             self.reasons[name] = error
             return None
         try:
-            return traced, analyze_module(traced.module, self.call)
+            analysis = analyze_module(traced.module, self.call)
+            if name not in _EXPORTS and (other := self._otherwise(traced, analysis)) is not None:
+                self.reasons[name] = UntraceableError(f"its graph would not do what the model does: {other}")
+                return None
+            return traced, analysis
         except FxwidthError as error:
             self.reasons[name] = error
-            if name != _LEAVES:
+            if name not in (_LEAVES, _ONE_CALL):
                 self.unusable = self.unusable or error
             return None
+
+    def _otherwise(self, traced: Traced, analysis: Analysis) -> str | None:
+        """Return what the model does otherwise than its graph: its code may have looked at what it is given."""
+        if traced.unfollowed is not None and self.model.training:
+            return None  # it is the graph of training alone, as the user is told
+        return differs_from_model(analysis, self.model, arguments_of(self.model, self.call))
 
     def told(self, traced: Traced, analysis: Analysis) -> tuple[fx.GraphModule, Analysis]:
         """Return a graph, with warnings of what of the model it does not follow."""
@@ -302,6 +316,7 @@ def _symbolic(
 
 
 _SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.fx.symbolic_trace with leaves"
+_ONE_CALL = "one call of the model"
 _OTHERWISE = "torch.export of what the model does when it is exported"
 _EXPORTS = (_EXPORT, _OTHERWISE)
 

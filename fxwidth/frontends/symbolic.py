@@ -10,13 +10,14 @@ from typing import Any
 from torch import fx, nn
 
 from fxwidth.frontends.call_signature import (
-    PLAIN,
     UNKNOWN,
     Argument,
     signature_of,
+    taken_by_graph,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
+from fxwidth.frontends.generated_signature import set_kinds
 from fxwidth.frontends.proxy_tracer import ProxyTracer
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer, assigned_buffers
@@ -70,6 +71,7 @@ def symbolic_graph(
         root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
     graph._tracer_cls = CodeTracer
+    set_kinds(graph, ((argument.name, argument.kind) for argument in arguments))
     root._modules = {**model._modules, **tracer.helpers}
     return fx.GraphModule(root, graph, type(model).__name__)
 
@@ -120,26 +122,28 @@ def graph_with_leaves(
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
                 del leaves[known:]
-                return _one_call(model)
+                return one_call(model)
         leaves.append(failed[0])
 
 
-def _one_call(model: nn.Module) -> fx.GraphModule:
+def one_call(model: nn.Module) -> fx.GraphModule:
     """Return a graph that calls a model with the arguments it is given."""
     graph = fx.Graph()
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    for parameter in signature_of(model).parameters.values():
-        required = parameter.default is UNKNOWN
-        variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if variable or not (required or isinstance(parameter.default, PLAIN)):
+    parameters = list(taken_by_graph(signature_of(model), {}))
+    for parameter in parameters:
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue
+        required = parameter.default is UNKNOWN
         default = () if required else (parameter.default,)
         node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
-        if required and parameter.kind != inspect.Parameter.KEYWORD_ONLY:
+        by_name = parameter.kind == inspect.Parameter.KEYWORD_ONLY
+        if parameter.kind == inspect.Parameter.POSITIONAL_ONLY or (required and not by_name):
             positional.append(node)
         else:
             named[parameter.name] = node
+    set_kinds(graph, ((parameter.name, parameter.kind) for parameter in parameters))
     name = "model"
     while hasattr(model, name):
         name += "_"

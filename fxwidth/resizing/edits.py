@@ -84,9 +84,10 @@ class Edits:
         """Correct the running statistics of the module, which has been resized."""
         kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
         slots = tensor_slots(module)
-        for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
+        corrected = recalibration.corrected({n: i for n, i in kept.items() if i is not None})
+        for name, tensor in corrected.items():
             transaction.overwrite(slots[name][0], tensor)
-        self.record["recalibrated"] = True
+        self.record["recalibrated"] = bool(corrected)
 
 
 def prepare_edits(selection: ChannelSelection, moments: Moments | None, options: ResizeOptions, known: Known) -> Edits:
