@@ -19,6 +19,8 @@ _COLUMNS = 512
 _LEAST_SHARE = 1e-12
 # What more channels would bring is told by the last one in so many.
 _LAST = 8
+# How much a gain that is guessed counts beside a loss that is measured: trained channels are not given up for less.
+_TRUST = 0.25
 
 
 def lost_share(grams: Grams, order: Tensor) -> Errors:
@@ -80,7 +82,8 @@ def extended(errors: Errors, width: int) -> Errors:
     """Return the errors of widths up to one beyond the present, by what the last channels bring, [width + 1].
 
     More of what is scarce brings less each time: with m what each of the last eighth of W channels brings, w of them
-    lower the error by m W (1 - W / w). All errors are raised by the same, so that none is below zero.
+    are guessed to lower the error by m W (1 - W / w), of which a quarter counts. All errors are raised by the same, so
+    that none is below zero.
 
     Args:
         errors: those of all widths from none to W, [W + 1].
@@ -93,7 +96,7 @@ def extended(errors: Errors, width: int) -> Errors:
     # Where the last channels bring nothing, any more of them bring next to nothing; groups share what is left evenly.
     brought = max(float(errors[-1 - last] - errors[-1]) / last, _LEAST_SHARE * float(errors[0]) / present)
     wider = np.arange(present + 1, width + 1, dtype=np.float64)
-    gains = brought * present * (1 - present / wider)
+    gains = _TRUST * brought * present * (1 - present / wider)
     return np.concatenate([errors + gains[-1], errors[-1] + gains[-1] - gains])
 
 
