@@ -17,11 +17,12 @@ from fxwidth.plain_numbers import is_integer, plain_number
 from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_impossible
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resized_together
+from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.statistics.calibration_data import Gathered
-from fxwidth.tracing import analyze_module, trace
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.trace import trace
 
 
 @tells_options(PlanOptions, ResizeOptions)
@@ -59,7 +60,7 @@ def evolve(
     modules = [model] if isinstance(model, nn.Module) else []
     for module in modules:
         check_optimizer(optimizer, module)
-    transaction = Transaction(*modules, optimizer=optimizer)
+    transaction = resize_transaction(*modules, optimizer=optimizer)
 
     def work() -> fx.GraphModule:
         module = trace(model, example_inputs, example_kwargs)
@@ -186,8 +187,8 @@ class Evolver:
                 after any other exception, Ctrl-C included.
         """
         due = not self.finished and self._steps >= self.start and (self._steps + 1 - self.start) % self.every == 0
-        modules, optimizer = (resized_together(self.gm), self.optimizer) if due else ([], None)
-        transaction = Transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
+        modules, optimizer = ([self.gm], self.optimizer) if due else ([], None)
+        transaction = resize_transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
         return transaction.run(lambda: self._step(batch, transaction if due else None))
 
     def _step(self, batch: Sequence[Any], transaction: Transaction | None) -> Plan | None:

@@ -108,6 +108,11 @@ class PlanOptions:
         _check_budget(self.budget, self.params)
         if self.target is not None:
             self._refuse_given(_THRESHOLDS, "decides without a budget; under one, widths go by what readers miss")
+        elif not self.grow_step and self.grow_energy != type(self).grow_energy:
+            raise FxwidthError(
+                f"grow_energy={self.grow_energy} says where channels are added, but grow_step=0 adds none. "
+                "Give grow_step= too, or leave it out."
+            )
         if self.loss is not None and self.target is None:
             raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
         refuse_loss_without_data(self.loss, self.data)
@@ -131,7 +136,8 @@ class PlanOptions:
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             value = getattr(self, name)
-            if value is not defaults[name] and (callable(value) or name == "data" or value != defaults[name]):
+            is_default = value is defaults[name] or (isinstance(value, (str, int, float)) and value == defaults[name])
+            if not is_default:
                 remedy = (
                     "Leave it out, or params= and budget=."
                     if self.target

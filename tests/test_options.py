@@ -128,6 +128,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"min_width": 9, "max_width": 4}, "plan", "no width lies between min_width=9 and max_width=4 with align=1"),
     ({"shrink_energy": "much"}, "plan", "shrink_energy='much' must lie in"),
     ({"grow_energy": 2}, "plan", "grow_energy=2 must lie in"),
+    ({"grow_energy": 0.1}, "plan", "grow_energy=0.1 says where channels are added, but grow_step=0 adds none"),
     ({"grow_step": True}, "plan", "grow_step=True must be an integer of at least 0"),
     ({"only": 3}, "plan", "only= takes names or patterns of groups, but received 3"),
     ({"keep": ["0", 3]}, "plan", "keep= takes names or patterns of groups, but received 3"),
@@ -227,7 +228,7 @@ def test_batches_of_an_iterator_are_there_in_every_round() -> None:
 
 
 INTEGERS = {"params": 500, "grow_step": 3, "min_width": 2, "max_width": 9, "align": 2}
-RATIOS = {"params": 0.5, "shrink_energy": 0.25, "grow_energy": 0.75}
+RATIOS = {"params": 0.5, "shrink_energy": 0.25, "grow_energy": 0.5}
 KINDS_OF_INTEGERS = (np.int64, np.int32, np.uint8, np.array, torch.tensor)
 KINDS_OF_RATIOS = (np.float64, np.float32, np.float16, np.array, torch.tensor)
 KINDS_OF_BOOLS = (bool, np.bool_, torch.tensor)

@@ -129,7 +129,7 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
                 f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {CALL_FORMS}."
             ) from error
     result: list[Argument] = []
-    for parameter in taken_by_graph(signature, bound):
+    for parameter in _taken_by_graph(signature, bound):
         name, plain = parameter.name, isinstance(parameter.default, PLAIN)
         behind_default = parameter.kind != inspect.Parameter.KEYWORD_ONLY and any(other.default for other in result)
         default = (parameter.default,) if plain else (NOT_GIVEN,) if behind_default else ()
@@ -151,7 +151,7 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
     return result
 
 
-def taken_by_graph(signature: inspect.Signature, bound: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
+def _taken_by_graph(signature: inspect.Signature, bound: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
     """Yield the parameters that a graph takes, each as the graph takes it.
 
     One whose default no graph can hold is not taken unless it is given: what would be passed by position behind it is

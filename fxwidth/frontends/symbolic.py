@@ -9,24 +9,18 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxwidth.frontends.call_signature import (
-    UNKNOWN,
-    Argument,
-    signature_of,
-    taken_by_graph,
-)
+from fxwidth.frontends.call_signature import Argument, Passing, arguments_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
-from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
+from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_inside, refuse_stores_outside
 from fxwidth.frontends.generated_signature import set_kinds
 from fxwidth.frontends.proxy_tracer import ProxyTracer
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer, assigned_buffers
 from fxwidth.frontends.watched_tensors import SetterWatch, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions
-from fxwidth.runtime.module_state import restored, stores
+from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.trace_guards import (
     Belongings,
-    UntraceableError,
     noticing,
 )
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
@@ -64,10 +58,10 @@ def symbolic_graph(
             return tracer, _run(tracer, model)
 
         tracer, graph = traced()
-        _refuse_stores(model, failed)
+        refuse_stores_inside(held, failed)
         refuse_stores_outside(held)
         belongings.refuse_replaced(failed)
-        refuse_progress(model, held.own, str(graph), lambda: str(traced()[1]), failed)
+        refuse_progress(model, held, str(graph), lambda: str(traced()[1]), failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
     graph._tracer_cls = CodeTracer
@@ -80,7 +74,7 @@ def _run(tracer: ProxyTracer, model: nn.Module) -> fx.Graph:
     """Trace a model while all is watched that a graph would forget."""
     with (
         heeding_interruptions(),
-        refusing_draws(),
+        refusing_draws(tracer.generators),
         noticing(tracer.autocasts),
         watching_effects(refuse_effect),
         answering_as_in_eager_mode(),
@@ -90,13 +84,6 @@ def _run(tracer: ProxyTracer, model: nn.Module) -> fx.Graph:
         SetterWatch(),
     ):
         return tracer.trace(model)
-
-
-def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
-    """Check that no module has kept what it was traced with: the graph would not keep what it is run with."""
-    for place, part in stores(model, fx.Proxy):
-        failed.append(part)
-        raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
 def graph_with_leaves(
@@ -131,19 +118,14 @@ def one_call(model: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    parameters = list(taken_by_graph(signature_of(model), {}))
-    for parameter in parameters:
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            continue
-        required = parameter.default is UNKNOWN
-        default = () if required else (parameter.default,)
-        node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
-        by_name = parameter.kind == inspect.Parameter.KEYWORD_ONLY
-        if parameter.kind == inspect.Parameter.POSITIONAL_ONLY or (required and not by_name):
+    arguments = arguments_of(model, None)
+    for argument in arguments:
+        node = graph.create_node("placeholder", argument.name, argument.default, name=argument.name)
+        if argument.passing is Passing.BY_POSITION or argument.kind is inspect.Parameter.POSITIONAL_ONLY:
             positional.append(node)
         else:
-            named[parameter.name] = node
-    set_kinds(graph, ((parameter.name, parameter.kind) for parameter in parameters))
+            named[argument.name] = node
+    set_kinds(graph, ((argument.name, argument.kind) for argument in arguments))
     name = "model"
     while hasattr(model, name):
         name += "_"

@@ -110,7 +110,8 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     )
     if not known.blind:
         refuse_shared_memory(analysis, tensors)
-    if options.fold and moments is not None:
+    folds = options.fold and moments is not None
+    if folds:
         rotated = [group.factor for group in selection.bases]
         missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     _refuse_infinite(analysis, tensors)
@@ -131,7 +132,7 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
         "parameters": _count_after(analysis, replacements),
         "evidence": moments.source if moments is not None else None,
         "selection": name_of(selection.evidence.selection),
-        "folded": options.fold and moments is not None,
+        "folded": folds,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(analysis, maps),

@@ -53,6 +53,32 @@ def run_model(
         invoke(model, arguments, values)
 
 
+def observed(
+    analysis: Analysis,
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    counts: Callable[[OpCall], bool] = lambda _: True,
+) -> list[Signature] | None:
+    """Return what a model, with fake parameters, does on the inputs of an analysis; None where it fails.
+
+    Args:
+        analysis: that of its graph.
+        model: the model.
+        arguments: how it is called.
+        counts: asked for each op, in order, whether it is to be told.
+    """
+    found: list[Signature] = []
+
+    def see(call: OpCall) -> None:
+        if counts(call) and not is_silent(call.func):
+            found.append(observed_signature(call))
+
+    with suppress(Exception):
+        run_model(analysis, model, arguments, see)
+        return found
+    return None
+
+
 def differs_from_model(analysis: Analysis, model: nn.Module, arguments: Sequence[Argument]) -> str | None:
     """Return what a model does otherwise than its graph, in evaluation; None where it does the same, or cannot be run.
 
@@ -64,19 +90,12 @@ def differs_from_model(analysis: Analysis, model: nn.Module, arguments: Sequence
     slots = tensor_slots(model)
     fakes = fakes_of(slots, analysis, {})
     signals = [*flatten_each(analysis.inputs, (Tensor,))[0], *fakes.values()]
-    follows, observed, runs = _Signals(signals), list[Signature](), False
-
-    def see(call: OpCall) -> None:
-        if follows(call) and not is_silent(call.func):
-            observed.append(observed_signature(call))
-
-    with suppress(Exception), substituted(model, fakes, slots, restored), evaluating(model):
-        run_model(analysis, model, arguments, see)
-        runs = True
-    if not runs:
+    with substituted(model, fakes, slots, restored), evaluating(model):
+        done = observed(analysis, model, arguments, _Signals(signals))
+    if done is None:
         return None
     wanted = filter(_Signals(signals), analysis.calls)
-    return differ(observed, prescribed_signatures(wanted, IndexMaps(analysis.space, {})))
+    return differ(done, prescribed_signatures(wanted, IndexMaps(analysis.space, {})))
 
 
 class _Signals:

@@ -19,15 +19,15 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.op_signatures import Signature, differ, is_silent, observed_signature, prescribed_signatures
+from fxwidth.analysis.op_signatures import differ, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.frontends.own_modes import PartModes, switch_modes
-from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
-from fxwidth.rewriting.model_runs import fakes_of, run_model
+from fxwidth.rewriting.model_runs import fakes_of, observed, run_model
+from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.contexts import evaluating, quiet, training
@@ -60,11 +60,13 @@ def original_of(module: fx.GraphModule) -> nn.Module | None:
     return None if known is None else known.model()
 
 
-def resized_together(module: nn.Module) -> list[nn.Module]:
-    """Return all modules that a resize of one may change."""
-    original = original_of(module) if isinstance(module, fx.GraphModule) else None
-    own = [module] if original is None else [module, original]
-    return [*own, *_other_graphs(own)]
+def resize_transaction(
+    *modules: nn.Module, optimizer: Optimizers | None = None, objects: Iterable[object] = ()
+) -> Transaction:
+    """Return a transaction of all that a resize of some modules may change: their models and other graphs of these."""
+    originals = [original_of(module) for module in modules if isinstance(module, fx.GraphModule)]
+    own = [*modules, *(original for original in originals if original is not None)]
+    return Transaction(*own, *_other_graphs(own), optimizer=optimizer, objects=objects)
 
 
 def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
@@ -112,9 +114,9 @@ def goes_along(
     with substituted(original, fakes_of(slots, analysis, fakes), slots, restored):
         _set_sizes(original, holders, edits)
         with evaluating(original):
-            observed = _observed(analysis, original)
+            done = observed(analysis, original, _ORIGINALS[analysis.module].arguments)
         wanted = prescribed_signatures(analysis.calls, maps)
-        follows = observed is not None and differ(observed, wanted) is None
+        follows = done is not None and differ(done, wanted) is None
         # It may have parts for training that the graph, which is of one mode, has not.
         trains = follows and _trains(analysis, original)
         # Again, for weights that a module computes when it is called.
@@ -133,20 +135,6 @@ def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) ->
     for _, part in walk(original):
         if any(id(inner) in holders for _, inner in walk(part)):
             edits.apply(part, sizes_by_shape(part))
-
-
-def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None:
-    """Return what a model does on the inputs of an analysis; None where it fails."""
-    observed: list[Signature] = []
-
-    def see(call: OpCall) -> None:
-        if not is_silent(call.func):
-            observed.append(observed_signature(call))
-
-    with suppress(Exception):
-        run_model(analysis, original, _ORIGINALS[analysis.module].arguments, see)
-        return observed
-    return None
 
 
 def _trained_on_fakes(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:

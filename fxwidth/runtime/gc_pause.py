@@ -49,13 +49,18 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if enabled:
-            # There and back, without looking at any of it, all objects come to be of the oldest generation. Those that
-            # the caller has frozen would come back too, so then the collector may look.
-            if gc.get_freeze_count() == 0:
-                gc.freeze()
-                gc.unfreeze()
+            try:
+                # There and back, without looking at any of it, all objects come to be of the oldest generation. Those
+                # that the caller has frozen would come back too, so then the collector may look.
+                is_kept_away = gc.get_freeze_count() == 0
+                if is_kept_away:
+                    gc.freeze()
+                    gc.unfreeze()
+            finally:
+                # Before anything that an interruption could end.
+                gc.enable()
+            if is_kept_away:
                 _collect_if_due()
-            gc.enable()
 
 
 def _collect_if_due() -> None:
