@@ -29,8 +29,7 @@ _LARGEST_RATIO = 100
 class Budget:
     """What a network may cost: each bound an absolute int, or a float, its ratio to the present cost.
 
-    A plan spends it: below the present cost groups shrink; from there on they grow too, and channels move to where
-    they are short.
+    A plan spends it: below the present cost groups shrink, above it they grow.
 
     Attributes:
         params: entries of the parameters, shared ones once.

@@ -21,6 +21,7 @@ from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_optio
 from fxwidth.planning.allocation import Choice, allocate
 from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes
 from fxwidth.planning.thresholds import by_thresholds
+from fxwidth.planning.width_multiplier import multiplied
 from fxwidth.plans import Plan
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.finiteness import refuse_nan
@@ -38,11 +39,11 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
     """Choose new widths.
 
     Under a budget, all widths are chosen together such that its bounds are met, and readers keep as much of what they
-    read as can be found. Where it allows the present cost or more, groups may grow too: what more channels would bring
-    is extrapolated from what the last ones bring, so that channels go, or move, to where they are short. Without one,
-    each group goes by the singular spectrum of its writers: it shrinks while the tail of the singular values holds less
-    than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times the width exceeds
-    `grow_energy` of the sum.
+    read as can be found. Where it allows more than the present cost, all groups grow by one factor; where it leaves no
+    room for that, channels that bring next to nothing make room for others, by what the last ones of each group bring.
+    Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the singular
+    values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times the width
+    exceeds `grow_energy` of the sum.
 
     Args:
         width_graph: the groups, from `fxwidth.analyze`.
@@ -135,10 +136,21 @@ class _BudgetProblem:
         self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
 
     def _may_grow(self, units: Sequence[Class], options: PlanOptions) -> list[Class]:
-        """Return the units that may grow: none where a bound asks the network to shrink."""
+        """Return the units that may grow: none where a bound asks the network to shrink, nor any without a cost."""
         if any(not bound.met({}) for bound in self.bounds):
             return []
-        return [unit for unit in units if not (options.exact and any(group.inexact_growth for group in unit.groups))]
+        return [
+            unit
+            for unit in units
+            if not (options.exact and any(group.inexact_growth for group in unit.groups))
+            and any(len(bound.cost.along(group.factor, {})) > 1 for bound in self.bounds for group in unit.groups)
+        ]
+
+    def _grown(self) -> dict[ChannelGroup, int]:
+        """Return the widths at which all groups have grown alike; none where there is no room for that."""
+        found = multiplied(self._allowed, self.bounds) or {}
+        widths = {group: width for unit, width in found.items() for group in unit.groups}
+        return widths if any(width > group.width for group, width in widths.items()) else {}
 
     def solved(self, options: PlanOptions) -> tuple[Plan, Evidence | None]:
         """Return the widths of least summed error, and the evidence that errors were predicted from.
@@ -150,11 +162,16 @@ class _BudgetProblem:
         if all(bound.met(_by_factor(largest)) for bound in self.bounds):
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
             return _noted(self._width_graph, largest, self.bounds, errors, None), None
+        if grown := self._grown():
+            return _noted(self._width_graph, grown, self.bounds, {}, None), None
         self.refuse_out_of_reach()
         evidence, errors = calibrated(
             self._width_graph, self._groups, options.data, options.loss, options.selection, options.rotate
         )
         widths = self._rehearsed(evidence, errors)
+        if all(bound.met({}) for bound in self.bounds) and all(width <= g.width for g, width in widths.items()):
+            # Channels go only to make room for others.
+            widths = {group: group.width for group in widths}
         return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
 
     def refuse_out_of_reach(self) -> None:

@@ -19,6 +19,8 @@ _COLUMNS = 512
 _LEAST_SHARE = 1e-12
 # What more channels would bring is told by the last one in so many.
 _LAST = 8
+# Channels that bring nothing are guessed to bring this share of an average one's, so that a budget is spent.
+_AT_LEAST = 1e-3
 # How much a gain that is guessed counts beside a loss that is measured: trained channels are not given up for less.
 _TRUST = 0.25
 
@@ -94,7 +96,7 @@ def extended(errors: Errors, width: int) -> Errors:
         return errors
     last = max(1, present // _LAST)
     # Where the last channels bring nothing, any more of them bring next to nothing; groups share what is left evenly.
-    brought = max(float(errors[-1 - last] - errors[-1]) / last, _LEAST_SHARE * float(errors[0]) / present)
+    brought = max(float(errors[-1 - last] - errors[-1]) / last, _AT_LEAST * float(errors[0]) / present)
     wider = np.arange(present + 1, width + 1, dtype=np.float64)
     gains = _TRUST * brought * present * (1 - present / wider)
     return np.concatenate([errors + gains[-1], errors[-1] + gains[-1] - gains])

@@ -51,8 +51,8 @@ class TestBudget:
             ({"latency": True}, "latency=True must be an int, the count to reach, or a float, its ratio."),
             ({"params": 0.5, "activation_memory": "1G"}, ("activation_memory='1G' must be an int, the count to reach, "
              "or a float, its ratio.")),
-            ({"params": math.nan}, ("params=nan as a ratio of the present cost must lie in (0, 100]; give an int for an "
-             "absolute count.")),
+            ({"params": math.nan}, ("params=nan as a ratio of the present cost must lie in (0, 100]; give an int for "
+             "an absolute count.")),
         ],
     )  # fmt: skip
     def test_what_it_must_not_say(self, options: dict[str, Any], text: str) -> None:
@@ -329,3 +329,67 @@ class TestLatency:
         for kind in KINDS:
             chosen = plan(graph, budget=Budget(**{kind: 0.5}))
             assert cost(graph, kind, chosen) <= 0.5 * cost(graph, kind, {})
+
+
+class TestGrowth:
+    """A budget of the present cost or more is spent."""
+
+    @given(NAMES, st.sampled_from(KINDS), st.floats(1.0, 6.0), st.integers(1, 3))
+    @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+    def test_there_is_no_room_for_more_in_all_groups(self, name: str, kind: str, ratio: float, align: int) -> None:
+        graph = GRAPHS[name]
+        full = cost(graph, kind, {})
+        chosen = plan(graph, budget=Budget(**{kind: ratio}), align=align)
+        assert cost(graph, kind, chosen) <= ratio * full
+        # A group more would fit here and there, but not all of them.
+        growing = [group for group in graph.free if not group.inexact_growth]
+        wider = {group.name: (max(chosen.get(group.name, 0), group.width) // align + 1) * align for group in growing}
+        assert not growing or cost(graph, kind, {**chosen, **wider}) > ratio * full
+
+    @given(NAMES, st.floats(2.0, 9.0))
+    @settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+    def test_no_group_loses_channels_for_it_and_all_grow_alike(self, name: str, ratio: float) -> None:
+        graph = GRAPHS[name]
+        chosen = plan(graph, params=ratio)
+        growing = [group for group in graph.free if not group.inexact_growth]
+        ratios = [chosen.get(group.name, group.width) / group.width for group in growing]
+        steps = [1 / group.width for group in growing]
+        assert all(one >= 1 for one in ratios)
+        assert max(ratios, default=1) - min(ratios, default=1) <= 2 * max(steps, default=0) + 1e-9
+
+    def test_growth_is_carried_out_exactly(self) -> None:
+        torch.manual_seed(0)
+        model, x = trained_like(conv()), images()
+        gm = fxwidth.trace(model.eval(), x)
+        before = gm(x)
+        fxwidth.resize(gm, fxwidth.plan(fxwidth.analyze(gm), budget=Budget(params=2.0, flops=3.0)))
+        assert torch.allclose(gm(x), before, atol=1e-6)
+
+    def test_channels_move_at_the_present_cost(self) -> None:
+        """Those that are copies of others make room."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 4)).double()
+        with torch.no_grad():
+            model[0].weight[6:] = model[0].weight[:6]
+            model[0].bias[6:] = model[0].bias[:6]
+        graph = width_graph(model, torch.randn(5, 6).double())
+        chosen = plan(graph, params=1.0)
+        assert chosen["0"] <= 9
+        assert chosen["2"] > 3
+
+    @pytest.mark.parametrize("seed", [2, 3])
+    def test_channels_that_all_bring_something_stay(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 8)).double()
+        graph = width_graph(model, torch.randn(5, 8).double())
+        assert all(width_errors(graph, group)[-2] > 0.01 for group in graph.free)
+        assert plan(graph, params=1.0) == {}
+
+    def test_a_group_without_a_cost_does_not_grow(self) -> None:
+        chosen = plan(GRAPHS["conv"], budget=Budget(costs={"width_of_2": 3.0}))
+        assert chosen == {"2": 3 * GRAPHS["conv"]["2"].width}
+
+
+@fxwidth.cost("width_of_2", "channels")
+def width_of_2(width_graph: WidthGraph) -> Polynomial:
+    return Polynomial({(width_graph["2"].factor,): 1.0})
