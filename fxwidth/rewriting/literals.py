@@ -313,6 +313,7 @@ _PATCHES: dict[str, Callable[[NodeState], None]] = {
     "group_norm": _literal(1, "num_groups", "group", aten.native_group_norm),
     "pad": _literal(1, "pad", "pad", aten.constant_pad_nd),
     "repeat": _literal(1, "repeats", "repeats", aten.repeat),
+    "copied_channels": _literal(1, "table", "table", torch.ops.fxwidth.copied_channels),
     "tile": _literal(1, "dims", "repeats", aten.repeat),
     **{f"conv{n}d": _literal(6, "groups", "groups", aten.convolution) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _literal(6, "groups", "groups", aten.convolution) for n in (1, 2, 3)},
