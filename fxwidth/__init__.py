@@ -19,6 +19,7 @@ from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
 from fxwidth.resizing.resize import resize
 from fxwidth.selection.registry import selection_method
 from fxwidth.tracing import analyze, trace
+from fxwidth.untying.untie_copies import untie_copies
 
 __version__ = "0.1.0"
 
@@ -49,4 +50,5 @@ __all__ = [
     "selection_method",
     "spectrum",
     "trace",
+    "untie_copies",
 ]
