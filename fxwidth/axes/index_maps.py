@@ -29,13 +29,13 @@ class IndexMaps:
         kept: Mapping[Factor, Indices],
         *,
         variance_ratios: Mapping[int, float] | None = None,
-        stand_ins: Mapping[int, Mapping[int, int]] | None = None,
+        tables: Mapping[int, list[int]] | None = None,
         batch_growth: int = 0,
     ) -> None:
         self._space = space
         self._kept = dict(kept)
         self._variance_ratios = dict(variance_ratios or {})
-        self._stand_ins = dict(stand_ins or {})
+        self._tables = dict(tables or {})
         self._batch_growth = batch_growth
         self._found: dict[Axis, Indices] = {}
 
@@ -48,28 +48,25 @@ class IndexMaps:
         """Return the same maps with what becomes of the variance that each norm sees, by the index of its call."""
         return self._changed(variance_ratios=ratios)
 
-    def with_stand_ins(self, stand_ins: Mapping[int, Mapping[int, int]]) -> IndexMaps:
-        """Return the same maps with which channels that stay copies read for those that go, by the index of the call.
-
-        All are old positions of the dim that is copied.
-        """
-        return self._changed(stand_ins=stand_ins)
+    def with_tables(self, tables: Mapping[int, list[int]]) -> IndexMaps:
+        """Return the same maps with what the new channels of copies read, by the index of the call."""
+        return self._changed(tables=tables)
 
     def with_larger_batch(self) -> IndexMaps:
         """Return the same maps for a batch that is larger by one."""
         return self._changed(batch_growth=1)
 
     def _changed(self, **changed: Any) -> IndexMaps:
-        own = {"variance_ratios": self._variance_ratios, "stand_ins": self._stand_ins}
+        own = {"variance_ratios": self._variance_ratios, "tables": self._tables}
         return IndexMaps(self._space, self._kept, **{**own, **changed})
 
     def variance_ratio(self, call_index: int) -> float:
         """Return the variance (or mean square) that a norm sees after the resize, relative to before."""
         return self._variance_ratios.get(call_index, 1.0)
 
-    def stand_ins(self, call_index: int) -> Mapping[int, int]:
-        """Return which channel that stays a call that copies channels reads for each that goes, where it reads one."""
-        return self._stand_ins.get(call_index, {})
+    def table(self, call_index: int) -> list[int] | None:
+        """Return what the new channels of copies read, where that is known; else the maps of both sides tell."""
+        return self._tables.get(call_index)
 
     def size(self, axis: Axis) -> int:
         """Return the new length of a dimension."""

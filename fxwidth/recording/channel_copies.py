@@ -1,4 +1,3 @@
-# ruff: noqa: ARG001  (a fake kernel needs only the shapes)
 """Copies of channels by a table of numbers, which no op of torch says of in a way that a resize can follow."""
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def copied_channels(x: Tensor, table: Sequence[int], dim: int) -> Tensor:
         # A tracer keeps the call, and analysis puts the whole op in its place.
         copies: Tensor = handle_torch_function(copied_channels, (x,), x, table, dim)
         return copies
-    read = torch.tensor([max(source, 0) for source in table], dtype=torch.int64, device=x.device)
+    read = torch.tensor([0 if source == NOTHING else source for source in table], dtype=torch.int64, device=x.device)
     copies = x.index_select(dim, read)
     missing = [place for place, source in enumerate(table) if source == NOTHING]
     if not missing:

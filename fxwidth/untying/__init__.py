@@ -1,1 +1,1 @@
-"""Streams that are joined only by copies of channels get widths of their own: each copy becomes a table that follows."""
+"""Streams that are joined only by copies of channels get widths of their own: each copy becomes a table."""

@@ -116,19 +116,20 @@ class _PositionRun:
         if node.op == "get_attr":
             found = fx.Interpreter(module).fetch_attr(str(node.target))
             return found.detach().to("cpu") if isinstance(found, Tensor) else found
-        args, kwargs = (fx.node.map_arg(own, self._value) for own in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, self._value)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self._value)
         if node in self._moving.nodes:
             self.moved.append(node)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "cpu"}
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         return target(*args, **kwargs)
 
 
 def _table(positions: Tensor, result: Tensor | None, first: int, dim: int) -> tuple[int, ...] | None:
-    """Return of which entries of a dim a result consists, if it differs from what it is made of along that dim alone."""
+    """Return which entries of a dim a result consists of, if all other dims are as they were."""
     if result is None or result.dim() != positions.dim() or result.numel() == 0:
         return None
     if [n for k, n in enumerate(result.shape) if k != dim] != [n for k, n in enumerate(positions.shape) if k != dim]:

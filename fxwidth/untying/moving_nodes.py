@@ -1,4 +1,4 @@
-"""Which nodes only move entries about, by numbers that the model holds, and which make tensors from nothing but those."""
+"""Which nodes only move entries about, by numbers that the model holds, and which make such numbers."""
 
 from __future__ import annotations
 
@@ -87,8 +87,9 @@ def _moves(call: OpCall, fixed: set[Tensor]) -> bool:
     look_up = as_family(call.func, LookUp)
     if look_up is not None:
         return all(tensor in fixed or _is_literal(tensor) for tensor in deep_tensors(call.arguments[look_up.index]))
-    is_movement = as_family(call.func, Movement) is not None and not is_move(call.func, *_OTHER_MOVES)
-    return is_movement or as_family(call.func, ChannelCopies) is not None or call.func.overloadpacket is aten.constant_pad_nd
+    if as_family(call.func, Movement) is not None:
+        return not is_move(call.func, *_OTHER_MOVES)
+    return as_family(call.func, ChannelCopies) is not None or call.func.overloadpacket is aten.constant_pad_nd
 
 
 def reads_by_number(call: OpCall) -> bool:

@@ -21,7 +21,7 @@ from fxwidth.rules.op_families import Move
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.tracing import analyze_module
 from fxwidth.untying.copy_tables import CopyTable, copy_tables
-from fxwidth.untying.moving_nodes import Moving, moving_nodes, reads_by_number
+from fxwidth.untying.moving_nodes import moving_nodes, reads_by_number
 
 
 def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
@@ -36,7 +36,7 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
     stays as it is when the graph is resized.
 
     Args:
-        gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes. One without such places stays as it is.
+        gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes; without such places it stays as it is.
 
     Raises:
         FxwidthError: no shapes are known, the graph does not run on them, or a group has been given width one, of which
@@ -71,20 +71,21 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _worthwhile(analysis: Analysis) -> Iterator[CopyTable]:
-    """Yield the copies to rewrite, from the last node to the first; what lies inside of one is not for others."""
+    """Yield the copies to rewrite, from the last node to the first; nodes that nobody needs after that are left out."""
     moving = moving_nodes(analysis)
     channels = _channel_factors(analysis)
-    constant = find_roles(analysis).provenance
-    needless = set[fx.Node]()
+    needless, sources = set[fx.Node](), set[fx.Node]()
     for node in reversed(analysis.module.graph.nodes):
-        if node not in moving.nodes or (node.users and needless.issuperset(node.users)):
-            needless.update({node} & moving.nodes)
+        is_tensor = node in moving.nodes and isinstance(analysis.node_values[node.name], Tensor)
+        if not is_tensor or node.target is copied_channels:
             continue
-        if not isinstance(analysis.node_values[node.name], Tensor) or analysis.node_values[node.name] in constant:
+        if node not in sources and node.users and needless.issuperset(node.users):
+            needless.add(node)
             continue
         found = (one for one in copy_tables(analysis, moving, node) if _is_worthwhile(analysis, one, channels))
         if (copies := next(found, None)) is not None:
             needless.add(node)
+            sources.add(copies.source)
             yield copies
 
 
@@ -155,9 +156,9 @@ def _rewrite(gm: fx.GraphModule, tables: list[CopyTable]) -> None:
             new = graph.call_function(copied_channels, (source, list(copies.table), copies.dim))
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
-    for name in [node.name for node in reversed(gm.graph.nodes) if any(node in one.between for one in tables)]:
-        if not by_name[name].users:
-            graph.erase_node(by_name[name])
+    for node in reversed(gm.graph.nodes):
+        if not by_name[node.name].users and any(node in one.between for one in tables):
+            graph.erase_node(by_name[node.name])
     graph.lint()
     notes = notes_of(gm)
     gm.graph = graph
