@@ -21,7 +21,7 @@ from fxwidth.rules.op_families import Move
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.tracing import analyze_module
 from fxwidth.untying.copy_tables import CopyTable, copy_tables
-from fxwidth.untying.moving_nodes import moving_nodes, reads_by_number
+from fxwidth.untying.moving_nodes import Moving, moving_nodes, reads_by_number
 
 
 def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
@@ -64,15 +64,15 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
             f"{', '.join(map(repr, known.narrow))} of width one: only the record of the graph as it is tells where the "
             "channels of such a group are. Call fxwidth.untie_copies before a group is given width one."
         )
-    tables = list(_worthwhile(analysis))
+    moving = moving_nodes(analysis)
+    tables = list(_worthwhile(analysis, moving))
     if tables:
-        Transaction(gm).run(lambda: _rewrite(gm, tables))
+        Transaction(gm).run(lambda: _rewrite(gm, tables, _serving(analysis, moving, tables)))
     return gm
 
 
-def _worthwhile(analysis: Analysis) -> Iterator[CopyTable]:
+def _worthwhile(analysis: Analysis, moving: Moving) -> Iterator[CopyTable]:
     """Yield the copies to rewrite, from the last node to the first; nodes that nobody needs after that are left out."""
-    moving = moving_nodes(analysis)
     channels = _channel_factors(analysis)
     needless, sources = set[fx.Node](), set[fx.Node]()
     for node in reversed(analysis.module.graph.nodes):
@@ -147,7 +147,20 @@ def _written(analysis: Analysis, node: fx.Node) -> set[int]:
     return written
 
 
-def _rewrite(gm: fx.GraphModule, tables: list[CopyTable]) -> None:
+def _serving(analysis: Analysis, moving: Moving, tables: list[CopyTable]) -> set[fx.Node]:
+    """Return the nodes that make the copies, and those of sizes and constants behind them."""
+    found = set[fx.Node]().union(*(copies.between for copies in tables))
+    waiting = list(found)
+    while waiting:
+        for before in waiting.pop().all_input_nodes:
+            is_number = before.op != "placeholder" and not deep_tensors(analysis.node_values.get(before.name))
+            if before not in found and (is_number or before in moving.constants):
+                found.add(before)
+                waiting.append(before)
+    return found
+
+
+def _rewrite(gm: fx.GraphModule, tables: list[CopyTable], serving: set[fx.Node]) -> None:
     graph = copy.deepcopy(gm.graph)
     by_name = {node.name: node for node in graph.nodes}
     for copies in tables:
@@ -157,7 +170,7 @@ def _rewrite(gm: fx.GraphModule, tables: list[CopyTable]) -> None:
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
     for node in reversed(gm.graph.nodes):
-        if not by_name[node.name].users and any(node in one.between for one in tables):
+        if node in serving and not by_name[node.name].users:
             graph.erase_node(by_name[node.name])
     graph.lint()
     notes = notes_of(gm)
