@@ -92,8 +92,10 @@ def _worthwhile(analysis: Analysis, moving: Moving) -> Iterator[CopyTable]:
 def _is_worthwhile(analysis: Analysis, copies: CopyTable, channels: set[Factor]) -> bool:
     source, result = analysis.node_values[copies.source.name], analysis.node_values[copies.node.name]
     axes = analysis.node_axes[copies.source.name][0][copies.dim], analysis.node_axes[copies.node.name][0][copies.dim]
-    # One entry that is shown several times has as many channels as it meets anyway.
-    if source.shape[copies.dim] == 1 or any(map(analysis.space.reaches_batch, axes)):
+    # One entry that is shown several times has as many channels as it meets anyway; and zero is a number among others.
+    if source.shape[copies.dim] == 1 or not (source.is_floating_point() or source.is_complex()):
+        return False
+    if any(map(analysis.space.reaches_batch, axes)):
         return False
     if source in find_roles(analysis).provenance or channels.isdisjoint(f for axis in axes for f in _roots(axis)):
         return False
