@@ -55,12 +55,12 @@ KINDS: dict[str, tuple[Copies, list[int]]] = {
 class Joined(nn.Module):
     """A convolution, and another that is added to copies of its channels."""
 
-    def __init__(self, copies: Copies) -> None:
+    def __init__(self, copies: Copies, wide: int = WIDE) -> None:
         super().__init__()
         self.a = nn.Conv2d(3, NARROW, 3, padding=1)
         self.norm = nn.BatchNorm2d(NARROW)
-        self.b = nn.Conv2d(NARROW, WIDE, 3, padding=1)
-        self.c = nn.Conv2d(WIDE, 5, 1)
+        self.b = nn.Conv2d(NARROW, wide, 3, padding=1)
+        self.c = nn.Conv2d(wide, 5, 1)
         self.copies = copies
 
     def forward(self, x: Tensor) -> Tensor:

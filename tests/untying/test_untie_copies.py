@@ -418,3 +418,45 @@ def test_a_group_of_width_one_is_refused():
 def test_a_model_is_refused():
     with pytest.raises(FxwidthError, match="GraphModule is needed, but received Joined"):
         fxwidth.untie_copies(joined())
+
+
+class Normed(nn.Module):
+    """The sum with copies goes through a norm over all of its channels."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.a, self.b, self.norm, self.c = nn.Linear(4, 6), nn.Linear(6, 10), norm, nn.Linear(10, 3)
+
+    def forward(self, x):
+        y = torch.tanh(self.a(x))
+        return self.c(self.norm(self.b(y) + y.repeat(1, 2)[:, :10]))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(10), nn.RMSNorm(10), nn.BatchNorm1d(10), nn.Softmax(1)])
+def test_growth_before_a_norm_is_exact_or_refused(norm):
+    model, x = randomise(Normed(copy.deepcopy(norm)).double()), torch.randn(5, 4, dtype=torch.float64)
+    gm = untied(copy.deepcopy(model), x)
+    for name in ("a", "b"):
+        if fxwidth.analyze(gm)[name].inexact_growth is None:
+            fxwidth.resize(gm, {name: widths(gm)[name] + 3})
+            assert difference(gm.eval(), model.eval(), x) < 1e-10
+        else:
+            with pytest.raises(FxwidthError, match="would change the function"):
+                fxwidth.resize(gm, {name: widths(gm)[name] + 3})
+    assert widths(gm)["a"] == NARROW + 3
+
+
+def test_a_number_beside_the_channels_of_a_single_sample_is_no_channel():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 10), nn.Linear(10, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.c(self.b(y) + F.pad(y, (0, 4), value=1.0))
+
+    model, x = randomise(Single().double()), torch.randn(4, dtype=torch.float64)
+    gm = untied(model, x)
+    assert tables(gm) == []
+    assert difference(gm, model, x) < 1e-12
