@@ -95,6 +95,8 @@ def _is_worthwhile(analysis: Analysis, copies: CopyTable, channels: set[Factor])
     # One entry that is shown several times has as many channels as it meets anyway; and zero is a number among others.
     if source.shape[copies.dim] == 1 or not (source.is_floating_point() or source.is_complex()):
         return False
+    if source.dtype != result.dtype:
+        return False  # a view of its bits
     if any(map(analysis.space.reaches_batch, axes)):
         return False
     if source in find_roles(analysis).provenance or channels.isdisjoint(f for axis in axes for f in _roots(axis)):

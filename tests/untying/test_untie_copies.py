@@ -129,6 +129,8 @@ UNTOUCHED = {
     "samples": lambda x: torch.cat([x, x])[: x.shape[0]].sum(1, keepdim=True),
     "without gradient": lambda x: torch.cat([x.detach(), x.detach()[:, :4]], 1),
     "another precision": lambda x: torch.cat([x.float(), x.float()[:, :4]], 1),
+    "whole numbers": lambda x: torch.cat([(4 * x).long(), (4 * x).long()[:, :4]], 1),
+    "the same bits as whole numbers": lambda x: x.view(torch.int64).repeat(1, 2, 1, 1)[:, :10].remainder(7),
     "ones beside": lambda x: F.pad(x, (0, 0, 0, 0, 0, 4), value=1.0),
     "one channel that is shown often": lambda x: x.sum(1, keepdim=True).expand(-1, WIDE, -1, -1),
     "chosen by values": lambda x: x[:, x.mean((0, 2, 3)).argsort()[[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]],
