@@ -16,8 +16,8 @@ from fxwidth.runtime.pytrees import deep_tensors
 
 aten = torch.ops.aten
 
-# A copy to another dtype is no copy of the same numbers; what strides show depends on the layout in memory; and what has
-# no gradient does not learn.
+# A copy to another dtype is no copy of the same numbers; what strides show depends on the layout in memory; and what
+# has no gradient does not learn.
 _OTHER_MOVES = (Move.CAST, Move.STRIDES, Move.RESHAPE_BY_STRIDES)
 _WITHOUT_GRADIENT = frozenset({"detach", "detach_copy"})
 
