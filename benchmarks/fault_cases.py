@@ -63,8 +63,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/planning/constraints.py",
         "groups named by keep= may change",
-        "return [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]",
-        "return [g for g in width_graph.free if (wanted is None or g in wanted)]",
+        "found = [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]",
+        "found = [g for g in width_graph.free if (wanted is None or g in wanted)]",
         ("resizing/test_options.py", "planning/test_planner.py"),
     ),
     Fault(

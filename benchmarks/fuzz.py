@@ -66,16 +66,17 @@ def check(seed: int, tally: Tally) -> None:
     """Hold one network to the replay oracle and to its own values, and count its groups."""
     torch.manual_seed(0)
     inputs = [example_input()]
-    model = RandomNetwork(seeded_program(seed)).double()
+    program = seeded_program(seed)
+    model = RandomNetwork(program).double()
     analysis = analysed(model, inputs)
     tally.add(WidthGraph(analysis))
     assert_replays(analysis, inputs)
     assert_replays_unchanged(analysis, model, inputs)
-    check_growth(seeded_program(seed))
+    check_growth(program)
     if seed % 2:
         check_copies(seeded_program(seed, ops=READ_BY_PARAMETERS))
     else:
-        check_training(seeded_program(seed))
+        check_training(program)
 
 
 def render(tally: Tally, failed: list[tuple[int, str]], networks: int, processes: int, seconds: float) -> str:

@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxwidth.weights.readers import wiring_of
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.children import in_child
@@ -40,6 +38,7 @@ from fxwidth.reconstruction.basis_change import rotation
 from fxwidth.selection.error_curves import lost_share
 from fxwidth.selection.grams import Grams, grams_of
 from fxwidth.selection.orders import channel_order
+from fxwidth.weights.readers import wiring_of
 
 THREADS = 2
 IMAGES, BATCH = 128, 16

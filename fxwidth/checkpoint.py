@@ -7,12 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -29,8 +32,9 @@ from fxwidth.serialization.graph_pickling import unpicklable
 from fxwidth.tracing import analyze_module, trace
 from fxwidth.untying.untie_copies import untie_copies
 
-_FORMAT, _NORMS, _KEPT = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept"
+_FORMAT, _NORMS, _KEPT, _PAIRS = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept", "fxwidth.real_pairs"
 _COPIES, _UNTIED = "fxwidth.copies", "fxwidth.untied"
+_AS_PAIRS = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
 def save(gm: fx.GraphModule, path: str | Path) -> None:
@@ -81,6 +85,7 @@ def _save_module(gm: fx.GraphModule, path: Path) -> None:
 def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
+    pairs: list[str] = []
     for name, (tensor, _) in tensor_slots(gm).items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             kind = "on the meta device" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
@@ -89,6 +94,14 @@ def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
                 "tensor first."
             )
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        if tensor.dtype in _AS_PAIRS and not _is_known(tensor.dtype):
+            plain = torch.view_as_real(plain)
+            pairs.append(name)
+        if not _is_known(plain.dtype):
+            raise FxwidthError(
+                f"{name} is of {tensor.dtype}, which a .safetensors file does not hold; save to another path, or make "
+                "it a tensor of another dtype first."
+            )
         # A file holds no memory twice.
         plain = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())
@@ -100,8 +113,18 @@ def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
     copies, untied = [record.get("copies") for record in history], list(notes_of(gm).get(UNTIED, ()))
     told = {_FORMAT: widths, _NORMS: norms, _KEPT: kept, _COPIES: copies, _UNTIED: untied}
     metadata = {key: json.dumps(value) for key, value in told.items()}
+    metadata |= {_PAIRS: json.dumps(pairs)} if pairs else {}
     with _beside(path) as target:
         save_file(tensors, target, metadata=metadata)
+
+
+@cache
+def _is_known(dtype: torch.dtype) -> bool:
+    """Tell whether a file of tensors can hold those of a dtype, and give them back."""
+    try:
+        return load_bytes(save_bytes({"": torch.zeros(1, dtype=dtype, device="cpu")}))[""].dtype == dtype
+    except Exception:
+        return False
 
 
 def _refuse_parametrized(gm: fx.GraphModule) -> None:
@@ -187,6 +210,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         # Files from before norms were noted lack them; the sizes alone tell then.
         norms = json.loads(metadata[_NORMS]) if _NORMS in metadata else [None] * len(widths)
         kept = json.loads(metadata[_KEPT]) if _KEPT in metadata else [{}] * len(widths)
+        pairs = set(json.loads(metadata.get(_PAIRS, "[]")))
         copies = json.loads(metadata[_COPIES]) if _COPIES in metadata else [None] * len(widths)
         for number, (plan, ratios, channels, tables) in enumerate(zip(widths, norms, kept, copies, strict=True)):
             if number in untied:
@@ -207,6 +231,7 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         with torch.no_grad():
             for name in (name for name in tensors if name in names):
                 saved, tensor = file.get_tensor(name), tensors[name]
+                saved = torch.view_as_complex(saved) if name in pairs else saved
                 if saved.shape != tensor.shape:
                     raise FxwidthError(
                         f"{path} does not fit this model: {name} has shape {tuple(saved.shape)} in the file and "

@@ -13,7 +13,7 @@ from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
-from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_out_of_reach
+from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_impossible
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resized_together
@@ -128,8 +128,10 @@ class Evolver:
         rounds: int | None = None,
         **options: Unpack[EvolveKeywords],
     ) -> None:
-        if every < 1:
-            raise FxwidthError(f"every= is the number of steps between resizes, at least 1, but received {every}.")
+        _check_count("every", every, "the number of steps between resizes", 1)
+        _check_count("start", start, "the number of steps before the first resize", 0)
+        if rounds is not None:
+            _check_count("rounds", rounds, "the number of resizes on the way to a target", 1)
         recalibrate = options.pop("recalibrate", None)
         # Of a generator's batches those that are looked at are kept for the next round.
         self._planning, resizing = both_options(options, optimizer)
@@ -141,8 +143,8 @@ class Evolver:
             recalibrate=resizing.data is not None if recalibrate is None else recalibrate,
         )
         target = self._planning.target
-        if rounds is not None and (target is None or rounds < 1):
-            raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to, and must be at least 1.")
+        if rounds is not None and target is None:
+            raise FxwidthError(f"rounds={rounds} needs params= or budget= to go to.")
         if isinstance(gm, nn.Module):
             check_optimizer(optimizer, gm)
         self.gm = gm
@@ -157,8 +159,8 @@ class Evolver:
         bounds = target.bounds if target is not None else {}
         self._first = {name: cost_polynomial(width_graph, name)({}) for name in bounds}
         self._target = {n: b if isinstance(b, int) else round(b * self._first[n]) for n, b in bounds.items()}
-        if self._target:
-            refuse_out_of_reach(width_graph, replace(self._planning, budget=Budget.of(self._target), params=None))
+        budget = Budget.of(self._target) if self._target else None
+        refuse_impossible(width_graph, replace(self._planning, budget=budget, params=None))
 
     @property
     def finished(self) -> bool:
@@ -226,6 +228,11 @@ class Evolver:
         first = self._first
         due = {n: max(goal, round(first[n] * (goal / first[n]) ** share)) for n, goal in self._target.items()}
         return Budget.of(due)
+
+
+def _check_count(name: str, value: Any, meaning: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise FxwidthError(f"{name}= is {meaning}, a whole number of at least {least}, but received {value!r}.")
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -23,6 +23,9 @@ from fxwidth.selection.registry import Selection, check_selection
 from fxwidth.statistics.calibration_data import refuse_other_than_batches, replayed
 
 Loss = Callable[..., Tensor]
+# What a plan looks at without a budget alone, and under one alone.
+_THRESHOLDS = ("shrink_energy", "grow_energy", "grow_step")
+_UNDER_BUDGET = ("data", "selection", "rotate")
 # One pattern, or several, each a pattern or a list of them, whose groups get one width.
 SameWidth = str | Sequence[str | Sequence[str]]
 
@@ -99,6 +102,8 @@ class PlanOptions:
             object.__setattr__(self, name, _patterns(getattr(self, name), name))
         object.__setattr__(self, "same_width", _classes(self.same_width))
         _check_budget(self.budget, self.params)
+        if self.target is not None:
+            self._refuse_given(_THRESHOLDS, "decides without a budget; under one, widths go by what readers miss")
         if self.loss is not None and self.target is None:
             raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
         refuse_loss_without_data(self.loss, self.data)
@@ -107,6 +112,28 @@ class PlanOptions:
     def target(self) -> Budget | None:
         """The budget that is given as such or by its short form, if one is."""
         return self.budget if self.params is None else Budget(params=self.params)
+
+    def refuse_unused(self) -> None:
+        """Check that a plan by itself, with which no resize goes along, uses all that is given.
+
+        Raises:
+            FxwidthError: something makes a difference under a budget alone, and there is none.
+        """
+        if self.target is None:
+            told = "makes a difference under a budget alone; without one, widths go by the spectrum of the weights"
+            self._refuse_given(_UNDER_BUDGET, told)
+
+    def _refuse_given(self, names: Sequence[str], why: str) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            value = getattr(self, name)
+            if value is not defaults[name] and (callable(value) or name == "data" or value != defaults[name]):
+                remedy = (
+                    "Leave it out, or params= and budget=."
+                    if self.target
+                    else "Leave it out, or give params= or budget=."
+                )
+                raise FxwidthError(f"{name}= {why}. {remedy}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -165,7 +192,10 @@ def options_from(kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
         FxwidthError: one of them is no such option, is out of range, or contradicts another.
     """
     _refuse_unknown(given, [kind])
-    return kind(**given)
+    options = kind(**given)
+    if isinstance(options, PlanOptions):
+        options.refuse_unused()
+    return options
 
 
 def both_options(given: Mapping[str, Any], optimizer: Optimizers | None) -> tuple[PlanOptions, ResizeOptions]:

@@ -58,7 +58,8 @@ def trace(
 
     Parameters are shared with the model, so an optimizer made for the model goes on. A resize of the graph resizes the
     model too, if its own code does the same at the new widths; else the model stays as it is and shares nothing from
-    then on. It is not kept alive by the graph.
+    then on. It is not kept alive by the graph. The graph may list its parameters in the order of their
+    use: the state dict of an optimizer, which goes by order, belongs to an optimizer that is made for the same module.
 
     Args:
         model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.
@@ -152,10 +153,12 @@ def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
         if doubled is None:
             raise
         analysis = _analyze(module, specs, call)
-    notes = notes_of(module)
-    notes[INPUTS] = specs
+    found: dict[str, Any] = {INPUTS: specs}
     if call is not None:
-        notes[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
+        found[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
+    notes = notes_of(module)
+    # In one step: nothing can come between the two.
+    notes |= found
     return analysis
 
 

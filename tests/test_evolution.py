@@ -103,8 +103,17 @@ def test_evolver_grows_a_network_that_is_too_narrow() -> None:
 
 def test_bad_evolvers() -> None:
     gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
-    with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, at least 1"):
-        fxwidth.Evolver(gm, every=0)
+    for every in (0, 1.5, True, "a"):
+        with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, a whole number"):
+            fxwidth.Evolver(gm, every=every)  # type: ignore[arg-type]
+    for start in (-1, 0.5, None):
+        with pytest.raises(FxwidthError, match=r"start= is the number of steps before .* of at least 0, but received"):
+            fxwidth.Evolver(gm, start=start)  # type: ignore[arg-type]
+    for rounds in (0, 2.5, True):
+        with pytest.raises(FxwidthError, match=r"rounds= is the number of resizes on .* of at least 1, but received"):
+            fxwidth.Evolver(gm, rounds=rounds, params=0.5)  # type: ignore[arg-type]
+    with pytest.raises(FxwidthError, match="only='nothing' matches no group"):
+        fxwidth.Evolver(gm, only="nothing")
     with pytest.raises(FxwidthError, match=r"rounds=3 needs params= or budget= to go to"):
         fxwidth.Evolver(gm, rounds=3)
     with pytest.raises(FxwidthError, match=r"params=1\.5 as a ratio must lie in \(0, 1\]"):

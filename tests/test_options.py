@@ -177,6 +177,33 @@ def test_without_data_the_statistics_cannot_be_measured() -> None:
     assert fxwidth.report(gm).resizes[-1]["recalibrated"]
 
 
+@pytest.mark.parametrize("route", [fxwidth.plan, lambda _, **options: PlanWidths(**options)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("data", [X]), ("selection", "magnitude"), ("selection", lambda *_: X), ("rotate", False)]
+)
+def test_what_a_plan_by_itself_would_not_look_at_is_refused(route: Callable[..., Any], name: str, value: Any) -> None:
+    graph = fxwidth.analyze(fxwidth.trace(trained_like(conv()), X))
+    with pytest.raises(FxwidthError, match=rf"{name}= makes a difference under a budget alone; .* or give params= or"):
+        route(graph, **{name: value})
+    # A resize looks at it.
+    assert fxwidth.evolve(trained_like(conv()), X, **{name: value if name != "selection" else "magnitude"})
+
+
+def test_thresholds_beside_a_budget_are_refused() -> None:
+    for name, value in (("shrink_energy", 0.1), ("grow_energy", 0.1), ("grow_step", 3)):
+        for route in (fxwidth.plan, fxwidth.evolve, fxwidth.Evolver, lambda _, **options: PlanWidths(**options)):
+            with pytest.raises(FxwidthError, match=rf"{name}= decides without a budget; .* or params= and budget=\."):
+                route(None, params=0.5, **{name: value})  # type: ignore[operator]
+
+
+def test_patterns_that_leave_no_group_are_refused() -> None:
+    graph = fxwidth.analyze(fxwidth.trace(trained_like(conv()), X))
+    pinned = next(group.name for group in graph.groups if group.pinned)
+    for options, words in (({"only": "0", "keep": ["0"]}, "keep= names them too"), ({"only": pinned}, "is pinned: ")):
+        with pytest.raises(FxwidthError, match=f"only=.* leaves no group that may change: .*{words}"):
+            fxwidth.plan(graph, **options)  # type: ignore[arg-type]
+
+
 def test_patterns_and_batches_may_come_from_iterators() -> None:
     wanted, gm = (fxwidth.trace(trained_like(conv()), X) for _ in range(2))
     fxwidth.evolve(wanted, params=0.8, only=["0", "2"], same_width=[["0", "2"]], data=[X])

@@ -96,6 +96,29 @@ def test_any_history_comes_back_to_the_bit(tmp_path: Path, name: str, seed: int)
         assert {n: t.shape for n, t in again.named_parameters()} == {n: t.shape for n, t in gm.named_parameters()}
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4, 5], 6])
+def test_a_variance_that_stays_comes_back_too(
+    tmp_path: Path, norm: Callable[[int], nn.Module], kept: int | list[int]
+) -> None:
+    """Of exact copies one each is kept: the norm sees the variance it saw, though half as many channels."""
+
+    def copied() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), norm(12), nn.Linear(12, 3)).double().eval()
+        with torch.no_grad():
+            model[0].weight[6:], model[0].bias[6:] = model[0].weight[:6], model[0].bias[:6]
+        return model
+
+    x = torch.randn(5, 6, dtype=torch.float64) * 1e-2
+    gm = fxwidth.trace(copied(), x)
+    fxwidth.resize(gm, {"0": kept})
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    again = fxwidth.load(tmp_path / "a.safetensors", copied(), x)
+    assert torch.equal(again(x), gm(x))
+    assert again.get_submodule("1").eps == gm.get_submodule("1").eps
+
+
 def test_without_the_scales_of_norms_outputs_would_differ(tmp_path: Path) -> None:
     """Planted fault: a file as it was written before they were noted. It still loads."""
     model, x = network("layer norm")
@@ -253,3 +276,44 @@ def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
     gm = fxwidth.trace(SharedMemory(), x)
     fxwidth.save(gm, tmp_path / "a.safetensors")
     assert torch.equal(fxwidth.load(tmp_path / "a.safetensors", SharedMemory(), x)(x), gm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_come_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6, dtype=dtype), nn.Tanh(), nn.Linear(6, 2, dtype=dtype))
+
+    x = torch.randn(3, 4, dtype=dtype)
+    gm = fxwidth.trace(model(), x)
+    fxwidth.resize(gm, {"0": 4})
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    again = fxwidth.load(tmp_path / "a.safetensors", model(), x)
+    assert torch.equal(again(x), gm(x))
+    assert again.get_parameter("0.weight").dtype == dtype
+
+
+DTYPES = sorted({one for one in vars(torch).values() if isinstance(one, torch.dtype)}, key=str)
+
+
+@pytest.mark.filterwarnings("ignore:.*omplex")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_comes_back_or_is_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    gm = fxwidth.trace(nn.Linear(3, 2), torch.randn(2, 3))
+    try:
+        numbers = torch.ones(32, dtype=torch.uint8).view(dtype)
+    except (RuntimeError, TypeError):
+        pytest.skip("this torch makes no tensor of it")
+    gm.register_buffer("near", numbers)
+    try:
+        fxwidth.save(gm, tmp_path / "a.safetensors")
+    except FxwidthError:
+        with pytest.raises(FxwidthError, match=r"near is (of torch\.|quantized).*; save to another path"):
+            fxwidth.save(gm, tmp_path / "a.safetensors")
+        assert not dtype.is_floating_point or dtype.itemsize < 2
+        return
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        saved = file.get_tensor("near")
+    saved = saved if saved.dtype == dtype else torch.view_as_complex(saved)
+    assert saved.dtype == dtype
+    assert torch.equal(saved.view(torch.uint8), numbers.view(torch.uint8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxwidth.analysis.result import Analysis, Dim
 from fxwidth.axes.factors import ONE, axis_size
-from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.recording.tape import Contraction, OpCall, storage_of
 from fxwidth.rules.family_table import adds, family_of
 from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
 
@@ -48,6 +48,12 @@ class Roles:
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor of the tape is made of parameters alone."""
         return tensor in self.provenance
+
+    def activation_products(self, call: OpCall) -> Iterator[Contraction]:
+        """Yield the contractions of an op of which neither side is made of parameters alone."""
+        for contraction in call.contractions:
+            if not self.is_parameter(contraction.left) and not self.is_parameter(contraction.right):
+                yield contraction
 
 
 def find_roles(analysis: Analysis) -> Roles:

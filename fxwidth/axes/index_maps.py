@@ -68,6 +68,10 @@ class IndexMaps:
         """Return what the new channels of copies read, where that is known; else the maps of both sides tell."""
         return self._tables.get(call_index)
 
+    def tells_variance(self, call_index: int) -> bool:
+        """Tell whether it is known what becomes of the variance that a norm sees, if only that it stays."""
+        return call_index in self._variance_ratios
+
     def size(self, axis: Axis) -> int:
         """Return the new length of a dimension."""
         return self._size(self._space.normalise(axis))

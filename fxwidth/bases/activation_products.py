@@ -77,9 +77,7 @@ def products_over(
     """Yield where two activations are contracted over a factor."""
     roles, space = width_graph.roles, width_graph.analysis.space
     for call in calls:
-        for contraction in call.contractions:
-            if roles.is_parameter(contraction.left) or roles.is_parameter(contraction.right):
-                continue
+        for contraction in roles.activation_products(call):
             if any(factor in space.factors(call.axes[contraction.left][dim]) for dim in contraction.left_dims):
                 yield call, contraction
 

@@ -20,6 +20,7 @@ from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatte
 UNKNOWN = inspect.Parameter.empty
 INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
 PLAIN = (type(None), bool, int, float, str)
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
 
 
@@ -72,7 +73,7 @@ class Passing(Enum):
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a model's forward: its example or else its default, `UNKNOWN` where there is neither."""
+    """An argument of a model: its example or else its default, `UNKNOWN` where there is neither."""
 
     name: str
     passing: Passing
@@ -80,13 +81,31 @@ class Argument:
     default: tuple[Any, ...]
 
 
+def has_own_call(model: nn.Module) -> bool:
+    """Tell whether a call of a model does not start in torch, but in a `__call__` of its class."""
+    kind = type(model)
+    own = next(base for base in kind.__mro__ if "__call__" in vars(base))
+    return own is not nn.Module and not own.__module__.startswith("torch.")
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """Return what a model takes when it is called: what its forward takes, or a `__call__` of its own."""
+    if has_own_call(model):
+        signature = inspect.signature(type(model).__call__)
+        parameters = list(signature.parameters.values())[1:]
+        # One that takes anything passes it on.
+        if any(parameter.kind not in _VARIABLE for parameter in parameters):
+            return signature.replace(parameters=parameters)
+    return inspect.signature(model.forward)
+
+
 def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
-    """Return the arguments of a model's forward, those of a call bound to them.
+    """Return the arguments that a model takes, those of a call bound to them.
 
     Raises:
         FxwidthError: the model does not take this call.
     """
-    signature = inspect.signature(model.forward)
+    signature = signature_of(model)
     positional: dict[str, Any] = {}
     named: dict[str, Any] = {}
     if call is not None:
@@ -137,6 +156,7 @@ class Inputs(nn.Module):
         structures: those of the arguments.
         shapes: of each tensor, a size or None for each dim; None where nothing is known.
         guards: conditions on `leaves`, the tensors, in Python.
+        numbers: the names of those that may be any number.
     """
 
     def __init__(
@@ -145,6 +165,7 @@ class Inputs(nn.Module):
         structures: Sequence[Structure],
         shapes: Sequence[Sequence[int | None] | None] = (),
         guards: Sequence[str] = (),
+        numbers: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._is_impure = True  # a check is no dead code
@@ -152,9 +173,12 @@ class Inputs(nn.Module):
         self.structures = copy.deepcopy(tuple(structures))  # the caller may go on to write to what it gave
         self.shapes = tuple(shapes)
         self.guards = tuple(guards)
+        self.numbers = tuple(numbers)
 
     # Where training has others.
     guards_in_training: tuple[str, ...] | None = None
+    # What earlier versions have saved has none.
+    numbers: tuple[str, ...] = ()
 
     def forward(self, *values: Any) -> list[Any]:
         """Return the tensors among the arguments.
@@ -164,7 +188,7 @@ class Inputs(nn.Module):
         """
         leaves, found = flatten_each(values)
         for name, own, other in zip(self.names, self.structures, found, strict=True):
-            text = difference(own, other, f"argument {name!r}")
+            text = None if name in self.numbers and _is_number(other) else difference(own, other, f"argument {name!r}")
             if text is not None:
                 raise FxwidthError(
                     f"{text} as when the graph was traced. Trace the model with example_inputs like these."
@@ -180,6 +204,11 @@ class Inputs(nn.Module):
         others = self.guards_in_training if self.training else None
         refuse_guarded(self.guards if others is None else others, leaves)
         return leaves
+
+
+def _is_number(structure: Structure) -> bool:
+    is_tensor = isinstance(structure, Leaf)  # one number or many: an op takes either
+    return is_tensor or (isinstance(structure, Constant) and isinstance(structure.value, (int, float)))
 
 
 def refuse_guarded(guards: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _global_buffer_registration_hooks
 from fxwidth.frontends.batch_of_one import SizeQuestions
 from fxwidth.frontends.call_signature import (
     Argument,
+    has_own_call,
     invoke,
     refuse_guarded,
 )
@@ -112,6 +113,9 @@ def _program(
         return result
 
     shell.forward = watched
+    if has_own_call(model):
+        # That too is in the call inside.
+        shell.__class__ = type(type(model).__name__, (type(model),), {"__call__": nn.Module.__call__})
     # The hooks are the model's, which is called inside.
     shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)

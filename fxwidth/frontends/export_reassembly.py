@@ -159,11 +159,20 @@ def _is_unused_attribute(source: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _writes(body: fx.GraphModule) -> bool:
+    """Tell whether a part writes to what gradients may flow through, or may do so in a part of its own."""
     return any(
         isinstance(node.target, torch._ops.HigherOrderOperator)
-        or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+        or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not _counts(node))
         for node in body.graph.nodes
     )
+
+
+def _counts(node: fx.Node) -> bool:
+    """Tell whether a node writes to whole numbers alone, as the counter of a batch norm, which have no gradients."""
+    if node.target is not aten.add_.Tensor or not isinstance(node.args[0], fx.Node):
+        return False
+    value = node.args[0].meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _drop_checks(body: fx.GraphModule) -> None:

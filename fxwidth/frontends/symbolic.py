@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import fx, nn
 
 from fxwidth.frontends.call_signature import (
-    INPUTS_MODULE,
-    OUTPUTS_MODULE,
     PLAIN,
     UNKNOWN,
     Argument,
-    Inputs,
-    Outputs,
-    Passing,
-    invoke,
-    native,
+    signature_of,
 )
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
-from fxwidth.frontends.in_place import written_attribute
-from fxwidth.frontends.random_draws import refuse_draws, refusing_draws
-from fxwidth.frontends.tracer_proxies import BufferProxy, CodeTracer, TracerProxy, assigned_buffers
-from fxwidth.frontends.watched_tensors import SetterWatch, TensorWatch, refusing_reads
+from fxwidth.frontends.proxy_tracer import ProxyTracer
+from fxwidth.frontends.random_draws import refusing_draws
+from fxwidth.frontends.tracer_proxies import CodeTracer, assigned_buffers
+from fxwidth.frontends.watched_tensors import SetterWatch, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions
-from fxwidth.runtime.module_state import Held, restored, stores
-from fxwidth.runtime.pytrees import flatten, flatten_each, rebuild_each
-from fxwidth.runtime.random_states import Generators
+from fxwidth.runtime.module_state import restored, stores
 from fxwidth.runtime.trace_guards import (
     Belongings,
     UntraceableError,
     noticing,
-    refuse_context,
-    refuse_iterators,
 )
-from fxwidth.runtime.unseen_effects import refuse_effect, refuse_effects_of, refuse_generator, watching_effects
-
-_PACKED = "fxwidth_packed"
+from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
 
 
 def symbolic_graph(
@@ -72,8 +58,8 @@ def symbolic_graph(
     belongings = Belongings(model)
     with restored(model) as held:
 
-        def traced() -> tuple[_Tracer, fx.Graph]:
-            tracer = _Tracer(arguments, live_numbers, leaves, failed, belongings, held, modes)
+        def traced() -> tuple[ProxyTracer, fx.Graph]:
+            tracer = ProxyTracer(arguments, live_numbers, leaves, failed, belongings, held, modes)
             return tracer, _run(tracer, model)
 
         tracer, graph = traced()
@@ -88,7 +74,7 @@ def symbolic_graph(
     return fx.GraphModule(root, graph, type(model).__name__)
 
 
-def _run(tracer: _Tracer, model: nn.Module) -> fx.Graph:
+def _run(tracer: ProxyTracer, model: nn.Module) -> fx.Graph:
     """Trace a model while all is watched that a graph would forget."""
     with (
         heeding_interruptions(),
@@ -143,7 +129,7 @@ def _one_call(model: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    for parameter in inspect.signature(model.forward).parameters.values():
+    for parameter in signature_of(model).parameters.values():
         required = parameter.default is UNKNOWN
         variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         if variable or not (required or isinstance(parameter.default, PLAIN)):
@@ -159,154 +145,3 @@ def _one_call(model: nn.Module) -> fx.GraphModule:
         name += "_"
     graph.output(graph.call_module(name, tuple(positional), named))
     return fx.GraphModule({name: model}, graph, type(model).__name__)
-
-
-class _Tracer(fx.Tracer):
-    def __init__(
-        self,
-        arguments: Sequence[Argument],
-        live_numbers: bool,
-        leaves: Collection[nn.Module],
-        failed: list[nn.Module],
-        belongings: Belongings,
-        held: Held,
-        modes: dict[nn.Module, bool],
-    ) -> None:
-        super().__init__()
-        self.watch = TensorWatch(held.tensors)
-        self._held = held
-        self._modes = modes
-        self._failed = failed
-        self.helpers: dict[str, nn.Module] = {}
-        self._arguments = arguments
-        self._live_numbers = live_numbers
-        self._leaves = {id(leaf) for leaf in leaves}
-        self._belongings = belongings
-        self.autocasts: list[Any] = []
-        self._buffers: dict[int, str] = {}
-        self._without_gradients: set[fx.Node] = set()
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Return the graph of a module."""
-        self._buffers = {id(buffer): name for name, buffer in root.named_buffers()}
-        graph = super().trace(root, concrete_args)
-        for node in graph.find_nodes(op="get_attr"):
-            # Of a buffer that code only asks for its shape, or whether it is there.
-            if not node.users and node in self._without_gradients:
-                graph.erase_node(node)
-        return graph
-
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
-        """Add a node to the graph."""
-        operands: list[fx.Node] = []
-        fx.node.map_arg((args, kwargs), operands.append)
-        is_constant = kind == "get_attr" and target in self._buffers.values()
-        is_constant |= kind.startswith("call_") and bool(operands) and self._without_gradients.issuperset(operands)
-        refuse_context(self.autocasts, not is_constant)
-        refuse_effects_of(kind, target, args)
-        node = super().create_node(kind, target, args, kwargs, *rest, **named)
-        if (written_attribute(node) or "").startswith("_tensor_constant"):
-            raise UntraceableError(f"{target} writes to a tensor that was made while tracing, and not at every call")
-        if is_constant:
-            self._without_gradients.add(node)
-        return node
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return what stands for the value of a node."""
-        return TracerProxy(node, self)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return what stands for an attribute of a module."""
-        name = self._buffers.get(id(attr_val))
-        if name is None:
-            return super().getattr(attr, attr_val, parameter_proxy_cache)
-        if name not in parameter_proxy_cache:
-            factory = partial(BufferProxy, tracer=self, buffer=attr_val)
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=factory)
-        return parameter_proxy_cache[name]
-
-    def create_arg(self, a: Any) -> Any:
-        """Return what stands for a value among the arguments of a node."""
-        self.watch.refuse_computed(a)
-        refuse_generator(a)
-        if isinstance(a, tuple) and isinstance(a, PackedSequence):
-            # Its constructor looks at what it is given, which proxies cannot tell.
-            leaves, structure = flatten(a)
-            packs = sum(name.startswith(_PACKED) for name in self.helpers)
-            return self._helper(f"{_PACKED}_{packs}", Outputs(structure), leaves).node
-        return super().create_arg(a)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Tell whether a module is called as it is."""
-        return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Trace a submodule, or call it as it is."""
-        is_leaf = self.is_leaf_module(m, "")
-        if is_leaf:
-            self._note_modes(m)
-        try:
-            if is_leaf:
-                self._belongings.refuse_others(m)
-                return super().call_module(m, forward, args, kwargs)
-            generators = Generators()
-            result = super().call_module(m, forward, args, kwargs)
-            refuse_draws(generators)
-            refuse_stores_outside(self._held)
-            return result
-        except Exception:
-            if not self._failed and id(m) not in self._leaves:
-                self._failed.append(m)
-            raise
-
-    def _note_modes(self, module: nn.Module) -> None:
-        """Note in which modes a module and its parts are called, which must be one for all calls."""
-        for part in module.modules():
-            if self._modes.setdefault(part, part.training) != part.training:
-                raise UntraceableError(f"a {type(part).__name__} is called in both modes, which a graph forgets")
-
-    def create_args_for_root(
-        self,
-        root_fn: Callable[..., Any],  # noqa: ARG002 - fx's arguments
-        is_module: bool,  # noqa: ARG002
-        concrete_args: Any = None,  # noqa: ARG002
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """Return the function to trace and what to call it with: the model on proxies for its arguments."""
-        proxies = [
-            self.create_proxy("placeholder", argument.name, argument.default, {}) for argument in self._arguments
-        ]
-        taken_apart = [i for i, argument in enumerate(self._arguments) if not self._is_live(argument)]
-        values = list(proxies)
-        if taken_apart:
-            tensors, structures = flatten_each(self._arguments[i].value for i in taken_apart)
-            helper = Inputs([self._arguments[i].name for i in taken_apart], structures)
-            result: Any = self._helper(INPUTS_MODULE, helper, [proxies[i] for i in taken_apart])
-            # The model may write to what it is given, such as an empty cache.
-            opened = rebuild_each(copy.deepcopy(structures), [result[i] for i in range(len(tensors))])
-            for i, value in zip(taken_apart, opened, strict=True):
-                values[i] = value
-
-        def run(root: nn.Module) -> Any:
-            # As a call of the model does: it may have hooks, and a forward of its own put over that of its class.
-            return self._answer(invoke(root._call_impl, self._arguments, values))
-
-        return run, [self.root]
-
-    def _is_live(self, argument: Argument) -> bool:
-        value = argument.value
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_given = argument.passing is not Passing.LEFT_OUT
-        return value is UNKNOWN or isinstance(value, Tensor) or (number and is_given and self._live_numbers)
-
-    def _answer(self, result: Any) -> Any:
-        refuse_iterators(result)
-        leaves, structure = flatten(result)
-        plain, value = native(structure, leaves)
-        return value if plain else self._helper(OUTPUTS_MODULE, Outputs(structure), leaves)
-
-    def _helper(self, name: str, helper: nn.Module, proxies: Sequence[fx.Proxy]) -> fx.Proxy:
-        self.helpers[name] = helper
-        result: fx.Proxy = self.create_proxy("call_module", name, tuple(proxies), {})
-        return result

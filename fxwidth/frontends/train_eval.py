@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from fxwidth.errors import warn
 from fxwidth.frontends.alignment import DifferentError, path_of
+from fxwidth.frontends.as_traced import Differences, differences, keep_as_traced
 from fxwidth.frontends.call_signature import Inputs, Outputs
 from fxwidth.frontends.export_reassembly import Region
 from fxwidth.frontends.own_modes import OwnModes, SetByCode, in_modes, keep_modes
@@ -48,7 +48,8 @@ def in_both_modes(model: nn.Module, trace: Tracer, own: OwnModes, *, takes_leave
     in training alone. A module without tensors of its own that differs by more than numbers is called as it is, if the
     front end can do that, and so is the innermost one in which the graphs differ by more, or training cannot be traced.
     Otherwise the graph is that of the model's present mode, in which only dropout and batch norm follow its mode. Its
-    `train()` and `eval()` give parts that are called as they are the modes that those of the model, and its code, do.
+    `train()` and `eval()` give parts that are called as they are the modes that those of the model, and its code, do;
+    until they are called, the graph does what the model does with its parts in the modes that they are in.
 
     Args:
         model: the module. Its present mode is the modes its parts are in; the other one is that of `own`.
@@ -61,6 +62,7 @@ def in_both_modes(model: nn.Module, trace: Tracer, own: OwnModes, *, takes_leave
         known = len(leaves)
         modes = _BothModes(model, trace, own, leaves, takes_leaves)
         traced = modes.merged()
+        traced = traced and modes.as_it_is_now(traced)
         leaves += [part for part in modes.wanted if all(part is not leaf for leaf in leaves)]
         if traced is not None and len(leaves) == known:
             break
@@ -92,6 +94,10 @@ class _BothModes:
         self._leaves = leaves
         self._takes_leaves = takes_leaves
         self._drawn: str | None = None
+        # What the model does as it is and not after its train() or eval(), or where that is more than numbers; and what
+        # the nodes of the graph in the model's mode have become.
+        self._as_it_is: Differences | DifferentError | None = None
+        self._partner: Mapping[fx.Node, fx.Node] | None = None
         self.wanted: list[nn.Module] = []
         self.set_by_code = SetByCode()
 
@@ -127,7 +133,28 @@ class _BothModes:
             owner = _owner(self._model, *region.nodes) if region.nodes else None
             self._want(owner if owner is None or not tensor_slots(owner) else None)
         Writer(evaluated, trained, alignment).run()
+        if self._model.training:
+            self._partner = alignment.partner
         return Traced(evaluated, self._drawn)
+
+    def as_it_is_now(self, traced: Traced) -> Traced:
+        """Let a merged graph do what the model does as it is, until somebody puts the graph in a mode."""
+        if self._as_it_is is None or _is_one_call(traced.module, self._model):
+            return traced
+        try:
+            if isinstance(self._as_it_is, DifferentError):
+                raise self._as_it_is
+            keep_as_traced(traced.module, self._as_it_is, self._partner, self._model.training)
+        except DifferentError as error:
+            self._want(_owner(self._model, *error.nodes))
+            method = "train()" if self._model.training else "eval()"
+            place = path_of(error.nodes[0])
+            told = (
+                f"its parts are in other modes than its {method} leads to, which makes another network"
+                f"{f' in {place}' if place else ''}; the graph is that after {method}"
+            )
+            return replace(traced, unfollowed=f"{told}. Besides, {traced.unfollowed}" if traced.unfollowed else told)
+        return traced
 
     def _want(self, *parts: nn.Module | None) -> None:
         if self._takes_leaves:
@@ -148,20 +175,27 @@ class _BothModes:
         """Trace the model in a mode; return its graph, or why there is none."""
         is_present, after = mode == self._model.training, self._own.after[mode]
         failed = [] if failed is None else failed
-        with nullcontext() if is_present else in_modes(after):
-            set_by_code = self.set_by_code.now if is_present else self.set_by_code.after[mode]
+        with in_modes(after):
             try:
-                graph = self._noting(set_by_code, self._leaves, failed)
+                graph = self._noting(self.set_by_code.after[mode], self._leaves, failed)
             except Exception as error:
                 drawn = None if self._takes_leaves else self._as_if_drawn(mode)
                 return drawn, error if drawn is None else None
         if is_present and all(part.training == after[part] for part in after):
-            self.set_by_code.after[mode].update(set_by_code)
-        elif is_present and self._takes_leaves:
-            # What its code would set anyway is not seen in the modes that it is in now.
-            with in_modes(after), suppress(Exception):
-                self._noting(self.set_by_code.after[mode], [*self._leaves], [])
+            self.set_by_code.now.update(self.set_by_code.after[mode])
+        elif is_present:
+            try:
+                self._compare(self._noting(self.set_by_code.now, self._leaves, failed), graph)
+            except Exception as error:
+                return None, error
         return graph, None
+
+    def _compare(self, as_it_is: fx.GraphModule, after: fx.GraphModule) -> None:
+        """Note what the model does otherwise as it is than after its `train()` or `eval()`."""
+        try:
+            self._as_it_is = differences(as_it_is, after)
+        except DifferentError as error:
+            self._as_it_is = error
 
     def _noting(
         self, set_by_code: dict[nn.Module, bool], leaves: list[nn.Module], failed: list[nn.Module]

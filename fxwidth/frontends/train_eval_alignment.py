@@ -186,7 +186,7 @@ class _Aligner:
         return merged, self._supposed[0] if self._supposed else None
 
     def _same_module(self, name: str) -> bool:
-        return _same_module(self._evaluated.get_submodule(name), self._trained.get_submodule(name))
+        return same_module(self._evaluated.get_submodule(name), self._trained.get_submodule(name))
 
     def _merge(self, own: Any, other: Any) -> Any:
         """Return an argument of a node, with choices for numbers and regions for values that differ."""
@@ -234,7 +234,8 @@ def is_counter(node: fx.Node) -> bool:
     return isinstance(buffer, fx.Node) and buffer.op == "get_attr" and isinstance(step, int)
 
 
-def _same_module(own: nn.Module, other: nn.Module) -> bool:
+def same_module(own: nn.Module, other: nn.Module) -> bool:
+    """Tell whether modules that two graphs of one model call do the same."""
     if own is other:
         return True
     if isinstance(own, Outputs) and isinstance(other, Outputs):

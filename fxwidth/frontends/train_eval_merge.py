@@ -76,7 +76,7 @@ class Writer:
             chooser.set_arguments(node, filled)
         for counter, place in found.counters:
             name = str(counter.all_input_nodes[0].target)
-            _share(self._trained, self._evaluated, name)
+            share(self._trained, self._evaluated, name)
             with self._graph.inserting_before(place):
                 counted = self._graph.get_attr(name), chooser.node(Choice(counter.args[1], 0))
                 self._graph.create_node("call_function", counter.target, counted)
@@ -111,7 +111,7 @@ class Writer:
     def _value(self, source: fx.Node) -> fx.Node:
         """Return the node that is in training what a node of the graph of training is."""
         if source.op == "get_attr":
-            return self._graph.get_attr(_share(self._trained, self._evaluated, str(source.target)))
+            return self._graph.get_attr(share(self._trained, self._evaluated, str(source.target)))
         written = (node for region, node in self._written.items() if region.result is source and region.nodes)
         return self._alignment.partner.get(source) or next(written)
 
@@ -195,7 +195,7 @@ def _is_stochastic(node: fx.Node) -> bool:
     return "dropout" in name or "norm" in name
 
 
-def _share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:
+def share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:
     """Let a module hold a tensor that another has; return the path at which it does."""
     tensor = attribute(source, name)
     path, _, last = name.rpartition(".")

@@ -176,8 +176,7 @@ def _multiplied(evidence: Evidence) -> set[object]:
     return {
         factor
         for call in analysis.calls
-        for contraction in call.contractions
-        if not roles.is_parameter(contraction.left) and not roles.is_parameter(contraction.right)
+        for contraction in roles.activation_products(call)
         for dim in contraction.left_dims
         for factor in analysis.space.factors(call.axes[contraction.left][dim])
     }

@@ -59,11 +59,16 @@ def chosen_groups(
     """Return the groups that may change.
 
     Raises:
-        FxwidthError: a pattern matches no group.
+        FxwidthError: a pattern matches no group, or no group is left of those that `only` names.
     """
     wanted = None if only is None else set(matching(width_graph, only, "only"))
     kept = set() if keep is None else set(matching(width_graph, keep, "keep"))
-    return [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]
+    found = [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]
+    if wanted and not found:
+        pinned = [group for group in width_graph.groups if group in wanted and group.pinned]
+        reason = f"{pinned[0].name!r} is pinned: {pinned[0].pinned}" if pinned else "keep= names them too"
+        raise FxwidthError(f"only={only!r} leaves no group that may change: {reason}")
+    return found
 
 
 def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str) -> list[ChannelGroup]:

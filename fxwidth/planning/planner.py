@@ -103,13 +103,15 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
     return _noted(width_graph, widths, [], errors, None), None
 
 
-def refuse_out_of_reach(width_graph: WidthGraph, options: PlanOptions) -> None:
-    """Check that the budget can be met at all.
+def refuse_impossible(width_graph: WidthGraph, options: PlanOptions) -> None:
+    """Check that options fit the groups, and that the budget, if there is one, can be met at all.
 
     Raises:
-        FxwidthError: it cannot, or the options do not fit the groups.
+        FxwidthError: they do not, or it cannot.
     """
-    _BudgetProblem(width_graph, _units(width_graph, options), options).refuse_out_of_reach()
+    units = _units(width_graph, options)
+    if options.target is not None:
+        _BudgetProblem(width_graph, units, options).refuse_out_of_reach()
 
 
 def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:

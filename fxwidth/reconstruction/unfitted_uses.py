@@ -40,10 +40,9 @@ def _uses(wiring: Wiring, call: OpCall) -> Iterator[tuple[Axis, str]]:
     def axis_of(tensor: Tensor, dim: int) -> Axis:
         return wiring.analysis.space.normalise(call.axes[tensor][dim])
 
-    for contraction in call.contractions:
-        if wiring.is_activation(contraction.left) and wiring.is_activation(contraction.right):
-            for dim in contraction.left_dims:
-                yield axis_of(contraction.left, dim), "it sums products of two activations over its channels"
+    for contraction in wiring.roles.activation_products(call):
+        for dim in contraction.left_dims:
+            yield axis_of(contraction.left, dim), "it sums products of two activations over its channels"
     for reduction in call.reductions:
-        if reduction.kind not in NORMS and wiring.is_activation(reduction.tensor):
+        if reduction.kind not in NORMS and not wiring.roles.is_parameter(reduction.tensor):
             yield axis_of(reduction.tensor, reduction.dim), f"it takes a {reduction.kind} over its channels"

@@ -21,6 +21,7 @@ from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
 from fxwidth.resizing.parameters import dim_maps, ratios_by_gain, resized_tensors
 from fxwidth.resizing.requested import Known
+from fxwidth.resizing.shared_memory import refuse_shared_memory
 from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
@@ -108,8 +109,11 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     tensors, maps = resized_tensors(
         width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions
     )
-    rotated = [group.factor for group in selection.bases]
-    missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
+    if not known.blind:
+        refuse_shared_memory(analysis, tensors)
+    if options.fold and moments is not None:
+        rotated = [group.factor for group in selection.bases]
+        missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     copies = copy_tables(analysis, maps, moments if options.fold else None) if known.copies is None else known.copies
     calls = channel_copies(analysis.calls)
     maps = maps.with_tables({call.index: table for call, table in zip(calls, copies, strict=True)})

@@ -48,11 +48,11 @@ def resized_tensors(
         missed: takes the readers and gains that were not fitted to what is dropped, and why.
         directions: the method by which new channels are made where they may be anything.
     """
-    analysis = width_graph.analysis
+    analysis, wiring = width_graph.analysis, wiring_of(width_graph)
     missed = {} if missed is None else missed
     folded = fold(width_graph, maps, moments, missed) if moments is not None and folds else {}
-    missed |= gains_kept(wiring_of(width_graph), maps)
-    ratios = _variance_ratios(wiring_of(width_graph), maps, moments, norms or {})
+    missed |= gains_kept(wiring, maps)
+    ratios = _variance_ratios(wiring, maps, moments, norms or {})
     growths = width_graph.growths(maps)
     result = {}
     for name, entry in analysis.parameters.items():
@@ -113,11 +113,13 @@ def gains_kept(wiring: Wiring, maps: IndexMaps) -> dict[str, str]:
 
 
 def ratios_by_gain(analysis: Analysis, maps: IndexMaps) -> dict[str, float]:
-    """Return by the names of gains by what the variances that their norms see are multiplied in a resize."""
+    """Return by the names of gains by what the variances that their norms see are multiplied in a resize.
+
+    A ratio of one is among them: a file from which it is missing would have it guessed by the sizes.
+    """
     result = {}
     for call in analysis.calls:
-        ratio = maps.variance_ratio(call.index)
-        gain = _gain(analysis, call) if ratio != 1.0 else None
+        gain = _gain(analysis, call) if maps.tells_variance(call.index) else None
         if gain is not None:
-            result[gain] = ratio
+            result[gain] = maps.variance_ratio(call.index)
     return result

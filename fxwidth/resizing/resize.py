@@ -147,15 +147,16 @@ def _resize(
         moments = selection.change_bases(transaction)
         # Batch norms that a change of basis changes are compared with what they are then; and modules take on new sizes
         # with what follows: the network is run as it was before that.
-        recalibration = None
+        recalibration, elsewhere = None, {}
         wanted = options.recalibrate is not False and asked.drops and not known.blind
         if data is not None and wanted and has_values(width_graph.analysis):
-            recalibration = Recalibration(width_graph.analysis, data, statistics_used_elsewhere(wiring_of(width_graph)))
+            elsewhere = statistics_used_elsewhere(wiring_of(width_graph))
+            recalibration = Recalibration(width_graph.analysis, data, elsewhere)
         edits = prepare_edits(selection, moments, options, known)
         edits.put_in_place(module, transaction)
         if recalibration is not None:
             edits.recalibrate(module, recalibration, transaction)
-            edits.record["not_refitted"] |= statistics_used_elsewhere(wiring_of(width_graph))
+            edits.record["not_refitted"] |= elsewhere
         if edits.update is not None:
             edits.update.commit()
         forget_noise(module)

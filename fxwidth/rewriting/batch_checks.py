@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxwidth.analysis.op_signatures import differ, observing, prescribed_signatures
+from fxwidth.analysis.op_signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
@@ -30,20 +30,49 @@ def differs_in_batch(analysis: Analysis, name: str) -> str | None:
         return None
     larger = IndexMaps(analysis.space, {}, batch_growth=1)
     node = next(node for node in analysis.module.graph.nodes if node.name == name)
-    recorder, observed = observing(analysis, name)
-    runner = _LargerBatch(analysis, larger)
-    try:
-        with plain_kernels(), analysis.mode:
-            arguments = runner.arguments(node)
-            with recorder:
-                runner.run_with(node, arguments)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"not run: {lines[0]}"
+    observed = _at_larger_batch(analysis, larger, node)
+    if isinstance(observed, str):
+        return observed
     lost = _lost_batch(analysis, larger, node)
     if lost is not None:
         return lost
     return differ(observed, prescribed_signatures(analysis.calls_of(name), larger))
+
+
+def patched_differs_in_batch(analysis: Analysis, maps: IndexMaps, node: fx.Node) -> str | None:
+    """Return None where a node of the new graph does at a larger batch what is prescribed, else what it does instead.
+
+    The module must hold its new parameters, as fake tensors.
+
+    Args:
+        analysis: the tape.
+        maps: the index maps of the resize.
+        node: the node, whose name is the one on the tape.
+    """
+    larger = maps.with_larger_batch()
+    if analysis.batch is None:
+        return None
+    observed = _at_larger_batch(analysis, larger, node)
+    if isinstance(observed, str):
+        return observed
+    return differ(observed, prescribed_signatures(analysis.calls_of(node.name), larger))
+
+
+def _at_larger_batch(analysis: Analysis, larger: IndexMaps, node: fx.Node) -> list[Signature] | str:
+    """Return what a node does at a larger batch, results of a wrong shape included, or that it does not run."""
+    recorder, observed = observing(analysis, node.name)
+    runner = _LargerBatch(analysis, larger, node.graph)
+    try:
+        with plain_kernels(), analysis.mode:
+            arguments = runner.arguments(node)
+            with recorder:
+                value = runner.run_with(node, arguments)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"not run: {lines[0]}"
+    shapes = [list(tensor.shape) for tensor in deep_tensors(value)]
+    known = [[larger.size(axis) for axis in axes] for axes in analysis.node_axes[node.name]]
+    return observed if shapes == known else f"results of shapes {shapes} where {known} are needed"
 
 
 def _lost_batch(analysis: Analysis, larger: IndexMaps, node: fx.Node) -> str | None:
@@ -86,10 +115,10 @@ def _holds_batch(analysis: Analysis, axis: Axis) -> bool:
 class _LargerBatch:
     """Values of a graph's nodes at a larger batch: tensors by their axes, numbers computed anew."""
 
-    def __init__(self, analysis: Analysis, maps: IndexMaps) -> None:
+    def __init__(self, analysis: Analysis, maps: IndexMaps, graph: fx.Graph | None = None) -> None:
         self._analysis = analysis
         self._maps = maps
-        self._interpreter = fx.Interpreter(analysis.module)
+        self._interpreter = fx.Interpreter(analysis.module, graph=graph)
         # A module may ask whether two arguments are one.
         self._values: dict[fx.Node, Any] = {}
 
@@ -107,7 +136,7 @@ class _LargerBatch:
         return self._values[node]
 
     def _computed(self, node: fx.Node) -> Any:
-        value = self._analysis.node_values[node.name]
+        value = self._analysis.node_values.get(node.name)
         if deep_tensors(value):
             axes = iter(self._analysis.node_axes[node.name])
             return map_leaves(lambda tensor: _enlarged(tensor, next(axes), self._maps), value)

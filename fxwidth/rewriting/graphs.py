@@ -17,8 +17,10 @@ from fxwidth.errors import FxwidthError
 from fxwidth.recording.tape import plain_kernels
 from fxwidth.rewriting.added_modules import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
-from fxwidth.rewriting.literals import NodeState, patch
+from fxwidth.rewriting.batch_checks import patched_differs_in_batch
+from fxwidth.rewriting.literals import patch
 from fxwidth.rewriting.lowering import Lowering
+from fxwidth.rewriting.node_arguments import NodeState
 from fxwidth.rewriting.old_sizes import OldSizes
 from fxwidth.rewriting.training_runs import any_batch
 from fxwidth.runtime.contexts import evaluating, quiet, training
@@ -130,9 +132,21 @@ class _Rewriter:
         if patch(self._state(node)):
             problem = self._try(node, wanted)
         if problem is None:
+            self._check_batch(node)
             self._result.patched.append(node.name)
             return
         self._lower(node, problem)
+
+    def _check_batch(self, node: fx.Node) -> None:
+        """Check that a node with other literals follows the batch as it did before."""
+        with quiet():
+            problem = patched_differs_in_batch(self._analysis, self._maps, node)
+        if problem is not None and self._old.follows_batch(node.name):
+            raise FxwidthError(
+                f"node {node.name!r} has a number in it that holds both the batch and a width, and would not follow "
+                f"the batch size any more: for a batch larger by one it does {problem}. Keep its groups with keep=, or "
+                "take the number from the shape of a tensor."
+            )
 
     def _check_training(self, node: fx.Node) -> None:
         """Check that a module does at the new sizes in training what is prescribed for it, or runs as it did."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,50 +15,19 @@ from torch import Tensor, fx
 from torch._ops import OpOverloadPacket
 
 from fxwidth.axes.factors import axis_size
-from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.recording.tape import Axes, OpCall
-from fxwidth.rewriting.frozen_numbers import frozen, rescaled
+from fxwidth.recording.tape import Axes
+from fxwidth.rewriting.frozen_numbers import frozen
+from fxwidth.rewriting.node_arguments import NodeState, argument_of, function_name, merged, parts_of, set_argument
 from fxwidth.rules.registry import resized_call
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class NodeState:
-    """One node, what it did and returned on the tape, and the values its arguments have now.
-
-    Where a node is behind values, an argument that is computed holds what was found, and must stay computed.
-    """
-
-    node: fx.Node
-    calls: Sequence[OpCall]
-    old_value: Any
-    axes: Axes | None
-    old_values: dict[str, Any]
-    new_values: dict[fx.Node, Any]
-    maps: IndexMaps
-    axes_of: Callable[[Tensor], Axes]
-    behind_values: bool = False
-
-    def now(self, argument: Any) -> Any:
-        """Return the present value of an argument."""
-        return self.new_values[argument] if isinstance(argument, fx.Node) else argument
-
-    def before(self, argument: Any) -> Any:
-        """Return the value of an argument on the tape."""
-        return self.old_values.get(argument.name) if isinstance(argument, fx.Node) else argument
-
-    def sizes(self) -> list[int]:
-        """Return the shape the node's result must have."""
-        assert self.axes is not None
-        return [self.maps.size(axis) for axis in self.axes]
 
 
 def patch(state: NodeState) -> bool:
     """Give a node's literal arguments their prescribed values; return whether anything was changed."""
     node = state.node
     before = (node.args, node.kwargs, node.target, node.op)
-    name = _function_name(node)
+    name = function_name(node)
     if name.startswith("__"):
         name = name.strip("_")  # a method by which Python spells an operator
     if _is_one_op(state):
@@ -79,29 +47,6 @@ def _computed(arguments: Any) -> set[fx.Node]:
     return found
 
 
-def _function_name(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        # Exported graphs call composite ops of ATen, which have the arguments of the functions of that name.
-        return str(node.target.overloadpacket.__name__)
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _argument(node: fx.Node, position: int, *names: str) -> Any:
-    for name in names:
-        if name in node.kwargs:
-            return node.kwargs[name]
-    return node.args[position] if position < len(node.args) else None
-
-
-def _set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
-    if position < len(node.args) and name not in node.kwargs:
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)
-
-
 def _is_one_op(state: NodeState) -> bool:
     if len(state.calls) != 1 or state.calls[0].func != state.node.target:
         return False
@@ -118,25 +63,9 @@ def _patch_aten(state: NodeState) -> None:
             continue
         wanted = arguments[parameter.name]
         if parameter.name in node.kwargs:
-            node.update_kwarg(parameter.name, _merged(state, node.kwargs[parameter.name], wanted))
+            node.update_kwarg(parameter.name, merged(state, node.kwargs[parameter.name], wanted))
         elif position < len(node.args):
-            node.update_arg(position, _merged(state, node.args[position], wanted))
-
-
-def _merged(state: NodeState, current: Any, wanted: Any) -> Any:
-    """Return the wanted value, with those parts of the current one that come out right left as they are."""
-    if isinstance(current, fx.Node):
-        now = state.now(current)
-        if now == wanted or not isinstance(now, int) or not isinstance(wanted, int):
-            return current if now == wanted else wanted
-        return rescaled(current, wanted, state.node, state, state.maps.space, state.axes_of)
-    if isinstance(current, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(current) == len(wanted):
-        if any(isinstance(state.now(part), (Tensor, type(None))) for part in current):
-            return current
-        return [_merged(state, own, other) for own, other in zip(current, wanted, strict=True)]
-    if isinstance(wanted, (int, float)) and isinstance(current, (int, float)) and current != -1:
-        return wanted
-    return current
+            node.update_arg(position, merged(state, node.args[position], wanted))
 
 
 def _sizes(first: int) -> Callable[[NodeState], None]:
@@ -154,7 +83,8 @@ def _sizes(first: int) -> Callable[[NodeState], None]:
             return
         if packed and isinstance(rest[0], fx.Node):
             if list(current) != wanted:
-                node.update_arg(first, wanted)
+                parts = parts_of(state, rest[0])
+                node.update_arg(first, [_size(state, own, k, wanted[k], parts) for k, own in enumerate(parts)])
             return
         sizes = [_size(state, own, k, wanted[k], current) for k, own in enumerate(current)]
         node.args = (*node.args[:first], sizes) if packed else (*node.args[:first], *sizes)
@@ -172,8 +102,7 @@ def _size(state: NodeState, current: Any, position: int, wanted: int, others: Se
         # A size that holds the batch must not be baked in.
         if all(state.now(other) != -1 for other in others):
             return -1
-        if isinstance(current, fx.Node):
-            return rescaled(current, wanted, state.node, state, state.maps.space, state.axes_of)
+        return merged(state, current, wanted)
     return wanted
 
 
@@ -185,11 +114,11 @@ def _literal(position: int, name: str, argument: str, *ops: OpOverloadPacket) ->
         if len(calls) == 1:
             _, arguments = resized_call(calls[0], state.maps)
             wanted = arguments[argument]
-            current = _argument(state.node, position, name)
+            current = argument_of(state.node, position, name)
             now = state.now(current)
             equal = list(now) == list(wanted) if isinstance(now, (list, tuple)) else now == wanted
             if current is not None and not equal:
-                _set_argument(state.node, position, name, wanted)
+                set_argument(state.node, position, name, merged(state, current, wanted))
 
     return apply
 
@@ -202,7 +131,7 @@ def _norm(position: int, name: str, eps_position: int, *ops: OpOverloadPacket) -
         calls = [call for call in state.calls if call.func.overloadpacket in ops]
         if len(calls) == 1 and state.maps.variance_ratio(calls[0].index) != 1.0:
             _, arguments = resized_call(calls[0], state.maps)
-            _set_argument(state.node, eps_position, "eps", arguments["eps"])
+            set_argument(state.node, eps_position, "eps", arguments["eps"])
 
     return apply
 
@@ -212,10 +141,24 @@ def _split(state: NodeState) -> None:
     node = state.node
     if not isinstance(state.old_value, (list, tuple)) or not state.old_value:
         return
-    dim = state.now(_argument(node, 2, "dim")) or 0
-    sections = [state.maps.size(state.axes_of(part)[dim]) for part in state.old_value]
+    dim = state.now(argument_of(node, 2, "dim")) or 0
+    sections: Any = [state.maps.size(state.axes_of(part)[dim]) for part in state.old_value]
+    name = function_name(node)
+    current = None if name == "chunk" else argument_of(node, 1, "split_size_or_sections", "split_size", "split_sizes")
+    if isinstance(state.now(current), int) and _are_even(sections):
+        # How many sections there are may depend on the batch.
+        sections = merged(state, current, sections[0])
+    elif isinstance(state.now(current), (list, tuple)):
+        sections = merged(state, current, sections)
+    elif state.holds_batch(argument_of(node, 0, "input", "tensor", "self"), dim):
+        return
     node.op, node.target = "call_function", torch.split
-    node.args, node.kwargs = (_argument(node, 0, "input", "tensor"), sections, dim), {}
+    node.args, node.kwargs = (argument_of(node, 0, "input", "tensor", "self"), sections, dim), {}
+
+
+def _are_even(sections: Sequence[int]) -> bool:
+    """Tell whether all sections are of one size, but for a smaller rest."""
+    return all(size == sections[0] for size in sections[:-1]) and 0 < sections[-1] <= sections[0]
 
 
 def _getitem(state: NodeState) -> None:
@@ -254,8 +197,8 @@ def _index(state: NodeState, item: Any, axes: Axes, dim: int) -> Any:
         start = _bound(state, item.start, axes, dim)
         return slice(start, _bound(state, item.stop, axes, dim), item.step)
     if isinstance(item, (int, fx.Node)):
-        wanted = state.maps.prefix(axis, state.before(item) % axis_size(axis))
-        return item if state.now(item) % state.maps.size(axis) == wanted else wanted
+        size, wanted = state.maps.size(axis), state.maps.prefix(axis, state.before(item) % axis_size(axis))
+        return item if state.now(item) % size == wanted else _position(state, item, wanted, size)
     return item
 
 
@@ -267,15 +210,21 @@ def _bound(state: NodeState, bound: Any, axes: Axes, dim: int) -> Any:
     position = min(max(old + old_size if old < 0 else old, 0), old_size)
     present = min(max(now + new_size if now < 0 else now, 0), new_size)
     wanted = state.maps.prefix(axes[dim], position)
-    return bound if present == wanted else wanted
+    return bound if present == wanted else _position(state, bound, wanted, new_size)
+
+
+def _position(state: NodeState, current: Any, wanted: int, size: int) -> Any:
+    """Return what stands for a position in a dim of a size, counted from the end where it was."""
+    counted = wanted - size if state.now(current) < 0 and wanted < size else wanted
+    return merged(state, current, counted) if isinstance(current, fx.Node) else counted
 
 
 def _attention(state: NodeState) -> None:
     """Keep the scale that attention was trained with: its default is computed from head_dim."""
     node = state.node
-    query = state.before(_argument(node, 0, "query"))
+    query = state.before(argument_of(node, 0, "query"))
     if (
-        _argument(node, 6, "scale") is None
+        argument_of(node, 6, "scale") is None
         and isinstance(query, Tensor)
         and state.maps.changes(state.axes_of(query)[-1])
     ):
@@ -285,7 +234,7 @@ def _attention(state: NodeState) -> None:
 def _freeze_scalars(state: NodeState) -> None:
     """Keep the trained value of numbers that the graph computes from a size and computes tensors with."""
     node = state.node
-    if _function_name(node).strip("_") not in _ARITHMETIC or not isinstance(state.old_value, Tensor):
+    if function_name(node).strip("_") not in _ARITHMETIC or not isinstance(state.old_value, Tensor):
         return
     for position, argument in enumerate(node.args):
         if not isinstance(argument, fx.Node) or not isinstance(state.before(argument), (int, float)):

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.as_traced import AsTraced
 from fxwidth.frontends.train_eval_merge import TrainingFlag
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.batch_checks import differs_in_batch
@@ -41,6 +42,11 @@ class OldSizes:
         old = {name: entry.fake for name, entry in self._analysis.parameters.items()}
         with self._edits.suspended(), substituted(self._module, old):
             yield
+
+    def follows_batch(self, name: str) -> bool:
+        """Tell whether a node does at a larger batch what the tape prescribes for it."""
+        with self.restored(), quiet():
+            return differs_in_batch(self._analysis, name) is None
 
     def refuse_other_in_batch(self, name: str, problem: str) -> None:
         """Check that no number that depends on the batch would be written into the graph.
@@ -95,8 +101,9 @@ class OldSizes:
         if node.op not in ("call_module", "call_function") or deep_tensors(value):
             return value
         if node.op == "call_module":
-            is_flag = isinstance(self._callee(node), TrainingFlag)
-            return True if is_flag else value
+            callee = self._callee(node)
+            # It is asked for what it does when it is put in training.
+            return isinstance(callee, TrainingFlag) if isinstance(callee, (TrainingFlag, AsTraced)) else value
         inputs = {source: self._value_in_training(source) for source in node.all_input_nodes}
         if all(own is self._values[source] for source, own in inputs.items()):
             return value

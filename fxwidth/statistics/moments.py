@@ -127,7 +127,7 @@ def moments_from_noise(width_graph: WidthGraph, *, seed: int = 0, work: float = 
         FxwidthError: the parameters are not finite.
     """
     analysis = width_graph.analysis
-    if not has_values(width_graph.analysis):
+    if not has_values(analysis):
         return None
     drawn = partial(_moments_of_draws, width_graph, seed, work)
     try:

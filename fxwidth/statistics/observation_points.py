@@ -170,9 +170,7 @@ def _writes(analysis: Analysis) -> dict[int, list[int]]:
 def _squares(width_graph: WidthGraph) -> Iterator[Probe]:
     analysis, roles = width_graph.analysis, width_graph.roles
     for call in analysis.calls:
-        for contraction in call.contractions:
-            if roles.is_parameter(contraction.left) or roles.is_parameter(contraction.right):
-                continue
+        for contraction in roles.activation_products(call):
             sides = ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims))
             groups = call.arguments.get("groups", 1)
             period = contraction.left.shape[1] // groups if groups > 1 else 0

@@ -134,6 +134,7 @@ class Wiring:
 
     Attributes:
         analysis: that of the graph.
+        roles: what its parameters do for their channels.
         readers: in the order of the tape.
         memo: what has been found of it.
     """
@@ -142,7 +143,7 @@ class Wiring:
         # Not the width graph itself, which remembers its wiring: it is to go as soon as nobody holds it.
         self.analysis = width_graph.analysis
         self.memo: dict[Any, Any] = {}
-        self._provenance = width_graph.roles.provenance
+        self.roles = width_graph.roles
         self._normed = normed_weights(self.analysis)
         self.readers: list[Reader] = list(self._find_readers())
 
@@ -170,7 +171,7 @@ class Wiring:
         result = {entry.fake: frozenset({name}) for name, entry in self.analysis.parameters.items()}
         for call in self.analysis.calls:
             inputs = call.inputs
-            if not inputs or any(tensor not in self._provenance for tensor in inputs):
+            if not inputs or not all(map(self.roles.is_parameter, inputs)):
                 continue
             names = frozenset().union(*(result.get(tensor, frozenset()) for tensor in inputs))
             for output in call.outputs:
@@ -182,12 +183,8 @@ class Wiring:
 
         Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
         """
-        of_parameters = all(tensor in self._provenance for tensor in call.inputs)
+        of_parameters = all(map(self.roles.is_parameter, call.inputs))
         return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
-
-    def is_activation(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor of the tape is made of more than parameters and buffers."""
-        return tensor not in self._provenance
 
     def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
         """Tell whether all uses of a parameter are of one kind: then other values in it change nothing else."""
@@ -229,7 +226,7 @@ class Wiring:
 
     def values(self, tensor: Tensor | None) -> Tensor | None:
         """Return the numbers of a tensor of the tape that is a parameter or computed from parameters."""
-        if tensor is None or tensor not in self._provenance:
+        if tensor is None or not self.roles.is_parameter(tensor):
             return None
         view = self.view(tensor)
         if view is not None:
@@ -262,7 +259,7 @@ class Wiring:
             value = following
         if follower and is_arithmetic(follower[0].func, Arithmetic.SUM) and follower[0].arguments.get("alpha", 1) == 1:
             for tensor in follower[0].inputs:
-                if tensor is not value and tensor in self._provenance and tensor.shape == value.shape[-1:]:
+                if tensor is not value and self.roles.is_parameter(tensor) and tensor.shape == value.shape[-1:]:
                     return follower[0], tensor
         return None
 
@@ -279,7 +276,7 @@ class Wiring:
                     (left, contraction.left_dims, right, contraction.right_dims),
                     (right, contraction.right_dims, left, contraction.left_dims),
                 ):
-                    if own in self._provenance and other not in self._provenance and len(own_dims) == 1:
+                    if self.roles.is_parameter(own) and not self.roles.is_parameter(other) and len(own_dims) == 1:
                         yield self._reader(call, other, other_dims[0], own, own_dims[0])
 
     def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:

@@ -248,8 +248,14 @@ def test_tracing_draws_no_random_numbers() -> None:
 def test_two_batch_norms_of_which_one_is_frozen() -> None:
     model = Checked(nn.Sequential(nn.BatchNorm1d(HIDDEN), nn.BatchNorm1d(HIDDEN))).double().train()
     model.layer[0].eval()
-    gm = fxwidth.trace(copy.deepcopy(model), rows()).train()
+    gm = fxwidth.trace(copy.deepcopy(model), rows())
     gm(rows())
     assert gm.get_buffer("layer.1.num_batches_tracked") == 1
     assert not torch.equal(gm.get_buffer("layer.1.running_mean"), model.layer[1].running_mean)
     assert torch.equal(gm.get_buffer("layer.0.running_mean"), model.layer[0].running_mean)
+    # That of the model thaws too, once somebody calls its train().
+    model.load_state_dict(gm.state_dict())
+    for trained in (gm.train(), model.train()):
+        trained(rows())
+    assert gm.get_buffer("layer.0.num_batches_tracked") == 1
+    assert largest_difference([*gm.state_dict().values()], [*model.state_dict().values()]) < EXACT

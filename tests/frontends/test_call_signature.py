@@ -118,6 +118,14 @@ def test_other_calls_are_refused(exported: bool) -> None:
         gm({"image": x})
 
 
+@by_front_end
+def test_an_argument_that_was_given_is_not_left_out(exported: bool) -> None:
+    _, gm = traced(CASES["two by position"], exported)
+    for left_out in ((_x(3, WIDTH),), (_x(3, WIDTH), None)):
+        with pytest.raises(FxwidthError, match=r"argument 'mask' is None, not a tensor .* Trace the model with"):
+            gm(*left_out)
+
+
 def test_an_exported_graph_refuses_other_shapes() -> None:
     _, gm = traced(CASES["one tensor"], True)
     with pytest.raises(FxwidthError, match=r"shape \(2, 7\) was given where the graph was traced with \(any, 6\)"):
@@ -224,7 +232,7 @@ def test_the_batches_of_a_batch_norm_are_counted_in_training_alone() -> None:
 def test_frozen_batch_norms_stay_frozen() -> None:
     model = Modes(True).double().train()
     model.norm.eval()
-    gm = fxwidth.trace(model, _x(4, WIDTH)).train()
+    gm = fxwidth.trace(model, _x(4, WIDTH))
     before = gm.get_buffer("norm.running_mean").clone()
     gm(_x(4, WIDTH))
     assert torch.equal(gm.get_buffer("norm.running_mean"), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxwidth
-from fxwidth import FxwidthWarning
+from fxwidth import FxwidthWarning, tracing
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.oracles.judges import randomise
 from tests.oracles.untouched import differences, snapshot
@@ -68,7 +69,9 @@ class PutOver(Plain):
     def __deepcopy__(self, memo: dict[int, Any]) -> PutOver:
         twin = PutOver().to(self.up.weight.dtype)
         twin.load_state_dict(self.state_dict())
-        return twin.train(self.training)
+        for part, own in zip(twin.modules(), self.modules(), strict=True):
+            part.training = own.training
+        return twin
 
 
 class FrozenLayer(nn.Module):
@@ -102,6 +105,21 @@ class Exported(Frozen):
         return y if y.sum(0).shape[0] > 1 and bool(x.shape[0] > 0) else -y
 
 
+class WithoutGradients(Frozen):
+    """A frozen part that runs without gradients, which symbolic tracing cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.hidden(x)
+        return self.down(hidden)
+
+
+class Thawed(Plain):
+    """The same without a method of its own."""
+
+    forward = WithoutGradients.forward
+
+
 class AlwaysRandom(Plain):
     """Monte Carlo dropout: each call puts it in training."""
 
@@ -123,7 +141,12 @@ class InEval(Plain):
         return self
 
 
-MODELS = [Plain, Frozen, FrozenInCall, PutOver, Nested, Exported, AlwaysRandom, InEval]
+def refused(*_: Any, **__: Any) -> Any:
+    """Stand for a front end that cannot follow a model."""
+    raise RuntimeError("symbolic tracing is not asked")
+
+
+MODELS = [Plain, Frozen, FrozenInCall, PutOver, Nested, Exported, WithoutGradients, Thawed, AlwaysRandom, InEval]
 
 
 def rows(count: int = 6) -> Tensor:
@@ -156,10 +179,43 @@ by_model = pytest.mark.parametrize("kind", MODELS)
 by_mode = pytest.mark.parametrize("mode", [False, True], ids=["from eval", "from train"])
 
 
-@by_mode
-@by_model
-def test_the_graph_has_the_modes_of_its_model(kind: type[nn.Module], mode: bool) -> None:
+def constructed(kind: type[nn.Module]) -> nn.Module:
+    """Return a model of which nobody has called `train()` or `eval()`."""
+    torch.manual_seed(0)
+    return randomise(kind()).double()
+
+
+def set_by_hand(kind: type[nn.Module], mode: bool) -> nn.Module:
+    """Return a model in a mode, with its batch norm and the innermost parts of its layers in the other one."""
     model = model_of(kind, mode)
+    for part in model.modules():
+        if isinstance(part, (nn.BatchNorm1d, nn.Dropout)):
+            part.training = not mode
+    return model
+
+
+STATES: dict[str, Callable[[type[nn.Module]], nn.Module]] = {
+    "as constructed": constructed,
+    "from eval": lambda kind: model_of(kind, False),
+    "from train": lambda kind: model_of(kind, True),
+    "from eval, by hand": lambda kind: set_by_hand(kind, False),
+    "from train, by hand": lambda kind: set_by_hand(kind, True),
+}
+
+
+# Those that symbolic tracing can follow are exported too, in the states that a graph without parts can forget.
+CASES = [(kind, state, False) for kind in MODELS for state in STATES]
+ODD = [state for state in STATES if not state.endswith(("eval", "train"))]
+CASES += [(kind, state, True) for kind in MODELS for state in ODD if kind not in (Exported, WithoutGradients, Thawed)]
+
+
+@pytest.mark.parametrize(("kind", "state", "exported"), CASES)
+def test_the_graph_has_the_modes_of_its_model(
+    kind: type[nn.Module], state: str, exported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exported:
+        monkeypatch.setattr(tracing, "symbolic_graph", refused)
+    model = STATES[state](kind)
     before = snapshot(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

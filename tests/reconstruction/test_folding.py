@@ -345,7 +345,5 @@ class TestVarianceRatio:
     def test_other_norms_stay(self) -> None:
         graph, x = build("attention")
         call, _ = self._norm(graph)
-        assert (
-            variance_ratio(graph.analysis.space, maps_for(graph, {"v#1": kept_without(4, 0)}), evidence(graph, x), call)
-            == 1.0
-        )
+        maps = maps_for(graph, {"v#1": kept_without(4, 0)})
+        assert variance_ratio(graph.analysis.space, maps, evidence(graph, x), call) == 1.0

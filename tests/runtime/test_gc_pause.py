@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
+from fxwidth.runtime import gc_pause
 from fxwidth.runtime.gc_pause import without_collections
 
 
 @pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
+    monkeypatch.setattr(gc_pause, "_last_look", gc_pause._LastLook())
     yield
     gc.unfreeze()
     gc.enable()
@@ -46,6 +49,18 @@ def test_garbage_is_found_later() -> None:
     assert one() is not None
     gc.collect()
     assert one() is None
+
+
+def test_garbage_is_found_before_memory_has_doubled_twice() -> None:
+    """Nobody calls the collector, as in a loop that analyses again and again."""
+    with without_collections():
+        one = weakref.ref(Cycle())
+    most = 4 * sys.getallocatedblocks()
+    while one() is not None:
+        with without_collections():
+            cycles = [Cycle() for _ in range(100_000)]
+        del cycles
+        assert sys.getallocatedblocks() < most
 
 
 @pytest.mark.parametrize("fails", [False, True])

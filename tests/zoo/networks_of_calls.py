@@ -57,6 +57,26 @@ class Masked(Network):
         return self.down(-h if flag else h) * scale
 
 
+class Normalised(Network):
+    """A call of its own around its forward, with another name and an answer of another form."""
+
+    def __call__(self, image: Tensor, gain: float = 2.0) -> dict[str, Tensor]:
+        return {"logits": super().__call__((image - 0.5) / 0.25) * gain}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.hidden(x))
+
+
+class PassedOn(Network):
+    """A call of its own that takes anything."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs) * 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.hidden(x))
+
+
 class DictToDict(Network):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         h = self.hidden(batch["image"] + batch["shift"])
@@ -129,6 +149,8 @@ CASES: dict[str, Case] = {
     "empty cache": Case(ToCache, (_x(2, WIDTH), Cache())),
     "any arguments": Case(AnyArguments, (_x(2, WIDTH), _x(2, WIDTH)), {"gain": _x(2, 1)}),
     "tokens": Case(Tokens, _tokens(), free=2),
+    "a call of its own": Case(Normalised, _x(2, WIDTH), {"gain": 3.0}),
+    "a call that passes on": Case(PassedOn, _x(2, WIDTH)),
 }
 
 
