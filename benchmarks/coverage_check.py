@@ -32,7 +32,7 @@ from benchmarks.coverage_values import TOLERANCE, cast, leaves_of, of_the_signal
 from benchmarks.coverage_values import difference as difference_of
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends import call_signature
-from fxwidth.frontends.call_signature import bound_to_placeholders
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.verification.replay_oracle import reference_outputs
 from fxwidth.verification.stepwise import prescribed_difference, stepwise_difference

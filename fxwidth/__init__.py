@@ -18,7 +18,8 @@ from fxwidth.reporting import Report, report
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
 from fxwidth.resizing.resize import resize
 from fxwidth.selection.registry import selection_method
-from fxwidth.tracing import analyze, trace
+from fxwidth.tracing.analyze import analyze
+from fxwidth.tracing.trace import trace
 from fxwidth.untying.untie_copies import untie_copies
 
 __version__ = "0.1.0"

@@ -29,7 +29,8 @@ from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import named_tensors, tensor_slots
 from fxwidth.serialization import earlier_files
 from fxwidth.serialization.graph_pickling import unpicklable
-from fxwidth.tracing import analyze_module, trace
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.trace import trace
 from fxwidth.untying.untie_copies import untie_copies
 
 _FORMAT, _NORMS, _KEPT, _PAIRS = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept", "fxwidth.real_pairs"

@@ -13,14 +13,16 @@ from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.plain_numbers import is_integer, plain_number
 from fxwidth.planning.planner import Plan, plan_with_evidence, refuse_impossible
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resized_together
+from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.statistics.calibration_data import Gathered
-from fxwidth.tracing import analyze_module, trace
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.trace import trace
 
 
 @tells_options(PlanOptions, ResizeOptions)
@@ -58,7 +60,7 @@ def evolve(
     modules = [model] if isinstance(model, nn.Module) else []
     for module in modules:
         check_optimizer(optimizer, module)
-    transaction = Transaction(*modules, optimizer=optimizer)
+    transaction = resize_transaction(*modules, optimizer=optimizer)
 
     def work() -> fx.GraphModule:
         module = trace(model, example_inputs, example_kwargs)
@@ -128,10 +130,10 @@ class Evolver:
         rounds: int | None = None,
         **options: Unpack[EvolveKeywords],
     ) -> None:
-        _check_count("every", every, "the number of steps between resizes", 1)
-        _check_count("start", start, "the number of steps before the first resize", 0)
+        every = _count("every", every, "the number of steps between resizes", 1)
+        start = _count("start", start, "the number of steps before the first resize", 0)
         if rounds is not None:
-            _check_count("rounds", rounds, "the number of resizes on the way to a target", 1)
+            rounds = _count("rounds", rounds, "the number of resizes on the way to a target", 1)
         recalibrate = options.pop("recalibrate", None)
         # Of a generator's batches those that are looked at are kept for the next round.
         self._planning, resizing = both_options(options, optimizer)
@@ -185,8 +187,8 @@ class Evolver:
                 after any other exception, Ctrl-C included.
         """
         due = not self.finished and self._steps >= self.start and (self._steps + 1 - self.start) % self.every == 0
-        modules, optimizer = (resized_together(self.gm), self.optimizer) if due else ([], None)
-        transaction = Transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
+        modules, optimizer = ([self.gm], self.optimizer) if due else ([], None)
+        transaction = resize_transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
         return transaction.run(lambda: self._step(batch, transaction if due else None))
 
     def _step(self, batch: Sequence[Any], transaction: Transaction | None) -> Plan | None:
@@ -230,9 +232,11 @@ class Evolver:
         return Budget.of(due)
 
 
-def _check_count(name: str, value: Any, meaning: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise FxwidthError(f"{name}= is {meaning}, a whole number of at least {least}, but received {value!r}.")
+def _count(name: str, given: Any, meaning: str, least: int) -> int:
+    value = plain_number(given)
+    if not is_integer(value) or value < least:
+        raise FxwidthError(f"{name}= is {meaning}, a whole number of at least {least}, but received {given!r}.")
+    return int(value)
 
 
 def parameter_count(module: nn.Module) -> int:

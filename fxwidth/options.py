@@ -18,6 +18,7 @@ from torch import Tensor
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
 from fxwidth.growth.directions import Direction, check_directions
+from fxwidth.plain_numbers import is_integer, plain_number
 from fxwidth.rewriting.optimizers import Optimizers, refuse_other_than_optimizers
 from fxwidth.selection.registry import Selection, check_selection
 from fxwidth.statistics.calibration_data import refuse_other_than_batches, replayed
@@ -26,6 +27,7 @@ Loss = Callable[..., Tensor]
 # What a plan looks at without a budget alone, and under one alone.
 _THRESHOLDS = ("shrink_energy", "grow_energy", "grow_step")
 _UNDER_BUDGET = ("data", "selection", "rotate")
+_NUMBERS = ("params", "shrink_energy", "grow_energy", "grow_step", "min_width", "max_width", "align")
 # One pattern, or several, each a pattern or a list of them, whose groups get one width.
 SameWidth = str | Sequence[str | Sequence[str]]
 
@@ -94,6 +96,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         check_selection(self.selection)
         refuse_other_than_batches(self.data)
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         _check_limits(self.min_width, self.max_width, self.align)
         _check_thresholds(self.shrink_energy, self.grow_energy, self.grow_step)
         _check_switches({"exact": self.exact, "rotate": self.rotate})
@@ -104,6 +108,11 @@ class PlanOptions:
         _check_budget(self.budget, self.params)
         if self.target is not None:
             self._refuse_given(_THRESHOLDS, "decides without a budget; under one, widths go by what readers miss")
+        elif not self.grow_step and self.grow_energy != type(self).grow_energy:
+            raise FxwidthError(
+                f"grow_energy={self.grow_energy} says where channels are added, but grow_step=0 adds none. "
+                "Give grow_step= too, or leave it out."
+            )
         if self.loss is not None and self.target is None:
             raise FxwidthError("loss= weighs groups against each other under a budget; give one, or leave loss out.")
         refuse_loss_without_data(self.loss, self.data)
@@ -127,7 +136,8 @@ class PlanOptions:
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             value = getattr(self, name)
-            if value is not defaults[name] and (callable(value) or name == "data" or value != defaults[name]):
+            is_default = value is defaults[name] or (isinstance(value, (str, int, float)) and value == defaults[name])
+            if not is_default:
                 remedy = (
                     "Leave it out, or params= and budget=."
                     if self.target
@@ -259,7 +269,7 @@ def _check_budget(budget: Any, params: Any) -> None:
 def _check_limits(least: Any, most: Any, align: Any) -> None:
     above = () if most is None else (("max_width", most),)
     for name, value in (("min_width", least), ("align", align), *above):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_integer(value) or value < 1:
             raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
     if most is not None and most < -(-least // align) * align:
         raise FxwidthError(
@@ -273,7 +283,7 @@ def _check_thresholds(shrink: Any, grow: Any, step: Any) -> None:
         raise FxwidthError(f"shrink_energy={shrink!r} must lie in [0, 1): a share of the spectrum.")
     if not isinstance(grow, (int, float)) or not 0 <= grow <= 1:
         raise FxwidthError(f"grow_energy={grow!r} must lie in [0, 1]: a share of the spectrum.")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    if not is_integer(step) or step < 0:
         raise FxwidthError(f"grow_step={step!r} must be an integer of at least 0: channels to add.")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from operator import index
 from typing import Any
 
 from fxwidth.errors import FxwidthError
+from fxwidth.plain_numbers import is_integer, plain_number
 
 Entry = int | tuple[int, ...]
 # How many channels an error lists.
@@ -101,18 +101,18 @@ def _checked(name: Any, entry: Any) -> Entry:
     if not isinstance(name, str):
         raise FxwidthError(f"a plan names groups by strings, but received {name!r}.")
     # Arrays and tensors give their numbers as Python has them.
-    plain = entry.tolist() if hasattr(entry, "tolist") else entry
+    plain = entry.tolist() if hasattr(entry, "tolist") else plain_number(entry)
     if isinstance(plain, Sequence) and not isinstance(plain, (str, bytes)):
         return _channels(name, plain)
-    if not _is_integer(plain) or index(plain) < 1:
+    if not is_integer(plain) or plain < 1:
         raise FxwidthError(f"the plan gives group {name!r} the width {entry!r}; a width is an integer of at least 1.")
-    return index(plain)
+    return int(plain)
 
 
 def _channels(name: str, given: Sequence[Any]) -> tuple[int, ...]:
-    plain = [one.tolist() if hasattr(one, "tolist") else one for one in given]
-    odd = [one for one in plain if not _is_integer(one) or index(one) < 0]
-    channels = [] if odd else list(map(index, plain))
+    plain = list(map(plain_number, given))
+    odd = [one for one in plain if not is_integer(one) or one < 0]
+    channels = [] if odd else plain
     if odd:
         fault = f"{odd[0]!r} is none: a channel is an integer from 0"
     elif not channels:
@@ -126,7 +126,3 @@ def _channels(name: str, given: Sequence[Any]) -> tuple[int, ...]:
         f"the plan keeps of group {name!r} the channels {shown}, but {fault}. Give those that stay by their "
         "positions of now, such as [0, 2, 5]; a group grows by a width."
     )
-
-
-def _is_integer(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__")

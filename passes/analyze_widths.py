@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 
 GROUPS = "fxwidth_groups"
 

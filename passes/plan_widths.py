@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
 from fxwidth.planning.planner import plan_with_evidence
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 
 PLAN = "fxwidth_plan"
 PLAN_NOTES = "fxwidth_plan_notes"

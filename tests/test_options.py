@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -126,6 +128,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"min_width": 9, "max_width": 4}, "plan", "no width lies between min_width=9 and max_width=4 with align=1"),
     ({"shrink_energy": "much"}, "plan", "shrink_energy='much' must lie in"),
     ({"grow_energy": 2}, "plan", "grow_energy=2 must lie in"),
+    ({"grow_energy": 0.1}, "plan", "grow_energy=0.1 says where channels are added, but grow_step=0 adds none"),
     ({"grow_step": True}, "plan", "grow_step=True must be an integer of at least 0"),
     ({"only": 3}, "plan", "only= takes names or patterns of groups, but received 3"),
     ({"keep": ["0", 3]}, "plan", "keep= takes names or patterns of groups, but received 3"),
@@ -222,3 +225,66 @@ def test_batches_of_an_iterator_are_there_in_every_round() -> None:
         assert evolver.finished
         found.append(gm)
     assert all(torch.equal(a, b) for a, b in zip(*(gm.parameters() for gm in found), strict=True))
+
+
+INTEGERS = {"params": 500, "grow_step": 3, "min_width": 2, "max_width": 9, "align": 2}
+RATIOS = {"params": 0.5, "shrink_energy": 0.25, "grow_energy": 0.5}
+KINDS_OF_INTEGERS = (np.int64, np.int32, np.uint8, np.array, torch.tensor)
+KINDS_OF_RATIOS = (np.float64, np.float32, np.float16, np.array, torch.tensor)
+KINDS_OF_BOOLS = (bool, np.bool_, torch.tensor)
+
+
+def held(kind: Callable[..., Any], value: int) -> Any:
+    return np.int16(value) if kind is np.uint8 and value > 255 else kind(value)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_INTEGERS, ids=lambda kind: kind.__name__)
+def test_integers_may_be_of_any_kind(kind: Callable[..., Any]) -> None:
+    for name, value in INTEGERS.items():
+        found = getattr(PlanOptions(**{name: held(kind, value)}), name)
+        assert type(found) is int
+        assert found == value
+    budget = fxwidth.Budget(flops=held(kind, 400), costs={"weight_bits_of_options": held(kind, 300)})
+    assert budget == fxwidth.Budget(flops=400, costs={"weight_bits_of_options": 300})
+    assert {type(bound) for bound in budget.bounds.values()} == {int}
+    gm = fxwidth.trace(trained_like(conv()), X)
+    counts = {"every": held(kind, 2), "start": held(kind, 1), "rounds": held(kind, 1)}
+    evolver = fxwidth.Evolver(gm, **counts, params=held(kind, fxwidth.evolution.parameter_count(gm) // 2))
+    assert [evolver.step(X) is not None for _ in range(4)] == [False, False, True, False]
+    assert json.loads(json.dumps(evolver.history)) == evolver.history
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_RATIOS, ids=lambda kind: kind.__name__)
+def test_ratios_may_be_of_any_kind(kind: Callable[..., Any]) -> None:
+    for name, value in RATIOS.items():
+        found = getattr(PlanOptions(**{name: kind(value)}), name)
+        assert type(found) is float
+        assert found == value
+    graph = fxwidth.analyze(fxwidth.trace(trained_like(conv()), X))
+    plan = fxwidth.plan(graph, budget=fxwidth.Budget(params=kind(0.5), flops=kind(0.75)))
+    assert plan == fxwidth.plan(graph, budget=fxwidth.Budget(params=0.5, flops=0.75))
+    assert fxwidth.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_BOOLS, ids=lambda kind: kind.__name__)
+def test_bools_are_no_numbers_of_any_kind(kind: Callable[..., Any]) -> None:
+    for name in INTEGERS:
+        with pytest.raises(FxwidthError, match=f"{name}=.* must be an int"):
+            PlanOptions(**{name: kind(True)})
+    for name in ("every", "start", "rounds"):
+        with pytest.raises(FxwidthError, match=f"{name}= is .*, a whole number of at least"):
+            fxwidth.Evolver(None, **{name: kind(True)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [np.float64(2), np.array([2, 3]), torch.ones(2), "2", None])
+def test_what_is_no_integer_is_refused(value: Any) -> None:
+    for name in ("grow_step", "min_width", "align"):
+        with pytest.raises(FxwidthError, match=f"{name}=.* must be an integer"):
+            PlanOptions(**{name: value})
+    with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, a whole number"):
+        fxwidth.Evolver(None, every=value)  # type: ignore[arg-type]
+
+
+@fxwidth.cost("weight_bits_of_options", "bits")
+def weight_bits(width_graph: Any) -> Any:
+    return fxwidth.cost_polynomial(width_graph, "params")

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.analysis.data_dependent_pins import pin_other_ways
 from fxwidth.analysis.graph_state import GraphState
+from fxwidth.analysis.next_calls import kept_and_read
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
 from fxwidth.analysis.training_calls import ModuleRun, follow_other_answer, follow_training
 from fxwidth.axes.factor_space import FactorSpace
@@ -63,13 +64,16 @@ class NodeInterpreter(fx.Interpreter):
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
 
-    def keeping(self) -> list[str]:
-        """Return the nodes whose modules have tensors of this run in attributes."""
+    def keeping(self) -> dict[str, list[Tensor]]:
+        """Return the nodes whose modules keep tensors of this run in attributes, with what their next calls read."""
         keepers = {id(part) for part in self.submodules.values() if keeps_tensors(part)}
-        if not keepers:
-            return []
-        calls = [(node.name, self.fetch_attr(str(node.target))) for node in self.graph.find_nodes(op="call_module")]
-        return [name for name, module in calls if any(id(part) in keepers for _, part in walk(module))]
+        found = {}
+        for node in self.graph.find_nodes(op="call_module") if keepers else ():
+            if any(id(part) in keepers for _, part in walk(self.fetch_attr(str(node.target)))):
+                found[node.name] = kept_and_read(
+                    self._analysis, self._recorder, node.name, partial(self._run_plainly, node)
+                )
+        return found
 
     def _follow_training(self, node: fx.Node, module: nn.Module, value: Any, is_silent: bool) -> None:
         run = ModuleRun(module, *self.fetch_args_kwargs_from_env(node), value)

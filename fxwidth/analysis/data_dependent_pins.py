@@ -8,12 +8,13 @@ on empty tensors, which take short cuts. What a part keeps from one call may lea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fxwidth.axes.factor_space import FactorSpace
-from fxwidth.axes.pins import BRANCHED, ON_EMPTY, OTHER_WAY
+from fxwidth.axes.pins import BRANCHED, KEPT, ON_EMPTY, OTHER_WAY
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import tensor_slots
 
@@ -30,6 +31,8 @@ def pin_other_ways(analysis: Analysis) -> None:
         pins.behind_numbers(node)
     for node in dict.fromkeys([*(analysis.record or ()), *analysis.keeping]):
         pins.beside_unused(node)
+    for node, tensors in analysis.keeping.items():
+        pins.read_by_next_calls(node, tensors)
     if analysis.record:
         pins.beside_empty_tensors()
 
@@ -70,6 +73,13 @@ class _Pins:
         for call in calls if unused else ():
             told = f"{OTHER_WAY}, on which {unused[0]} was not used; on another both may be"
             self._pin_operands(call, call, told)
+
+    def read_by_next_calls(self, node: str, tensors: Sequence[Tensor]) -> None:
+        """Pin tensors that a node keeps from one call to the next, in which other ops may use them."""
+        for tensor in tensors:
+            self._space.context = node
+            for axis in self._analysis.axes_of(tensor):
+                self._space.pin(axis, KEPT)
 
     def beside_empty_tensors(self) -> None:
         """Pin the parameters of parts that were run on empty tensors."""

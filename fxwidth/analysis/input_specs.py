@@ -14,7 +14,8 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.result import Analysis, TensorSpec
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import Call, bound_to_placeholders
+from fxwidth.frontends.call_signature import Call
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders
 from fxwidth.recording.graph_meta import INPUTS, notes_of
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild
 

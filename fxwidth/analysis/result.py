@@ -61,10 +61,10 @@ class Analysis:
 
     `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
     `effects` is what nodes do besides of which no op tells, as to put hooks on gradients. `keeping` are the nodes that
-    keep tensors in attributes. `is_single` tells that the inputs are one sample, without a batch. `training_calls` are
-    what nodes do in training that do nothing in evaluation, or return something else, and `in_training` what they
-    return there, each with what that stands for. `lost` are groups of width one that cannot be told any more. `memo` is
-    for `fxwidth.memo.per_graph`, and `seen` is what the module was.
+    keep tensors in attributes, with those of them that their next calls read. `is_single` tells that the inputs are one
+    sample, without a batch. `training_calls` are what nodes do in training that do nothing in evaluation, or return
+    something else, and `in_training` what they return there, each with what that stands for. `lost` are groups of width
+    one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
     """
 
     module: fx.GraphModule
@@ -76,7 +76,7 @@ class Analysis:
     record: ValueRecord | None = None
     calls: list[OpCall] = field(default_factory=list)
     node_calls: dict[str, range] = field(default_factory=dict)
-    keeping: list[str] = field(default_factory=list)
+    keeping: dict[str, list[Tensor]] = field(default_factory=dict)
     part_calls: dict[int, list[range]] = field(default_factory=dict)
     node_values: dict[str, Any] = field(default_factory=dict)
     node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)

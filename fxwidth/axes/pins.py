@@ -84,6 +84,7 @@ BOXES = "boxes are chosen by their values"
 BOX_SAMPLES = "boxes tell the sample they are in"
 BRANCHED = "it is used after the code has branched on a value, or may have"
 ON_EMPTY = "it is used on an empty tensor"
+KEPT = "it is kept, and read in the next call"
 OTHER_WAY = "a part was followed along one way"
 WRITTEN_IN = "a size is written into code that cannot be taken apart"
 IN_TRAINING = "what a part does with it in training cannot be followed"
@@ -144,6 +145,7 @@ REMEDIES = {
     BOX_SAMPLES: _BY_PLACE,
     BRANCHED: "Read the number where no parameters are used behind it, or in a module of its own.",
     ON_EMPTY: "Pass example_inputs in which more is found.",
+    KEPT: "Pass it to the model and return it, in the place of an attribute.",
     OTHER_WAY: "Pass example_inputs with which all parameters of the part are used.",
     WRITTEN_IN: "Take the size from a tensor or a parameter: x.shape[1] in the place of a number.",
     IN_TRAINING: "Let the part return in training a tensor of the shape that it returns in evaluation, and branch on "

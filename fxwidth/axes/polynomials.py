@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor, Term
+from fxwidth.errors import FxwidthError
 
 Monomial = tuple[Factor, ...]
 Grid = npt.NDArray[np.float64]
@@ -59,7 +60,16 @@ class Polynomial:
         """Return the value at some widths; factors that are not named have their present size.
 
         Widths may be arrays: the values at all of them, broadcast against each other.
+
+        Raises:
+            FxwidthError: widths are not by factors.
         """
+        for key in widths:
+            if not isinstance(key, Factor):
+                raise FxwidthError(
+                    f"a polynomial takes widths by factor, but received {key!r}; call it with "
+                    "{width_graph[name].factor: width}."
+                )
         return sum(coefficient * _product(monomial, widths) for monomial, coefficient in self.terms.items())
 
     def along(self, factor: Factor, widths: Mapping[Factor, int]) -> list[float]:

@@ -16,6 +16,7 @@ from fxwidth.costs.registry import cost_polynomial, cost_unit
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.plain_numbers import plain_number
 from fxwidth.weights.readers import wiring_of
 
 # Those that are fields of a budget.
@@ -55,6 +56,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         _check_own(self.costs)
+        for name in _FIELDS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        object.__setattr__(self, "costs", {name: plain_number(bound) for name, bound in self.costs.items()})
         if not self.bounds:
             names = ", ".join(f"{field.name}=" for field in fields(self))
             raise FxwidthError(f"a budget bounds at least one of {names}")

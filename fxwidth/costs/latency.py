@@ -23,6 +23,7 @@ from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs.counts import call_flops
 from fxwidth.costs.registry import cost
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.placeholder_calls import call_with
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
@@ -84,7 +85,8 @@ def _measured(width_graph: WidthGraph, _clearings: int) -> Polynomial:
             maps = IndexMaps(analysis.space, {factor: np.arange(width) for factor, width in widths[-1].items()})
             for index, once in _TimedReplay(analysis, maps).times(inputs).items():
                 times.setdefault(index, []).append(once)
-        whole = seconds_of(lambda: analysis.module(*inputs), _device(analysis))
+        call = call_with(analysis.module, inputs)
+        whole = seconds_of(lambda: analysis.module(*call.args, **call.kwargs), _device(analysis))
     parts = []
     for index, seconds in times.items():
         work = [call_flops(width_graph, analysis.calls[index]), _traffic(analysis, analysis.calls[index])]

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-from torch.utils import _pytree as pytree
 
 from fxwidth.errors import FxwidthError
 from fxwidth.runtime.pytree_differences import difference
-from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatten, flatten_each, rebuild
+from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatten_each, rebuild
 
 UNKNOWN = inspect.Parameter.empty
 INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
+# Stands for the default of an argument without one, behind others that have one; no check lets it pass.
+NOT_GIVEN = ...
 PLAIN = (type(None), bool, int, float, str)
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
+CALL_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,21 @@ class Passing(Enum):
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a model: its example or else its default, `UNKNOWN` where there is neither."""
+    """An argument of a model: its example or else its default, `UNKNOWN` where there is neither.
+
+    Attributes:
+        name: that of the placeholder.
+        passing: how the example call passes it.
+        value: its example or default.
+        default: that of the placeholder, if it has one.
+        kind: how the graph takes it, one of the kinds of `inspect.Parameter`.
+    """
 
     name: str
     passing: Passing
     value: Any
     default: tuple[Any, ...]
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def has_own_call(model: nn.Module) -> bool:
@@ -107,37 +118,54 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
     """
     signature = signature_of(model)
     positional: dict[str, Any] = {}
-    named: dict[str, Any] = {}
+    bound: dict[str, Any] = {}
     if call is not None:
         try:
-            signature.bind(*call.args, **call.kwargs)
-            positional, named = signature.bind_partial(*call.args).arguments, dict(call.kwargs)
+            bound = signature.bind(*call.args, **call.kwargs).arguments
+            positional = signature.bind_partial(*call.args).arguments
         except TypeError as error:
             raise FxwidthError(
                 f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
-                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {_FORMS}."
+                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {CALL_FORMS}."
             ) from error
     result: list[Argument] = []
-    for parameter in signature.parameters.values():
+    for parameter in _taken_by_graph(signature, bound):
         name, plain = parameter.name, isinstance(parameter.default, PLAIN)
-        # A graph takes all arguments by position too, so one behind a default needs one as well.
-        default = (parameter.default,) if plain else (None,) if any(other.default for other in result) else ()
+        behind_default = parameter.kind != inspect.Parameter.KEYWORD_ONLY and any(other.default for other in result)
+        default = (parameter.default,) if plain else (NOT_GIVEN,) if behind_default else ()
+        take = partial(Argument, default=default, kind=parameter.kind)
         if parameter.kind == inspect.Parameter.VAR_POSITIONAL:
-            many = enumerate(positional.get(name, ()))
-            result += [Argument(f"{name}_{i}", Passing.BY_POSITION, value, ()) for i, value in many]
+            take = partial(take, kind=inspect.Parameter.POSITIONAL_ONLY)
+            many = enumerate(bound.get(name, ()))
+            result += [take(f"{name}_{i}", Passing.BY_POSITION, value) for i, value in many]
         elif parameter.kind == inspect.Parameter.VAR_KEYWORD:
-            more = [(key, value) for key, value in named.items() if key not in signature.parameters]
-            result += [Argument(key, Passing.BY_NAME, value, (None,)) for key, value in more]
-        elif name in positional:
-            result.append(Argument(name, Passing.BY_POSITION, positional[name], default))
-        elif name in named:
-            result.append(Argument(name, Passing.BY_NAME, named[name], default))
+            take = partial(Argument, default=(), kind=inspect.Parameter.KEYWORD_ONLY)
+            result += [take(key, Passing.BY_NAME, value) for key, value in bound.get(name, {}).items()]
+        elif name in bound:
+            result.append(take(name, Passing.BY_POSITION if name in positional else Passing.BY_NAME, bound[name]))
         elif parameter.default is UNKNOWN:
             by_name = parameter.kind == inspect.Parameter.KEYWORD_ONLY
-            result.append(Argument(name, Passing.BY_NAME if by_name else Passing.BY_POSITION, UNKNOWN, default))
-        elif plain:
-            result.append(Argument(name, Passing.LEFT_OUT, parameter.default, default))
+            result.append(take(name, Passing.BY_NAME if by_name else Passing.BY_POSITION, UNKNOWN))
+        else:
+            result.append(take(name, Passing.LEFT_OUT, parameter.default))
     return result
+
+
+def _taken_by_graph(signature: inspect.Signature, bound: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
+    """Yield the parameters that a graph takes, each as the graph takes it.
+
+    One whose default no graph can hold is not taken unless it is given: what would be passed by position behind it is
+    taken by name.
+    """
+    by_name = False
+    for parameter in signature.parameters.values():
+        is_variable = parameter.kind in _VARIABLE
+        holds = is_variable or parameter.default is UNKNOWN or isinstance(parameter.default, PLAIN)
+        if parameter.name in bound or holds:
+            kind = inspect.Parameter.KEYWORD_ONLY if by_name and not is_variable else parameter.kind
+            yield parameter.replace(kind=kind)
+        else:
+            by_name = True
 
 
 def invoke(function: Callable[..., Any], arguments: Sequence[Argument], values: Sequence[Any]) -> Any:
@@ -180,14 +208,19 @@ class Inputs(nn.Module):
     # What earlier versions have saved has none.
     numbers: tuple[str, ...] = ()
 
-    def forward(self, *values: Any) -> list[Any]:
-        """Return the tensors among the arguments.
+    def forward(self, *values: Any) -> Any:
+        """Return the tensors among the arguments, as a list.
 
         Raises:
             FxwidthError: the call differs from that of the trace by more than what tensors hold.
         """
+        node = _in_a_trace(self, values)
+        if node is not None:
+            return node
         leaves, found = flatten_each(values)
         for name, own, other in zip(self.names, self.structures, found, strict=True):
+            if isinstance(other, Constant) and other.value is NOT_GIVEN:
+                raise FxwidthError(f"argument {name!r} is left out, but was given when the graph was traced.")
             text = None if name in self.numbers and _is_number(other) else difference(own, other, f"argument {name!r}")
             if text is not None:
                 raise FxwidthError(
@@ -207,8 +240,8 @@ class Inputs(nn.Module):
 
 
 def _is_number(structure: Structure) -> bool:
-    is_tensor = isinstance(structure, Leaf)  # one number or many: an op takes either
-    return is_tensor or (isinstance(structure, Constant) and isinstance(structure.value, (int, float)))
+    # No tensor: the model's code may have asked which of the two it is.
+    return isinstance(structure, Constant) and isinstance(structure.value, (int, float))
 
 
 def refuse_guarded(guards: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -238,7 +271,16 @@ class Outputs(nn.Module):
 
     def forward(self, *leaves: Any) -> Any:
         """Return what the model returns."""
-        return rebuild(self.structure, leaves)
+        node = _in_a_trace(self, leaves)
+        return rebuild(self.structure, leaves) if node is None else node
+
+
+def _in_a_trace(module: nn.Module, arguments: Sequence[Any]) -> fx.Proxy | None:
+    """Return a call of a module as a node where some symbolic trace looks into it: what it does is no op."""
+    tracer = next((one.tracer for one in arguments if isinstance(one, fx.Proxy)), None)
+    if not isinstance(tracer, fx.Tracer):
+        return None
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), tuple(arguments), {})
 
 
 def native(structure: Structure, leaves: Sequence[Any]) -> tuple[bool, Any]:
@@ -256,46 +298,3 @@ def native(structure: Structure, leaves: Sequence[Any]) -> tuple[bool, Any]:
     if structure.spec.type is dict:
         return True, dict(zip(structure.spec.context, values, strict=True))
     return True, structure.spec.type(values)
-
-
-def bound_to_placeholders(module: fx.GraphModule, call: Call) -> list[Any]:
-    """Return one value per placeholder of a graph for a call.
-
-    Raises:
-        FxwidthError: the graph does not take this call.
-    """
-    placeholders = module.graph.find_nodes(op="placeholder")
-    codegen = module.graph._codegen
-    if isinstance(codegen, fx.graph._PyTreeCodeGen):
-        # A graph of torch.export: one placeholder per tensor, and a function of the model's arguments around it.
-        info = codegen.pytree_info
-        values = _by_name([name for name in info.orig_args if name != "self"], {}, call)
-        leaves = pytree.tree_leaves(list(values.values()))
-        if len(leaves) != len(placeholders):
-            raise FxwidthError(
-                f"example_inputs hold {len(leaves)} values, but the graph was exported for {len(placeholders)}; "
-                "pass inputs of the structure it was exported with."
-            )
-        return leaves
-    defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
-    return list(_by_name([str(node.target) for node in placeholders], defaults, call).values())
-
-
-def _by_name(names: Sequence[str], defaults: Mapping[str, Any], call: Call) -> dict[str, Any]:
-    values = dict(zip(names, call.args, strict=False))
-    unknown = [name for name in call.kwargs if name not in names or name in values]
-    values = {**defaults, **values, **call.kwargs}
-    missing = [name for name in names if name not in values]
-    if missing or unknown or len(call.args) > len(names):
-        given = len(call.args) + len(call.kwargs)
-        detail = f" and {unknown[0]!r} is none of them" if unknown else ""
-        raise FxwidthError(
-            f"the model takes {len(names)} inputs ({', '.join(names)}), but example_inputs has {given}{detail}; "
-            f"{_FORMS}."
-        )
-    return {name: values[name] for name in names}
-
-
-def tensors_of(values: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors among the values of placeholders."""
-    return [leaf for leaf in flatten(tuple(values), (Tensor,))[0] if isinstance(leaf, Tensor)]

@@ -108,8 +108,8 @@ def _program(
         watch.take(model.buffers())
         result = forward(*leaves)
         # Here, since the exporter puts attributes of submodules back when it ends.
-        refuse_computed_inside(model, watch.is_table)
-        changes[:] = plain_changes(held.own.changes())
+        refuse_computed_inside(model, held, watch.is_table)
+        changes[:] = plain_changes(held.changes())
         return result
 
     shell.forward = watched
@@ -126,7 +126,7 @@ def _program(
         others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         for context in (
             *(same_values(others), refusing_reads(memory_of(others)), watching_effects(refuse_effect)),
-            *(questions.noted(), told(), _nothing_left(), watch, refusing_draws(), _silently()),
+            *(questions.noted(), told(), _nothing_left(), watch, refusing_draws(held.generators), _silently()),
         ):
             stack.enter_context(context)
 

@@ -19,6 +19,7 @@ from fxwidth.frontends.call_signature import (
     Outputs,
     native,
 )
+from fxwidth.frontends.generated_signature import set_kinds
 from fxwidth.frontends.tracer_proxies import CodeTracer
 from fxwidth.runtime.module_state import GraphPart
 from fxwidth.runtime.pytrees import Leaf, Structure
@@ -90,6 +91,7 @@ class Reassembly:
             self._graph.create_node("placeholder", argument.name, argument.default, name=argument.name)
             for argument in self._arguments
         ]
+        set_kinds(self._graph, ((argument.name, argument.kind) for argument in self._arguments))
         shapes = [_known_shape(leaf.meta["val"]) for leaf in leaves]
         checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, self._guards), nodes)
         direct = {part.position: i for i, part in enumerate(self._structures) if isinstance(part, Leaf)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxwidth.errors import warn
+from fxwidth.frontends.as_traced import AsTraced
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_copies import put_copies, shallow_copies
 from fxwidth.runtime.module_state import GraphPart, restored, same_values, walk
@@ -115,7 +116,8 @@ class _State:
 
 def _attributes(part: nn.Module) -> dict[str, Any]:
     """Return what a module keeps besides its mode and tensors, containers as copies."""
-    kept = {name: value for name, value in vars(part).items() if name not in ("training", "_parameters", "_buffers")}
+    others = {"training", "_parameters", "_buffers"} | ({"is_unchanged"} if isinstance(part, AsTraced) else set())
+    kept = {name: value for name, value in vars(part).items() if name not in others}
     # What is new or gone among the tensors is seen by the names.
     names = {"_parameters": list(part._parameters), "_buffers": list(part._buffers)}
     return names | {n: copy.copy(v) if isinstance(v, (dict, list, set)) else v for n, v in kept.items()}
@@ -157,15 +159,26 @@ def warn_of_own_methods(model: nn.Module, module: fx.GraphModule, own: OwnModes)
 
 @contextmanager
 def in_modes(modes: Modes) -> Iterator[None]:
-    """Have modules in given modes for a while."""
+    """Have modules for a while as `train()` or `eval()` leaves them, in given modes."""
     before = [(part, part.training) for part in modes]
+    graphs = [part for part in modes if isinstance(part, AsTraced) and part.is_unchanged]
     for part, mode in modes.items():
         part.training = mode
+    for graph in graphs:
+        graph.is_unchanged = False
     try:
         yield
     finally:
         for part, mode in before:
             part.training = mode
+        for graph in graphs:
+            graph.is_unchanged = True
+
+
+def are_in_modes(modes: Modes) -> bool:
+    """Tell whether modules are as `train()` or `eval()` leaves them, in given modes."""
+    as_traced = (part for part in modes if isinstance(part, AsTraced))
+    return all(part.training == mode for part, mode in modes.items()) and not any(part.forward() for part in as_traced)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,6 +68,7 @@ class ProxyTracer(fx.Tracer):
         super().__init__()
         self.watch = TensorWatch(held.tensors)
         self._held = held
+        self.generators = held.generators
         self._modes = modes
         self._failed = failed
         self.helpers: dict[str, nn.Module] = {}
@@ -144,7 +145,7 @@ class ProxyTracer(fx.Tracer):
             if is_leaf:
                 self._belongings.refuse_others(m)
                 return super().call_module(m, forward, args, kwargs)
-            generators = Generators()
+            generators = Generators(self.generators)
             result = super().call_module(m, forward, args, kwargs)
             refuse_draws(generators)
             refuse_stores_outside(self._held)

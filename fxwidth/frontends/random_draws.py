@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxwidth.runtime.random_states import Generators
+from fxwidth.runtime.random_states import Generator, Generators
 from fxwidth.runtime.trace_guards import UntraceableError
 
 # The largest number below 1 in single precision.
@@ -22,13 +22,13 @@ ALMOST_ONE = 1 - 2**-24
 
 
 @contextmanager
-def refusing_draws() -> Iterator[None]:
-    """Refuse draws from the generators of Python, numpy and torch, and put these back.
+def refusing_draws(own: Iterable[Generator]) -> Iterator[None]:
+    """Refuse draws from the generators of Python, numpy and torch, and some others, and put these back.
 
     Raises:
         UntraceableError: a number has been drawn.
     """
-    generators = Generators()
+    generators = Generators(own)
     try:
         yield
         refuse_draws(generators)

@@ -9,23 +9,18 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxwidth.frontends.call_signature import (
-    PLAIN,
-    UNKNOWN,
-    Argument,
-    signature_of,
-)
+from fxwidth.frontends.call_signature import Argument, Passing, arguments_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
-from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_outside
+from fxwidth.frontends.forgotten_state import refuse_progress, refuse_stores_inside, refuse_stores_outside
+from fxwidth.frontends.generated_signature import set_kinds
 from fxwidth.frontends.proxy_tracer import ProxyTracer
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.tracer_proxies import CodeTracer, assigned_buffers
 from fxwidth.frontends.watched_tensors import SetterWatch, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions
-from fxwidth.runtime.module_state import restored, stores
+from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.trace_guards import (
     Belongings,
-    UntraceableError,
     noticing,
 )
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
@@ -63,13 +58,14 @@ def symbolic_graph(
             return tracer, _run(tracer, model)
 
         tracer, graph = traced()
-        _refuse_stores(model, failed)
+        refuse_stores_inside(held, failed)
         refuse_stores_outside(held)
         belongings.refuse_replaced(failed)
-        refuse_progress(model, held.own, str(graph), lambda: str(traced()[1]), failed)
+        refuse_progress(model, held, str(graph), lambda: str(traced()[1]), failed)
         root = copy.copy(model)  # with the constants that the tracer keeps in it
     # Unpickling traces the generated code anew, which has nothing to do with the model's arguments.
     graph._tracer_cls = CodeTracer
+    set_kinds(graph, ((argument.name, argument.kind) for argument in arguments))
     root._modules = {**model._modules, **tracer.helpers}
     return fx.GraphModule(root, graph, type(model).__name__)
 
@@ -78,7 +74,7 @@ def _run(tracer: ProxyTracer, model: nn.Module) -> fx.Graph:
     """Trace a model while all is watched that a graph would forget."""
     with (
         heeding_interruptions(),
-        refusing_draws(),
+        refusing_draws(tracer.generators),
         noticing(tracer.autocasts),
         watching_effects(refuse_effect),
         answering_as_in_eager_mode(),
@@ -88,13 +84,6 @@ def _run(tracer: ProxyTracer, model: nn.Module) -> fx.Graph:
         SetterWatch(),
     ):
         return tracer.trace(model)
-
-
-def _refuse_stores(model: nn.Module, failed: list[nn.Module]) -> None:
-    """Check that no module has kept what it was traced with: the graph would not keep what it is run with."""
-    for place, part in stores(model, fx.Proxy):
-        failed.append(part)
-        raise UntraceableError(f"the model keeps what it computes in {place!r}, which a graph does not")
 
 
 def graph_with_leaves(
@@ -120,26 +109,23 @@ def graph_with_leaves(
             # A part that fails although it is called as it is, as a model that keeps what it computes, has no inside.
             if not failed or failed[0] is model or any(failed[0] is leaf for leaf in leaves):
                 del leaves[known:]
-                return _one_call(model)
+                return one_call(model)
         leaves.append(failed[0])
 
 
-def _one_call(model: nn.Module) -> fx.GraphModule:
+def one_call(model: nn.Module) -> fx.GraphModule:
     """Return a graph that calls a model with the arguments it is given."""
     graph = fx.Graph()
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    for parameter in signature_of(model).parameters.values():
-        required = parameter.default is UNKNOWN
-        variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if variable or not (required or isinstance(parameter.default, PLAIN)):
-            continue
-        default = () if required else (parameter.default,)
-        node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
-        if required and parameter.kind != inspect.Parameter.KEYWORD_ONLY:
+    arguments = arguments_of(model, None)
+    for argument in arguments:
+        node = graph.create_node("placeholder", argument.name, argument.default, name=argument.name)
+        if argument.passing is Passing.BY_POSITION or argument.kind is inspect.Parameter.POSITIONAL_ONLY:
             positional.append(node)
         else:
-            named[parameter.name] = node
+            named[argument.name] = node
+    set_kinds(graph, ((argument.name, argument.kind) for argument in arguments))
     name = "model"
     while hasattr(model, name):
         name += "_"

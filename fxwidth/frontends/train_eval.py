@@ -12,7 +12,7 @@ from fxwidth.frontends.alignment import DifferentError, path_of
 from fxwidth.frontends.as_traced import Differences, differences, keep_as_traced
 from fxwidth.frontends.call_signature import Inputs, Outputs
 from fxwidth.frontends.export_reassembly import Region
-from fxwidth.frontends.own_modes import OwnModes, SetByCode, in_modes, keep_modes
+from fxwidth.frontends.own_modes import OwnModes, SetByCode, are_in_modes, in_modes, keep_modes
 from fxwidth.frontends.random_draws import ALMOST_ONE, drawing
 from fxwidth.frontends.train_eval_alignment import align
 from fxwidth.frontends.train_eval_merge import InTraining, TrainingFlag, Writer, follow_flags
@@ -47,7 +47,7 @@ def in_both_modes(model: nn.Module, trace: Tracer, own: OwnModes, *, takes_leave
     chooses them by its mode; where training does more with a value on its way, that is a part of the graph which runs
     in training alone. A module without tensors of its own that differs by more than numbers is called as it is, if the
     front end can do that, and so is the innermost one in which the graphs differ by more, or training cannot be traced.
-    Otherwise the graph is that of the model's present mode, in which only dropout and batch norm follow its mode. Its
+    Otherwise the graph is that of the model's present mode, in which only dropout and norms follow its mode. Its
     `train()` and `eval()` give parts that are called as they are the modes that those of the model, and its code, do;
     until they are called, the graph does what the model does with its parts in the modes that they are in.
 
@@ -166,7 +166,10 @@ class _BothModes:
         assert module is not None
         mode = self._model.training
         follow_flags(module, mode)
-        told = f"{told}; the graph is that of {_NAMES[mode]}, in which only dropout and batch norm follow the mode"
+        told = (
+            f"{told}; the graph is that of {_NAMES[mode]}, in which only dropout and norms with running statistics "
+            f"follow the mode{'' if mode else _uncounted(self._model, module)}"
+        )
         return Traced(module, told, untraceable=evaluated is None or trained is None)
 
     def _in_mode(
@@ -181,7 +184,7 @@ class _BothModes:
             except Exception as error:
                 drawn = None if self._takes_leaves else self._as_if_drawn(mode)
                 return drawn, error if drawn is None else None
-        if is_present and all(part.training == after[part] for part in after):
+        if is_present and are_in_modes(after):
             self.set_by_code.now.update(self.set_by_code.after[mode])
         elif is_present:
             try:
@@ -231,6 +234,21 @@ _NAMES = {True: "training", False: "evaluation"}
 def _is_one_call(graph: fx.GraphModule, model: nn.Module) -> bool:
     """Tell whether a graph calls the model itself, which knows its mode."""
     return any(child is model for child in graph.children())
+
+
+def _uncounted(model: nn.Module, evaluated: fx.GraphModule) -> str:
+    """Tell which batch norms count no batches in the training of a graph of evaluation, which has no counters."""
+    called = {id(part) for _, part in walk(evaluated)}
+    norms = {name: part for name, part in walk(model) if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    counting = {n: part for n, part in norms.items() if part.num_batches_tracked is not None and id(part) not in called}
+    averaging = [name for name, part in counting.items() if part.momentum is None]
+    told = f", but no batches are counted in {', '.join(map(repr, counting))}" if counting else ""
+    if averaging:
+        told += (
+            f", and the running statistics of {', '.join(map(repr, averaging))} with momentum=None, averages over all "
+            "batches, are not those of the model"
+        )
+    return told
 
 
 def _or_none(trace: Callable[[], fx.GraphModule]) -> fx.GraphModule | None:

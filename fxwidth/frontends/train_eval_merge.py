@@ -16,7 +16,8 @@ from fxwidth.runtime.module_state import GraphPart
 from fxwidth.runtime.tensor_slots import register_at
 
 FLAG_MODULE = "fxwidth_training"
-_FLAGS = ("train", "training")
+_FLAGS = ("train", "training", "use_input_stats")
+_RECURRENT = ("lstm.", "gru.", "rnn_tanh.", "rnn_relu.")  # with a dropout between layers
 # What gives back its operand as it is: what training does to the order in memory, evaluation can do too.
 _NEUTRAL = (torch.ops.aten.contiguous.default,)
 
@@ -173,12 +174,12 @@ class _Chooser:
 
 
 def follow_flags(module: fx.GraphModule, present: bool) -> None:
-    """Let the flags of dropout and batch norm, and the counters of the latter, follow the mode."""
+    """Let the flags of dropout and norms, and those counters of batches that are in the graph, follow the mode."""
     changes = []
     for node in module.graph.nodes:
         if node.op == "call_function":
             named = named_arguments(node)
-            flags = [name for name in _FLAGS if named.get(name) is present and _is_stochastic(node)]
+            flags = [name for name in _FLAGS if named.get(name) is present and _has_modes(node, named)]
             changes += [(node, {**named, name: Choice(True, False)}) for name in flags]
             if is_counter(node):
                 changes.append((node, {**named, "other": Choice(named["other"], 0)}))
@@ -190,9 +191,14 @@ def follow_flags(module: fx.GraphModule, present: bool) -> None:
     chooser.done()
 
 
-def _is_stochastic(node: fx.Node) -> bool:
+def _has_modes(node: fx.Node, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether an op has a dropout, or is a norm with running statistics: without these it is the same in both."""
     name = str(getattr(node.target, "__name__", node.target))
-    return "dropout" in name or "norm" in name
+    return (
+        "dropout" in name
+        or name.startswith(_RECURRENT)
+        or ("norm" in name and arguments.get("running_mean") is not None)
+    )
 
 
 def share(source: fx.GraphModule, target: fx.GraphModule, name: str) -> str:

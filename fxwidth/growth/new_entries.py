@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ def _fill_directions(tensor: Tensor, filling: _Filling, old: list[Indices], name
     present = torch.from_numpy(np.intersect1d(old[dim], np.flatnonzero(filling.at.channels >= 0))).to(device)
     fresh = torch.from_numpy(np.flatnonzero(filling.at.new)).to(device)
     precision = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    known = block[present].flatten(1).to(accumulation_dtype(tensor))
+    known = block[present].reshape(len(present), prod(block.shape[1:])).to(accumulation_dtype(tensor))
     # Squares of entries may be beyond the range of their dtype: lengths are taken in units of the largest.
     unit = known.abs().amax() if known.numel() else known.new_zeros(())
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))

@@ -86,9 +86,10 @@ class Edits:
         """Correct the running statistics of the module, which has been resized."""
         kept = {name: change.indices[0] for name, change in self.replacements.items() if len(change.indices) == 1}
         slots = tensor_slots(module)
-        for name, tensor in recalibration.corrected({n: i for n, i in kept.items() if i is not None}).items():
+        corrected = recalibration.corrected({n: i for n, i in kept.items() if i is not None})
+        for name, tensor in corrected.items():
             transaction.overwrite(slots[name][0], tensor)
-        self.record["recalibrated"] = True
+        self.record["recalibrated"] = bool(corrected)
 
 
 def prepare_edits(selection: ChannelSelection, moments: Moments | None, options: ResizeOptions, known: Known) -> Edits:
@@ -111,7 +112,8 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
     )
     if not known.blind:
         refuse_shared_memory(analysis, tensors)
-    if options.fold and moments is not None:
+    folds = options.fold and moments is not None
+    if folds:
         rotated = [group.factor for group in selection.bases]
         missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     copies = copy_tables(analysis, maps, moments if options.fold else None) if known.copies is None else known.copies
@@ -135,7 +137,7 @@ def prepare_edits(selection: ChannelSelection, moments: Moments | None, options:
         "parameters": _count_after(analysis, replacements),
         "evidence": moments.source if moments is not None else None,
         "selection": name_of(selection.evidence.selection),
-        "folded": options.fold and moments is not None,
+        "folded": folds,
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(analysis, maps),

@@ -16,13 +16,13 @@ from fxwidth.resizing.channel_selection import select_channels
 from fxwidth.resizing.edits import prepare_edits
 from fxwidth.resizing.requested import Known, refuse_too_narrow, requested
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resized_together
+from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
 
 
@@ -90,7 +90,7 @@ def resize(
 
 def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
     """Do what `resize` does, with options that have been checked."""
-    transaction = Transaction(*resized_together(gm), optimizer=options.optimizer)
+    transaction = resize_transaction(gm, optimizer=options.optimizer)
     transaction.run(
         lambda: resize_analyzed(WidthGraph(analyze_module(gm)), plan, options, transaction=transaction),
     )
@@ -119,7 +119,7 @@ def resize_analyzed(
     options, before = options or ResizeOptions(), Known(**known)
     if transaction is not None:
         return _resize(width_graph, plan, options, before, transaction)
-    whole = Transaction(*resized_together(width_graph.analysis.module), optimizer=options.optimizer)
+    whole = resize_transaction(width_graph.analysis.module, optimizer=options.optimizer)
     return whole.run(lambda: _resize(width_graph, plan, options, before, whole))
 
 

@@ -239,7 +239,7 @@ class _Rewriter:
             self._analysis.calls_of(node.name),
             old,
             self._analysis.node_axes[node.name][0] if isinstance(old, Tensor) else None,
-            self._analysis.node_values,
+            self._old_values,
             self._values,
             self._maps,
             self._analysis.axes_of,

@@ -6,7 +6,7 @@ What is computed from the size of the batch stays computed, whatever else change
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class NodeState:
     calls: Sequence[OpCall]
     old_value: Any
     axes: Axes | None
-    old_values: dict[str, Any]
+    old_values: Mapping[fx.Node, Any]
     new_values: dict[fx.Node, Any]
     maps: IndexMaps
     axes_of: Callable[[Tensor], Axes]
@@ -40,8 +40,8 @@ class NodeState:
         return self.new_values[argument] if isinstance(argument, fx.Node) else argument
 
     def before(self, argument: Any) -> Any:
-        """Return the value of an argument on the tape."""
-        return self.old_values.get(argument.name) if isinstance(argument, fx.Node) else argument
+        """Return the value of an argument on the tape, that of the node in whose place another has come too."""
+        return self.old_values.get(argument) if isinstance(argument, fx.Node) else argument
 
     def holds_batch(self, argument: Any, dim: int) -> bool:
         """Tell whether a dim of a tensor holds the batch."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,30 +73,31 @@ def check_optimizer(optimizer: Any, module: nn.Module) -> None:
 
 
 def refuse_kept_parameters(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Check that an optimizer keeps parameters in its groups and its state alone.
+    """Check that an optimizer keeps parameters, and tensors of their shapes, in its groups and its state alone.
 
     Args:
         optimizer: the optimizer.
         names: those of the parameters that are about to be replaced, by `id`.
 
     Raises:
-        FxwidthError: it keeps one of them in an attribute, where the new one would not get.
+        FxwidthError: it keeps one of them, or a tensor of its shape, in an attribute, where the new one would not get.
     """
     managed = ("param_groups", "state")
+    by_shape = {parameter.shape: name for parameter, name in names.items() if parameter.dim()}
     for attribute, value in vars(optimizer).items():
-        found = None if attribute in managed or isinstance(value, Optimizer) else _kept(value, names, _DEPTH)
-        if found is not None:
-            raise FxwidthError(
-                f"{type(optimizer).__name__} keeps parameter {found!r} in its attribute {attribute!r}, beside its "
-                f"groups and its state, so that it would go on with the old one; {_NEW_ONE}"
-            )
+        for tensor in () if attribute in managed or isinstance(value, Optimizer) else _tensors_in(value, _DEPTH):
+            if tensor in names or tensor.shape in by_shape:
+                name = names.get(tensor)
+                told = f"parameter {name!r}" if name else f"a tensor of the shape of {by_shape[tensor.shape]!r}"
+                raise FxwidthError(
+                    f"{type(optimizer).__name__} keeps {told} in its attribute {attribute!r}, beside its groups and "
+                    f"its state, so that it would go on with the old one; {_NEW_ONE}"
+                )
 
 
-def _kept(value: Any, names: Mapping[Tensor, str], depth: int) -> str | None:
-    """Return the name of a parameter in a nested value, or None."""
+def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return names.get(value)
-    if depth == 0 or not isinstance(value, (Mapping, Sequence, set)) or isinstance(value, (str, bytes)):
-        return None
-    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-    return next((found for part in parts if (found := _kept(part, names, depth - 1)) is not None), None)
+        yield value
+    elif depth and isinstance(value, (Mapping, Sequence, set)) and not isinstance(value, (str, bytes)):
+        for part in chain(value.keys(), value.values()) if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part, depth - 1)

@@ -8,9 +8,8 @@ optimizer knows, and the model gets copies. So do other graphs that share tensor
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,20 +19,18 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, fx, nn
 
-from fxwidth.analysis.op_signatures import Signature, differ, is_silent, observed_signature, prescribed_signatures
+from fxwidth.analysis.op_signatures import differ, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.frontends.own_modes import PartModes, switch_modes
-from fxwidth.recording.data_dependent import ValueReader
-from fxwidth.recording.tape import OpCall, TapeRecorder, plain_kernels
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
+from fxwidth.rewriting.model_runs import fakes_of, observed, run_model
+from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.rules.registry import keeps
 from fxwidth.runtime.contexts import evaluating, quiet, training
-from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.module_copies import moved, put_copies, shallow_copies
 from fxwidth.runtime.module_state import restored, same_values, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
@@ -63,11 +60,13 @@ def original_of(module: fx.GraphModule) -> nn.Module | None:
     return None if known is None else known.model()
 
 
-def resized_together(module: nn.Module) -> list[nn.Module]:
-    """Return all modules that a resize of one may change."""
-    original = original_of(module) if isinstance(module, fx.GraphModule) else None
-    own = [module] if original is None else [module, original]
-    return [*own, *_other_graphs(own)]
+def resize_transaction(
+    *modules: nn.Module, optimizer: Optimizers | None = None, objects: Iterable[object] = ()
+) -> Transaction:
+    """Return a transaction of all that a resize of some modules may change: their models and other graphs of these."""
+    originals = [original_of(module) for module in modules if isinstance(module, fx.GraphModule)]
+    own = [*modules, *(original for original in originals if original is not None)]
+    return Transaction(*own, *_other_graphs(own), optimizer=optimizer, objects=objects)
 
 
 def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
@@ -112,12 +111,12 @@ def goes_along(
     resized = {names[id(analysis.parameters[name].tensor)] for name in fakes}
     holders = {id(part) for name in resized for part, _ in slots[name][1]}
     start = edits.mark()
-    with substituted(original, _fakes_of(slots, analysis, fakes), slots, restored):
+    with substituted(original, fakes_of(slots, analysis, fakes), slots, restored):
         _set_sizes(original, holders, edits)
         with evaluating(original):
-            observed = _observed(analysis, original)
+            done = observed(analysis, original, _ORIGINALS[analysis.module].arguments)
         wanted = prescribed_signatures(analysis.calls, maps)
-        follows = observed is not None and differ(observed, wanted) is None
+        follows = done is not None and differ(done, wanted) is None
         # It may have parts for training that the graph, which is of one mode, has not.
         trains = follows and _trains(analysis, original)
         # Again, for weights that a module computes when it is called.
@@ -131,15 +130,6 @@ def goes_along(
     return trains
 
 
-def _fakes_of(slots: Slots, analysis: Analysis, fakes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what stands for the parameters and buffers of a model: what stands for those of the graph, or new ones."""
-    known = {id(entry.tensor): fakes.get(name, entry.fake) for name, entry in analysis.parameters.items()}
-    return {
-        name: known[id(tensor)] if id(tensor) in known else fake_like(analysis.mode, tensor)
-        for name, (tensor, _) in slots.items()
-    }
-
-
 def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) -> None:
     """Set the size attributes of the modules that hold resized tensors, or in whose parts such are."""
     for _, part in walk(original):
@@ -147,22 +137,8 @@ def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) ->
             edits.apply(part, sizes_by_shape(part))
 
 
-def _observed(analysis: Analysis, original: nn.Module) -> list[Signature] | None:
-    """Return what a model does on the inputs of an analysis; None where it fails."""
-    observed: list[Signature] = []
-
-    def see(call: OpCall) -> None:
-        if not is_silent(call.func):
-            observed.append(observed_signature(call))
-
-    with suppress(Exception):
-        _call(analysis, original, see)
-        return observed
-    return None
-
-
 def _trained_on_fakes(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
-    with substituted(original, _fakes_of(slots, analysis, {}), slots, restored):
+    with substituted(original, fakes_of(slots, analysis, {}), slots, restored):
         return _trains(analysis, original)
 
 
@@ -187,24 +163,11 @@ def _trains(analysis: Analysis, original: nn.Module) -> bool:
     """Tell whether a model runs in training mode, and can change its mode."""
     with suppress(Exception):
         with training(original):
-            _call(analysis, original, lambda _: None)
+            run_model(analysis, original, _ORIGINALS[analysis.module].arguments, lambda _: None)
         with analysis.mode, quiet():
             switch_modes(original)
         return True
     return False
-
-
-def _call(analysis: Analysis, original: nn.Module, see: Callable[[OpCall], None]) -> None:
-    arguments = _ORIGINALS[analysis.module].arguments
-    leaves, structures = flatten_each(analysis.inputs, (Tensor,))
-    # The model may write to what it is given.
-    values = rebuild_each(copy.deepcopy(structures), leaves)
-    found = [] if analysis.record is None else [one for node in analysis.record.values() for one in node]
-    reader = None if analysis.record is None else ValueReader({"": found}, analysis.mode)
-    recorder = TapeRecorder(keeps, see, values=reader)
-    recorder.begin("")
-    with plain_kernels(), quiet(), analysis.mode, recorder:
-        invoke(original, arguments, values)
 
 
 def leave_behind(

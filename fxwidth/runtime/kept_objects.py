@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxwidth.runtime.namespaces import ClassSpace, SlotSpace, attributes_of, slots_of
+from fxwidth.runtime.random_states import OWN_GENERATORS, Generator
 
 _MISSING = object()
 # What holds no other objects, or none that are a model's own. Modules are gone through one by one.
@@ -48,12 +49,14 @@ class Change:
         name: of an attribute or a global, empty for what is in a container.
         old: what was there.
         new: what is there.
+        container: the container, or None.
     """
 
     owner: Any
     name: str
     old: Any
     new: Any
+    container: Any = None
 
     @property
     def is_of_plain_data(self) -> bool:
@@ -66,10 +69,12 @@ class Kept:
 
     Attributes:
         tensors: those that were met.
+        generators: those of random numbers in Python and numpy.
     """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self.generators: list[Generator] = []
         self._namespaces: list[_Namespace] = []
         self._containers: list[_Container] = []
         self._empty: list[Any] = []
@@ -132,10 +137,10 @@ class Kept:
         for container in self._containers:
             now = container.kind.read(container.value)
             if not container.is_same(now):
-                yield Change(container.owner, "", container.before, now)
+                yield Change(container.owner, "", container.before, now, container.value)
         for value, owner in self._empty:
             if value:
-                yield Change(owner, "", type(value)(), value)
+                yield Change(owner, "", type(value)(), value, value)
 
     def _add_parts(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
@@ -153,6 +158,8 @@ class Kept:
             self._seen.add(id(value))
             if issubclass(type(value), Tensor):
                 self.tensors.append(value)
+            elif issubclass(type(value), OWN_GENERATORS):
+                self.generators.append(value)
             elif issubclass(type(value), (tuple, frozenset)):
                 self._add_parts(value, depth)
             else:

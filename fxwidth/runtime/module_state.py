@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxwidth.runtime.kept_objects import SIMPLE, Kept, holds
-from fxwidth.runtime.random_states import same_randomness
+from fxwidth.runtime.kept_objects import SIMPLE, Change, Kept, holds
+from fxwidth.runtime.random_states import Generator, same_randomness
 from fxwidth.runtime.reachable_state import called_functions, has_global_hooks, keep_reachable
 
 # Substitution takes care of these.
@@ -93,6 +93,22 @@ class Held:
     own: Kept
     outside: Kept
 
+    @property
+    def generators(self) -> list[Generator]:
+        """Those of random numbers in Python and numpy."""
+        return [*self.own.generators, *self.outside.generators]
+
+    def changes(self) -> Iterator[Change]:
+        """Yield what is held otherwise now."""
+        yield from self.own.changes()
+        yield from self.outside.changes()
+
+
+def held_by(module: nn.Module) -> Held:
+    """Return what modules hold now."""
+    own, outside = kept_by([part for _, part in walk(module)])
+    return Held(own.tensors, own, outside)
+
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[Held]:
@@ -114,7 +130,7 @@ def restored(module: nn.Module) -> Iterator[Held]:
 def _restoring(kept: tuple[Kept, Kept], chosen: Callable[[Any], bool]) -> Iterator[list[Tensor]]:
     """Leave the global random states as they are, too."""
     own, outside = kept
-    with same_randomness():
+    with same_randomness((*own.generators, *outside.generators)):
         try:
             yield own.tensors
         finally:

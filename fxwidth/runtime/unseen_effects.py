@@ -123,10 +123,10 @@ def _in_place_of(functions: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
         yield
     finally:
         for owner, name, function in before:
-            if function is _MISSING:
-                delattr(owner, name)
-            else:
+            if function is not _MISSING:
                 setattr(owner, name, function)
+            elif name in vars(owner):  # an interruption may come before it is put there
+                delattr(owner, name)
 
 
 def _if_it_can(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import fxwidth
 from fxwidth.errors import FxwidthError
-from fxwidth.tracing import trace
+from fxwidth.tracing.trace import trace
 from fxwidth.training import options
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.display import LiveDisplay

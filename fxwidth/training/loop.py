@@ -17,7 +17,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.evolution import Evolver, parameter_count
 from fxwidth.options import PlanOptions
 from fxwidth.runtime.contexts import evaluating
-from fxwidth.tracing import analyze
+from fxwidth.tracing.analyze import analyze
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 

@@ -19,7 +19,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.family_table import is_move
 from fxwidth.rules.op_families import Move
 from fxwidth.runtime.pytrees import deep_tensors
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.untying.copy_tables import CopyTable, copy_tables
 from fxwidth.untying.moving_nodes import Moving, moving_nodes, reads_by_number
 

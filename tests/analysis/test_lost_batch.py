@@ -10,7 +10,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeOptions
 from fxwidth.resizing.resize import resize_analyzed
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 
 _mystery = torch.library.custom_op(
     "fxwidth_tests::mystery", lambda x: 2 * x, mutates_args=(), schema="(Tensor x) -> Tensor"

@@ -25,6 +25,7 @@ from fxwidth.recording.graph_meta import AXES, notes_of
 from fxwidth.recording.tape import tensors_in
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.fuzz.networks import RandomNetwork, example_input, seeded_program
 from tests.oracles.judges import ROUNDING, assert_replays, at_batch_of, randomise, traced
@@ -68,7 +69,7 @@ def longer(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def check_narrowed(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
     """Bring groups to their least widths and back: all that is told of the graph, and all that it does, is the same."""
-    before = WidthGraph(fxwidth.tracing.analyze_module(module, tuple(inputs)))
+    before = WidthGraph(analyze_module(module, tuple(inputs)))
     sites, done = told(before), signatures(before)
     exact = {name for name in names if before[name].inexact_growth is None}
     widths = {name: before[name].width for name in names}
@@ -89,7 +90,7 @@ def check_narrowed(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequ
 
 
 def each_and_all(make: Callable[[], fx.GraphModule], inputs: Sequence[Tensor]) -> None:
-    free = WidthGraph(fxwidth.tracing.analyze_module(make(), tuple(inputs))).free
+    free = WidthGraph(analyze_module(make(), tuple(inputs))).free
     for group in free:
         check_narrowed(make(), inputs, [group.name])
     check_narrowed(make(), inputs, [group.name for group in free])
@@ -140,7 +141,7 @@ def test_whole_models(name: str) -> None:
 def test_the_tape_of_narrow_groups_replays(name: str) -> None:
     make, inputs = hard_case(name)
     module = make()
-    groups = fxwidth.tracing.analyze_module(module, tuple(inputs))
+    groups = analyze_module(module, tuple(inputs))
     free = WidthGraph(groups).free
     narrow = [group for group in free if group.least.width == 1][::2]
     resize_analyzed(WidthGraph(groups), {group.name: 1 for group in narrow}, ResizeOptions(fold=False), blind=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fxwidth
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from tests.zoo.nets import Attention, images, tokens, trained_like
 
 

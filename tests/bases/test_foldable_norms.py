@@ -19,7 +19,7 @@ from fxwidth.reconstruction import basis_change, norm_absorption
 from fxwidth.reconstruction.basis_change import rotated
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.moments import moments_from_data
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import tokens, trained_like
 from tests.zoo.networks_of_norms import (

@@ -260,3 +260,9 @@ def test_polynomials() -> None:
     assert Polynomial.sum([(2, cost), (-2, Polynomial({(): 5}))])({a: 2, b: 4}) == 64
     assert cost.neighbours(a) == {b}
     assert images(2).shape == (2, 1, 8, 8)
+
+
+def test_widths_by_name_are_refused() -> None:
+    graph = width_graph(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8))
+    with pytest.raises(FxwidthError, match="takes widths by factor, but received '0'"):
+        fxwidth.cost_polynomial(graph, "params")({"0": 4})  # type: ignore[dict-item]

@@ -259,3 +259,65 @@ def test_two_batch_norms_of_which_one_is_frozen() -> None:
         trained(rows())
     assert gm.get_buffer("layer.0.num_batches_tracked") == 1
     assert largest_difference([*gm.state_dict().values()], [*model.state_dict().values()]) < EXACT
+
+
+class Untrainable(nn.Module):
+    """Layers that an exporter follows in evaluation alone, where an average over all batches has no number to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 8)
+        self.counted, self.bare = nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)
+        self.instance = nn.InstanceNorm1d(8, track_running_stats=True)
+        self.recurrent = nn.LSTM(8, 8, 2, dropout=0.5)
+        self.average = nn.BatchNorm1d(8, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != WIDTH:
+            raise ValueError
+        y = self.bare(self.counted(self.up(x)))
+        y = self.instance(y.unsqueeze(-1).expand(-1, -1, 3) * torch.arange(1, 4))
+        return self.average(self.recurrent(y.transpose(1, 2).transpose(0, 1))[0].sum(0))
+
+
+def test_norms_that_do_not_follow_a_mode_that_cannot_be_traced_are_told() -> None:
+    torch.manual_seed(0)
+    model = randomise(Untrainable()).double().eval()
+    told = (
+        r"in which only dropout and norms with running statistics follow the mode, but no batches are counted in "
+        r"'counted', 'average', and the running statistics of 'average' with momentum=None, .* are not those of"
+    )
+    with pytest.warns(FxwidthWarning, match=told):
+        gm = fxwidth.trace(copy.deepcopy(model), rows())
+    for mode in (False, True, False, True):
+        model.train(mode)
+        gm.train(mode)
+        outcomes = []
+        for module in (gm, model):
+            torch.manual_seed(1)
+            outcomes.append([module(rows()).detach()])
+        # In evaluation the last one goes by its running statistics.
+        assert largest_difference(*outcomes) < EXACT or (not mode and model.average.num_batches_tracked > 0)
+    others = {name: buffer for name, buffer in gm.named_buffers() if name in dict(model.named_buffers())}
+    following = [name for name in others if "average" not in name and "num_batches" not in name]
+    assert len(following) == 4
+    expected = [model.get_buffer(name) for name in following]
+    assert largest_difference([others[name] for name in following], expected) < EXACT
+    assert float(gm.get_buffer("average.num_batches_tracked")) == 0 < float(model.average.num_batches_tracked)
+
+
+class OnlyTrained(Untrainable):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != WIDTH or not self.training:
+            raise ValueError
+        return self.bare(self.up(x))
+
+
+def test_norms_without_running_statistics_do_the_same_in_both_modes() -> None:
+    torch.manual_seed(0)
+    model = randomise(OnlyTrained()).double().train()
+    with pytest.warns(FxwidthWarning, match="the graph is that of training"):
+        gm = fxwidth.trace(model, rows())
+    assert not any(module is model.bare for module in gm.modules())
+    expected = model(rows())
+    assert largest_difference([gm.eval()(rows())], [expected]) < EXACT

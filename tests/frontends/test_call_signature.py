@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 import fxwidth
 from fxwidth import FxwidthError, FxwidthWarning
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.frontends.call_signature import bound_to_placeholders, call_of
+from fxwidth.frontends.call_signature import call_of
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders, call_with
 from fxwidth.runtime.pytree_differences import difference
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves
 from fxwidth.verification.replay_oracle import largest_difference, reference_outputs
@@ -44,6 +45,11 @@ def invoked(function: Any, case: Case) -> Any:
     assert call is not None
     with torch.no_grad():
         return function(*call.args, **call.kwargs)
+
+
+def called(gm: fx.GraphModule, values: Any) -> Any:
+    call = call_with(gm, values)
+    return gm(*call.args, **call.kwargs)
 
 
 def is_exported(gm: fx.GraphModule) -> bool:
@@ -85,11 +91,11 @@ def test_a_resized_graph_matches_the_replay_oracle(name: str, exported: bool, mo
         values = [map_leaves(lambda tensor: tensor.repeat(2, 1), value) for value in values]
     expected = reference_outputs(wg.analysis, IndexMaps(wg.analysis.space, removed), values)
     fxwidth.resize(gm, {group: channels.tolist() for group, channels in kept.items()}, fold=False)
-    answer = gm(*values)
+    answer = called(gm, values)
     assert largest_difference(deep_tensors(answer), expected) < EXACT
     # Another batch size.
     larger = map_leaves(lambda tensor: torch.cat([tensor, tensor[:1]]) if len(tensor) == 2 else tensor, tuple(values))
-    assert len(deep_tensors(gm(*larger))[0]) == 3
+    assert len(deep_tensors(called(gm, larger))[0]) == 3
 
 
 @by_front_end
@@ -319,3 +325,17 @@ def test_how_an_input_lies_in_memory_does_not_matter(exported: bool) -> None:
     with torch.no_grad():
         for given in (wide[::2, :WIDTH], wide[:2, :WIDTH].contiguous(), _x(WIDTH, 2).T):
             assert largest_difference(deep_tensors(gm(given)), deep_tensors(model(given))) < EXACT
+
+
+@by_front_end
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_can_be_traced_once_more(name: str, exported: bool) -> None:
+    """By the stock tracer, which looks into all modules but those of torch."""
+    case = CASES[name]
+    _, gm = traced(case, exported)
+    again = fx.symbolic_trace(gm)
+    calls = [[node.target for node in one.graph.nodes if node.op == "call_module"] for one in (gm, again)]
+    assert [path for path in calls[1] if path.startswith("fxwidth_")] == [
+        path for path in calls[0] if path.startswith("fxwidth_")
+    ]
+    assert largest_difference(deep_tensors(invoked(again, case)), deep_tensors(invoked(gm, case))) < EXACT

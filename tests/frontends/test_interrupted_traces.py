@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
 import fxwidth
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from tests.oracles.interruptions import TRACERS, counted, differences, state_of
 
 FEATURES: list[Tensor] = []

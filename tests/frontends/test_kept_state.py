@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ class Part(nn.Module):
         self.keep, self.looks = keep, looks
         self.layer = nn.Linear(HIDDEN, HIDDEN)
         self.step, self.state, self.last, self.many = 0, {"n": 0}, None, list[Tensor]()
+        self.box, self.own_random, self.numpy_random = Box(), random.Random(0), np.random.default_rng(0)
+        self.old_random = np.random.RandomState(0)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.ones(HIDDEN, dtype=x.dtype)
@@ -88,7 +92,58 @@ def write_as_a_result(part: Part, h: Tensor) -> None:
     torch.mul(h[0].detach(), 2, out=part.last)
 
 
-COUNTERS = [count, count_in_training, count_in_dict, switch, count_later]
+class Box:
+    """No module and no container."""
+
+    value: Any = 0.0
+
+
+def of_item(part: Part, h: Tensor) -> float:
+    factor, part.last = 1 + (part.last or 0.0), h.detach().mean().item()
+    return factor
+
+
+def of_running_item(part: Part, h: Tensor) -> float:
+    part.state["n"] = 0.9 * part.state["n"] + 0.1 * h.mean().item()
+    return 1 + part.state["n"]
+
+
+def of_rows(part: Part, h: Tensor) -> float:
+    factor, part.step = 1 + part.step, h.shape[0]
+    return factor
+
+
+def in_object(part: Part, h: Tensor) -> Any:
+    factor, part.box.value = 1 + part.box.value, h.detach().mean()
+    return factor
+
+
+def item_in_object(part: Part, h: Tensor) -> Any:
+    factor, part.box.value = 1 + part.box.value, (h.mean() > 0).item()
+    return factor
+
+
+def drawn(part: Part, _: Tensor) -> float:
+    return part.own_random.random()
+
+
+def drawn_by_numpy(part: Part, _: Tensor) -> float:
+    return float(part.numpy_random.uniform(0.5, 1.5))
+
+
+def drawn_in_training(part: Part, _: Tensor) -> float:
+    return part.own_random.uniform(0.5, 1.5) if part.training else 1.0
+
+
+def drawn_way(part: Part, _: Tensor) -> float:
+    return 1.0 if part.old_random.rand() < 0.5 else 2.0
+
+
+COUNTERS = [
+    of_item, of_running_item, of_rows, in_object, item_in_object,
+    drawn, drawn_by_numpy, drawn_in_training, drawn_way,
+    count, count_in_training, count_in_dict, switch, count_later,
+]  # fmt: skip
 KEEPERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "scalar": lambda part, h: setattr(part, "last", h.mean()),
     "feature": lambda part, h: setattr(part, "last", h.detach()),
@@ -157,6 +212,34 @@ def test_what_is_kept_once_may_be_forgotten(keep: Callable[[Any, Tensor], Any], 
     assert not gm.graph.find_nodes(op="call_module", target="2")
 
 
+COUNTS = {"calls": 0, "mean": 0.0}
+
+
+def count_outside(_: Part, __: Tensor) -> float:
+    COUNTS["calls"] += 1
+    return 1 / COUNTS["calls"]
+
+
+def item_outside(_: Part, h: Tensor) -> float:
+    factor, COUNTS["mean"] = 1 + COUNTS["mean"], h.mean().item()
+    return factor
+
+
+@pytest.mark.parametrize("keep", [count_outside, item_outside], ids=lambda keep: keep.__name__)
+@pytest.mark.parametrize("looks", [False, True], ids=["symbolic", "export"])
+def test_what_is_counted_outside_goes_on(keep: Callable[[Any, Tensor], Any], looks: bool) -> None:
+    model = network(keep, looks)
+    with untouched(model, COUNTS):
+        gm = fxwidth.trace(model, rows())
+        fxwidth.analyze(gm)
+    found = []
+    for one in (gm, model):
+        COUNTS.update(calls=0, mean=0.0)
+        found.append([one(rows(4, seed)) for seed in range(3)])
+    COUNTS.update(calls=0, mean=0.0)
+    assert largest_difference(*found) < ROUNDING
+
+
 class Recurrent(nn.Module):
     """Its second call reads a layer that the first one does not."""
 
@@ -181,5 +264,54 @@ def test_a_part_with_a_state_keeps_what_its_next_call_may_use() -> None:
     assert [group.name for group in wg.free] == ["1"]
     assert "0.again" in str(wg.why_pinned("0.up"))
     fxwidth.resize(gm, {"1": 12})
+    for seed in range(3):
+        assert largest_difference([gm(rows(4, seed))], [twin(rows(4, seed))]) < 1e-9
+
+
+def one_kept(part: Any, h: Tensor) -> Tensor:
+    before, part.last = part.last, h.detach()
+    return h if before is None else h + before.mean()
+
+
+def all_kept(part: Any, h: Tensor) -> Tensor:
+    part.many.append(h.detach())
+    return h + torch.stack([one.mean() for one in part.many]).sum()
+
+
+def handed_on(part: Any, h: Tensor) -> Tensor:
+    before, part.last, part.state = part.last, part.state, h.detach()
+    return h + before.mean() if isinstance(before, Tensor) else h
+
+
+def only_kept(part: Any, h: Tensor) -> Tensor:
+    part.last = h.detach()
+    return h
+
+
+class WithPast(nn.Module):
+    """What it keeps of a call may be in the next one."""
+
+    def __init__(self, past: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.past = past
+        self.up, self.down = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.last, self.state, self.many = None, None, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.past(self, torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize("past", [one_kept, all_kept, handed_on], ids=lambda past: past.__name__)
+def test_a_tensor_that_the_next_call_reads_keeps_its_size(past: Callable[[Any, Tensor], Tensor]) -> None:
+    """What is done to it there is in no tape of the first call: a mean takes new channels in."""
+    wg = fxwidth.analyze(fxwidth.trace(WithPast(past).double(), rows()))
+    assert not wg.free
+    assert "it is kept, and read in the next call" in str(wg.why_pinned("up"))
+
+
+def test_a_tensor_that_is_kept_for_others_may_have_another_size() -> None:
+    model = WithPast(only_kept).double()
+    twin, gm = copy.deepcopy(model), fxwidth.trace(model, rows())
+    fxwidth.resize(gm, {"up": HIDDEN + 3})
     for seed in range(3):
         assert largest_difference([gm(rows(4, seed))], [twin(rows(4, seed))]) < 1e-9

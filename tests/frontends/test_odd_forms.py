@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.frontends.call_signature import bound_to_placeholders, call_of
+from fxwidth.frontends.call_signature import call_of
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.runtime.pytree_differences import difference
 from fxwidth.runtime.pytrees import deep_tensors, flatten

@@ -298,6 +298,42 @@ def test_parts_that_somebody_froze_by_hand_thaw_as_those_of_the_model() -> None:
         assert largest_difference(runs(gm, True), runs(model, True)) < EXACT
 
 
+class Around(nn.Module):
+    """A graph and a layer behind it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.head = body, nn.Linear(3, 2).double()
+        self.training = body.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@by_mode
+@pytest.mark.parametrize(("kind", "exported"), [(Plain, False), (Plain, True), (Thawed, True)])
+def test_a_graph_inside_of_a_larger_model_leaves_the_modes_it_was_found_in(
+    kind: type[nn.Module], exported: bool, mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exported:
+        monkeypatch.setattr(tracing, "symbolic_graph", refused)
+    plain = Around(set_by_hand(kind, mode))
+    around = Around(fxwidth.trace(copy.deepcopy(plain.body), rows()))
+    before = snapshot(around)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FxwidthWarning)
+        gm = fxwidth.trace(around, rows())
+    assert not list(differences(before, snapshot(around)))
+    found = [copy.deepcopy(module) for module in (gm, around, plain)]
+    outcomes = [list(map(results, found))]
+    outcomes += [[runs(module, now) for module in (gm, around, plain)] for now in (False, True)]
+    for traced, graph, model in outcomes:
+        assert largest_difference(traced, model) < EXACT
+        assert largest_difference(graph, model) < EXACT
+    assert largest_difference(outcomes[0][0], outcomes[1 + mode][0]) > EXACT
+
+
 # -- methods that do more ---------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,12 @@ def test_growth_is_exact_at_other_batches_and_in_training(start: int) -> None:
     over_seeds(check_growth, start, 5)
 
 
+@pytest.mark.parametrize("seed", [10_909, 13_786, 14_037])
+def test_what_a_node_takes_from_another_that_was_rewritten_is_known(seed: int) -> None:
+    """Chunks, and numbers from the shape, of what has been taken apart into ATen ops before."""
+    check_growth(seeded_program(seed))
+
+
 @pytest.mark.parametrize("start", range(51_000, 51_020, 5))
 def test_halved_networks_train(start: int) -> None:
     over_seeds(check_training, start, 5)

@@ -72,6 +72,17 @@ class InPlace(nn.Module):
         return y.mul_(2)
 
 
+class DepthwiseOfVector(nn.Module):
+    """A depthwise convolution whose weights, one per channel, are a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.view(-1, 1, 1, 1), groups=x.shape[1])
+
+
 class Padded(nn.Module):
     """A parameter-free shortcut into more channels."""
 
@@ -105,6 +116,7 @@ BODIES = {
     "softmax": (nn.Softmax(dim=1), 8, {"inexact"}),
     "prelu": (nn.PReLU(8), 8, {"FREE"}),
     "depthwise": (nn.Conv2d(8, 16, 3, groups=8), 16, {"FREE"}),
+    "depthwise_of_a_vector": (DepthwiseOfVector(), 8, {"FREE"}),
     "grouped": (nn.Conv2d(8, 12, 3, groups=2), 12, {"FREE"}),
     "transposed": (nn.ConvTranspose2d(8, 12, 3, groups=2), 12, {"FREE"}),
     "frozen_batch_norm": (FrozenBatchNorm(), 8, {"FREE"}),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import fxwidth
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.growth.directions import orthogonal_directions
+from fxwidth.growth.directions import Direction, orthogonal_directions
 from fxwidth.growth.new_entries import new_entries
 from tests.oracles.growth import check_together, grown_maps, grown_parameters, sequence, width_graph
 from tests.zoo.models import build
@@ -51,6 +53,35 @@ def test_directions_leave_the_row_space_while_there_is_room(rows: int, columns: 
 def test_directions_beside_rows_of_zeros_have_norm_one() -> None:
     made = orthogonal_directions(torch.zeros(2, 5), 2, torch.Generator().manual_seed(0))
     torch.testing.assert_close(made.norm(dim=1), torch.ones(2))
+
+
+class OneChannelOfImages(nn.Module):
+    """A convolution of each copy of the input with a number of its own: those of all copies are one vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(x.unsqueeze(1).expand(-1, 3, -1), self.weight.view(3, 1, 1), groups=3)
+        return self.out(x.mean(-1))
+
+
+@pytest.mark.parametrize("directions", ["orthogonal", "random", lambda rows, count, _: rows[:count] * 2])
+def test_vectors_grow_by_numbers(directions: Direction) -> None:
+    """Each channel of a vector is a row of one number, and nothing is orthogonal to it."""
+    x = sequence(2, 5)
+    gm = fxwidth.trace(OneChannelOfImages().double(), x)
+    expected = gm(x)
+    fxwidth.resize(gm, {"weight": 5}, directions=directions)
+    torch.testing.assert_close(gm(x), expected)
+    old, new = gm.get_parameter("weight").detach().split([3, 2])
+    assert old.tolist() == [1, -2, 3]
+    if directions == "orthogonal":
+        torch.testing.assert_close(new.abs(), torch.full_like(new, 2))  # the mean length
+    elif callable(directions):
+        assert new.tolist() == [2, -4]
+    assert new.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

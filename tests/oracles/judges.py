@@ -21,7 +21,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeOptions
 from fxwidth.recording.tape import tensors_in
 from fxwidth.resizing.resize import resize_analyzed
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.verification.replay_oracle import largest_difference, reference_outputs, replay_difference, resized_outputs
 
 # Rounding of float64 over some hundred layers; the smallest planted fault is ten orders above it.

@@ -148,7 +148,7 @@ class TestThresholds:
         assert plan(graph, shrink_energy=0, grow_energy=0.99, grow_step=5, align=8, exact=False)["0"] == 16
         assert plan(graph, shrink_energy=0, grow_energy=0.99, grow_step=5, max_width=9, exact=False)["0"] == 9
         assert "0" not in plan(graph, shrink_energy=0, grow_energy=1.0, grow_step=5, exact=False)
-        assert "0" not in plan(graph, shrink_energy=0, grow_energy=0.99, exact=False)
+        assert "0" not in plan(graph, shrink_energy=0, exact=False)
 
     def test_inexact_growth_is_not_planned(self) -> None:
         graph, _ = build("conv")

@@ -21,7 +21,7 @@ from fxwidth.reconstruction import basis_change
 from fxwidth.reconstruction.basis_change import rotated
 from fxwidth.reconstruction.basis_consumers import BasisChange
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import Attention, build, tokens, trained_like
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -129,6 +129,26 @@ def test_a_graph_that_takes_batches_of_one_size_alone() -> None:
     plan = {group.name: group.width // 2 for group in fxwidth.analyze(gm).free[:1]}
     fxwidth.resize(gm, plan, data=x.split(8))
     assert gm.meta["fxwidth_history"][-1]["recalibrated"] is True
+
+
+@pytest.mark.parametrize("recalibrate", [None, True])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.Identity,
+        lambda: nn.GroupNorm(1, 8),
+        lambda: nn.InstanceNorm2d(8),
+        lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    ],
+    ids=["none", "group norm", "instance norm", "batch norm without statistics"],
+)
+def test_without_running_statistics_none_are_corrected(norm: Callable[[], nn.Module], recalibrate: bool | None) -> None:
+    x = images()
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
+    gm = fxwidth.trace(model, x[:4])
+    fxwidth.resize(gm, {"0": 5}, data=[x], recalibrate=recalibrate)
+    assert fxwidth.report(gm).resizes[-1]["recalibrated"] is False
+    assert "recalibrated" not in str(fxwidth.report(gm))
 
 
 def test_without_it_they_are_not() -> None:

@@ -305,3 +305,11 @@ def test_a_rule_as_in_the_readme(width: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_rule_is_for_a_class_of_optimizers() -> None:
     with pytest.raises(fxwidth.FxwidthError, match=r"takes a class of torch\.optim\.Optimizer, but received"):
         fxwidth.optimizer_state_rule(nn.Linear)
+
+
+def test_copies_of_parameters_in_an_attribute_are_refused() -> None:
+    """As the slow weights of an optimizer that looks ahead."""
+    gm, _ = graph()
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    optimizer.slow = [parameter.detach().clone() for parameter in gm.parameters()]
+    refused(gm, optimizer, "SGD keeps a tensor of the shape of 'up.weight' in its attribute 'slow'")

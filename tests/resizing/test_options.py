@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
     "selection": Row(_of("magnitude")),
     "shrink_energy": Row(_of(0.4), dict),
     "grow_energy": Row(_of(0.0), lambda: {"grow_step": 2, "shrink_energy": 0.0}),
-    "grow_step": Row(_of(2), lambda: {"grow_energy": 0.0, "shrink_energy": 0.0}),
+    "grow_step": Row(_of(2), lambda: {"shrink_energy": 0.0}),
     "min_width": Row(_of(7)),
     "max_width": Row(_of(9), lambda: {"shrink_energy": 0.0}),
     "align": Row(_of(4)),

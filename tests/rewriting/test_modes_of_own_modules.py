@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fxwidth
 from fxwidth.errors import FxwidthError
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.oracles.judges import ROUNDING, as_one_node, assert_rewrites, randomise
 from tests.oracles.training_modes import dropout_that_scales, grown, scaled

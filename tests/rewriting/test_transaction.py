@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import Optimizer
 
 import fxwidth
+from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
 from fxwidth.rewriting import transaction as module
 from fxwidth.rewriting.transaction import Transaction
 from tests.oracles.interruptions import counted, differences, state_of
@@ -56,6 +58,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.position
         return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+class Scaled(nn.Module):
+    """A bare parameter beside layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.norm(self.up(x))) * self.scale)
 
 
 def hooked(model: nn.Module) -> nn.Module:
@@ -134,6 +148,27 @@ def evolved() -> Work:
     return Work(lambda: fxwidth.evolve(model, x, params=0.7, data=[x], optimizer=optimizer), [model], optimizer)
 
 
+def evolved_graph() -> Work:
+    """The model and another graph of it have bare parameters of their own."""
+    model, x = Scaled(), images()
+    gm, other = fxwidth.trace(model, x), fxwidth.trace(model, x)
+    optimizer = stepped(gm, x)
+    return Work(lambda: fxwidth.evolve(gm, params=0.7, data=[x], optimizer=optimizer), [gm, model, other], optimizer)
+
+
+def evolved_beside_a_graph() -> Work:
+    model, x = Scaled(), images()
+    other = fxwidth.trace(model, x)
+    return Work(lambda: fxwidth.evolve(model, x, params=0.7, data=[x]), [model, other])
+
+
+def passed() -> Work:
+    model, x = Scaled(), images()
+    gm, other = fxwidth.trace(model, x), fxwidth.trace(model, x)
+    PassManager([AnalyzeWidths(), PlanWidths(params=0.7, data=[x])])(gm)
+    return Work(lambda: ResizeWidths(data=[x])(gm), [gm, model, other])
+
+
 def evolver() -> Work:
     model, x = convolutions(), images()
     gm = fxwidth.trace(model, x)
@@ -152,7 +187,10 @@ def named_and_scored() -> Work:
 
 
 COMMIT = "put_in_place"
-CASES = (with_data, rotated, rotated_untouched, normed, grown, lowered, evolved, evolver, named_and_scored)
+CASES = (
+    with_data, rotated, rotated_untouched, normed, grown, lowered, evolved, evolved_graph, evolved_beside_a_graph,
+    passed, evolver, named_and_scored,
+)  # fmt: skip
 
 
 def assert_undone(work: Work, points: Iterable[int], since: str = "") -> None:

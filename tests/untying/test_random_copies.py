@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fxwidth
 from fxwidth.recording.channel_copies import NOTHING, copied_channels
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from tests.oracles.judges import assert_replays, randomise
 from tests.untying.networks import NARROW, Joined, images
 

@@ -9,7 +9,7 @@ import torch
 
 import fxwidth
 from fxwidth import FxwidthError
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.training.networks import seed_resnet
 from fxwidth.verification.replay_oracle import replay_difference
 from tests.oracles.judges import random_maps, randomise

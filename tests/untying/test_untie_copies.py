@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.recording.channel_copies import NOTHING, copied_channels
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from tests.oracles.judges import assert_replays, assert_rewrites, randomise
 from tests.untying.networks import KINDS, NARROW, WIDE, Joined, images
 

@@ -14,7 +14,7 @@ from fxwidth.importance.estimates import Evidence
 from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.moments import Moments, moments_from_data
-from fxwidth.tracing import analyze_module
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
 from tests.zoo.nets import tokens, trained_like
 

@@ -1,0 +1,136 @@
+"""The channel groups of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import fx
+
+from fxwidth.analysis.axis_propagation import analyze_axes
+from fxwidth.analysis.data_dependent_runs import record_values
+from fxwidth.analysis.input_specs import (
+    input_specs,
+    integer_examples,
+    real_inputs,
+    whole_numbers,
+    with_batch_of_two,
+)
+from fxwidth.analysis.known_axes_replay import OtherGraphError, follow_axes, lost_groups
+from fxwidth.analysis.result import Analysis
+from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import Call, call_of
+from fxwidth.frontends.placeholder_calls import bound_to_placeholders
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
+from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
+from fxwidth.runtime.gc_pause import without_collections
+from fxwidth.runtime.tensor_slots import tensor_slots
+
+
+def analyze(
+    gm: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+) -> WidthGraph:
+    """Find the channel groups of a graph: what can be resized, what is coupled with what, what is pinned and why.
+
+    Args:
+        gm: a graph from `fxwidth.trace`, or any GraphModule.
+        example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
+        example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+
+    Raises:
+        FxwidthError: no shapes are known, or the graph does not run on them.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> print(fxwidth.analyze(gm))  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        group  width  writers  readers  notes
+        0      16     2        1
+        0:1    8      0        1        pinned: it must equal a dimension of fixed size...
+        2      4      2        0        pinned: the size of the model's output (model output)
+    """
+    return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
+
+
+def analyze_module(
+    module: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+) -> Analysis:
+    """Analyse a graph on the given inputs or on the shapes it carries, and remember those shapes.
+
+    Raises:
+        FxwidthError: no shapes are known, or the graph does not run on them.
+    """
+    if not isinstance(module, fx.GraphModule):
+        raise FxwidthError(
+            f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
+        )
+    call = call_of(example_inputs, example_kwargs)
+    with without_collections():
+        transaction = Transaction(module, is_run_only=True)
+    return transaction.run(partial(_analyzed, module, call))
+
+
+def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
+    specs = input_specs(module, call)
+    doubled = with_batch_of_two(specs)
+    try:
+        analysis = _analyze(module, specs if doubled is None else doubled, call)
+    except FxwidthError:
+        if doubled is None:
+            raise
+        analysis = _analyze(module, specs, call)
+    found: dict[str, Any] = {INPUTS: specs}
+    if call is not None:
+        found[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
+    notes = notes_of(module)
+    # In one step: nothing can come between the two.
+    notes |= found
+    return analysis
+
+
+def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
+    """Analyse a graph, by what is on record of its axes if there are groups of width one."""
+    known = notes_of(module).get(AXES)
+    if known is None:
+        return _with_values(_by_rules, module, specs, call)
+    try:
+        return _with_values(partial(follow_axes, known), module, specs, call)
+    except OtherGraphError as error:
+        analysis = _with_values(_by_rules, module, specs, call)
+        analysis.lost = lost_groups(known, error)
+        return analysis
+
+
+def _by_rules(module: fx.GraphModule, specs: list[Any], record: ValueRecord | None = None) -> Analysis:
+    analysis = analyze_axes(module, specs, record)
+    pin_what_is_written_in(analysis)
+    return analysis
+
+
+def _with_values(
+    analyse: Callable[..., Analysis], module: fx.GraphModule, specs: list[Any], call: Call | None
+) -> Analysis:
+    """Analyse a graph; where what it does depends on values, with those of one run on real inputs."""
+    known_for, record, _ = notes_of(module).get(VALUES, (None, None, None))
+    if record is not None and call is None and known_for == specs:
+        return analyse(module, specs, record)
+    try:
+        return analyse(module, specs)
+    except FxwidthError as error:
+        if not _is_about_values(error) or any(tensor.is_meta for tensor, _ in tensor_slots(module).values()):
+            raise
+    values = real_inputs(module, specs, call)
+    record = record_values(module, values)
+    analysis = analyse(module, specs, record)
+    notes_of(module)[VALUES] = (specs, record, whole_numbers(values))
+    return analysis
+
+
+def _is_about_values(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, VALUE_ERRORS):
+        error = error.__cause__ or error.__context__
+    return error is not None

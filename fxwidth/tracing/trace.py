@@ -1,0 +1,91 @@
+"""From a model to an fx graph that knows the shapes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
+
+from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import Call, arguments_of, call_of
+from fxwidth.frontends.untraceable import refuse_scripts, refuse_unmade
+from fxwidth.rewriting.originals import remember_original
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.finiteness import refuse_nan
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.front_end_attempts import traced
+
+
+def trace(
+    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
+    """Return a model as an fx graph that records the shapes of its inputs.
+
+    A GraphModule is taken as it is. Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export`
+    (non-strict, any batch size) where that fails. The graph takes the arguments of the model, by position or by name,
+    and returns what the model returns. Arguments that are left out are fixed at their defaults. It does in `train()`
+    and `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose two modes no graph
+    can hold are called as they are; where that cannot be, the graph is that of the mode the model is in, in which only
+    dropout and batch norm follow, and an `FxwidthWarning` names the place.
+
+    Parameters are shared with the model, so an optimizer made for the model goes on. A resize of the graph resizes the
+    model too, if its own code does the same at the new widths; else the model stays as it is and shares nothing from
+    then on. It is not kept alive by the graph. The graph may list its parameters in the order of their use: the state
+    dict of an optimizer, which goes by order, belongs to an optimizer that is made for the same module.
+
+    Args:
+        model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.
+        example_inputs: a tensor; a tuple of positional arguments; or a dict of arguments by name. Arguments may be
+            lists, dicts and other objects with tensors in them. Of tensors only shapes and dtypes matter, and only the
+            first dim, the batch, may differ later. Needless when the graph carries shapes or its first layers tell.
+        example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+
+    Raises:
+        FxwidthError: the model cannot be traced, or does not run on the inputs.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> gm(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
+    """
+    if not isinstance(model, nn.Module):
+        raise FxwidthError(f"trace takes an nn.Module or a GraphModule, but received {type(model).__name__}.")
+    call = call_of(example_inputs, example_kwargs)
+    # The exporter's settings are context variables: they end with the context.
+    return copy_context().run(Transaction(model).run, partial(_trace, model, call))
+
+
+def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
+    refuse_scripts(model)
+    refuse_unmade(model)
+    refuse_nan(model)
+    module, analysis = (
+        (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else traced(model, call)
+    )
+    if module is not model:
+        remember_original(module, model, arguments_of(model, call))
+    _drop_postponed_annotations(module)
+    for node in module.graph.nodes:
+        value = analysis.node_values.get(node.name)
+        if isinstance(value, Tensor):
+            node.meta["tensor_meta"] = _metadata(value)
+    return module
+
+
+def _drop_postponed_annotations(module: fx.GraphModule) -> None:
+    """Take annotations that are names in strings out of a graph: torch 2.11 cannot pickle one that has them."""
+    annotated = [node for node in module.graph.nodes if isinstance(node.type, str)]
+    for node in annotated:
+        node.type = None
+    if annotated:
+        module.recompile()
+
+
+def _metadata(value: Tensor) -> TensorMetadata:
+    quantised: dict[str, Any] = {}
+    return TensorMetadata(value.shape, value.dtype, value.requires_grad, value.stride(), None, False, quantised)
