@@ -219,14 +219,3 @@ def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
             if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
-
-
-def keeps_tensors(part: nn.Module) -> bool:
-    """Tell whether code of others has left fake tensors of a run in attributes of a module, its parts aside."""
-    if type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule):
-        return False
-    return any(
-        holds(value, FakeTensor)
-        for name, value in part.__dict__.items()
-        if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers"
-    )
