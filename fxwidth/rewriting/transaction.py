@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,13 @@ from fxwidth.runtime.tensor_slots import overwrite
 _Result = TypeVar("_Result")
 # Of these the contents are put back too; what a model keeps in objects of other classes is not written to.
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
+# The modules that the transactions under way put back, by identity.
+_UNDER_WAY: ContextVar[frozenset[int]] = ContextVar("under_way", default=frozenset())
+
+
+def is_put_back(module: nn.Module) -> bool:
+    """Tell whether a transaction is under way that puts a module back, should it end before its time."""
+    return id(module) in _UNDER_WAY.get()
 
 
 class Transaction:
@@ -48,6 +56,7 @@ class Transaction:
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._modules = frozenset(map(id, modules))
         parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
         # What is deeper in attributes than below, on classes, and what the code of the modules reaches elsewhere.
         self._reached = kept_by(parts)
@@ -67,12 +76,16 @@ class Transaction:
 
     def run(self, work: Callable[[], _Result]) -> _Result:
         """Return what the work returns; if it is ended by an exception or by Ctrl-C, nothing has changed."""
+        outer = _UNDER_WAY.get()
         try:
+            _UNDER_WAY.set(outer | self._modules)
             with plain_surroundings(), handing_on(self._run, self._reached) if self._run is not None else nullcontext():
                 return work()
         except BaseException:
             self.roll_back()
             raise
+        finally:
+            _UNDER_WAY.set(outer)
 
     def overwrite(self, tensor: Tensor, values: Tensor) -> None:
         """Give a tensor other values, in place."""
