@@ -42,7 +42,7 @@ class Counter:
     Attributes:
         count: of all calls.
         functions: the numbers of the calls of each function.
-        leaving: those of the calls by which contexts put back what they have changed.
+        leaving: of these the calls by which contexts put back what they have changed.
 
     Args:
         at: which one is interrupted; none by default.
@@ -53,7 +53,7 @@ class Counter:
     def __init__(self, at: int | None = None, since: str = "", places: tuple[str, ...] = ()) -> None:
         self.count = 0
         self.functions: dict[str, list[int]] = {}
-        self.leaving: list[int] = []
+        self.leaving: dict[str, list[int]] = {}
         self._at = at
         self._since = since
         self._places = (_PACKAGE, *places)
@@ -73,7 +73,7 @@ class Counter:
             name = f"{code.co_filename}:{code.co_firstlineno}"
             self.functions.setdefault(name, []).append(self.count)
             if _is_left(frame):
-                self.leaving.append(self.count)
+                self.leaving.setdefault(name, []).append(self.count)
         elif self.count == self._at:
             raise KeyboardInterrupt
 
