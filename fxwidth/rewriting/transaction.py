@@ -18,7 +18,7 @@ from fxwidth.rewriting.optimizers import Optimizers, optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
 from fxwidth.runtime.kept_objects import SIMPLE
-from fxwidth.runtime.module_state import handing_on, is_plain_layer, kept_by, walk
+from fxwidth.runtime.module_state import finish, handing_on, is_plain_layer, kept_by, values_taken, walk
 from fxwidth.runtime.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")
@@ -56,6 +56,7 @@ class Transaction:
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unfinished: list[Any] = []
         self._modules = frozenset(map(id, modules))
         parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
         # What is deeper in attributes than below, on classes, and what the code of the modules reaches elsewhere.
@@ -79,7 +80,8 @@ class Transaction:
         outer = _UNDER_WAY.get()
         try:
             _UNDER_WAY.set(outer | self._modules)
-            with plain_surroundings(), handing_on(self._run, self._reached) if self._run is not None else nullcontext():
+            handing = handing_on(self._run, self._reached) if self._run is not None else nullcontext()
+            with plain_surroundings(), values_taken(self._unfinished), handing:
                 return work()
         except BaseException:
             self.roll_back()
@@ -113,6 +115,7 @@ class Transaction:
                 steps.callback(setattr, kind, "forward", forward)
             for tensor, values in self._values.values():
                 steps.callback(overwrite, tensor, values)
+            steps.callback(finish, self._unfinished)
             steps.callback(self.undo.close)
             steps.callback(self._global_state.put_back)
 

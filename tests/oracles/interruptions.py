@@ -26,6 +26,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fxwidth
@@ -139,6 +140,9 @@ def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: I
             place = f"{number}:{path}"
             for name, value in part.__dict__.items():
                 result[f"{place}.{name}"] = _seen(value)
+                result[f"{place}.{name} numbers"] = [
+                    _bits(one) for one in pytree.tree_leaves(value) if isinstance(one, Tensor)
+                ]
             for name, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None:
                     hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks

@@ -20,18 +20,20 @@ from tests.oracles.interruptions import Work, assert_undone, counted, difference
 
 
 class Remembering(nn.Module):
-    """Writes to a number, a buffer and a tensor in an attribute at every call."""
+    """Writes to a number, a buffer and tensors in attributes at every call."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
         self.register_buffer("steps", torch.zeros(()))
-        self.total, self.calls = torch.zeros(()), 0
+        self.sums, self.calls = [torch.zeros(()) for _ in range(3)], 0
+        self.values = torch.zeros(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.steps.add_(1.0)
-        self.total.add_(1.0)
+        for one in (*self.sums, self.values):
+            one.add_(1.0)
         return x * self.scale
 
 
