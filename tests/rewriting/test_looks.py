@@ -13,8 +13,11 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth.costs import latency
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.passes import PlanWidths
+from fxwidth.rewriting import looks
+from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.remembered_noise import forget_noise
 from tests.oracles.interruptions import Work, assert_undone, counted, differences
 
@@ -33,7 +36,7 @@ class Remembering(nn.Module):
         self.calls += 1
         self.steps.add_(1.0)
         for one in (*self.sums, self.values):
-            one.add_(1.0)
+            one.add_(x.detach().mean())
         return x * self.scale
 
 
@@ -127,3 +130,29 @@ def test_a_look_changes_nothing(case: str) -> None:
     before = work.state()
     work.run()
     assert not differences(before, work.state())
+
+
+def test_a_look_inside_of_a_resize_is_part_of_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[nn.Module] = []
+
+    class Noted(Transaction):
+        def __init__(self, *modules: nn.Module, is_run_only: bool = False) -> None:
+            begun.extend(modules)
+            super().__init__(*modules, is_run_only=is_run_only)
+
+    monkeypatch.setattr(looks, "Transaction", Noted)
+    budget = fxwidth.Budget(params=0.6, activation_memory=0.99)
+    model, gm, other = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), graph(), graph()
+
+    def scores(group: ChannelGroup, _: WidthGraph) -> range:
+        fxwidth.plan(fxwidth.analyze(other), budget=budget)
+        return range(group.width)
+
+    fxwidth.evolve(model, torch.randn(2, 4), budget=budget)
+    fxwidth.evolve(gm, budget=budget)
+    assert begun == []
+    fxwidth.plan(fxwidth.analyze(gm), budget=budget)
+    assert begun == [gm]
+    # A resize puts nothing of another model back.
+    fxwidth.resize(gm, {fxwidth.analyze(gm).free[0].name: 1}, selection=scores)
+    assert set(begun[1:]) == {other}
