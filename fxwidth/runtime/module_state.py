@@ -150,10 +150,13 @@ def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
     unfinished = _GIVEN_BACK.get()
     if unfinished is not None:
         unfinished.append(before)
+    has_ended = False
     try:
         yield
+        has_ended = True
     finally:
-        _give_back([one for one in before if one[2] is None or one[0]._version != one[2]])
+        # What ends an op on its way may come between its writing and the count of that.
+        _give_back([one for one in before if not has_ended or one[2] is None or one[0]._version != one[2]])
         if unfinished is not None:
             unfinished.pop()
 
