@@ -138,18 +138,50 @@ def _restoring(kept: tuple[Kept, Kept], chosen: Callable[[Any], bool]) -> Iterat
             outside.put_back(chosen)
 
 
+_Values = list[tuple[Tensor, Tensor, int | None]]
+# Of the runs under way: what they give back when they end, where whoever waits for them takes it.
+_GIVEN_BACK: ContextVar[list[_Values] | None] = ContextVar("given_back", default=None)
+
+
 @contextmanager
 def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Give tensors back the values that code has written over, as if it had not."""
     before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in tensors if not tensor.is_meta]
+    unfinished = _GIVEN_BACK.get()
+    if unfinished is not None:
+        unfinished.append(before)
+    has_ended = False
+    try:
+        yield
+        has_ended = True
+    finally:
+        # What ends an op on its way may come between its writing and the count of that.
+        _give_back([one for one in before if not has_ended or one[2] is None or one[0]._version != one[2]])
+        if unfinished is not None:
+            unfinished.pop()
+
+
+@contextmanager
+def values_taken(unfinished: list[_Values]) -> Iterator[None]:
+    """Let a list hold, for a while, what runs that are under way will give back: all of it if they are ended."""
+    token = _GIVEN_BACK.set(unfinished)
     try:
         yield
     finally:
-        with torch.inference_mode():
-            for tensor, values, version in before:
-                if version is None or tensor._version != version:
-                    tensor.copy_(values)
-                    _set_version(tensor, version)
+        _GIVEN_BACK.reset(token)
+
+
+def finish(unfinished: list[_Values]) -> None:
+    """Give tensors back the values that ended runs have not; their versions may say already that they had."""
+    for before in reversed(unfinished):
+        _give_back(before)
+
+
+def _give_back(before: _Values) -> None:
+    with torch.inference_mode():
+        for tensor, values, version in before:
+            tensor.copy_(values)
+            _set_version(tensor, version)
 
 
 def _version(tensor: Tensor) -> int | None:
