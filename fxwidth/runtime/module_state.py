@@ -85,11 +85,13 @@ class Held:
 
     Attributes:
         tensors: parameters, buffers and tensors in attributes.
+        unregistered: those that are neither parameters nor buffers, also outside of the modules.
         own: what is kept in the modules.
         outside: what their code reaches elsewhere.
     """
 
     tensors: list[Tensor]
+    unregistered: list[Tensor]
     own: Kept
     outside: Kept
 
@@ -106,21 +108,31 @@ class Held:
 
 def held_by(module: nn.Module) -> Held:
     """Return what modules hold now."""
-    own, outside = kept_by([part for _, part in walk(module)])
-    return Held(own.tensors, own, outside)
+    return _held(module, *kept_by([part for _, part in walk(module)]))
+
+
+def _held(module: nn.Module, own: Kept, outside: Kept) -> Held:
+    slots = [slots.values() for _, part in walk(module) for slots in (part._parameters, part._buffers)]
+    registered = {id(tensor) for tensors in slots for tensor in tensors}
+    others = [tensor for tensor in own.tensors if id(tensor) not in registered]
+    # Weights of other models are large, and no forward pass writes to them.
+    others += [one for one in outside.tensors if id(one) not in registered and not isinstance(one, nn.Parameter)]
+    return Held(own.tensors, list({id(tensor): tensor for tensor in others}.values()), own, outside)
 
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[Held]:
     """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
 
-    The values of tensors are in the care of others; that they have been written to is forgotten.
+    The values of parameters and buffers are in the care of others; that they have been written to is forgotten.
     """
     own, outside = _kept_by(module)
+    held = _held(module, own, outside)
     with _restoring((own, outside), lambda _: True) as tensors:
         versions = list(map(_version, tensors))
         try:
-            yield Held(tensors, own, outside)
+            with same_values(held.unregistered):
+                yield held
         finally:
             for tensor, version in zip(tensors, versions, strict=True):
                 _set_version(tensor, version)
