@@ -228,7 +228,7 @@ class Evolver:
             return None
         share = min(1.0, self._round / self._rounds)
         first = self._first
-        due = {n: max(goal, round(first[n] * (goal / first[n]) ** share)) for n, goal in self._target.items()}
+        due = {n: round(first[n] * (goal / first[n]) ** share) for n, goal in self._target.items()}
         return Budget.of(due)
 
 

@@ -116,8 +116,8 @@ def test_bad_evolvers() -> None:
         fxwidth.Evolver(gm, only="nothing")
     with pytest.raises(FxwidthError, match=r"rounds=3 needs params= or budget= to go to"):
         fxwidth.Evolver(gm, rounds=3)
-    with pytest.raises(FxwidthError, match=r"params=1\.5 as a ratio must lie in \(0, 1\]"):
-        fxwidth.Evolver(gm, params=1.5)
+    with pytest.raises(FxwidthError, match=r"params=101\.0 as a ratio of .* must lie in \(0, 100\]"):
+        fxwidth.Evolver(gm, params=101.0)
     with pytest.raises(FxwidthError, match=r"params=10 is out of reach: .*parameters remain"):
         fxwidth.Evolver(gm, params=10)
     with pytest.raises(FxwidthError, match=r"out of reach: .*left out by only= or keep="):

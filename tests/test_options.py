@@ -121,7 +121,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "resize",
         r"folds= is no option of fxwidth.resize; did you mean fold=\? They are optimizer, data",
     ),
-    ({"params": 1.5}, "plan", r"params=1.5 as a ratio must lie in \(0, 1\]"),
+    ({"params": 101.0}, "plan", r"params=101.0 as a ratio of the present cost must lie in \(0, 100\]"),
     ({"budget": 0.5}, "plan", r"budget=0.5 must be a fxwidth.Budget, such as Budget\(params=0.5\)"),
     ({"budget": fxwidth.Budget(flops=0.5), "params": 0.5}, "plan", "params=0.5 is short for a budget; put it into"),
     ({"align": 0}, "plan", "align=0 must be an integer of at least 1"),

@@ -21,11 +21,15 @@ from fxwidth.weights.readers import wiring_of
 
 # Those that are fields of a budget.
 _FIELDS = ("params", "flops", "activation_memory", "latency")
+# A float beyond this is a count that was meant to be an int.
+_LARGEST_RATIO = 100
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds on what a network costs: each an absolute int, or a float in (0, 1], the ratio of the present cost.
+    """What a network may cost: each bound an absolute int, or a float, its ratio to the present cost.
+
+    A plan spends it: below the present cost groups shrink, above it they grow.
 
     Attributes:
         params: entries of the parameters, shared ones once.
@@ -65,8 +69,11 @@ class Budget:
         for name, value in self.bounds.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise FxwidthError(f"{name}={value!r} must be an int, the count to reach, or a float, its ratio.")
-            if isinstance(value, float) and not 0 < value <= 1:
-                raise FxwidthError(f"{name}={value} as a ratio must lie in (0, 1]; give an int for an absolute count.")
+            if isinstance(value, float) and not 0 < value <= _LARGEST_RATIO:
+                raise FxwidthError(
+                    f"{name}={value} as a ratio of the present cost must lie in (0, {_LARGEST_RATIO}]; give an int for "
+                    "an absolute count."
+                )
             if isinstance(value, int) and value < 1:
                 raise FxwidthError(f"{name}={value} must be at least 1.")
 
@@ -129,6 +136,19 @@ def bounds_of(width_graph: WidthGraph, budget: Budget) -> list[Bound]:
         limit = given if isinstance(given, int) else given * cost({})
         result.append(Bound(name, given, cost, limit if name == "latency" else int(limit)))
     return result
+
+
+def growth_factor(bounds: Iterable[Bound], groups: Iterable[ChannelGroup]) -> float:
+    """Return a power of two by which all of some groups together grow beyond a bound; the widest of them may become so.
+
+    That leaves room to any one of them: to grow by less than half of it together meets all bounds.
+    """
+    bounds, groups, factor = list(bounds), list(groups), 1.0
+    while groups and factor < _LARGEST_RATIO:
+        if not all(bound.met({group.factor: int(factor * group.width) for group in groups}) for bound in bounds):
+            break
+        factor *= 2
+    return factor
 
 
 def out_of_reach(

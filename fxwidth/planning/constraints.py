@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -40,6 +41,11 @@ class Limits:
         if group.width == top and top not in widths:
             widths.append(top)
         return widths or [group.width]
+
+    def allowed(self, group: ChannelGroup, top: int) -> list[int]:
+        """Return the widths that a group may take, ascending, up to some width above its own."""
+        top = top if self.most is None else min(top, self.most)
+        return self.smaller(group) + list(range(self._up(group.width + 1), top + 1, self.align))
 
     def _least_of(self, group: ChannelGroup) -> int:
         return max(self.least, group.least.width)
@@ -101,15 +107,16 @@ class Class:
     groups: tuple[ChannelGroup, ...]
     fixed: int | None = None
 
-    def widths(self, limits: Limits) -> list[int]:
-        """Return the widths that all may shrink to or stay at, ascending.
+    def widths(self, limits: Limits, growth: float = 1.0) -> list[int]:
+        """Return the widths that all may take, ascending: up to the present one times a factor.
 
         Raises:
             FxwidthError: there are none.
         """
         if self.fixed is not None:
             return [self.fixed]
-        common = set(limits.smaller(self.groups[0])).intersection(*map(limits.smaller, self.groups[1:]))
+        first, *others = [set(limits.allowed(group, math.ceil(growth * group.width))) for group in self.groups]
+        common = first.intersection(*others)
         if not common:
             raise FxwidthError(
                 f"same_width: {_listed(self.groups)} have no width in common that min_width={limits.least}, "

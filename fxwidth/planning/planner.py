@@ -9,7 +9,7 @@ import numpy as np
 
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
-from fxwidth.costs.budget import Bound, bounds_of, out_of_reach
+from fxwidth.costs.budget import Bound, bounds_of, growth_factor, out_of_reach
 from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
@@ -21,10 +21,11 @@ from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_optio
 from fxwidth.planning.allocation import Choice, allocate
 from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes
 from fxwidth.planning.thresholds import by_thresholds
+from fxwidth.planning.width_multiplier import multiplied
 from fxwidth.plans import Plan
-from fxwidth.runtime.contexts import plain_surroundings
+from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
-from fxwidth.selection.error_curves import Errors
+from fxwidth.selection.error_curves import Errors, extended
 from fxwidth.weights.readers import wiring_of
 
 __all__ = ["Plan", "plan"]
@@ -37,10 +38,12 @@ _CLEARLY = 0.5
 def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
     """Choose new widths.
 
-    Under a budget, groups shrink together until all its bounds are met, and readers keep as much of what they read as
-    can be found. Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the
-    singular values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times
-    the width exceeds `grow_energy` of the sum.
+    Under a budget, all widths are chosen together such that its bounds are met, and readers keep as much of what they
+    read as can be found. Where it allows more than the present cost, all groups grow by one factor; where it leaves no
+    room for that, channels that bring next to nothing make room for others, by what the last ones of each group bring.
+    Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the singular
+    values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times the width
+    exceeds `grow_energy` of the sum.
 
     Args:
         width_graph: the groups, from `fxwidth.analyze`.
@@ -62,7 +65,7 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
             patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
         only: names or patterns of the groups that may change.
         keep: names or patterns of groups that must not.
-        exact: whether to leave alone groups that cannot grow without changing the function.
+        exact: whether groups that cannot grow without changing the function are left alone, or may but shrink.
         rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
             `fxwidth.resize` does by default; their errors are smaller then.
 
@@ -86,7 +89,6 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
     return plan_with_evidence(width_graph, options_from(PlanOptions, options))[0]
 
 
-@plain_surroundings()
 def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
     """Return the plan that `plan` makes, and the evidence that it was made from; None without a budget.
 
@@ -95,6 +97,10 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
+    return looking_at(width_graph.analysis.module, lambda: _planned(width_graph, options))
+
+
+def _planned(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
     units = _units(width_graph, options)
     if options.target is not None:
         return _BudgetProblem(width_graph, units, options).solved(options)
@@ -125,10 +131,29 @@ class _BudgetProblem:
         assert options.target is not None
         self._width_graph = width_graph
         self.bounds = bounds_of(width_graph, options.target)
-        self._allowed = {unit: unit.widths(Limits.of(options)) for unit in units}
         self._groups = [group for unit in units for group in unit.groups]
+        limits, growing = Limits.of(options), self._may_grow(units, options)
+        factor = growth_factor(self.bounds, [group for unit in growing for group in unit.groups])
+        self._allowed = {unit: unit.widths(limits, factor if unit in growing else 1.0) for unit in units}
         # Groups that go together are one to the solver: the first stands for all.
         self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
+
+    def _may_grow(self, units: Sequence[Class], options: PlanOptions) -> list[Class]:
+        """Return the units that may grow: none where a bound asks the network to shrink, nor any without a cost."""
+        if any(not bound.met({}) for bound in self.bounds):
+            return []
+        return [
+            unit
+            for unit in units
+            if not (options.exact and any(group.inexact_growth for group in unit.groups))
+            and any(len(bound.cost.along(group.factor, {})) > 1 for bound in self.bounds for group in unit.groups)
+        ]
+
+    def _grown(self) -> dict[ChannelGroup, int]:
+        """Return the widths at which all groups have grown alike; none where there is no room for that."""
+        found = multiplied(self._allowed, self.bounds) or {}
+        widths = {group: width for unit, width in found.items() for group in unit.groups}
+        return widths if any(width > group.width for group, width in widths.items()) else {}
 
     def solved(self, options: PlanOptions) -> tuple[Plan, Evidence | None]:
         """Return the widths of least summed error, and the evidence that errors were predicted from.
@@ -140,11 +165,16 @@ class _BudgetProblem:
         if all(bound.met(_by_factor(largest)) for bound in self.bounds):
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
             return _noted(self._width_graph, largest, self.bounds, errors, None), None
+        if grown := self._grown():
+            return _noted(self._width_graph, grown, self.bounds, {}, None), None
         self.refuse_out_of_reach()
         evidence, errors = calibrated(
             self._width_graph, self._groups, options.data, options.loss, options.selection, options.rotate
         )
         widths = self._rehearsed(evidence, errors)
+        if all(bound.met({}) for bound in self.bounds) and all(width <= g.width for g, width in widths.items()):
+            # Channels go only to make room for others.
+            widths = {group: group.width for group in widths}
         return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
 
     def refuse_out_of_reach(self) -> None:
@@ -165,7 +195,8 @@ class _BudgetProblem:
     def _allocated(self, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
         choices = []
         for unit, widths in self._allowed.items():
-            summed = sum((errors[group][widths] for group in unit.groups), np.zeros(len(widths)))
+            curves = [extended(errors[group], widths[-1])[widths] for group in unit.groups]
+            summed = sum(curves, np.zeros(len(widths)))
             choices.append(Choice(unit.groups[0].factor, np.array(widths), summed))
         result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self.bounds])
         return {group: result[self._heads[group.factor]] for group in self._groups}

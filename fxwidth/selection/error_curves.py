@@ -17,6 +17,12 @@ _ENTRIES = 2**26
 # How many columns of a wide matrix are worked on at a time.
 _COLUMNS = 512
 _LEAST_SHARE = 1e-12
+# What more channels would bring is told by the last one in so many.
+_LAST = 8
+# Channels that bring nothing are guessed to bring this share of an average one's, so that a budget is spent.
+_AT_LEAST = 1e-3
+# How much a gain that is guessed counts beside a loss that is measured: trained channels are not given up for less.
+_TRUST = 0.25
 
 
 def lost_share(grams: Grams, order: Tensor) -> Errors:
@@ -72,6 +78,28 @@ def logarithmic(lost: Errors) -> Errors:
     if total <= 0:
         return np.zeros_like(lost)
     return np.asarray(-np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total, dtype=np.float64)
+
+
+def extended(errors: Errors, width: int) -> Errors:
+    """Return the errors of widths up to one beyond the present, by what the last channels bring, [width + 1].
+
+    More of what is scarce brings less each time: with m what each of the last eighth of W channels brings, w of them
+    are guessed to lower the error by m W (1 - W / w), of which a quarter counts. All errors are raised by the same, so
+    that none is below zero.
+
+    Args:
+        errors: those of all widths from none to W, [W + 1].
+        width: the largest one; at most W for none beyond.
+    """
+    present = len(errors) - 1
+    if width <= present:
+        return errors
+    last = max(1, present // _LAST)
+    # Where the last channels bring nothing, any more of them bring next to nothing; groups share what is left evenly.
+    brought = max(float(errors[-1 - last] - errors[-1]) / last, _AT_LEAST * float(errors[0]) / present)
+    wider = np.arange(present + 1, width + 1, dtype=np.float64)
+    gains = _TRUST * brought * present * (1 - present / wider)
+    return np.concatenate([errors + gains[-1], errors[-1] + gains[-1] - gains])
 
 
 def share_of(errors: Errors) -> Errors:

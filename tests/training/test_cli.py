@@ -135,8 +135,14 @@ def test_a_second_interrupt_skips_the_evaluation(tmp_path: Path, monkeypatch: py
         (["--dataset", "nowhere"], "'nowhere' is neither a data set"),
         (["--image-size", "2"], "an image size of 2 is too small"),
         # Before any data are looked for.
-        (["--dataset", "nowhere", "--target-params", "0"], r"params=0.0 as a ratio must lie in (0, 1]"),
-        (["--dataset", "nowhere", "--target-params", "inf"], r"params=inf as a ratio must lie in (0, 1]"),
+        (
+            ["--dataset", "nowhere", "--target-params", "0"],
+            r"params=0.0 as a ratio of the present cost must lie in (0, 100]",
+        ),
+        (
+            ["--dataset", "nowhere", "--target-params", "inf"],
+            r"params=inf as a ratio of the present cost must lie in (0, 100]",
+        ),
     ],
 )
 def test_errors_are_one_message(options: list[str], message: str, tmp_path: Path) -> None:
