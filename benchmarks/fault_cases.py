@@ -336,8 +336,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "passes/plan_widths.py",
         "the plan's notes are not kept",
-        "graph_module.meta[PLAN_NOTES] = chosen.notes",
-        "pass",
+        "{PLAN: dict(chosen), PLAN_NOTES: chosen.notes}",
+        "{PLAN: dict(chosen), PLAN_NOTES: {}}",
         ("test_evolution.py", "planning/test_planner.py"),
     ),
     Fault(
