@@ -84,8 +84,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/axes/index_maps.py",
         "a larger batch is larger by two",
-        "variance_ratios=self._variance_ratios, batch_growth=1)",
-        "variance_ratios=self._variance_ratios, batch_growth=2)",
+        "return self._changed(batch_growth=1)",
+        "return self._changed(batch_growth=2)",
         ("axes/test_index_maps.py", "frontends/test_leaves.py"),
     ),
     Fault(
@@ -336,8 +336,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "passes/plan_widths.py",
         "the plan's notes are not kept",
-        "graph_module.meta[PLAN_NOTES] = chosen.notes",
-        "pass",
+        "{PLAN: dict(chosen), PLAN_NOTES: chosen.notes}",
+        "{PLAN: dict(chosen), PLAN_NOTES: {}}",
         ("test_evolution.py", "planning/test_planner.py"),
     ),
     Fault(

@@ -21,6 +21,7 @@ from fxwidth.resizing.resize import resize
 from fxwidth.selection.registry import selection_method
 from fxwidth.tracing.analyze import analyze
 from fxwidth.tracing.trace import trace
+from fxwidth.untying.untie_copies import untie_copies
 
 __version__ = "0.1.0"
 
@@ -52,4 +53,5 @@ __all__ = [
     "selection_method",
     "spectrum",
     "trace",
+    "untie_copies",
 ]

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeOptions
-from fxwidth.recording.graph_meta import HISTORY, NOTES, notes_of
+from fxwidth.recording.graph_meta import HISTORY, NOTES, UNTIED, notes_of
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import named_tensors, tensor_slots
@@ -31,8 +31,10 @@ from fxwidth.serialization import earlier_files
 from fxwidth.serialization.graph_pickling import unpicklable
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
+from fxwidth.untying.untie_copies import untie_copies
 
 _FORMAT, _NORMS, _KEPT, _PAIRS = "fxwidth.resizes", "fxwidth.norms", "fxwidth.kept", "fxwidth.real_pairs"
+_COPIES, _UNTIED = "fxwidth.copies", "fxwidth.untied"
 _AS_PAIRS = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
@@ -109,7 +111,9 @@ def _save_tensors(gm: fx.GraphModule, path: Path) -> None:
     widths = [{name: new for name, (_, new) in record["widths"].items()} for record in history]
     norms = [record.get("norms", {}) for record in history]
     kept = [record.get("kept", {}) for record in history]
-    metadata = {_FORMAT: json.dumps(widths), _NORMS: json.dumps(norms), _KEPT: json.dumps(kept)}
+    copies, untied = [record.get("copies") for record in history], list(notes_of(gm).get(UNTIED, ()))
+    told = {_FORMAT: widths, _NORMS: norms, _KEPT: kept, _COPIES: copies, _UNTIED: untied}
+    metadata = {key: json.dumps(value) for key, value in told.items()}
     metadata |= {_PAIRS: json.dumps(pairs)} if pairs else {}
     with _beside(path) as target:
         save_file(tensors, target, metadata=metadata)
@@ -203,15 +207,22 @@ def _load_tensors(path: Path, module: fx.GraphModule) -> fx.GraphModule:
         metadata = file.metadata() or {}
         if _FORMAT not in metadata:
             raise FxwidthError(f"{path} was not written by fxwidth.save.")
-        widths = json.loads(metadata[_FORMAT])
+        widths, untied = json.loads(metadata[_FORMAT]), json.loads(metadata.get(_UNTIED, "[]"))
         # Files from before norms were noted lack them; the sizes alone tell then.
         norms = json.loads(metadata[_NORMS]) if _NORMS in metadata else [None] * len(widths)
         kept = json.loads(metadata[_KEPT]) if _KEPT in metadata else [{}] * len(widths)
         pairs = set(json.loads(metadata.get(_PAIRS, "[]")))
-        for plan, ratios, channels in zip(widths, norms, kept, strict=True):
+        copies = json.loads(metadata[_COPIES]) if _COPIES in metadata else [None] * len(widths)
+        for number, (plan, ratios, channels, tables) in enumerate(zip(widths, norms, kept, copies, strict=True)):
+            if number in untied:
+                untie_copies(module)
             graph = WidthGraph(analyze_module(module))
             plan = {_present_name(graph, name): width for name, width in plan.items()}
-            resize_analyzed(graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios, kept=channels)
+            resize_analyzed(
+                graph, plan, ResizeOptions(exact=False), blind=True, norms=ratios, kept=channels, copies=tables
+            )
+        if len(widths) in untied:
+            untie_copies(module)
         tensors = named_tensors(module)
         names = set(file.keys())
         filled = {id(tensor) for name, tensor in tensors.items() if name in names}

@@ -14,7 +14,7 @@ from fxwidth.importance.estimates import Evidence
 from fxwidth.importance.loss_sensitivity import calibrated
 from fxwidth.options import Loss, PlanOptions, refuse_loss_without_data
 from fxwidth.planning.constraints import chosen_groups
-from fxwidth.runtime.contexts import plain_surroundings
+from fxwidth.rewriting.looks import looking_at
 from fxwidth.selection.registry import Selection
 from fxwidth.statistics.moments import has_values
 from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
@@ -60,7 +60,6 @@ class GroupSpectrum:
         return asdict(self)
 
 
-@plain_surroundings()
 def spectrum(
     width_graph: WidthGraph,
     *,
@@ -95,8 +94,12 @@ def spectrum(
     refuse_loss_without_data(loss, data)
     refuse_other_than_groups(width_graph)
     groups = chosen_groups(width_graph, options.only, options.keep)
-    evidence, errors = calibrated(width_graph, groups, data, loss, selection)
-    return {group.name: _of(evidence, group, errors[group], loss is not None) for group in groups}
+
+    def look() -> dict[str, GroupSpectrum]:
+        evidence, errors = calibrated(width_graph, groups, data, loss, selection)
+        return {group.name: _of(evidence, group, errors[group], loss is not None) for group in groups}
+
+    return looking_at(width_graph.analysis.module, look)
 
 
 def _of(evidence: Evidence, group: ChannelGroup, errors: Any, is_calibrated: bool) -> GroupSpectrum:

@@ -23,14 +23,15 @@ class Report:
             basis first, of which the first channels stayed), named (the groups whose channels the plan named), folded
             (whether readers were refitted), recalibrated (whether running statistics of batch norms were corrected;
             False where there are none), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains'
-            norms have their variances multiplied), not_refitted (readers that lost channels without taking over what
-            they read from them, products and reductions over channels, which have no weights to do so by, and gains and
-            running statistics that keep their values, with the reason), original (what has become of the model that was
-            traced: "resized", "untouched", or None where there is none, or none any more that shares parameters),
-            directions (the method by which new channels were made; None where none were), not_informed (the weights in
-            which they are orthogonal to the others because the method's moments could not be taken there, with the
-            reason), reader_step (the loss_before and loss_after on batches held out, and the length of the step in
-            units of the present columns, 0 for none; None where none was asked for).
+            norms have their variances multiplied), copies (what the channels of copies read since, -1 for nothing; see
+            `fxwidth.untie_copies`), not_refitted (readers that lost channels without taking over what they read from
+            them, products and reductions over channels, which have no weights to do so by, and gains and running
+            statistics that keep their values, with the reason), original (what has become of the model that was traced:
+            "resized", "untouched", or None where there is none, or none any more that shares parameters), directions
+            (the method by which new channels were made; None where none were), not_informed (the weights in which they
+            are orthogonal to the others because the method's moments could not be taken there, with the reason),
+            reader_step (the loss_before and loss_after on batches held out, and the length of the step in units of the
+            present columns, 0 for none; None where none was asked for).
 
     Example:
         >>> fxwidth.Report(()).resizes

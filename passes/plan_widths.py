@@ -39,6 +39,6 @@ class PlanWidths(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Plan widths for a graph."""
         chosen, _ = plan_with_evidence(WidthGraph(analyze_module(graph_module)), self._options)
-        graph_module.meta[PLAN] = dict(chosen)
-        graph_module.meta[PLAN_NOTES] = chosen.notes
+        # In one step: nothing can come between the two.
+        graph_module.meta.update({PLAN: dict(chosen), PLAN_NOTES: chosen.notes})
         return PassResult(graph_module, False)

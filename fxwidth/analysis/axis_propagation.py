@@ -31,7 +31,8 @@ from fxwidth.rules.unruled import why_unruled
 from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.fake_tensors import fake_like, fake_mode
 from fxwidth.runtime.gc_pause import without_collections
-from fxwidth.runtime.module_state import is_plain_layer, keeps_tensors, restored, walk
+from fxwidth.runtime.kept_objects import stand_ins
+from fxwidth.runtime.module_state import Held, is_plain_layer, restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
@@ -64,12 +65,15 @@ class NodeInterpreter(fx.Interpreter):
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
 
-    def keeping(self) -> dict[str, list[Tensor]]:
-        """Return the nodes whose modules keep tensors of this run in attributes, with what their next calls read."""
-        keepers = {id(part) for part in self.submodules.values() if keeps_tensors(part)}
+    def keeping(self, held: Held) -> dict[str, list[Tensor]]:
+        """Return the nodes whose modules keep tensors of this run, with what their next calls read."""
+        own = {entry.fake for entry in self._analysis.parameters.values()}
+        owners = {id(change.owner) for change in held.changes() if any(t not in own for t in stand_ins(change.new))}
         found = {}
-        for node in self.graph.find_nodes(op="call_module") if keepers else ():
-            if any(id(part) in keepers for _, part in walk(self.fetch_attr(str(node.target)))):
+        for node in self.graph.find_nodes(op="call_module") if owners else ():
+            parts = [part for _, part in walk(self.fetch_attr(str(node.target)))]
+            # What is kept outside may be by any of them.
+            if id(None) in owners or any(id(part) in owners or id(type(part)) in owners for part in parts):
                 found[node.name] = kept_and_read(
                     self._analysis, self._recorder, node.name, partial(self._run_plainly, node)
                 )
@@ -168,10 +172,10 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     analysis.calls = recorder.calls
     replaced = substituted(module, fakes, slots, restored)
     effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}), regions=True)
-    with evaluating(module), replaced, plain_kernels(), effects, quiet(), analysis.mode, recorder:
+    with evaluating(module), replaced as held, plain_kernels(), effects, quiet(), analysis.mode, recorder:
         interpreter = NodeInterpreter(module, analysis, recorder)
         result = run_graph(interpreter, recorder, analysis.inputs, analysis.effects)
-        analysis.keeping = interpreter.keeping()
+        analysis.keeping = interpreter.keeping(held)
     analysis.outputs = deep_tensors(result)
     analysis.states = set(states_in(result))
     analysis.seen = GraphState.of(module, slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,13 @@ class IndexMaps:
         kept: Mapping[Factor, Indices],
         *,
         variance_ratios: Mapping[int, float] | None = None,
+        tables: Mapping[int, list[int]] | None = None,
         batch_growth: int = 0,
     ) -> None:
         self._space = space
         self._kept = dict(kept)
         self._variance_ratios = dict(variance_ratios or {})
+        self._tables = dict(tables or {})
         self._batch_growth = batch_growth
         self._found: dict[Axis, Indices] = {}
 
@@ -43,15 +46,27 @@ class IndexMaps:
 
     def with_variance_ratios(self, ratios: Mapping[int, float]) -> IndexMaps:
         """Return the same maps with what becomes of the variance that each norm sees, by the index of its call."""
-        return IndexMaps(self._space, self._kept, variance_ratios=ratios, batch_growth=self._batch_growth)
+        return self._changed(variance_ratios=ratios)
+
+    def with_tables(self, tables: Mapping[int, list[int]]) -> IndexMaps:
+        """Return the same maps with what the new channels of copies read, by the index of the call."""
+        return self._changed(tables=tables)
 
     def with_larger_batch(self) -> IndexMaps:
         """Return the same maps for a batch that is larger by one."""
-        return IndexMaps(self._space, self._kept, variance_ratios=self._variance_ratios, batch_growth=1)
+        return self._changed(batch_growth=1)
+
+    def _changed(self, **changed: Any) -> IndexMaps:
+        own = {"variance_ratios": self._variance_ratios, "tables": self._tables}
+        return IndexMaps(self._space, self._kept, **{**own, **changed})
 
     def variance_ratio(self, call_index: int) -> float:
         """Return the variance (or mean square) that a norm sees after the resize, relative to before."""
         return self._variance_ratios.get(call_index, 1.0)
+
+    def table(self, call_index: int) -> list[int] | None:
+        """Return what the new channels of copies read, where that is known; else the maps of both sides tell."""
+        return self._tables.get(call_index)
 
     def tells_variance(self, call_index: int) -> bool:
         """Tell whether it is known what becomes of the variance that a norm sees, if only that it stays."""

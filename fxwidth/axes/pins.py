@@ -129,7 +129,8 @@ REMEDIES = {
     MADE: "Make the tensor with zeros, ones, full or expand where all its entries along the dimension are alike.",
     ORDER: _BY_PLACE,
     INDEXED: "Nothing, while entries are known by their numbers. Where indices are a regular part of the dimension, "
-    "take it with slices, split or chunk: these follow a resize.",
+    "take it with slices, split or chunk: these follow a resize; constant indices do "
+    "after fxwidth.untie_copies.",
     GATHERED: "Gather from a tensor that has the size of the index in every other dimension.",
     POSITIONS_RETURNED: "Use the values instead of the positions, if the model can.",
     LARGEST: "Nothing: which entries are chosen depends on all that are there.",

@@ -26,8 +26,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.placeholder_calls import call_with
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
+from fxwidth.recording.readonly_runs import left_as_it_is
 from fxwidth.recording.tape import OpCall, tensors_in, unbind
-from fxwidth.runtime.contexts import evaluating
 from fxwidth.statistics.synthetic_inputs import noise_draws
 
 # The shares of every free width at which each op is timed: three unknowns per op, and one time to spare.
@@ -79,7 +79,7 @@ def _measured(width_graph: WidthGraph, _clearings: int) -> Polynomial:
     inputs = _inputs(analysis)
     times: dict[int, list[float]] = {}
     widths: list[dict[Factor, int]] = []
-    with evaluating(analysis.module):
+    with left_as_it_is(analysis.module):
         for share in _SHARES:
             widths.append({g.factor: max(1, round(share * g.width)) for g in width_graph.free})
             maps = IndexMaps(analysis.space, {factor: np.arange(width) for factor, width in widths[-1].items()})

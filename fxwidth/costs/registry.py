@@ -10,6 +10,7 @@ from fxwidth.axes.polynomials import Polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.registration import refuse_name
+from fxwidth.rewriting.looks import looking_at
 
 CostFunction = Callable[[WidthGraph], Polynomial]
 _Function = TypeVar("_Function", bound=CostFunction)
@@ -85,7 +86,8 @@ def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
         (212, 134)
     """
     width_graph.refuse_outdated()
-    result: Any = _known(name).polynomial(width_graph)
+    found = _known(name).polynomial
+    result: Any = looking_at(width_graph.analysis.module, lambda: found(width_graph))
     if not isinstance(result, Polynomial):
         raise FxwidthError(
             f"the cost {name!r} gave {type(result).__name__}; return an fxwidth.Polynomial, as cost_polynomial gives."

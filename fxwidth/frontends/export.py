@@ -39,7 +39,7 @@ from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions, quiet
 from fxwidth.runtime.kept_objects import Change
-from fxwidth.runtime.module_state import restored, same_values
+from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import Structure, flatten, flatten_each, rebuild_each
 from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
@@ -121,11 +121,9 @@ def _program(
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
         held = stack.enter_context(restored(model))
-        registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        # It works on stand-ins for parameters and buffers, but on other tensors themselves.
-        others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         for context in (
-            *(same_values(others), refusing_reads(memory_of(others)), watching_effects(refuse_effect)),
+            # It works on stand-ins for parameters and buffers, but on other tensors themselves.
+            *(refusing_reads(memory_of(held.unregistered)), watching_effects(refuse_effect)),
             *(questions.noted(), told(), _nothing_left(), watch, refusing_draws(held.generators), _silently()),
         ):
             stack.enter_context(context)

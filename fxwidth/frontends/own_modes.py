@@ -19,7 +19,7 @@ from fxwidth.errors import warn
 from fxwidth.frontends.as_traced import AsTraced
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_copies import put_copies, shallow_copies
-from fxwidth.runtime.module_state import GraphPart, restored, same_values, walk
+from fxwidth.runtime.module_state import GraphPart, restored, walk
 from fxwidth.runtime.tensor_slots import Slots, copies_of, substituted, tensor_slots
 
 MODES_MODULE = "fxwidth_modes"
@@ -46,13 +46,11 @@ def own_modes(model: nn.Module) -> OwnModes:
     if not any(map(_sets_modes, parts)):
         return OwnModes(after, {})
     slots = tensor_slots(model)
-    registered = {id(tensor) for tensor, _ in slots.values()}
     more: dict[nn.Module, str] = {}
     with restored(model) as held:
-        others = [tensor for tensor in held.tensors if id(tensor) not in registered]
         copies = copies_of(slots)
-        with same_values(others), substituted(model, copies, slots, nullcontext):
-            before = _State(model, slots, copies, others)
+        with substituted(model, copies, slots, nullcontext):
+            before = _State(model, slots, copies, held.unregistered)
             # First the other one: what sets modes and nothing else can be called again without an effect.
             for mode in (not model.training, model.training):
                 try:

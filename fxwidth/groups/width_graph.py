@@ -23,6 +23,7 @@ from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.drawing import draw
 from fxwidth.groups.explanations import describe_pin
 from fxwidth.growth.recipes import Growth, find_growth
+from fxwidth.rules.copies import channel_copies
 from fxwidth.runtime.gc_pause import without_collections
 
 
@@ -103,7 +104,7 @@ class WidthGraph:
         first, second = self._origin(a), self._origin(b)
         common = set(self.analysis.space.leaves(first)) & set(self.analysis.space.leaves(second))
         if not common:
-            return f"{first.name} and {second.name} share no channels."
+            return "\n".join([f"{first.name} and {second.name} share no channels.", *self._copied(first, second)])
         path = nx.shortest_path(self.graph, first, second)
         hops = [f"  {one.name} - {two.name}: {self._context(one, two)}" for one, two in nx.utils.pairwise(path)]
         axis = self.analysis.space.normalise(((first,),))
@@ -151,6 +152,19 @@ class WidthGraph:
                 f"the graph has changed since it was analysed: {change}. Call fxwidth.analyze(gm) again; "
                 "plans and groups are those of the graph as it was."
             )
+
+    def _copied(self, first: Factor, second: Factor) -> Iterator[str]:
+        """Tell where channels of one are copied to those of the other, by which their widths are not coupled."""
+        space = self.analysis.space
+        for call in channel_copies(self.analysis.calls):
+            sides = call.axes[call.arguments["self"]], call.output_axes[0]
+            read, made = (set(space.factors(axes[call.arguments["dim"]])) for axes in sides)
+            for source, result in ((first, second), (second, first)):
+                if read.intersection(space.leaves(source)) and made.intersection(space.leaves(result)):
+                    yield (
+                        f"  {source.name} - {result.name}: joined only by a copy of channels ({call.place}), whose "
+                        "table follows both: each has a width of its own."
+                    )
 
     def _told(self, name: str, leaf: Factor) -> str:
         pin = _pin_of(leaf)

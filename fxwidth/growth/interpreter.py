@@ -16,9 +16,10 @@ from fxwidth.growth import (  # noqa: F401  (they fill the table of transfers)
     reduction,
 )
 from fxwidth.growth.call_view import AxisFacts, CallView
+from fxwidth.growth.lasting import written_by
 from fxwidth.growth.pointwise import pass_pointwise
 from fxwidth.growth.ranges import ANYTHING, Range, refuse_not_finite, result_range
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, RefusedError, State, States
+from fxwidth.growth.states import CONSTANT, RefusedError, State, States, meet
 from fxwidth.growth.tape_index import Slot, tape_index
 from fxwidth.growth.transfers import NO_TRANSFER, transfer_of
 from fxwidth.recording.tape import OpCall, storage_of
@@ -60,6 +61,8 @@ class Interpretation:
         self._ranges: dict[Tensor, Range] = {}
         self._by_storage: dict[int, dict[Tensor, Tensor]] = {}
         self._most: dict[Tensor, States] = {}
+        self._started: dict[Tensor, States] = {}
+        self._rewritten: dict[str, None] = {}
         self.refusal: RefusedError | None = None
         self.progress = -1
         self.needed: set[Slot] = set()
@@ -70,7 +73,7 @@ class Interpretation:
     def run(self) -> Interpretation:
         """Follow the new channels along the tape."""
         self._follow()
-        while self.refusal is None and self._less_in_training():
+        while self.refusal is None and (self._less_in_training() | self._less_in_next_call()):
             for found in (self.states, self._ranges, self._by_storage, self.needed, self.norms, self.sources):
                 found.clear()
             self._follow()
@@ -83,6 +86,7 @@ class Interpretation:
             try:
                 self._pass(call)
             except RefusedError as refusal:
+                self._told(refusal, call)
                 self.refusal, self.progress = refusal, call.index
                 return
         # What training alone does comes last: its ops have no index on the tape, and read what is on it.
@@ -106,6 +110,24 @@ class Interpretation:
                 self._most[other] = both
                 found = True
         return found
+
+    def _less_in_next_call(self) -> bool:
+        """Note what holds for less of a tensor at the end of a call, if that writes to it, than at its beginning."""
+        found = False
+        for name, _ in self._slots:
+            fake = self._analysis.parameters[name].fake
+            if self.states[fake] != self._started[fake]:
+                self._most[fake] = self.states[fake]
+                self._rewritten[name] = None
+                found = True
+        return found
+
+    def _told(self, refusal: RefusedError, call: OpCall) -> None:
+        """Add to a refusal what of the next calls is the reason, if it is."""
+        if call in self._index.kept_as:
+            refusal.args = (f"{refusal}, and {self._index.kept_as[call]} keeps the result for the next call",)
+        if self._rewritten:
+            refusal.args = (f"{refusal}, once a call has written to {', '.join(map(repr, self._rewritten))}",)
 
     # -- what calls ask and tell (see `growth_states.Observer`) ------------------------------------------------------
 
@@ -180,7 +202,8 @@ class Interpretation:
         states = [self._slots.get((name, dim), CONSTANT) for dim in range(len(entry.axes))]
         origins = frozenset((name, dim) for dim in range(len(entry.axes)) if (name, dim) in self._slots)
         self._store(entry.fake, tuple(states), origins)
-        if states and all(state & State.ZERO for state in (self._slots[slot] for slot in origins)):
+        self._started[entry.fake] = self.states[entry.fake]
+        if states and all(self.states[entry.fake][dim] & State.ZERO for _, dim in origins):
             self._ranges[entry.fake] = (0.0, 0.0)
 
     def _pass(self, call: OpCall) -> None:
@@ -200,8 +223,8 @@ class Interpretation:
         for tensor in call.inputs:
             if view.carrying(tensor):
                 origins |= self.sources.get(tensor, frozenset())
-        if call.func._schema.is_mutable:
-            self._write(call, results, origins)
+        if targets := written_by(call):
+            self._write(call, targets, results, origins)
         for (output, axes), states in zip(view.outputs, results, strict=True):
             if any(map(self._facts.carries, axes)):
                 self._store(output, states, origins)
@@ -218,19 +241,20 @@ class Interpretation:
         self.sources[tensor] = origins
         self._by_storage.setdefault(storage_of(tensor), {})[tensor] = tensor
 
-    def _write(self, call: OpCall, results: list[States], origins: frozenset[Slot]) -> None:
-        """Let all views of what an in-place op wrote have only what holds for old and written entries alike."""
-        written = ALL_ZERO
-        for (_, axes), states in zip(CallView(call, self._facts, self).outputs, results, strict=True):
-            for axis, state in zip(axes, states, strict=True):
-                if self._facts.carries(axis):
-                    written &= state
-        targets = {storage_of(output) for output in call.outputs}
-        for tensor in [alias for key in targets for alias in self._by_storage.get(key, {}).values()]:
-            axes = self._analysis.axes_of(tensor)
-            old = self.states[tensor]
-            carried = map(self._facts.carries, axes) if len(axes) == len(old) else [True] * len(old)
-            self.states[tensor] = tuple(
-                state & written if carries else CONSTANT for state, carries in zip(old, carried, strict=True)
-            )
-            self.sources[tensor] |= origins
+    def _write(self, call: OpCall, targets: list[Tensor], results: list[States], origins: frozenset[Slot]) -> None:
+        """Let all views of what an op wrote to have only what holds for old and written entries alike."""
+        returned = dict(zip(map(storage_of, call.outputs), zip(call.output_axes, results, strict=True), strict=True))
+        for key in set(map(storage_of, targets)):
+            written = State.ANY
+            if key in returned:
+                pairs = zip(*returned[key], strict=True)
+                written = meet(state for axis, state in pairs if self._facts.carries(axis))
+            for tensor in self._by_storage.get(key, {}).values():
+                axes = self._analysis.axes_of(tensor)
+                old = self.states[tensor]
+                carried = map(self._facts.carries, axes) if len(axes) == len(old) else [True] * len(old)
+                self.states[tensor] = tuple(
+                    state & written if carries else CONSTANT for state, carries in zip(old, carried, strict=True)
+                )
+                self.sources[tensor] |= origins
+                self._ranges.pop(tensor, None)

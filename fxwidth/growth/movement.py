@@ -9,7 +9,7 @@ from fxwidth.growth.call_view import CallView
 from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, of_number
 from fxwidth.growth.transfers import NO_TRANSFER, Result, family_transfer, follow, transfer
 from fxwidth.rules.family_table import as_family, is_move
-from fxwidth.rules.op_families import Move, Movement, Positions
+from fxwidth.rules.op_families import ChannelCopies, Move, Movement, Positions
 
 aten = torch.ops.aten
 
@@ -99,6 +99,14 @@ def _slice_scatter(c: CallView) -> Result:
 @transfer(aten.glu)
 def _glu(c: CallView) -> Result:
     return follow(c, c.tensor("self"), State.ZERO)
+
+
+@family_transfer(ChannelCopies)
+def _channel_copies(c: CallView) -> Result:
+    # New channels of what is copied are read by no copy, and new copies read nothing.
+    states = c.states("self")
+    states[c["dim"]] = State.ZERO
+    return [states]
 
 
 # -- tensors made from nothing, and look-ups -----------------------------------------------------------------------

@@ -27,7 +27,8 @@ def _batch_norm(c: CallView) -> Result:
             c.refuse("its batch norm normalises over new entries")
     family = as_family(c.call.func, Norm)
     assert family is not None
-    kept = c.states("input")[1] & c.entry(family.bias) & c.entry(family.mean) & State.ZERO
+    mean = ALL_ZERO if family.by_own_batch(c.call.arguments) else c.entry(family.mean)
+    kept = c.states("input")[1] & c.entry(family.bias) & mean & State.ZERO
     own = [kept if dim == 1 and c.facts.carries(a) else State.ANY for dim, a in enumerate(c.axes("input"))]
     _, *saved = c.everywhere(State.ANY)
     return [tuple(own), *saved]

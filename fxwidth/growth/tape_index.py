@@ -10,12 +10,13 @@ from torch.nn import Parameter
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor
+from fxwidth.growth.lasting import lasting, written_by
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
 
 
 class TapeIndex:
-    """The calls that matter for the outputs, and the parameter dims of an analysis, by the factors they mention."""
+    """The calls that matter for the outputs or outlast a call, and the parameter dims, by the factors they mention."""
 
     def __init__(self, analysis: Analysis) -> None:
         self._factors: dict[Axis, frozenset[Factor]] = {}
@@ -25,7 +26,11 @@ class TapeIndex:
         self.used = set(analysis.outputs)
         # Of tensors that are made of parameters and buffers, whether of buffers alone.
         self.statistics = {e.fake: not isinstance(e.tensor, Parameter) for e in analysis.parameters.values()}
-        for call in _live_calls(analysis):
+        # For which calls, but for what lasts, nothing that the model returns would change, and what that is.
+        self.kept_as: dict[OpCall, str] = {}
+        for call, lasts in _live_calls(analysis):
+            if lasts:
+                self.kept_as[call] = lasts
             self.used |= call.axes.keys()
             if call.axes and call.axes.keys() <= self.statistics.keys():
                 only_buffers = all(self.statistics[key] for key in call.axes)
@@ -56,16 +61,18 @@ class TapeIndex:
         return result
 
 
-def _live_calls(analysis: Analysis) -> list[OpCall]:
-    """Return the calls that the model's outputs depend on, in order."""
+def _live_calls(analysis: Analysis) -> list[tuple[OpCall, str]]:
+    """Return the calls that the model's outputs depend on, or what outlasts the call alone, with its name, in order."""
     # By storage, so that what is written in place through a view counts for all that show the same memory.
-    wanted = {storage_of(tensor) for tensor in analysis.outputs}
+    wanted = {**lasting(analysis), **dict.fromkeys(map(storage_of, analysis.outputs), "")}
     live = []
     for call in reversed(analysis.calls):
-        written = [*call.outputs, *(call.inputs if call.func._schema.is_mutable else ())]
-        if not wanted.isdisjoint(map(storage_of, written)):
-            live.append(call)
-            wanted.update(map(storage_of, call.inputs))
+        names = [wanted[key] for key in map(storage_of, [*call.outputs, *written_by(call)]) if key in wanted]
+        if names:
+            name = "" if "" in names else names[0]
+            live.append((call, name))
+            for key in map(storage_of, call.inputs):
+                wanted[key] = name and wanted.get(key, name)
     return live[::-1]
 
 

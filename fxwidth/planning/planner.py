@@ -23,7 +23,7 @@ from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes
 from fxwidth.planning.thresholds import by_thresholds
 from fxwidth.planning.width_multiplier import multiplied
 from fxwidth.plans import Plan
-from fxwidth.runtime.contexts import plain_surroundings
+from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.selection.error_curves import Errors, extended
 from fxwidth.weights.readers import wiring_of
@@ -89,7 +89,6 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
     return plan_with_evidence(width_graph, options_from(PlanOptions, options))[0]
 
 
-@plain_surroundings()
 def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
     """Return the plan that `plan` makes, and the evidence that it was made from; None without a budget.
 
@@ -98,6 +97,10 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
+    return looking_at(width_graph.analysis.module, lambda: _planned(width_graph, options))
+
+
+def _planned(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
     units = _units(width_graph, options)
     if options.target is not None:
         return _BudgetProblem(width_graph, units, options).solved(options)

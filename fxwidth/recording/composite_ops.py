@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxwidth.recording.channel_copies import copied_channels, copies_as_one_op
 from fxwidth.runtime.module_state import is_plain_layer
 from fxwidth.runtime.trace_guards import UntraceableError
 
@@ -229,6 +230,7 @@ _WHOLE: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: attention,
     MULTI_HEAD_ATTENTION: _attention_inside,
     _WEIGHT_NORM: _weight_norm,
+    copied_channels: copies_as_one_op,
     _PAD_PACKED: _pad_packed,
     **{layer: _gate_by_gate(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **{
@@ -243,6 +245,7 @@ PLAIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.fxwidth.rms_norm.default: torch.rms_norm,
     torch.ops.fxwidth.attention.default: FUSED_ATTENTION,
     torch.ops.fxwidth.weight_norm.default: _WEIGHT_NORM,
+    torch.ops.fxwidth.copied_channels.default: copied_channels,
     torch.ops.fxwidth.pad_packed_sequence.default: _PAD_PACKED,
 }
 

@@ -9,8 +9,8 @@ from torch import fx
 from fxwidth.serialization.graph_pickling import pickle_as_data
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
-EXAMPLES = "fxwidth_examples"
-NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY)
+EXAMPLES, UNTIED = "fxwidth_examples", "fxwidth_untied"
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED)
 
 
 class InMemory(tuple[Any, ...]):

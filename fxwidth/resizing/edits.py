@@ -15,6 +15,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.gradients.informed_rows import InformedRows
 from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
+from fxwidth.reconstruction.copied_channels import copy_tables
 from fxwidth.reconstruction.unfitted_uses import unfitted_uses
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import ChannelSelection
@@ -29,6 +30,7 @@ from fxwidth.rewriting.metadata import renew_metadata
 from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_behind, original_of
 from fxwidth.rewriting.successors import successor
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.rules.copies import channel_copies
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.finiteness import is_sound
 from fxwidth.runtime.tensor_slots import set_slot, tensor_slots
@@ -122,6 +124,9 @@ def prepare_edits(
     if folds:
         rotated = [group.factor for group in selection.bases]
         missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
+    copies = copy_tables(analysis, maps, moments if options.fold else None) if known.copies is None else known.copies
+    calls = channel_copies(analysis.calls)
+    maps = maps.with_tables({call.index: table for call, table in zip(calls, copies, strict=True)})
     _refuse_infinite(analysis, tensors)
     replacements = _replacements(analysis, maps, tensors)
     fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
@@ -144,6 +149,7 @@ def prepare_edits(
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(analysis, maps),
+        "copies": list(copies),
         "not_refitted": missed,
         "original": original,
         "directions": name_of(options.directions) if selection.growing else None,

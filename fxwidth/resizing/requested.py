@@ -43,12 +43,14 @@ class Known:
         blind: whether channels are kept without a look at values, which are about to be loaded.
         norms: the variance ratios of norms that were found with values, by the names of their gains.
         kept: which channels the values that are about to be loaded have kept, for the record.
+        copies: what copies of channels read after it, where that was found with values.
     """
 
     evidence: Evidence | None = None
     blind: bool = False
     norms: Mapping[str, float] | None = None
     kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    copies: Sequence[list[int]] | None = None
 
 
 def requested(width_graph: WidthGraph, plan: Mapping[str, int | Sequence[int]], exact: bool) -> Requested:

@@ -123,6 +123,12 @@ def _literal(position: int, name: str, argument: str, *ops: OpOverloadPacket) ->
     return apply
 
 
+def _table(state: NodeState) -> None:
+    """Give copies of channels the numbers that they read now: as many as there are channels by now."""
+    (call,) = state.calls
+    set_argument(state.node, 1, "table", resized_call(call, state.maps)[1]["table"])
+
+
 def _norm(position: int, name: str, eps_position: int, *ops: OpOverloadPacket) -> Callable[[NodeState], None]:
     shape = _literal(position, name, "normalized_shape", *ops)
 
@@ -262,6 +268,7 @@ _PATCHES: dict[str, Callable[[NodeState], None]] = {
     "group_norm": _literal(1, "num_groups", "group", aten.native_group_norm),
     "pad": _literal(1, "pad", "pad", aten.constant_pad_nd),
     "repeat": _literal(1, "repeats", "repeats", aten.repeat),
+    "copied_channels": _table,
     "tile": _literal(1, "dims", "repeats", aten.repeat),
     **{f"conv{n}d": _literal(6, "groups", "groups", aten.convolution) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _literal(6, "groups", "groups", aten.convolution) for n in (1, 2, 3)},

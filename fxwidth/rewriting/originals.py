@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import MethodType
@@ -32,7 +32,7 @@ from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.module_copies import moved, put_copies, shallow_copies
-from fxwidth.runtime.module_state import restored, same_values, walk
+from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
 from fxwidth.runtime.tensor_slots import Slots, copies_of, overwrite, set_slot, substituted, tensor_slots
 
@@ -148,14 +148,12 @@ def _trained_on_values(analysis: Analysis, original: nn.Module, slots: Slots) ->
         return False
     leaves, structures = flatten_each(analysis.inputs, (Tensor,))
     real = [torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
-    with suppress(Exception), torch.no_grad(), quiet(), restored(original) as held:
-        registered = {id(tensor) for tensor, _ in slots.values()}
-        others = [tensor for tensor in held.tensors if id(tensor) not in registered]
-        with same_values(others), substituted(original, copies_of(slots), slots, nullcontext):
-            with training(original):
-                invoke(original, _ORIGINALS[analysis.module].arguments, rebuild_each(structures, real))
-            switch_modes(original)
-            return True
+    replaced = substituted(original, copies_of(slots), slots, restored)
+    with suppress(Exception), torch.no_grad(), quiet(), replaced:
+        with training(original):
+            invoke(original, _ORIGINALS[analysis.module].arguments, rebuild_each(structures, real))
+        switch_modes(original)
+        return True
     return False
 
 

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,12 +18,19 @@ from fxwidth.rewriting.optimizers import Optimizers, optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
 from fxwidth.runtime.kept_objects import SIMPLE
-from fxwidth.runtime.module_state import handing_on, is_plain_layer, kept_by, walk
+from fxwidth.runtime.module_state import finish, handing_on, is_plain_layer, kept_by, values_taken, walk
 from fxwidth.runtime.tensor_slots import overwrite
 
 _Result = TypeVar("_Result")
 # Of these the contents are put back too; what a model keeps in objects of other classes is not written to.
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
+# The modules that the transactions under way put back, by identity.
+_UNDER_WAY: ContextVar[frozenset[int]] = ContextVar("under_way", default=frozenset())
+
+
+def is_put_back(module: nn.Module) -> bool:
+    """Tell whether a transaction is under way that puts a module back, should it end before its time."""
+    return id(module) in _UNDER_WAY.get()
 
 
 class Transaction:
@@ -48,6 +56,8 @@ class Transaction:
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unfinished: list[Any] = []
+        self._modules = frozenset(map(id, modules))
         parts = list({id(part): part for module in modules for _, part in walk(module)}.values())
         # What is deeper in attributes than below, on classes, and what the code of the modules reaches elsewhere.
         self._reached = kept_by(parts)
@@ -67,12 +77,17 @@ class Transaction:
 
     def run(self, work: Callable[[], _Result]) -> _Result:
         """Return what the work returns; if it is ended by an exception or by Ctrl-C, nothing has changed."""
+        outer = _UNDER_WAY.get()
         try:
-            with plain_surroundings(), handing_on(self._run, self._reached) if self._run is not None else nullcontext():
+            _UNDER_WAY.set(outer | self._modules)
+            handing = handing_on(self._run, self._reached) if self._run is not None else nullcontext()
+            with plain_surroundings(), values_taken(self._unfinished), handing:
                 return work()
         except BaseException:
             self.roll_back()
             raise
+        finally:
+            _UNDER_WAY.set(outer)
 
     def overwrite(self, tensor: Tensor, values: Tensor) -> None:
         """Give a tensor other values, in place."""
@@ -100,6 +115,7 @@ class Transaction:
                 steps.callback(setattr, kind, "forward", forward)
             for tensor, values in self._values.values():
                 steps.callback(overwrite, tensor, values)
+            steps.callback(finish, self._unfinished)
             steps.callback(self.undo.close)
             steps.callback(self._global_state.put_back)
 

@@ -4,6 +4,7 @@ from fxwidth.rules import (  # noqa: F401
     attention,
     boxes,
     contraction,
+    copies,
     indexing,
     movement,
     normalization,

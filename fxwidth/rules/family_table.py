@@ -12,6 +12,7 @@ from fxwidth.rules.op_families import (
     Arithmetic,
     Attention,
     Cell,
+    ChannelCopies,
     Convolution,
     Elementwise,
     Family,
@@ -84,6 +85,8 @@ def _operand_names(family: Family) -> Iterable[str]:
             return "input", "weight", "bias", "transposed", "groups"
         case Attention():
             return "query", "key", "value"
+        case ChannelCopies():
+            return "self", "table", "dim"
         case _:
             return ()
 

@@ -209,6 +209,11 @@ class LookUp:
 
 
 @dataclass(frozen=True)
+class ChannelCopies:
+    """Channels of `self` along `dim`, copied to where the numbers in `table` say; each side has a width of its own."""
+
+
+@dataclass(frozen=True)
 class Positions:
     """An op over positions that treats all channels alike.
 
@@ -252,6 +257,7 @@ Family = (
     | Reduction
     | Movement
     | LookUp
+    | ChannelCopies
     | Positions
     | Elementwise
 )

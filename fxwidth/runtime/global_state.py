@@ -22,8 +22,10 @@ from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 from torch.overrides import _pop_mode as pop_function_mode
+from torch.overrides import _push_mode as push_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as push_dispatch_mode
 
 from fxwidth.runtime import unseen_effects
 from fxwidth.runtime.contexts import loggers
@@ -93,7 +95,8 @@ class GlobalState:
         self._questions = [(question, question.__code__, question.__kwdefaults__) for question in questions()]
         self._loggers = [(logger, logger.disabled) for logger in loggers()]
         self._collects = gc.isenabled()
-        self._depths = len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack())
+        self._function_modes = _get_current_function_mode_stack()
+        self._dispatch_modes = _get_current_dispatch_mode_stack()
         self._pre_dispatch = _ops._len_torch_dispatch_stack_pre_dispatch()
         self._generators = Generators()
 
@@ -116,10 +119,8 @@ class GlobalState:
                 question.__code__, question.__kwdefaults__ = code, defaults
 
     def _put_back_settings(self) -> None:
-        while len(_get_current_function_mode_stack()) > self._depths[0]:
-            pop_function_mode()
-        while len(_get_current_dispatch_mode_stack()) > self._depths[1]:
-            pop_dispatch_mode()
+        _put_back_modes(self._function_modes, _get_current_function_mode_stack, pop_function_mode, push_function_mode)
+        _put_back_modes(self._dispatch_modes, _get_current_dispatch_mode_stack, pop_dispatch_mode, push_dispatch_mode)
         while _ops._len_torch_dispatch_stack_pre_dispatch() > self._pre_dispatch:
             _ops._pop_mode_from_pre_dispatch()
         for module, name, value in self._set:
@@ -148,6 +149,16 @@ def _put_back(owner: Any, before: Any) -> None:
     for name in now.keys() - before.keys():
         if isinstance(owner, type) and any(name in vars(base) for base in owner.__mro__[1:]):
             delattr(owner, name)
+
+
+def _put_back_modes(
+    before: list[Any], stack: Callable[[], list[Any]], pop: Callable[[], object], push: Callable[[Any], object]
+) -> None:
+    """Make a stack of modes what it was: torch takes modes off for a while, too, the caller's among them."""
+    while (now := stack())[: len(before)] != before[: len(now)] or len(now) > len(before):
+        pop()
+    for mode in before[len(now) :]:
+        push(mode)
 
 
 def _set_item(space: dict[str, Any], name: str, value: Any) -> None:

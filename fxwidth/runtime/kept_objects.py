@@ -193,6 +193,14 @@ def holds(value: Any, *kinds: type) -> bool:
     return issubclass(type(value), kinds)
 
 
+def stand_ins(value: Any) -> list[FakeTensor]:
+    """Return the fake tensors in a value, a list, a tuple or a dict."""
+    if issubclass(type(value), (dict, list, tuple)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [tensor for part in parts for tensor in stand_ins(part)]
+    return [value] if issubclass(type(value), FakeTensor) else []
+
+
 def holds_stand_ins(value: Any) -> bool:
     """Tell whether there is something in a value that stands for tensors in a run that only looks."""
     return holds(value, FakeTensor, fx.Proxy)

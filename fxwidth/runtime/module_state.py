@@ -85,11 +85,13 @@ class Held:
 
     Attributes:
         tensors: parameters, buffers and tensors in attributes.
+        unregistered: those that are neither parameters nor buffers, also outside of the modules.
         own: what is kept in the modules.
         outside: what their code reaches elsewhere.
     """
 
     tensors: list[Tensor]
+    unregistered: list[Tensor]
     own: Kept
     outside: Kept
 
@@ -106,21 +108,31 @@ class Held:
 
 def held_by(module: nn.Module) -> Held:
     """Return what modules hold now."""
-    own, outside = kept_by([part for _, part in walk(module)])
-    return Held(own.tensors, own, outside)
+    return _held(module, *kept_by([part for _, part in walk(module)]))
+
+
+def _held(module: nn.Module, own: Kept, outside: Kept) -> Held:
+    slots = [slots.values() for _, part in walk(module) for slots in (part._parameters, part._buffers)]
+    registered = {id(tensor) for tensors in slots for tensor in tensors}
+    others = [tensor for tensor in own.tensors if id(tensor) not in registered]
+    # Weights of other models are large, and no forward pass writes to them.
+    others += [one for one in outside.tensors if id(one) not in registered and not isinstance(one, nn.Parameter)]
+    return Held(own.tensors, list({id(tensor): tensor for tensor in others}.values()), own, outside)
 
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[Held]:
     """Give modules back all that their code has overwritten, be it with fake tensors or with anything else.
 
-    The values of tensors are in the care of others; that they have been written to is forgotten.
+    The values of parameters and buffers are in the care of others; that they have been written to is forgotten.
     """
     own, outside = _kept_by(module)
+    held = _held(module, own, outside)
     with _restoring((own, outside), lambda _: True) as tensors:
         versions = list(map(_version, tensors))
         try:
-            yield Held(tensors, own, outside)
+            with same_values(held.unregistered):
+                yield held
         finally:
             for tensor, version in zip(tensors, versions, strict=True):
                 _set_version(tensor, version)
@@ -138,18 +150,50 @@ def _restoring(kept: tuple[Kept, Kept], chosen: Callable[[Any], bool]) -> Iterat
             outside.put_back(chosen)
 
 
+_Values = list[tuple[Tensor, Tensor, int | None]]
+# Of the runs under way: what they give back when they end, where whoever waits for them takes it.
+_GIVEN_BACK: ContextVar[list[_Values] | None] = ContextVar("given_back", default=None)
+
+
 @contextmanager
 def same_values(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Give tensors back the values that code has written over, as if it had not."""
     before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in tensors if not tensor.is_meta]
+    unfinished = _GIVEN_BACK.get()
+    if unfinished is not None:
+        unfinished.append(before)
+    has_ended = False
+    try:
+        yield
+        has_ended = True
+    finally:
+        # What ends an op on its way may come between its writing and the count of that.
+        _give_back([one for one in before if not has_ended or one[2] is None or one[0]._version != one[2]])
+        if unfinished is not None:
+            unfinished.pop()
+
+
+@contextmanager
+def values_taken(unfinished: list[_Values]) -> Iterator[None]:
+    """Let a list hold, for a while, what runs that are under way will give back: all of it if they are ended."""
+    token = _GIVEN_BACK.set(unfinished)
     try:
         yield
     finally:
-        with torch.inference_mode():
-            for tensor, values, version in before:
-                if version is None or tensor._version != version:
-                    tensor.copy_(values)
-                    _set_version(tensor, version)
+        _GIVEN_BACK.reset(token)
+
+
+def finish(unfinished: list[_Values]) -> None:
+    """Give tensors back the values that ended runs have not; their versions may say already that they had."""
+    for before in reversed(unfinished):
+        _give_back(before)
+
+
+def _give_back(before: _Values) -> None:
+    with torch.inference_mode():
+        for tensor, values, version in before:
+            tensor.copy_(values)
+            _set_version(tensor, version)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -219,14 +263,3 @@ def stores(module: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
         for name, value in (*part._buffers.items(), *part.__dict__.items()):
             if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers" and holds(value, kind):
                 yield (f"{path}.{name}" if path else name), part
-
-
-def keeps_tensors(part: nn.Module) -> bool:
-    """Tell whether code of others has left fake tensors of a run in attributes of a module, its parts aside."""
-    if type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule):
-        return False
-    return any(
-        holds(value, FakeTensor)
-        for name, value in part.__dict__.items()
-        if type(value) not in SIMPLE and name not in _MANAGED and name != "_buffers"
-    )

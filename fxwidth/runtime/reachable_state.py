@@ -189,7 +189,7 @@ class _Reach:
 
 
 _FUNCTIONS = (types.FunctionType, functools._lru_cache_wrapper)
-_PLAIN = (SIMPLE - {types.FunctionType, types.MethodType}) | {Tensor, nn.Parameter}
+_PLAIN = (SIMPLE - {types.FunctionType, types.MethodType}) | {nn.Parameter}
 _WAYS: tuple[tuple[Any, Callable[[_Reach, Any], object]], ...] = (
     (types.FunctionType, _Reach._add_function),
     (types.MethodType, lambda reach, value: reach.add_all((value.__func__, value.__self__))),
@@ -201,7 +201,8 @@ _WAYS: tuple[tuple[Any, Callable[[_Reach, Any], object]], ...] = (
     (type, _Reach._add_class),
     (types.ModuleType, _Reach._add_python_module),
     (nn.Module, _Reach._add_other_model),
-    ((Tensor, fx.Graph, fx.Node, weakref.ref), lambda _, __: None),
+    (Tensor, lambda reach, value: reach.kept.tensors.append(value)),
+    ((fx.Graph, fx.Node, weakref.ref), lambda _, __: None),
 )
 
 

@@ -92,15 +92,18 @@ def substituted(
     replacements: Mapping[str, Tensor],
     slots: Slots | None = None,
     restoring: Callable[[nn.Module], AbstractContextManager[Any]] = undisturbed,
-) -> Iterator[None]:
-    """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`."""
+) -> Iterator[Any]:
+    """Run a module with other tensors in the place of its parameters and buffers, named as by `tensor_slots`.
+
+    Yields what `restoring` does.
+    """
     slots = tensor_slots(module) if slots is None else slots
-    with restoring(module):
+    with restoring(module) as held:
         try:
             for name, replacement in replacements.items():
                 for holder, attribute in slots[name][1]:
                     set_slot(holder, attribute, replacement)
-            yield
+            yield held
         finally:
             for name in replacements:
                 original, places = slots[name]

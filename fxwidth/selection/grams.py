@@ -16,6 +16,7 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.recording.tape import OpCall
+from fxwidth.rules.copies import channel_copies
 from fxwidth.runtime.tensor_slots import real_rows
 from fxwidth.statistics.moment import Moment, effective_rows
 from fxwidth.statistics.moments import Moments
@@ -170,6 +171,10 @@ def each_grams(wiring: Wiring, group: ChannelGroup, moments: Moments) -> Iterato
         own = reader_grams(wiring, readers, group.factor, moments)
         if own is not None:
             yield own
+    for call in channel_copies(wiring.analysis.calls):
+        own = _copy_grams(wiring.analysis.space, call, group.factor, moments.contracted.get((call.index, "self")))
+        if own is not None:
+            yield own
     for squares in _product_squares(wiring.analysis, group.factor, moments):
         total = squares.sum()
         if float(total) > 0:
@@ -196,6 +201,24 @@ def reader_grams(wiring: Wiring, readers: ReaderSet, factor: Factor, moments: Mo
         return None
     activation, weight = (_together(parts) for parts in zip(*found, strict=True))
     rows = torch.full((len(activation),), effective_rows(moment), dtype=activation.dtype, device=activation.device)
+    return Grams(activation, weight, moment.precision, rows)
+
+
+def _copy_grams(space: FactorSpace, call: OpCall, factor: Factor, moment: Moment | None) -> Grams | None:
+    """Return the evidence from a call that copies channels: it makes of each the channel itself, once for each copy."""
+    axis = call.axes[call.arguments["self"]][call.arguments["dim"]]
+    if moment is None or not (occurrences := channel_positions(space, axis, factor)):
+        return None
+    S = moment.second
+    read = torch.tensor([source for source in call.arguments["table"] if source >= 0], dtype=torch.int64)
+    copies = torch.bincount(read, minlength=len(S)).to(S)
+    energy = float((copies * S.diagonal()).sum())
+    if energy <= 0:
+        return None
+    D = torch.diag(copies / energy)
+    places = [place for positions in occurrences for place in torch.from_numpy(positions).to(S.device).T]
+    activation, weight = (torch.stack([one[place[:, None], place] for place in places]) for one in (S, D))
+    rows = torch.full((len(places),), effective_rows(moment), dtype=S.dtype, device=S.device)
     return Grams(activation, weight, moment.precision, rows)
 
 

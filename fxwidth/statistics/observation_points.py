@@ -17,8 +17,9 @@ from fxwidth.bases.linear_groups import linear_products
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
+from fxwidth.rules.copies import channel_copies
 from fxwidth.runtime.finiteness import accumulation_dtype
-from fxwidth.weights.readers import Reader, argument_name, wiring_of
+from fxwidth.weights.readers import argument_name, wiring_of
 from fxwidth.weights.shared_readers import reader_sets
 
 NORMS = {"layer norm": True, "RMS norm": False}
@@ -124,23 +125,32 @@ def _moments(width_graph: WidthGraph) -> Iterator[Probe]:
             continue  # with as many groups as samples, each sees its own sample: no batch is like another
         places: dict[object, None] = {}
         for reader in readers.readers:
-            place = _place(reader, writes)
+            source = reader.call.arguments[reader.source]
+            place = _place(reader.call, source, reader.source_dim, reader.minor, writes)
             places[place] = None
             dims = (reader.source_dim,)
             first.setdefault(place, Probe(reader.call, reader.source, Measure.MOMENT, dims, reader.minor, False, ()))
         keys_of.setdefault(tuple(places), []).extend(reader.key for reader in readers.readers)
+    for call in channel_copies(analysis.calls):
+        # Which of the kept channels is nearest to one that goes is a question of the same moments.
+        source = call.arguments["self"]
+        dim = call.arguments["dim"] % source.dim()
+        if width_graph.roles.is_parameter(source) or not resizable(analysis, [call.axes[source][dim]]):
+            continue
+        place = _place(call, source, dim, 1, writes)
+        first.setdefault(place, Probe(call, "self", Measure.MOMENT, (dim,), 1, False, ()))
+        keys_of.setdefault((place,), []).append((call.index, "self"))
     for together, keys in keys_of.items():
         for place in together:
             yield replace(first[place], keys=tuple(dict.fromkeys(keys)), places=len(together))
 
 
-def _place(reader: Reader, writes: dict[int, list[int]]) -> object:
-    """Return what tells the values that a reader sees from others: query, key and value may read one activation."""
-    tensor = reader.call.arguments[reader.source]
+def _place(call: OpCall, tensor: Tensor, dim: int, minor: int, writes: dict[int, list[int]]) -> object:
+    """Return what tells the values that a call sees from others: query, key and value may read one activation."""
     storage = storage_of(tensor)
     # The same memory, not written to in between.
-    version = bisect_left(writes.get(storage, []), reader.call.index)
-    layout = tensor.storage_offset(), tensor.shape, tensor.stride(), reader.source_dim, reader.minor
+    version = bisect_left(writes.get(storage, []), call.index)
+    layout = tensor.storage_offset(), tensor.shape, tensor.stride(), dim, minor
     return storage, version, layout
 
 

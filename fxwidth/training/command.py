@@ -22,6 +22,7 @@ from fxwidth.training.interrupts import StopRequest
 from fxwidth.training.loop import TrainingConfig, TrainingResult, evaluate, fit
 from fxwidth.training.networks import SEED_RESNET, build_network, input_channels
 from fxwidth.training.outputs import write_outputs
+from fxwidth.untying.untie_copies import untie_copies
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Evolve the widths of PyTorch networks.")
 
@@ -118,7 +119,8 @@ def _prepare(model: str, data: ImageData, device: torch.device) -> tuple[GraphMo
     network = build_network(model, in_channels=channels, num_classes=len(data.classes), image_size=data.image_size).to(
         device
     )
-    return trace(network, data.normalize(data.test.images[:2])), data
+    # Streams that are joined by tiles alone are to have widths of their own.
+    return untie_copies(trace(network, data.normalize(data.test.images[:2]))), data
 
 
 def _run(

@@ -212,7 +212,7 @@ def test_what_is_kept_once_may_be_forgotten(keep: Callable[[Any, Tensor], Any], 
     assert not gm.graph.find_nodes(op="call_module", target="2")
 
 
-COUNTS = {"calls": 0, "mean": 0.0}
+COUNTS: dict[str, Any] = {"calls": 0, "mean": 0.0}
 
 
 def count_outside(_: Part, __: Tensor) -> float:
@@ -283,6 +283,16 @@ def handed_on(part: Any, h: Tensor) -> Tensor:
     return h + before.mean() if isinstance(before, Tensor) else h
 
 
+def kept_in_object(part: Any, h: Tensor) -> Tensor:
+    before, part.box.value = part.box.value, h.detach()
+    return h + before.mean() if isinstance(before, Tensor) else h
+
+
+def kept_outside(_: Any, h: Tensor) -> Tensor:
+    before, COUNTS["last"] = COUNTS.get("last"), h.detach()
+    return h if before is None else h + before.mean()
+
+
 def only_kept(part: Any, h: Tensor) -> Tensor:
     part.last = h.detach()
     return h
@@ -295,13 +305,15 @@ class WithPast(nn.Module):
         super().__init__()
         self.past = past
         self.up, self.down = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
-        self.last, self.state, self.many = None, None, list[Tensor]()
+        self.last, self.state, self.many, self.box = None, None, list[Tensor](), Box()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.past(self, torch.relu(self.up(x))))
 
 
-@pytest.mark.parametrize("past", [one_kept, all_kept, handed_on], ids=lambda past: past.__name__)
+@pytest.mark.parametrize(
+    "past", [one_kept, all_kept, handed_on, kept_in_object, kept_outside], ids=lambda past: past.__name__
+)
 def test_a_tensor_that_the_next_call_reads_keeps_its_size(past: Callable[[Any, Tensor], Tensor]) -> None:
     """What is done to it there is in no tape of the first call: a mean takes new channels in."""
     wg = fxwidth.analyze(fxwidth.trace(WithPast(past).double(), rows()))

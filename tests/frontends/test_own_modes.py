@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxwidth
-from fxwidth import FxwidthWarning, tracing
+from fxwidth import FxwidthWarning
+from fxwidth.tracing import front_end_attempts
 from fxwidth.verification.replay_oracle import largest_difference
 from tests.oracles.judges import randomise
 from tests.oracles.untouched import differences, snapshot
@@ -214,7 +215,7 @@ def test_the_graph_has_the_modes_of_its_model(
     kind: type[nn.Module], state: str, exported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exported:
-        monkeypatch.setattr(tracing, "symbolic_graph", refused)
+        monkeypatch.setattr(front_end_attempts, "symbolic_graph", refused)
     model = STATES[state](kind)
     before = snapshot(model)
     with warnings.catch_warnings():
@@ -317,7 +318,7 @@ def test_a_graph_inside_of_a_larger_model_leaves_the_modes_it_was_found_in(
     kind: type[nn.Module], exported: bool, mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exported:
-        monkeypatch.setattr(tracing, "symbolic_graph", refused)
+        monkeypatch.setattr(front_end_attempts, "symbolic_graph", refused)
     plain = Around(set_by_hand(kind, mode))
     around = Around(fxwidth.trace(copy.deepcopy(plain.body), rows()))
     before = snapshot(around)

@@ -239,6 +239,39 @@ def test_containers_are_put_back_as_they_were(name: str, looks: bool) -> None:
         fxwidth.spectrum(wg, data=[x])
 
 
+class Writing(nn.Module):
+    """Writes to a plain tensor what it knows without its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(1.0)
+        OUTSIDE.mul_(2.0)
+        return x * self.total.sum()
+
+
+OUTSIDE = torch.ones(2)
+
+
+def test_plain_tensors_that_a_called_part_writes_to_keep_their_values() -> None:
+    root = nn.ModuleDict({"up": nn.Linear(WIDTH, HIDDEN), "part": Writing(), "down": nn.Linear(HIDDEN, OUT)})
+    graph = fx.Graph()
+    value = graph.placeholder("x")
+    for name in root:
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    gm, x = fx.GraphModule(root, graph), rows().float()
+    with untouched(gm.part, OUTSIDE):
+        wg = fxwidth.analyze(gm, x)
+        fxwidth.cost_polynomial(wg, "activation_memory")
+        fxwidth.plan(wg, params=0.7, data=[x])
+        fxwidth.spectrum(wg, data=[x])
+    assert OUTSIDE.tolist() == [1, 1]
+    assert gm.part.total.tolist() == [0, 0, 0]
+
+
 # -- the graph -------------------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ to free it: Nothing: which entries are chosen depends on all that are there.""",
 'parts.looked_up' keeps its width of 24 (parts.looked_up.weight dim 0, parts.looked_up.bias dim 0)
 reason: the dimension is looked up by index, in index at node getitem
 to free it: Nothing, while entries are known by their numbers. Where indices are a regular part of the dimension, \
-take it with slices, split or chunk: these follow a resize.""",
+take it with slices, split or chunk: these follow a resize; constant indices do after fxwidth.untie_copies.""",
     "unknown": """\
 'parts.unknown' keeps its width of 24 (parts.unknown.weight dim 0, parts.unknown.bias dim 0)
 reason: no rule for this op, in fxwidth_tests::halves_swapped at node halves_swapped_default

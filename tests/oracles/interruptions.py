@@ -12,6 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fxwidth
@@ -38,6 +40,11 @@ _OWNERS = (nn.Module, Tensor, torch, functional, torch.autograd.Function, builti
 class Counter:
     """Counts the calls of the package's functions, and interrupts one of them.
 
+    Attributes:
+        count: of all calls.
+        functions: the numbers of the calls of each function.
+        leaving: of these the calls by which contexts put back what they have changed.
+
     Args:
         at: which one is interrupted; none by default.
         since: the name of a function from whose first call on calls are counted.
@@ -47,6 +54,7 @@ class Counter:
     def __init__(self, at: int | None = None, since: str = "", places: tuple[str, ...] = ()) -> None:
         self.count = 0
         self.functions: dict[str, list[int]] = {}
+        self.leaving: dict[str, list[int]] = {}
         self._at = at
         self._since = since
         self._places = (_PACKAGE, *places)
@@ -65,6 +73,8 @@ class Counter:
         if self._at is None and not _is_under_dispatch(frame):
             name = f"{code.co_filename}:{code.co_firstlineno}"
             self.functions.setdefault(name, []).append(self.count)
+            if _is_left(frame):
+                self.leaving.setdefault(name, []).append(self.count)
         elif self.count == self._at:
             raise KeyboardInterrupt
 
@@ -73,6 +83,15 @@ def _is_under_dispatch(frame: FrameType | None) -> bool:
     """Tell whether torch's exporter is called back by code in C++, which an exception may not pass everywhere."""
     while frame is not None:
         if frame.f_code is proxy_tensor.proxy_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_left(frame: FrameType | None) -> bool:
+    """Tell whether a context of the package is being left, which puts things back."""
+    while frame is not None:
+        if frame.f_code is contextlib._GeneratorContextManager.__exit__.__code__:
             return True
         frame = frame.f_back
     return False
@@ -100,6 +119,19 @@ def counted(
     return counter
 
 
+@dataclass
+class Work:
+    """Something to be interrupted, and all that it could change."""
+
+    run: Callable[[], object]
+    modules: list[nn.Module]
+    optimizer: Optimizer | None = None
+    objects: list[object] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        return state_of(*self.modules, optimizer=self.optimizer, objects=self.objects)
+
+
 def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: Iterable[object] = ()) -> dict[str, Any]:
     """Return all that a resize could change, in a form that can be compared by `differences`."""
     result: dict[str, Any] = {}
@@ -108,6 +140,9 @@ def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: I
             place = f"{number}:{path}"
             for name, value in part.__dict__.items():
                 result[f"{place}.{name}"] = _seen(value)
+                result[f"{place}.{name} numbers"] = [
+                    _bits(one) for one in pytree.tree_leaves(value) if isinstance(one, Tensor)
+                ]
             for name, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None:
                     hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
@@ -147,6 +182,13 @@ def state_of(*modules: nn.Module, optimizer: Optimizer | None = None, objects: I
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return the names of what is not as it was."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def assert_undone(work: Work, points: Iterable[int], since: str = "") -> None:
+    before = work.state()
+    for point in points:
+        counted(work.run, point, since)
+        assert not differences(before, work.state()), f"interrupted at call {point}"
 
 
 def _seen(value: Any) -> Any:

@@ -140,7 +140,8 @@ def check_permutations(probe: Probe, seed: int = 0) -> None:
         maps = maps_of(probe, {factor: shuffled(factor.size, generator)})
         operands = [take(*pair, maps) for pair in zip(probe.operands, probe.operand_axes, strict=True)]
         expected = [take(*pair, maps) for pair in zip(probe.results, probe.result_axes, strict=True)]
-        assert same(probe.run(operands), expected), f"{probe.sample.op}: permuting {factor} is not seen in the result"
+        actual = run_prescribed(probe, maps, operands) if probe.sample.names_channels else probe.run(operands)
+        assert same(actual, expected), f"{probe.sample.op}: permuting {factor} is not seen in the result"
 
 
 def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
@@ -155,8 +156,21 @@ def check_prescription(probe: Probe, kept: Mapping[Factor, Indices]) -> None:
             run_prescribed(probe, maps, fakes)
         return
     if not any(call.contractions or call.reductions for call in probe.analysis.calls):
-        for tensor, result, axes in zip(actual, probe.results, probe.result_axes, strict=True):
+        # What names a channel that is gone names nothing any more, as if the channel were zero.
+        results = probe.run(_without_removed(probe, maps)) if probe.sample.names_channels else probe.results
+        for tensor, result, axes in zip(actual, results, probe.result_axes, strict=True):
             assert same([_old_part(tensor, axes, maps)], [_old_part(take(result, axes, maps), axes, maps)])
+
+
+def _without_removed(probe: Probe, maps: IndexMaps) -> list[Tensor]:
+    """Return the operands at their old sizes with zeros for the entries that a resize removes."""
+    operands = []
+    for operand, axes in zip(probe.operands, probe.operand_axes, strict=True):
+        for dim, axis in enumerate(axes):
+            gone = np.setdiff1d(np.arange(axis_size(axis)), maps.indices(axis))
+            operand = operand.index_fill(dim, torch.from_numpy(gone), 0)
+        operands.append(operand)
+    return operands
 
 
 def run_prescribed(probe: Probe, maps: IndexMaps, operands: Sequence[Tensor]) -> list[Tensor]:

@@ -66,7 +66,8 @@ class Sample:
     """A call, how many factors must be free in it, and how many operand dims must be fixed.
 
     `by_value` is False where results are random, or the CPU lacks the kernel; `cautious` is True where the rule fixes
-    or couples what a lenient kernel would let go: positions, and statistics that are not read.
+    or couples what a lenient kernel would let go: positions, and statistics that are not read. `names_channels` is True
+    where numbers among the arguments name channels, and go with these as the literal rule says.
     """
 
     op: str
@@ -76,6 +77,7 @@ class Sample:
     keywords: dict[str, Any]
     by_value: bool
     cautious: bool
+    names_channels: bool = False
 
     def overload(self) -> Any:
         namespace, _, name = self.op.rpartition("::")

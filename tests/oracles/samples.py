@@ -26,10 +26,11 @@ def row(
     /,
     by_value: bool = True,
     cautious: bool = False,
+    names_channels: bool = False,
     **keywords: Any,
 ) -> None:
     """Add a row."""
-    ROWS.append(Sample(op, free, pinned, arguments, keywords, by_value, cautious))
+    ROWS.append(Sample(op, free, pinned, arguments, keywords, by_value, cautious, names_channels))
 
 
 # -- contractions: a dim shared by both operands, one for each alone --
@@ -92,6 +93,12 @@ row(
     lambda s: [t(s.n, s.c, s.h, s.w), t(s.d, s.c, 1, 3), None, [1] * 2, [0] * 2, [1] * 2, False, [0] * 2, 1],
 )
 row("_convolution", 4, 4, lambda s: [*_conv(s, 2, (3 * s.a, s.b), 3 * s.a, groups=3), False, False, True, True])
+
+# -- copies of channels: both sides are free, and the numbers follow both --
+_COPIED = "fxwidth::copied_channels"
+row(_COPIED, 4, 0, lambda s: [t(s.n, s.c, s.h), [*range(s.c), *range(s.c - 1)], 1], names_channels=True)
+row(_COPIED, 3, 0, lambda s: [t(s.c, s.n), [1, 0, -1, 2, 1, 1, -1, 0], 0], names_channels=True)
+row(_COPIED, 4, 0, lambda s: [t(s.n, 2 * s.c, s.d), [*range(s.d), -1, 0, 0, 1], -1], names_channels=True)
 
 # -- normalisation --
 _NORM = lambda s: [t(s.n, s.c, s.h, s.w), t(s.c), t(s.c)]  # noqa: E731 - a table's shorthand

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,20 +18,7 @@ import fxwidth
 from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
 from fxwidth.rewriting import transaction as module
 from fxwidth.rewriting.transaction import Transaction
-from tests.oracles.interruptions import counted, differences, state_of
-
-
-@dataclass
-class Work:
-    """Something to be interrupted, and all that it could change."""
-
-    run: Callable[[], object]
-    modules: list[nn.Module]
-    optimizer: Optimizer | None = None
-    objects: list[object] = field(default_factory=list)
-
-    def state(self) -> dict[str, Any]:
-        return state_of(*self.modules, optimizer=self.optimizer, objects=self.objects)
+from tests.oracles.interruptions import Work, assert_undone, counted, differences, state_of
 
 
 def convolutions() -> nn.Module:
@@ -191,13 +177,6 @@ CASES = (
     with_data, rotated, rotated_untouched, normed, grown, lowered, evolved, evolved_graph, evolved_beside_a_graph,
     passed, evolver, named_and_scored,
 )  # fmt: skip
-
-
-def assert_undone(work: Work, points: Iterable[int], since: str = "") -> None:
-    before = work.state()
-    for point in points:
-        counted(work.run, point, since)
-        assert not differences(before, work.state()), f"interrupted at call {point}"
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
