@@ -840,7 +840,7 @@ FAULTS: tuple[Fault, ...] = (
         ("test_options.py::test_batches_of_an_iterator_are_there_in_every_round",),
     ),
     Fault(
-        "fxwidth/options.py",
+        "fxwidth/option_values.py",
         "the largest width is compared with the least before it is aligned",
         "most < -(-least // align) * align",
         "most < least",

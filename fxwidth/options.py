@@ -1,4 +1,4 @@
-"""The options of `plan` and `resize`: each is typed and validated here alone, and all are carried whole from here on.
+"""The options of `plan` and `resize`: each is typed here alone, and all are carried whole from here on.
 
 What each of them does is told by `fxwidth.plan` and `fxwidth.resize`.
 """
@@ -8,17 +8,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
-from functools import partial
 from inspect import Parameter, signature
 from typing import Any, TypedDict, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
 from fxwidth.growth.directions import Direction, check_directions, needs_of
-from fxwidth.plain_numbers import is_integer, plain_number
+from fxwidth.option_values import (
+    check_budget,
+    check_limits,
+    check_switches,
+    check_thresholds,
+    patterns,
+    width_classes,
+)
+from fxwidth.plain_numbers import plain_number
 from fxwidth.registration import name_of
 from fxwidth.rewriting.optimizers import Optimizers, refuse_other_than_optimizers
 from fxwidth.selection.registry import Selection, check_selection
@@ -100,14 +106,14 @@ class PlanOptions:
         refuse_other_than_batches(self.data)
         for name in _NUMBERS:
             object.__setattr__(self, name, plain_number(getattr(self, name)))
-        _check_limits(self.min_width, self.max_width, self.align)
-        _check_thresholds(self.shrink_energy, self.grow_energy, self.grow_step)
-        _check_switches({"exact": self.exact, "rotate": self.rotate})
+        check_limits(self.min_width, self.max_width, self.align)
+        check_thresholds(self.shrink_energy, self.grow_energy, self.grow_step)
+        check_switches({"exact": self.exact, "rotate": self.rotate})
         # Patterns are gone through more than once.
         for name in ("only", "keep"):
-            object.__setattr__(self, name, _patterns(getattr(self, name), name))
-        object.__setattr__(self, "same_width", _classes(self.same_width))
-        _check_budget(self.budget, self.params)
+            object.__setattr__(self, name, patterns(getattr(self, name), name))
+        object.__setattr__(self, "same_width", width_classes(self.same_width))
+        check_budget(self.budget, self.params)
         if self.target is not None:
             self._refuse_given(_THRESHOLDS, "decides without a budget; under one, widths go by what readers miss")
         elif not self.grow_step and self.grow_energy != type(self).grow_energy:
@@ -172,9 +178,9 @@ class ResizeOptions:
         check_selection(self.selection)
         check_directions(self.directions)
         refuse_other_than_batches(self.data)
-        _check_switches({name: getattr(self, name) for name in ("rotate", "fold", "exact", "reader_step")})
+        check_switches({name: getattr(self, name) for name in ("rotate", "fold", "exact", "reader_step")})
         if self.recalibrate is not None:
-            _check_switches({"recalibrate": self.recalibrate})
+            check_switches({"recalibrate": self.recalibrate})
         if self.recalibrate and self.data is None:
             raise FxwidthError("recalibrate=True needs data= to run the network on.")
         _check_task(self)
@@ -299,62 +305,3 @@ def _refuse_unknown(given: Iterable[str], kinds: Sequence[type]) -> None:
             kind = known[near[0]] if near else kinds[0]
             hint = f"did you mean {near[0]}=? " if near else ""
             raise FxwidthError(f"{name}= is no option of {_OWNERS[kind]}; {hint}They are {', '.join(_names(kind))}.")
-
-
-def _check_budget(budget: Any, params: Any) -> None:
-    """Check that there is one budget at most, and that it is one."""
-    if budget is not None and not isinstance(budget, Budget):
-        raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
-    if params is not None and budget is not None:
-        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
-    if params is not None:
-        Budget(params=params)
-
-
-def _check_limits(least: Any, most: Any, align: Any) -> None:
-    above = () if most is None else (("max_width", most),)
-    for name, value in (("min_width", least), ("align", align), *above):
-        if not is_integer(value) or value < 1:
-            raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
-    if most is not None and most < -(-least // align) * align:
-        raise FxwidthError(
-            f"no width lies between min_width={least} and max_width={most} with align={align}; "
-            "widen the range or lower align."
-        )
-
-
-def _check_thresholds(shrink: Any, grow: Any, step: Any) -> None:
-    if not isinstance(shrink, (int, float)) or not 0 <= shrink < 1:
-        raise FxwidthError(f"shrink_energy={shrink!r} must lie in [0, 1): a share of the spectrum.")
-    if not isinstance(grow, (int, float)) or not 0 <= grow <= 1:
-        raise FxwidthError(f"grow_energy={grow!r} must lie in [0, 1]: a share of the spectrum.")
-    if not is_integer(step) or step < 0:
-        raise FxwidthError(f"grow_step={step!r} must be an integer of at least 0: channels to add.")
-
-
-def _check_switches(switches: Mapping[str, Any]) -> None:
-    for name, value in switches.items():
-        if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
-            raise FxwidthError(f"{name}={value!r} must be True or False.")
-
-
-def _patterns(given: Any, option: str) -> str | list[str] | None:
-    """Return one pattern, or several as a list."""
-    if given is None or isinstance(given, str):
-        return given
-    if not isinstance(given, Iterable):
-        raise FxwidthError(f"{option}= takes names or patterns of groups, but received {given!r}.")
-    patterns = list(given)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise FxwidthError(f"{option}= takes names or patterns of groups, but received {pattern!r}.")
-    return patterns
-
-
-def _classes(given: Any) -> str | list[Any] | None:
-    """Return what groups get one width, as strings and lists of them."""
-    if given is None or isinstance(given, str):
-        return given
-    if not isinstance(given, Iterable):
-        raise FxwidthError(f"same_width= takes patterns of groups, but received {given!r}.")
-    return list(map(partial(_patterns, option="same_width"), given))

@@ -1,0 +1,75 @@
+"""What may be given for options: the checks of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fxwidth.costs.budget import Budget
+from fxwidth.errors import FxwidthError
+from fxwidth.plain_numbers import is_integer
+
+
+def check_budget(budget: Any, params: Any) -> None:
+    """Check that there is one budget at most, and that it is one."""
+    if budget is not None and not isinstance(budget, Budget):
+        raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
+    if params is not None and budget is not None:
+        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
+    if params is not None:
+        Budget(params=params)
+
+
+def check_limits(least: Any, most: Any, align: Any) -> None:
+    """Check bounds of widths."""
+    above = () if most is None else (("max_width", most),)
+    for name, value in (("min_width", least), ("align", align), *above):
+        if not is_integer(value) or value < 1:
+            raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
+    if most is not None and most < -(-least // align) * align:
+        raise FxwidthError(
+            f"no width lies between min_width={least} and max_width={most} with align={align}; "
+            "widen the range or lower align."
+        )
+
+
+def check_thresholds(shrink: Any, grow: Any, step: Any) -> None:
+    """Check shares of a spectrum, and how many channels are added."""
+    if not isinstance(shrink, (int, float)) or not 0 <= shrink < 1:
+        raise FxwidthError(f"shrink_energy={shrink!r} must lie in [0, 1): a share of the spectrum.")
+    if not isinstance(grow, (int, float)) or not 0 <= grow <= 1:
+        raise FxwidthError(f"grow_energy={grow!r} must lie in [0, 1]: a share of the spectrum.")
+    if not is_integer(step) or step < 0:
+        raise FxwidthError(f"grow_step={step!r} must be an integer of at least 0: channels to add.")
+
+
+def check_switches(switches: Mapping[str, Any]) -> None:
+    """Check options that are true or false, by their names."""
+    for name, value in switches.items():
+        if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+            raise FxwidthError(f"{name}={value!r} must be True or False.")
+
+
+def patterns(given: Any, option: str) -> str | list[str] | None:
+    """Return one pattern, or several as a list."""
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, Iterable):
+        raise FxwidthError(f"{option}= takes names or patterns of groups, but received {given!r}.")
+    found = list(given)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise FxwidthError(f"{option}= takes names or patterns of groups, but received {pattern!r}.")
+    return found
+
+
+def width_classes(given: Any) -> str | list[Any] | None:
+    """Return what groups get one width, as strings and lists of them."""
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, Iterable):
+        raise FxwidthError(f"same_width= takes patterns of groups, but received {given!r}.")
+    return list(map(partial(patterns, option="same_width"), given))
