@@ -26,7 +26,7 @@ from benchmarks.support.machine import machine
 from benchmarks.support.measures import GIB, Clock, exponent, peak, told
 from benchmarks.support.results import options_of, write
 from benchmarks.support.tables import header, heading, line
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 
 LAYERS = (10, 20, 40, 80)
 TOKENS = 16

@@ -29,7 +29,7 @@ import fxwidth
 from benchmarks.support.machine import processor
 from benchmarks.support.results import options_of, write
 from benchmarks.support.tables import header, heading, line
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.loop import TrainingConfig, fit
 from fxwidth.training.outputs import HISTORY_FILE, MODEL_FILE

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.trained_networks import Images, TransformerBlock
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.networks import TiledResidualBlock
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {

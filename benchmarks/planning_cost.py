@@ -31,7 +31,7 @@ from benchmarks.support.machine import machine
 from benchmarks.support.measures import MIB, Clock, forget_peak, peak, told
 from benchmarks.support.results import options_of, read_record, write, write_record
 from benchmarks.support.tables import header, heading, line
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.reconstruction.basis_change import rotation

@@ -29,7 +29,7 @@ from benchmarks.support.children import in_child
 from benchmarks.support.machine import machine
 from benchmarks.support.results import options_of, write
 from benchmarks.support.tables import header, heading, line
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 
 MODELS = ("resnet18", "resnet50")
 SIZE = 224

@@ -34,7 +34,7 @@ from benchmarks.shrinking_tables import COUNTS, OURS, PEER, PEER_AGAIN, SHARES, 
 from benchmarks.support.results import options_of
 from benchmarks.trained_networks import NETWORKS, Images, load_images, loss_and_accuracy, train_epochs, trained
 from fxwidth.costs import counts
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 
 BATCH = 128
 _BISECTIONS = 12

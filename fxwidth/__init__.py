@@ -8,7 +8,8 @@ from fxwidth.checkpoint import load, save
 from fxwidth.costs.budget import Budget
 from fxwidth.costs.registry import cost, cost_polynomial
 from fxwidth.errors import FxwidthError, FxwidthWarning
-from fxwidth.evolution import Evolver, evolve
+from fxwidth.evolution.evolve import evolve
+from fxwidth.evolution.evolver import Evolver
 from fxwidth.group_spectra import GroupSpectrum, spectrum
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph

@@ -256,7 +256,7 @@ def test_integers_may_be_of_any_kind(kind: Callable[..., Any]) -> None:
     assert {type(bound) for bound in budget.bounds.values()} == {int}
     gm = fxwidth.trace(trained_like(conv()), X)
     counts = {"every": held(kind, 2), "start": held(kind, 1), "rounds": held(kind, 1)}
-    evolver = fxwidth.Evolver(gm, **counts, params=held(kind, fxwidth.evolution.parameter_count(gm) // 2))
+    evolver = fxwidth.Evolver(gm, **counts, params=held(kind, fxwidth.evolution.evolver.parameter_count(gm) // 2))
     assert [evolver.step(X) is not None for _ in range(4)] == [False, False, True, False]
     assert json.loads(json.dumps(evolver.history)) == evolver.history
 
@@ -288,7 +288,7 @@ def test_what_is_no_integer_is_refused(value: Any) -> None:
     for name in ("grow_step", "min_width", "align"):
         with pytest.raises(FxwidthError, match=f"{name}=.* must be an integer"):
             PlanOptions(**{name: value})
-    with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, a whole number"):
+    with pytest.raises(FxwidthError, match="every= is 'epoch' or the number of steps between resizes, a whole number"):
         fxwidth.Evolver(None, every=value)  # type: ignore[arg-type]
 
 

@@ -90,13 +90,13 @@ def stepped_readers(
     slots = tensor_slots(module)
     present = {name: slots[name][0].detach() for name, _ in columns}
     steps = _steps(_gradients(module, present, seen, loss), columns)
-    before = _loss(module, {}, kept, loss)
+    before = mean_loss(module, {}, kept, loss)
     told = {"loss_before": before, "loss_after": before, "length": 0.0}
     best: dict[str, Tensor] = {}
     unit = _unit(present, steps, columns)
     for length in _LENGTHS if unit > 0 else ():
         moved = {name: tensor + length * unit * steps[name] for name, tensor in present.items()}
-        after = _loss(module, moved, kept, loss)
+        after = mean_loss(module, moved, kept, loss)
         if after < told["loss_after"]:
             best, told = moved, {"loss_before": before, "loss_after": after, "length": length}
     return best, told
@@ -140,7 +140,18 @@ def _unit(present: Mapping[str, Tensor], steps: Mapping[str, Tensor], columns: M
     return min(lengths, default=0.0)
 
 
-def _loss(module: fx.GraphModule, tensors: Mapping[str, Tensor], batches: Sequence[Batch], loss: Loss) -> float:
+def mean_loss(module: fx.GraphModule, tensors: Mapping[str, Tensor], batches: Sequence[Batch], loss: Loss) -> float:
+    """Return the mean loss over batches, in the mode of the module, with some tensors in the place of its own.
+
+    Args:
+        module: is left as it was.
+        tensors: by the names of those that they stand for.
+        batches: values for its inputs, and targets.
+        loss: a function of its output and the targets; returns the mean over a batch.
+
+    Raises:
+        FxwidthError: the module does not run on a batch, or the loss does not return one finite number.
+    """
     total, samples = 0.0, 0
     with left_as_it_is(module, evaluates=False), torch.no_grad(), substituted(module, tensors):
         for values, targets in batches:

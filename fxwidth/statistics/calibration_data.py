@@ -230,6 +230,22 @@ class Gathered:
         if place < len(self.batches):
             self.batches[place] = batch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept, and how many have been seen."""
+        return {"batches": list(self.batches), "seen": self._seen, "random": self._random.getstate()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on where another one was.
+
+        Raises:
+            FxwidthError: the state is none of these.
+        """
+        if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
+            raise FxwidthError(f"the state of gathered batches is {type(state).__name__}, and not what was saved.")
+        self.batches, self._seen = list(state["batches"]), state["seen"]
+        version, numbers, spare = state["random"]
+        self._random.setstate((version, tuple(numbers), spare))
+
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches that are kept."""
         return iter(self.batches)

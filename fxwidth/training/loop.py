@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from fxwidth.errors import FxwidthError
-from fxwidth.evolution import Evolver, parameter_count
+from fxwidth.evolution.evolver import Evolver, parameter_count
 from fxwidth.options import PlanOptions
 from fxwidth.runtime.contexts import evaluating
 from fxwidth.tracing.analyze import analyze

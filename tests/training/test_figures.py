@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import fxwidth
 from fxwidth import evolution
-from fxwidth.evolution import Evolver
+from fxwidth.evolution.evolver import Evolver
 from fxwidth.training import command, loop, outputs
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.images import ImageData

@@ -13,7 +13,7 @@ from PIL import Image
 
 import fxwidth
 from fxwidth import FxwidthError
-from fxwidth.evolution import parameter_count
+from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.curves import save_curves
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.images import ImageData

@@ -104,7 +104,7 @@ def test_evolver_grows_a_network_that_is_too_narrow() -> None:
 def test_bad_evolvers() -> None:
     gm = fxwidth.trace(network(), torch.randn(2, 1, 8, 8))
     for every in (0, 1.5, True, "a"):
-        with pytest.raises(FxwidthError, match="every= is the number of steps between resizes, a whole number"):
+        with pytest.raises(FxwidthError, match="every= is 'epoch' or the number of steps between resizes, a whole"):
             fxwidth.Evolver(gm, every=every)  # type: ignore[arg-type]
     for start in (-1, 0.5, None):
         with pytest.raises(FxwidthError, match=r"start= is the number of steps before .* of at least 0, but received"):

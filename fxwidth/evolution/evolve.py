@@ -1,0 +1,86 @@
+"""All steps of a resize in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Unpack
+
+from torch import fx, nn
+
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.planning.planner import Plan, plan_with_evidence
+from fxwidth.resizing.resize import resize_analyzed
+from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
+from fxwidth.rewriting.originals import resize_transaction
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.trace import trace
+
+
+@tells_options(PlanOptions, ResizeOptions)
+def evolve(
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    optimizer: Optimizers | None = None,
+    **options: Unpack[EvolveKeywords],
+) -> fx.GraphModule:
+    """Trace a model, plan new widths by its spectra, and resize it.
+
+    Args:
+        model: any module or GraphModule. The returned graph is the model to use from now on; a GraphModule is resized
+            itself, another module if its own code does at the new widths what the graph does, and else stays as it was:
+            see `fxwidth.resize`.
+        example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
+        example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+        optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
+        options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
+            `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
+
+    Raises:
+        FxwidthError: the model, the inputs or the options cannot be used; nothing has changed. So it is after any other
+            exception, Ctrl-C included.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.evolve(net, torch.randn(2, 8), params=0.5)
+        >>> sum(parameter.numel() for parameter in gm.parameters())
+        95
+    """
+    planning, resizing = both_options(options, optimizer)
+    modules = [model] if isinstance(model, nn.Module) else []
+    for module in modules:
+        check_optimizer(optimizer, module)
+    transaction = resize_transaction(*modules, optimizer=optimizer)
+
+    def work() -> fx.GraphModule:
+        module = trace(model, example_inputs, example_kwargs)
+        return planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)[1]
+
+    return transaction.run(work)
+
+
+def planned_and_resized(
+    width_graph: WidthGraph,
+    planning: PlanOptions,
+    resizing: ResizeOptions,
+    transaction: Transaction,
+    revise: Callable[[Plan], Plan] | None = None,
+) -> tuple[Plan, fx.GraphModule]:
+    """Plan and resize from the same evidence, so that it is gathered once.
+
+    Args:
+        width_graph: the graph, which has just been analysed.
+        planning: how to plan.
+        resizing: how to resize.
+        transaction: that of which this is a part.
+        revise: makes of the plan the one to be carried out.
+    """
+    # A plan counts on those changes of basis alone that the resize will make.
+    chosen, evidence = plan_with_evidence(width_graph, replace(planning, rotate=resizing.rotates))
+    chosen = chosen if revise is None else revise(chosen)
+    # Without a budget a plan does not look at the data, and a resize still can.
+    return chosen, resize_analyzed(width_graph, chosen, resizing, evidence=evidence, transaction=transaction)
