@@ -251,7 +251,7 @@ def both_options(
     Args:
         given: the keywords.
         optimizer: that of the resize.
-        later: batches that are still to come, by which growth goes that looks at the task where no data are given.
+        later: batches that are still to come, which stand for data where there is a loss and no data are given.
 
     Raises:
         FxwidthError: one of them is no option of either, is out of range, or contradicts another.
@@ -261,7 +261,7 @@ def both_options(
     # What an iterator gives is for both.
     given = {**given, "data": replayed(given.get("data"))}
     grows_by_task = bool(given.get("reader_step") or needs_of(given.get("directions", "orthogonal")))
-    if given["data"] is None and grows_by_task:
+    if given["data"] is None and (grows_by_task or given.get("loss") is not None):
         given["data"] = later
     planning, resizing = (
         {name: value for name, value in given.items() if name in _names(kind)} for kind in (PlanOptions, ResizeOptions)

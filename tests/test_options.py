@@ -32,11 +32,15 @@ RESIZE = {
     "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
     "exact": True, "directions": "orthogonal", "loss": None, "reader_step": False,
 }  # fmt: skip
+EVOLVER: dict[str, Any] = {
+    "every": 200, "start": 0, "rounds": None, "overshoot": 1.0, "breath": 1.25, "breaths": None, "stop": None,
+    "patience": None, "cooldown": 2, "policy": None,
+}  # fmt: skip
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: PLAN,
     fxwidth.resize: RESIZE,
     fxwidth.evolve: PLAN | RESIZE,
-    fxwidth.Evolver: PLAN | RESIZE | {"every": 200, "start": 0, "rounds": None},
+    fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,
 }

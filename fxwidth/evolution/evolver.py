@@ -316,9 +316,9 @@ class Evolver:
         known = self._progress
         kept = {}
         for name, width in plan.widths.items():
-            direction, event = known.turns.get(name, (0, 0))
-            is_recent = known.event - event <= self._settings.cooldown
-            if not is_recent or direction == (1 if width > width_graph[name].width else -1):
+            own = 1 if width > width_graph[name].width else -1
+            direction, event = known.turns.get(name, (own, 0))
+            if direction == own or known.event - event > self._settings.cooldown:
                 kept[name] = width
         return Plan(kept, plan.notes)
 
