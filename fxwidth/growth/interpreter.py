@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import and_
 
 from torch import Tensor
 
@@ -116,8 +117,9 @@ class Interpretation:
         found = False
         for name, _ in self._slots:
             fake = self._analysis.parameters[name].fake
-            if self.states[fake] != self._started[fake]:
-                self._most[fake] = self.states[fake]
+            both = tuple(map(and_, self.states[fake], self._started[fake]))
+            if both != self._started[fake]:
+                self._most[fake] = both
                 self._rewritten[name] = None
                 found = True
         return found
