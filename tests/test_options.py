@@ -172,6 +172,8 @@ def test_a_wrong_option_is_refused_before_anything_is_looked_at(route: str) -> N
     tried = [(options, words) for options, kinds, words in WRONG if set(kinds.split()) & set(belongs.split())]
     assert len(tried) > 7
     for options, words in tried:
+        if route == "Evolver" and words.startswith("loss= needs data="):
+            continue  # training gives them
         # What is no model at all would be told as such by whoever looked at it.
         with pytest.raises(FxwidthError, match=words):
             run(None, **options)

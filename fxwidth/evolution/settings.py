@@ -46,7 +46,7 @@ class Settings:
     has_target: bool
 
     def __post_init__(self) -> None:
-        if self.every != EPOCH:
+        if not self.by_epoch:
             self._take("every", _count("every", self.every, "'epoch' or the number of steps between resizes", 1))
         for name, (meaning, least) in _COUNTS.items():
             if getattr(self, name) is not None or name in ("start", "cooldown"):
@@ -54,7 +54,7 @@ class Settings:
         for name, meaning in _RATIOS.items():
             self._take(name, _ratio(name, getattr(self, name), meaning))
         self._check_policy()
-        if self.patience is not None and self.every != EPOCH:
+        if self.patience is not None and not self.by_epoch:
             raise FxwidthError(
                 f"patience={self.patience} waits for epochs without a better metric; give every='epoch' too, and call "
                 "evolver.epoch(metric) after each."
@@ -63,12 +63,12 @@ class Settings:
     @property
     def by_epoch(self) -> bool:
         """Whether epochs are counted, and not steps."""
-        return self.every == EPOCH
+        return isinstance(self.every, str) and self.every == EPOCH
 
     @property
     def interval(self) -> int:
         """How many steps, or epochs, lie between two events."""
-        return 1 if self.every == EPOCH else int(self.every)
+        return 1 if self.by_epoch else int(self.every)
 
     @property
     def breathes(self) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import fxwidth
-from fxwidth import evolution
+from fxwidth.evolution import evolve as evolution
 from fxwidth.evolution.evolver import Evolver
 from fxwidth.training import command, loop, outputs
 from fxwidth.training.datasets import load_dataset
