@@ -54,7 +54,8 @@ class WeightOfActivations(nn.Module):
 
 def told(model: nn.Module, x: Tensor, plan: dict[str, int], **options: object) -> set[str]:
     gm = fxwidth.trace(model.double(), x)
-    fxwidth.resize(gm, plan, data=[x], **options)
+    drops = any(width < fxwidth.analyze(gm)[name].width for name, width in plan.items())
+    fxwidth.resize(gm, plan, data=[x] if drops else None, **options)
     return set(fxwidth.report(gm).resizes[-1]["not_refitted"].values())
 
 
