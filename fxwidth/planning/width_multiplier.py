@@ -9,10 +9,8 @@ from fxwidth.axes.factors import Factor
 from fxwidth.costs.budget import Bound
 from fxwidth.planning.constraints import Class
 
-Widths = Mapping[Class, Sequence[int]]
 
-
-def multiplied(allowed: Widths, bounds: Sequence[Bound]) -> dict[Class, int] | None:
+def multiplied(allowed: Mapping[Class, Sequence[int]], bounds: Sequence[Bound]) -> dict[Class, int] | None:
     """Return the widths that are the largest multiple of the present ones within some bounds; None where none is.
 
     What a channel more would bring is not known before it is trained, and estimates of it feed some groups and starve

@@ -81,7 +81,8 @@ def _sharing(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
     own = {id(tensor) for module in modules for tensor, _ in tensor_slots(module).values()}
     known = set(map(id, modules))
     found = []
-    for graph in list(_ORIGINALS):
+    # Of no modules there is nothing to share: most steps of an Evolver resize none.
+    for graph in list(_ORIGINALS) if own else ():
         tensors = chain(graph.parameters(), graph.buffers())
         if id(graph) not in known and not own.isdisjoint(map(id, tensors)):
             found.append(graph)
