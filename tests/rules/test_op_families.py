@@ -116,7 +116,7 @@ def test_it_is_resized_as_its_twin(declared: Any, width: int) -> None:
     declared("ik,jk->ij")
     own, twin, x = _pair()
     before = own(x)
-    data = [torch.randn(64, 6, dtype=torch.float64)]
+    data = [torch.randn(64, 6, dtype=torch.float64)] if width < 8 else None  # growth does not look at any
     for model in (own, twin):
         graph = fxwidth.trace(model, x)
         plan = fxwidth.Plan({group.name: width for group in fxwidth.analyze(graph).free})
