@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
@@ -73,3 +74,12 @@ def width_classes(given: Any) -> str | list[Any] | None:
     if not isinstance(given, Iterable):
         raise FxwidthError(f"same_width= takes patterns of groups, but received {given!r}.")
     return list(map(partial(patterns, option="same_width"), given))
+
+
+def modules_in(given: Any, option: str) -> tuple[nn.Module, ...]:
+    """Return one module, or several, as a tuple."""
+    modules = (given,) if isinstance(given, nn.Module) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise FxwidthError(f"{option}= takes a module, or a list of them, but received {type(module).__name__}.")
+    return modules

@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, fields
 from inspect import Parameter, signature
 from typing import Any, TypedDict, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
@@ -21,6 +21,7 @@ from fxwidth.option_values import (
     check_limits,
     check_switches,
     check_thresholds,
+    modules_in,
     patterns,
     width_classes,
 )
@@ -70,6 +71,7 @@ class ResizeKeywords(_CommonKeywords, total=False):
     fold: bool
     directions: Direction
     reader_step: bool
+    also: Sequence[nn.Module]
 
 
 class EvolveKeywords(PlanKeywords, ResizeKeywords, total=False):
@@ -172,6 +174,7 @@ class ResizeOptions:
     directions: Direction = "orthogonal"
     loss: Loss | None = None
     reader_step: bool = False
+    also: Sequence[nn.Module] = ()
 
     def __post_init__(self) -> None:
         refuse_other_than_optimizers(self.optimizer)
@@ -179,6 +182,7 @@ class ResizeOptions:
         check_directions(self.directions)
         refuse_other_than_batches(self.data)
         check_switches({name: getattr(self, name) for name in ("rotate", "fold", "exact", "reader_step")})
+        object.__setattr__(self, "also", modules_in(self.also, "also"))
         if self.recalibrate is not None:
             check_switches({"recalibrate": self.recalibrate})
         if self.recalibrate and self.data is None:
@@ -192,8 +196,8 @@ class ResizeOptions:
 
     @property
     def rotates(self) -> bool:
-        """Whether groups change their basis: an optimizer's state knows that which there is, and only folds use it."""
-        return bool(self.rotate and self.fold and self.optimizer is None)
+        """Whether groups change their basis: only folds use it, and optimizers and companions know the present one."""
+        return bool(self.rotate and self.fold and self.optimizer is None and not self.also)
 
 
 _OWNERS: dict[type, str] = {PlanOptions: "fxwidth.plan", ResizeOptions: "fxwidth.resize"}

@@ -30,7 +30,7 @@ PLAN = {
 }  # fmt: skip
 RESIZE = {
     "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
-    "exact": True, "directions": "orthogonal", "loss": None, "reader_step": False,
+    "exact": True, "directions": "orthogonal", "loss": None, "reader_step": False, "also": (),
 }  # fmt: skip
 EVOLVER: dict[str, Any] = {
     "every": 200, "start": 0, "rounds": None, "overshoot": 1.0, "breath": 1.25, "breaths": None, "stop": None,
@@ -153,6 +153,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"loss": 3, "directions": "tiny", "data": [X]}, "resize", "loss=3 must be a function"),
     ({"directions": "tiny", "data": [X]}, "resize", "directions='tiny' looks at the task and needs loss="),
     ({"reader_step": True, "data": [X]}, "resize", "reader_step=True looks at the task and needs loss="),
+    ({"also": 3}, "resize", "also= takes a module, or a list of them, but received int"),
+    ({"also": [torch.nn.Linear(2, 2)]}, "resize", "also= takes copies of the graph, but received Linear. Make it from"),
     ({"reader_step": "no"}, "resize", "reader_step='no' must be True or False"),
     ({"optimizer": "Adam"}, "resize", "optimizer= takes a torch.optim.Optimizer, or a list of them, but received str"),
 ]

@@ -21,6 +21,7 @@ from fxwidth.gradients.reader_step import mean_loss
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, Loss, PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, refuse_impossible
+from fxwidth.resizing.companions import companions_of, modules_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
@@ -124,6 +125,7 @@ class Evolver:
         self.optimizer = optimizer
         # A graph without shapes, or one that does not run, is refused now and not in mid-training.
         width_graph = WidthGraph(analyze_module(gm))
+        companions_of(width_graph, self._resizing)
         target = self._planning.target
         bounds = target.bounds if target is not None else {}
         first = {name: int(cost_polynomial(width_graph, name)({})) for name in bounds}
@@ -273,7 +275,8 @@ class Evolver:
         refuse_impossible(width_graph, replace(self._planning, budget=budget, params=None))
 
     def _as_a_whole(self, due: bool, work: Any) -> Plan | None:
-        modules, optimizer = ([self.gm], self.optimizer) if due else ([], None)
+        together = [self.gm, *modules_of(self._resizing.also)]
+        modules, optimizer = (together, self.optimizer) if due else ([], None)
         transaction = resize_transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
         found: Plan | None = transaction.run(lambda: work(transaction))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -15,6 +16,13 @@ from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_us
 from fxwidth.recording.graph_meta import AXES, HISTORY, notes_of
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import select_channels
+from fxwidth.resizing.companions import (
+    companions_of,
+    modules_of,
+    options_for_companions,
+    plan_for_companions,
+    take_new_entries,
+)
 from fxwidth.resizing.edits import prepare_edits
 from fxwidth.resizing.informed_growth import InformedGrowth
 from fxwidth.resizing.requested import Known, Requested, refuse_too_narrow, requested
@@ -77,6 +85,10 @@ def resize(
         reader_step: whether what reads new channels then takes a step down the loss, which changes the function. Its
             length is that which lowers the loss most on batches held out, every fourth, in the mode that `gm` is in;
             where none does, the function stays as it was.
+        also: companions of the graph that take the same channels, such as an average of its weights or a teacher:
+            copies of it, made by `copy.deepcopy(gm)`, or wrappers that hold one as their `module`, as
+            `torch.optim.swa_utils.AveragedModel` does. New channels begin in them with what they are in the graph, so
+            that averaging goes on; bases stay as they are.
 
     Raises:
         FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other
@@ -100,7 +112,7 @@ def resize(
 
 def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
     """Do what `resize` does, with options that have been checked."""
-    transaction = resize_transaction(gm, optimizer=options.optimizer)
+    transaction = resize_transaction(gm, *modules_of(options.also), optimizer=options.optimizer)
 
     def work() -> None:
         width_graph = WidthGraph(analyze_module(gm))
@@ -133,7 +145,7 @@ def resize_analyzed(
     options, before = options or ResizeOptions(), Known(**known)
     if transaction is not None:
         return _resize(width_graph, plan, options, before, transaction)
-    whole = resize_transaction(width_graph.analysis.module, optimizer=options.optimizer)
+    whole = resize_transaction(width_graph.analysis.module, *modules_of(options.also), optimizer=options.optimizer)
     return whole.run(lambda: _resize(width_graph, plan, options, before, whole))
 
 
@@ -166,6 +178,7 @@ def _resize(
         if data is not None and wanted and has_values(width_graph.analysis):
             elsewhere = statistics_used_elsewhere(wiring_of(width_graph))
             recalibration = Recalibration(width_graph.analysis, data, elsewhere)
+        companions = companions_of(width_graph, options)
         informed = InformedGrowth.of(selection, data, options, known)
         edits = prepare_edits(selection, moments, options, known, informed.rows)
         edits.put_in_place(module, transaction)
@@ -173,6 +186,10 @@ def _resize(
             edits.recalibrate(module, recalibration, transaction)
             edits.record["not_refitted"] |= elsewhere
         informed.step(module, edits.record, transaction)
+        for companion in companions:
+            same, as_it_is = plan_for_companions(edits.record), options_for_companions(options)
+            _resize(companion, same, replace(as_it_is, data=data), Known(), transaction)
+            take_new_entries(companion.analysis.module, edits.replacements, transaction)
         if edits.update is not None:
             edits.update.commit()
         forget_noise(module)

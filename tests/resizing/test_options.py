@@ -100,6 +100,7 @@ ROWS: dict[str, Row] = {
     "recalibrate": Row(_of(False), lambda: {**HALF, "data": labelled()}),
     "fold": Row(_of(False)),
     "directions": Row(_of("random"), lambda: GROWING),
+    "also": Row(lambda gm: [copy.deepcopy(gm)]),
     "reader_step": Row(_of(True), lambda: {**GROWING, **TASK, "directions": "tiny"}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import fxwidth
 from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
@@ -155,6 +157,17 @@ def passed() -> Work:
     return Work(lambda: ResizeWidths(data=[x])(gm), [gm, model, other])
 
 
+def with_companions() -> Work:
+    model, x = convolutions(), images()
+    gm = fxwidth.trace(model, x)
+    averaged, teacher = AveragedModel(gm), copy.deepcopy(gm)
+    optimizer = stepped(gm, x)
+    plan, also = {"0": 4, "3": 6}, [averaged, teacher]
+    return Work(
+        lambda: fxwidth.resize(gm, plan, optimizer=optimizer, data=[x], also=also), [gm, model, *also], optimizer
+    )
+
+
 def evolver() -> Work:
     model, x = convolutions(), images()
     gm = fxwidth.trace(model, x)
@@ -175,7 +188,7 @@ def named_and_scored() -> Work:
 COMMIT = "put_in_place"
 CASES = (
     with_data, rotated, rotated_untouched, normed, grown, lowered, evolved, evolved_graph, evolved_beside_a_graph,
-    passed, evolver, named_and_scored,
+    passed, with_companions, evolver, named_and_scored,
 )  # fmt: skip
 
 
