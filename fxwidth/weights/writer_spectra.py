@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family, running_norm
 from fxwidth.rules.op_families import LookUp
@@ -85,11 +88,78 @@ def writer_norms(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
     return None if squares is None else squares.sqrt()
 
 
-def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Tensor]:
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """A batch norm that directly follows a writer.
+
+    Attributes:
+        gain: the norm's gain on the tape, or None.
+        variance: its running variance on the tape.
+        eps: what is added to that.
+        index: the positions of the group's channels in both, [channels, positions each].
+    """
+
+    gain: Tensor | None
+    variance: Tensor
+    eps: float
+    index: Tensor
+
+    def factors(self, wiring: Wiring, differentiable: bool) -> Tensor:
+        """Return gamma / sqrt(variance + eps), [channels, positions each]."""
+        variance = wiring.values(self.variance)
+        gain = wiring.values(self.gain, differentiable=differentiable)
+        assert variance is not None
+        factors = (variance + self.eps).rsqrt() if gain is None else gain * (variance + self.eps).rsqrt()
+        return factors[self.index.to(factors.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """Where a weight writes a group.
+
+    Attributes:
+        parameter: the name of the parameter.
+        dim: the dim that holds the channels.
+        index: their positions in it, [channels, positions each]; None for all of them in order.
+        scalings: the batch norms that follow, one for each use of the weight, if one follows each.
+    """
+
+    parameter: str
+    dim: int
+    index: Tensor | None
+    scalings: tuple[Scaling, ...]
+
+
+def writer_matrices(width_graph: WidthGraph, group: ChannelGroup, *, differentiable: bool = False) -> Iterator[Tensor]:
     """Yield the weights that write a group as [width, everything else], scaled by a batch norm that directly follows.
 
     Biases, position embeddings and per-channel parameters are left out: they hold no direction of their own.
+
+    Args:
+        width_graph: the graph.
+        group: one of its groups.
+        differentiable: whether gradients flow back to the parameters, gains included.
     """
+    for writer in writers_of(width_graph, group):
+        weight = weight_values(width_graph.analysis, writer.parameter, differentiable=differentiable)
+        rows = weight.movedim(writer.dim, 0).flatten(1)
+        index = writer.index
+        rows = rows[:, None] if index is None else rows.index_select(0, index.view(-1)).view(*index.shape, -1)
+        if writer.scalings:
+            wiring = wiring_of(width_graph)
+            scale = torch.stack([one.factors(wiring, differentiable) for one in writer.scalings]).mean(0)
+            # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
+            rows = rows * (scale if scale.shape == rows.shape[:2] else scale.mean(1, keepdim=True))[:, :, None]
+        yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
+
+
+@per_graph
+def writers_of(width_graph: WidthGraph, group: ChannelGroup) -> tuple[Writer, ...]:
+    """Return where weights write a group, once for each occurrence of the group in a dim."""
+    return tuple(_find_writers(width_graph, group))
+
+
+def _find_writers(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Writer]:
     wiring = wiring_of(width_graph)
     space = width_graph.analysis.space
     provenance = width_graph.roles.provenance
@@ -102,17 +172,13 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Te
         # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
         if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
             continue
-        weight = weight_values(width_graph.analysis, site.parameter).movedim(site.dim, 0).flatten(1)
+        found = [_batch_norm_scaling(wiring, width_graph, call, group.factor) for call in calls]
+        scalings = tuple(scaling for scaling in found if scaling is not None)
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):
-            index = torch.from_numpy(positions).to(weight.device)
-            rows = weight[index.view(-1)].view(*index.shape, -1)
-            found = [_batch_norm_scale(wiring, width_graph, call, group.factor) for call in calls]
-            scales = [scale for scale in found if scale is not None]
-            if len(scales) == len(calls):
-                scale = torch.stack(scales).mean(0)
-                # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
-                rows = rows * (scale if scale.shape == index.shape else scale.mean(1, keepdim=True))[:, :, None]
-            yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
+            is_all = positions.size == entry.tensor.shape[site.dim] and positions.shape[1] == 1
+            in_order = is_all and bool((positions[:, 0] == np.arange(len(positions))).all())
+            index = None if in_order else torch.from_numpy(positions).to(entry.tensor.device)
+            yield Writer(site.parameter, site.dim, index, scalings if len(scalings) == len(calls) else ())
 
 
 def _writes(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim) -> bool:
@@ -126,18 +192,16 @@ def _writes(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim) -> b
     return is_table and any(dim in sources for sources in provenance[1:])
 
 
-def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:
-    """Return gamma / sqrt(variance + eps) of the batch norm after an op, [channels of the factor, positions each]."""
+def _batch_norm_scaling(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Scaling | None:
+    """Return the batch norm after an op, if it is known by what it divides the channels of a factor."""
     norm = wiring.following_batch_norm(call)
     family = None if norm is None else running_norm(norm.func)
     if norm is None or family is None:
         return None
     signal: Axis = norm.axes[norm.arguments["input"]][1]
     occurrences = channel_positions(width_graph.analysis.space, signal, factor)
-    variance = wiring.values(norm.arguments[family.variance])
-    gain = wiring.values(norm.arguments["weight"])
-    if not occurrences or variance is None:
+    gain, variance = norm.arguments["weight"], norm.arguments[family.variance]
+    if not occurrences or variance is None or not wiring.roles.is_parameter(variance):
         return None
-    eps = norm.arguments[family.eps]
-    scale: Tensor = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
-    return scale[torch.from_numpy(occurrences[0]).to(scale.device)]
+    known = gain if gain is not None and wiring.roles.is_parameter(gain) else None
+    return Scaling(known, variance, norm.arguments[family.eps], torch.from_numpy(occurrences[0]))
