@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +13,12 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.rules.family_table import as_family
 from fxwidth.rules.op_families import Norm, NormKind
+from fxwidth.weights.channel_rows import channel_rows, row_index
 from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.reparametrised import normed_weights, weight_values
 
-# A parameter, one of its dims, and the positions of a group's channels in it: [channels, positions each].
-_Place = tuple[str, int, Tensor]
+# A parameter, one of its dims, and where a group's channels lie in that.
+_Place = tuple[str, int, Tensor | None]
 
 
 def channel_lengths(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
@@ -29,7 +29,9 @@ def channel_lengths(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | No
     lengths = []
     for name, dim, index in _weights(width_graph, group):
         weight = weight_values(width_graph.analysis, name, differentiable=True)
-        lengths.append(_lengths(weight.movedim(dim, 0).flatten(1), index))
+        rows = channel_rows(weight, dim, index).flatten(1)
+        real = rows.abs() if rows.is_complex() else rows
+        lengths.append(torch.linalg.vector_norm(real, dim=1, dtype=_precision(real)))
     # A norm of norms: its gradient is finite where a channel has no weights but zeros.
     return torch.linalg.vector_norm(torch.stack(_on_one_device(lengths)), dim=0) if lengths else None
 
@@ -37,17 +39,10 @@ def channel_lengths(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | No
 def gain_sizes(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
     """Return the sum of the sizes of the batch norm gains of each channel, [width]; None where there are none."""
     sizes = []
-    for name, _, index in _gains(width_graph, group):
+    for name, dim, index in _gains(width_graph, group):
         gain = width_graph.analysis.parameters[name].tensor
-        sizes.append(gain[index].abs().sum(1, dtype=_precision(gain)))
+        sizes.append(channel_rows(gain[..., None], dim, index).abs().sum((1, 2), dtype=_precision(gain)))
     return torch.stack(_on_one_device(sizes)).sum(0) if sizes else None
-
-
-def _lengths(rows: Tensor, index: Tensor) -> Tensor:
-    parts = rows if index.shape[0] == len(rows) else rows.index_select(0, index.view(-1)).view(len(index), -1)
-    real = parts.abs() if parts.is_complex() else parts
-    length: Tensor = torch.linalg.vector_norm(real, dim=1, dtype=_precision(real))
-    return length
 
 
 def _precision(tensor: Tensor) -> torch.dtype:
@@ -94,8 +89,4 @@ def _places(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[_Place]:
         entry = analysis.parameters[site.parameter]
         if isinstance(entry.tensor, nn.Parameter):
             for positions in channel_positions(analysis.space, entry.axes[site.dim], group.factor):
-                yield (
-                    site.parameter,
-                    site.dim,
-                    torch.from_numpy(np.ascontiguousarray(positions)).to(entry.tensor.device),
-                )
+                yield site.parameter, site.dim, row_index(positions, entry.tensor, site.dim)

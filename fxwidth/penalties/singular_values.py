@@ -14,7 +14,8 @@ class _RowGram(torch.autograd.Function):
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
-        return matrix @ matrix.T
+        product: Tensor = matrix @ matrix.T
+        return product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004
@@ -24,7 +25,8 @@ class _RowGram(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (matrix,) = ctx.saved_tensors
         (gradient,) = gradients
-        return (gradient + gradient.T) @ matrix
+        result: Tensor = (gradient + gradient.T) @ matrix
+        return result
 
 
 def spectral_term(matrices: Sequence[Tensor], sparsity: str | None, orthogonality: float) -> Tensor:
@@ -63,15 +65,15 @@ def spectral_term(matrices: Sequence[Tensor], sparsity: str | None, orthogonalit
 
 
 def _product(matrix: Tensor) -> Tensor:
-    product: Tensor = _RowGram.apply(matrix)  # type: ignore[no-untyped-call]
+    product: Tensor = _RowGram.apply(matrix)
     return product
 
 
 def _roots(squares: Tensor) -> Tensor:
-    """Return square roots, rounded off near zero."""
-    precision = torch.finfo(squares.dtype).eps
-    floor = precision * squares.detach().max() + _smallest(squares)
-    return (squares.clamp_min(0) + floor).sqrt() - floor.sqrt()
+    """Return square roots, rounded off near zero: x / sqrt(x + floor)."""
+    squares = squares.clamp_min(0)
+    floor = torch.finfo(squares.dtype).eps * squares.detach().max() + _smallest(squares)
+    return squares * (squares + floor).rsqrt()
 
 
 def _smallest(tensor: Tensor) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family, running_norm
 from fxwidth.rules.op_families import LookUp
 from fxwidth.runtime.finiteness import accumulation_dtype
+from fxwidth.weights.channel_rows import channel_rows, row_index
 from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import normed_weights, weight_values
 
@@ -142,9 +142,7 @@ def writer_matrices(width_graph: WidthGraph, group: ChannelGroup, *, differentia
     """
     for writer in writers_of(width_graph, group):
         weight = weight_values(width_graph.analysis, writer.parameter, differentiable=differentiable)
-        rows = weight.movedim(writer.dim, 0).flatten(1)
-        index = writer.index
-        rows = rows[:, None] if index is None else rows.index_select(0, index.view(-1)).view(*index.shape, -1)
+        rows = channel_rows(weight, writer.dim, writer.index)
         if writer.scalings:
             wiring = wiring_of(width_graph)
             scale = torch.stack([one.factors(wiring, differentiable) for one in writer.scalings]).mean(0)
@@ -175,9 +173,7 @@ def _find_writers(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Writ
         found = [_batch_norm_scaling(wiring, width_graph, call, group.factor) for call in calls]
         scalings = tuple(scaling for scaling in found if scaling is not None)
         for positions in channel_positions(space, entry.axes[site.dim], group.factor):
-            is_all = positions.size == entry.tensor.shape[site.dim] and positions.shape[1] == 1
-            in_order = is_all and bool((positions[:, 0] == np.arange(len(positions))).all())
-            index = None if in_order else torch.from_numpy(positions).to(entry.tensor.device)
+            index = row_index(positions, entry.tensor, site.dim)
             yield Writer(site.parameter, site.dim, index, scalings if len(scalings) == len(calls) else ())
 
 
