@@ -65,12 +65,12 @@ def _weights(width_graph: WidthGraph, group: ChannelGroup) -> tuple[_Place, ...]
 
 @per_graph
 def _gains(width_graph: WidthGraph, group: ChannelGroup) -> tuple[_Place, ...]:
-    known = batch_norm_gains(width_graph)
+    known = _batch_norm_gains(width_graph)
     return tuple(place for place in _places(width_graph, group) if place[0] in known)
 
 
 @per_graph
-def batch_norm_gains(width_graph: WidthGraph) -> frozenset[str]:
+def _batch_norm_gains(width_graph: WidthGraph) -> frozenset[str]:
     """Return the names of the gains of batch norms."""
     wiring, found = wiring_of(width_graph), set()
     for call in width_graph.analysis.calls:

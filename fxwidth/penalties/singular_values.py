@@ -53,13 +53,15 @@ def spectral_term(matrices: Sequence[Tensor], sparsity: str | None, orthogonalit
             gram = gram + _product(matrix)
         squared_lengths = gram.diagonal()
     energy = squared_lengths.sum().clamp_min(_smallest(gram))
+    # Of energy one, so that no power of its entries is out of the range of numbers.
+    unit = gram / energy
     result = gram.new_zeros(())
     if sparsity is not None:
-        total = _roots(torch.linalg.eigvalsh(gram)).sum()
-        result = result + (total if sparsity == "l1" else total / energy.sqrt())
+        total = _roots(torch.linalg.eigvalsh(unit)).sum()
+        result = result + (total if sparsity == "hoyer" else total * energy.sqrt())
     if orthogonality:
         # Both Gram matrices have the same sum of squares.
-        whole = (gram / energy).square().sum().clamp_min(_smallest(gram))
+        whole = unit.square().sum().clamp_min(_smallest(gram))
         result = result + orthogonality * rows * (1 - (squared_lengths / energy).square().sum() / whole)
     return result
 

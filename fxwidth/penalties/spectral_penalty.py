@@ -14,17 +14,25 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_values import patterns
-from fxwidth.penalties.channel_norms import batch_norm_gains, channel_lengths, gain_sizes
+from fxwidth.penalties.channel_norms import channel_lengths, gain_sizes
 from fxwidth.penalties.known_graphs import known_groups
 from fxwidth.penalties.singular_values import spectral_term
 from fxwidth.penalties.sums import total
 from fxwidth.plain_numbers import plain_number
 from fxwidth.planning.constraints import chosen_groups
 from fxwidth.runtime.contexts import plain_surroundings
-from fxwidth.weights.writer_spectra import writer_matrices
+from fxwidth.weights.writers import writer_matrices
 
 _Term = Callable[[WidthGraph, ChannelGroup], Tensor | None]
-_KINDS = ("spectral", "group_lasso", "batch_norm")
+# What each kind looks at.
+_OF = {
+    "spectral": "the weights that write channels",
+    "group_lasso": "the weights that write or read channels",
+    "batch_norm": "the gains of batch norms",
+}
+_KINDS = tuple(_OF)
+# How many groups an error lists.
+_SHOWN = 5
 _SPARSITIES = ("l1", "hoyer", None)
 _SPARSITY, _ORTHOGONALITY = "l1", 0.1
 
@@ -53,16 +61,18 @@ def spectral_penalty(
     W W^T and W^T W, in single precision at least, and it is the rows themselves that are made orthogonal. Where
     singular values are equal the gradient is defined; in directions that the matrix lacks, it is zero.
 
-    The groups are those of the graph as it is: after a resize they are found anew, in some milliseconds. Weights on
-    record as weight norm or spectral norm count as they are used. It is the same in both modes, and changes nothing.
+    The groups are those of the graph as it is: after a resize they are found anew, in some milliseconds. Weights that
+    are computed from parameters (weight norm, spectral norm, masks, low-rank updates) count as they are used. The
+    number is the same in both modes, and nothing is changed.
 
     It takes as long for any batch: for a resnet18, forward and backward, 1.5 times one step with 32 images of 32 x 32
     pixels (0.07 times with 224 x 224), so that it is added at every k-th step, with k times the factor.
 
     Args:
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
-        kind: "spectral"; "group_lasso", the sum over channels of the Euclidean norm of all weights of two or more dims
-            that write or read the channel; or "batch_norm", the sum of the sizes of the batch norm gains of channels.
+        kind: "spectral"; "group_lasso", the sum over channels of the Euclidean norm of all parameters of two or more
+            dims that the channel has entries in, those of weight norm and spectral norm as they are used; or
+            "batch_norm", the sum of the sizes of the batch norm gains of channels.
         sparsity: "l1", "hoyer", or None for orthogonality alone.
         orthogonality: the factor of that part, at least 0.
         only: names or patterns of the groups that count, as for `fxwidth.plan`.
@@ -72,8 +82,8 @@ def spectral_penalty(
         A number, shape [], that is differentiable by all parameters which it counts; zero where no group is free.
 
     Raises:
-        FxwidthError: it is no graph or cannot be analysed, an option or pattern cannot be used, there is no batch norm
-            for kind="batch_norm", or weights are not finite.
+        FxwidthError: it is no graph or cannot be analysed, an option or pattern cannot be used, there is nothing of the
+            kind in the groups, such as no batch norm, or weights are not finite.
 
     Source: H. Yang, M. Tang, W. Wen et al., Learning Low-rank Deep Neural Networks via Singular Vector Orthogonality
         Regularization and Singular Value Sparsification (2020); group_lasso: W. Wen, C. Wu, Y. Wang, Y. Chen and H. Li,
@@ -92,11 +102,6 @@ def spectral_penalty(
     only, keep = patterns(only, "only"), patterns(keep, "keep")
     width_graph = known_groups(gm)
     groups = chosen_groups(width_graph, only, keep)
-    if kind == "batch_norm" and groups and not batch_norm_gains(width_graph):
-        raise FxwidthError(
-            'kind="batch_norm" is the size of the gains of batch norms, but the network has none; '
-            'choose kind="group_lasso" or "spectral".'
-        )
     terms: dict[str, _Term] = {
         "spectral": partial(_of_singular_values, sparsity=sparsity, orthogonality=float(orthogonality)),
         "group_lasso": channel_lengths,
@@ -105,7 +110,19 @@ def spectral_penalty(
     # In half precision a Gram matrix would hold little.
     with plain_surroundings():
         found = [terms[kind](width_graph, group) for group in groups]
-        return total([term.sum() for term in found if term is not None], gm)
+        known = [term.sum() for term in found if term is not None]
+        if groups and not known:
+            raise FxwidthError(_nothing(kind, groups))
+        return total(known, gm)
+
+
+def _nothing(kind: str, groups: Sequence[ChannelGroup]) -> str:
+    names = ", ".join(repr(group.name) for group in groups[:_SHOWN]) + (", ..." if len(groups) > _SHOWN else "")
+    others = ", ".join(repr(other) for other in _KINDS if other != kind)
+    return (
+        f"kind={kind!r} penalises {_OF[kind]}, but there are none in the groups {names}; choose another kind "
+        f"({others}), or other groups."
+    )
 
 
 def _of_singular_values(
