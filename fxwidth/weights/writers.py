@@ -15,7 +15,7 @@ from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
-from fxwidth.recording.tape import OpCall
+from fxwidth.recording.tape import OpCall, storage_of
 from fxwidth.rules.family_table import as_family, running_norm
 from fxwidth.rules.op_families import LookUp
 from fxwidth.weights.channel_rows import channel_rows, row_index
@@ -101,7 +101,7 @@ def _find_writers(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Writ
     wiring = wiring_of(width_graph)
     provenance = width_graph.roles.provenance
     companions = {normed.companion for normed in normed_weights(width_graph.analysis).values()}
-    computed: dict[tuple[Tensor, int], list[OpCall]] = {}
+    computed: dict[object, tuple[Tensor, int, list[OpCall]]] = {}
     for site in group.sites:
         entry = width_graph.analysis.parameters[site.parameter]
         # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
@@ -109,23 +109,25 @@ def _find_writers(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Writ
             continue
         dim, calls = (site.parameter, site.dim), []
         for call, tensor in _writing(wiring, provenance, site):
-            if wiring.view(tensor) is None:
-                # What is computed of several parameters, such as a masked weight, is one weight.
-                place = tensor, next(k for k in range(tensor.dim()) if dim in provenance[tensor][k])
-                known = computed.setdefault(place, [])
-                known += [call] if call not in known else []
-            else:
+            if wiring.view(tensor) is not None:
                 calls.append(call)
+                continue
+            # What is computed of several parameters, such as a masked weight, is one weight; of one that is used twice
+            # there may be several views.
+            for k in _written_dims(call, tensor, provenance[tensor], dim):
+                seen = storage_of(tensor), tensor.shape, tensor.stride(), int(tensor.storage_offset()), k
+                known = computed.setdefault(seen, (tensor, k, []))[2]
+                known += [call] if call not in known else []
         if calls:
             yield from _of_calls(width_graph, group, site.parameter, site.dim, entry.axes[site.dim], calls)
-    for (tensor, k), calls in computed.items():
+    for tensor, k, calls in computed.values():
         yield from _of_calls(width_graph, group, tensor, k, calls[0].axes[tensor][k], calls)
 
 
 def _writing(wiring: Wiring, provenance: Mapping[Tensor, Provenance], site: Site) -> list[tuple[OpCall, Tensor]]:
     """Return the ops that make channels of a parameter's dim, and what they take for it."""
     uses, dim = wiring.uses.get(site.parameter, []), (site.parameter, site.dim)
-    found = [(call, tensor) for call, tensor in uses if _writes(call, tensor, provenance.get(tensor, ()), dim)]
+    found = [(call, tensor) for call, tensor in uses if _written_dims(call, tensor, provenance.get(tensor, ()), dim)]
     # A factor of a weight writes, or reads, as a part of that.
     outer = [one for one in found if not all(map(wiring.roles.is_parameter, one[0].inputs))]
     return outer or (found if site.role == Role.WRITER else [])
@@ -142,15 +144,20 @@ def _of_calls(
         yield Writer(weight, dim, row_index(positions, like, dim), scalings if len(scalings) == len(calls) else ())
 
 
-def _writes(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim) -> bool:
-    """Tell whether an op makes channels of a parameter's dim: not one that it sums over, nor one that it looks up."""
+def _written_dims(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim) -> list[int]:
+    """Return the dims of an operand that come from a parameter's dim and of which an op makes channels.
+
+    Those are the ones that it does not sum over, nor looks up by.
+    """
+    free: set[int] = set()
     for contraction in call.contractions:
         for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
-            if side is tensor and any(dim in provenance[k] for k in range(tensor.dim()) if k not in dims):
-                return True
+            if side is tensor:
+                free |= set(range(tensor.dim())).difference(dims)
     found = as_family(call.func, LookUp)
-    is_table = found is not None and found.slices and call.arguments[found.table] is tensor
-    return is_table and any(dim in sources for sources in provenance[1:])
+    if found is not None and found.slices and call.arguments[found.table] is tensor:
+        free |= set(range(1, tensor.dim()))
+    return [k for k in sorted(free) if k < len(provenance) and dim in provenance[k]]
 
 
 def _batch_norm_scaling(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Scaling | None:
