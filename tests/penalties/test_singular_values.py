@@ -126,3 +126,15 @@ def test_directions_that_are_not_there_get_no_gradient(rank: int, shape: tuple[i
     matrix.requires_grad_()
     spectral_term([matrix], "l1", 0).backward()
     torch.testing.assert_close(matrix.grad, left[:, :rank] @ right[:rank], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_what_is_lost_in_rounding_is_not_pulled_at(shape: tuple[int, int]) -> None:
+    # A Gram matrix in single precision does not tell whether such values are there.
+    values = torch.logspace(0, -5, 24, dtype=torch.float64)
+    for seed in range(20):
+        left, _, right = torch.linalg.svd(drawn(*shape, seed), full_matrices=False)
+        matrix = ((left * values) @ right).float().requires_grad_()
+        spectral_term([matrix], "l1", 0).backward()
+        assert matrix.grad is not None
+        assert float(torch.linalg.matrix_norm(matrix.grad, 2)) < 1.2

@@ -73,6 +73,16 @@ def test_channel_norms_by_hand() -> None:
     torch.testing.assert_close(fxwidth.spectral_penalty(gm, kind="batch_norm"), gains)
 
 
+def test_channel_norms_are_of_normed_weights() -> None:
+    gm, _ = made("normed")
+    norm = "parametrizations.weight"
+    first = torch._weight_norm(gm.get_parameter(f"0.{norm}.original1"), gm.get_parameter(f"0.{norm}.original0"), 0)
+    second = gm.get_parameter(f"2.{norm}.original")
+    second = second / (gm.get_buffer(f"2.{norm}.0._u") @ second @ gm.get_buffer(f"2.{norm}.0._v"))
+    expected = torch.linalg.vector_norm(torch.cat([first, second.T], 1), dim=1).sum()
+    torch.testing.assert_close(fxwidth.spectral_penalty(gm, kind="group_lasso", only="0*"), expected)
+
+
 @by_network
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_differences(name: str, kind: str) -> None:
@@ -94,6 +104,22 @@ def test_gradients_are_differences(name: str, kind: str) -> None:
                 parameter += sign * eps * move
             values.append(float(fxwidth.spectral_penalty(gm, **KINDS[kind])))
     assert found == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("places", [[1], [1, 3, 4], slice(None)], ids=["one", "several", "all"])
+def test_gradients_are_finite_where_channels_have_gone(kind: str, places: Any) -> None:
+    gm, _ = made("conv")
+    with torch.no_grad():
+        for name in ("2.weight", "3.weight", "5.weight", "8.weight"):
+            gm.get_parameter(name)[places if name != "8.weight" else slice(None)] = 0
+        gm.get_parameter("0.weight")[2] = gm.get_parameter("0.weight")[3]
+    found = fxwidth.spectral_penalty(gm, **KINDS[kind])
+    found.backward()
+    assert found.isfinite()
+    gradients = [parameter.grad for parameter in gm.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @by_network
