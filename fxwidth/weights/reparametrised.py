@@ -20,7 +20,7 @@ from fxwidth.analysis.def_use import def_use
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.memo import per_graph
-from fxwidth.recording.composite_ops import PLAIN_FUNCTIONS
+from fxwidth.recording import whole_op_gradients  # noqa: F401  (whole ops have gradients by it)
 from fxwidth.recording.tape import OpCall, plain_kernels, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
 from fxwidth.rules.normalization import weight_norm_dim
@@ -265,9 +265,7 @@ def _evaluated(
                 known |= {output: known[output].clone() for output in call.outputs if output in known}
             func, arguments = version(call)
             args, kwargs = unbind(func, _with_values(arguments, known))
-            # Ops of our own have no derivatives; the functions that they stand for do.
-            run = PLAIN_FUNCTIONS.get(func, func) if differentiable else func
-            known |= zip(call.outputs, tensors_in(run(*args, **kwargs)), strict=True)
+            known |= zip(call.outputs, tensors_in(func(*args, **kwargs)), strict=True)
     return known[tensor]
 
 
