@@ -66,8 +66,8 @@ def spectral_penalty(
     number is the same in both modes, and nothing is changed.
 
     It takes as long for any batch: for a resnet18 on one CPU thread, forward and backward, 1.5 times a step with 32
-    images of 32 x 32 pixels and 0.07 times one with 224 x 224; group_lasso takes a quarter of that. It can be added at every k-th step, by k times the
-    factor.
+    images of 32 x 32 pixels and 0.07 times one with 224 x 224; group_lasso takes a quarter of that. It can be added at
+    every k-th step, by k times the factor.
 
     Args:
         gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
