@@ -15,6 +15,8 @@ from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth import informed_directions  # noqa: F401  (fills the table of directions)
 from fxwidth.growth.directions import TaskMoments, growth_direction
+from fxwidth.penalties.growing_penalty import GrowingPenalty
+from fxwidth.penalties.spectral_penalty import spectral_penalty
 from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
@@ -33,6 +35,7 @@ __all__ = [
     "FxwidthError",
     "FxwidthWarning",
     "GroupSpectrum",
+    "GrowingPenalty",
     "Plan",
     "Polynomial",
     "Replacement",
@@ -52,6 +55,7 @@ __all__ = [
     "resize",
     "save",
     "selection_method",
+    "spectral_penalty",
     "spectrum",
     "trace",
     "untie_copies",

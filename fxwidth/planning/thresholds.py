@@ -8,7 +8,8 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import PlanOptions
 from fxwidth.planning.constraints import Class, Limits
-from fxwidth.weights.writer_spectra import singular_values, tail_share, writer_matrices
+from fxwidth.weights.writer_spectra import singular_values, tail_share
+from fxwidth.weights.writers import writer_matrices
 
 
 def by_thresholds(width_graph: WidthGraph, unit: Class, options: PlanOptions) -> dict[ChannelGroup, int]:

@@ -224,14 +224,14 @@ class Wiring:
         size = tuple(1 if stride == 0 else n for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return ParameterView(name, size, tensor.stride(), int(tensor.storage_offset() - whole.storage_offset()))
 
-    def values(self, tensor: Tensor | None) -> Tensor | None:
+    def values(self, tensor: Tensor | None, *, differentiable: bool = False) -> Tensor | None:
         """Return the numbers of a tensor of the tape that is a parameter or computed from parameters."""
         if tensor is None or not self.roles.is_parameter(tensor):
             return None
         view = self.view(tensor)
         if view is not None:
-            return view.of(weight_values(self.analysis, view.parameter))
-        return computed_values(self.analysis, tensor)
+            return view.of(weight_values(self.analysis, view.parameter, differentiable=differentiable))
+        return computed_values(self.analysis, tensor, differentiable=differentiable)
 
     def following_batch_norm(self, call: OpCall) -> OpCall | None:
         """Return the batch norm that alone takes an op's result, if it keeps running statistics."""

@@ -8,6 +8,7 @@ Nothing of what stays then notices that a norm runs over fewer entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from fxwidth.analysis.def_use import def_use
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import NEW, IndexMaps
 from fxwidth.memo import per_graph
+from fxwidth.recording import whole_op_gradients  # noqa: F401  (whole ops have gradients by it)
 from fxwidth.recording.tape import OpCall, plain_kernels, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, is_arithmetic, is_move
 from fxwidth.rules.normalization import weight_norm_dim
@@ -60,19 +62,27 @@ def normed_weights(analysis: Analysis) -> dict[str, NormedWeight]:
     return _find(analysis)
 
 
-def weight_values(analysis: Analysis, name: str) -> Tensor:
-    """Return the values of a parameter, or of the normed weight that is computed from it; of its shape either way."""
+def weight_values(analysis: Analysis, name: str, *, differentiable: bool = False) -> Tensor:
+    """Return the values of a parameter, or of the normed weight that is computed from it; of its shape either way.
+
+    Args:
+        analysis: that of the graph.
+        name: the parameter's name.
+        differentiable: whether gradients flow back to the parameters.
+    """
     normed = normed_weights(analysis).get(name)
-    tensor = analysis.parameters[name].tensor.detach()
+    tensor = analysis.parameters[name].tensor
+    if not differentiable:
+        tensor = tensor.detach()
     if normed is None or tensor.is_meta:
         return tensor
-    return computed_values(analysis, normed.results[0]).to(tensor.dtype)
+    return computed_values(analysis, normed.results[0], differentiable=differentiable).to(tensor.dtype)
 
 
-def computed_values(analysis: Analysis, tensor: Tensor) -> Tensor:
+def computed_values(analysis: Analysis, tensor: Tensor, *, differentiable: bool = False) -> Tensor:
     """Return the values of a tensor of the tape that is computed from parameters and buffers alone."""
-    values = {entry.fake: entry.tensor.detach() for entry in analysis.parameters.values()}
-    return _evaluated(analysis, tensor, values, lambda call: (call.func, call.arguments))
+    values = {e.fake: e.tensor if differentiable else e.tensor.detach() for e in analysis.parameters.values()}
+    return _evaluated(analysis, tensor, values, lambda call: (call.func, call.arguments), differentiable)
 
 
 def with_solved_lengths(analysis: Analysis, maps: IndexMaps, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,6 +250,7 @@ def _evaluated(
     tensor: Tensor,
     values: Mapping[Tensor, Tensor],
     version: Callable[[OpCall], tuple[torch._ops.OpOverload, dict[str, object]]],
+    differentiable: bool = False,
 ) -> Tensor:
     """Run the ops that a tensor of the tape comes from on other values."""
     needed, chosen = {tensor}, []
@@ -248,7 +259,7 @@ def _evaluated(
             chosen.append(call)
             needed.update(call.inputs)
     known = dict(values)
-    with torch.no_grad(), plain_kernels():
+    with nullcontext() if differentiable else plain_kernels():
         for call in reversed(chosen):
             if call.func._schema.is_mutable:
                 known |= {output: known[output].clone() for output in call.outputs if output in known}

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from fxwidth.analysis.result import Dim
-from fxwidth.analysis.roles import Provenance, Role
-from fxwidth.axes.factors import Axis, Factor
-from fxwidth.axes.positions import channel_positions
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.recording.tape import OpCall
-from fxwidth.rules.family_table import as_family, running_norm
-from fxwidth.rules.op_families import LookUp
 from fxwidth.runtime.finiteness import accumulation_dtype
-from fxwidth.weights.readers import Wiring, wiring_of
-from fxwidth.weights.reparametrised import normed_weights, weight_values
+from fxwidth.weights.writers import writer_matrices
 
 # Up to here the stacked matrix itself is decomposed; above, its Gram matrix, at half the digits.
 _STACKED_ENTRIES = 2**17
@@ -83,61 +73,3 @@ def writer_norms(width_graph: WidthGraph, group: ChannelGroup) -> Tensor | None:
         own = torch.linalg.vector_norm(real, dim=1, dtype=accumulation_dtype(real)).square()
         squares = own if squares is None else squares + own
     return None if squares is None else squares.sqrt()
-
-
-def writer_matrices(width_graph: WidthGraph, group: ChannelGroup) -> Iterator[Tensor]:
-    """Yield the weights that write a group as [width, everything else], scaled by a batch norm that directly follows.
-
-    Biases, position embeddings and per-channel parameters are left out: they hold no direction of their own.
-    """
-    wiring = wiring_of(width_graph)
-    space = width_graph.analysis.space
-    provenance = width_graph.roles.provenance
-    companions = {normed.companion for normed in normed_weights(width_graph.analysis).values()}
-    for site in group.sites:
-        entry = width_graph.analysis.parameters[site.parameter]
-        dim = site.parameter, site.dim
-        uses = wiring.uses.get(site.parameter, [])
-        calls = [call for call, tensor in uses if _writes(call, tensor, provenance.get(tensor, ()), dim)]
-        # A bias is one-dimensional, whatever it meets: where it projects a parameter it looks like a weight.
-        if not calls or site.role == Role.PER_CHANNEL or site.parameter in companions or len(entry.axes) < 2:
-            continue
-        weight = weight_values(width_graph.analysis, site.parameter).movedim(site.dim, 0).flatten(1)
-        for positions in channel_positions(space, entry.axes[site.dim], group.factor):
-            index = torch.from_numpy(positions).to(weight.device)
-            rows = weight[index.view(-1)].view(*index.shape, -1)
-            found = [_batch_norm_scale(wiring, width_graph, call, group.factor) for call in calls]
-            scales = [scale for scale in found if scale is not None]
-            if len(scales) == len(calls):
-                scale = torch.stack(scales).mean(0)
-                # Where rows of several output channels share one entry (transposed convolution), their mean stands in.
-                rows = rows * (scale if scale.shape == index.shape else scale.mean(1, keepdim=True))[:, :, None]
-            yield (torch.view_as_real(rows) if rows.is_complex() else rows).flatten(1)
-
-
-def _writes(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim) -> bool:
-    """Tell whether an op makes channels of a parameter's dim: not one that it sums over, nor one that it looks up."""
-    for contraction in call.contractions:
-        for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
-            if side is tensor and any(dim in provenance[k] for k in range(tensor.dim()) if k not in dims):
-                return True
-    found = as_family(call.func, LookUp)
-    is_table = found is not None and found.slices and call.arguments[found.table] is tensor
-    return is_table and any(dim in sources for sources in provenance[1:])
-
-
-def _batch_norm_scale(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Tensor | None:
-    """Return gamma / sqrt(variance + eps) of the batch norm after an op, [channels of the factor, positions each]."""
-    norm = wiring.following_batch_norm(call)
-    family = None if norm is None else running_norm(norm.func)
-    if norm is None or family is None:
-        return None
-    signal: Axis = norm.axes[norm.arguments["input"]][1]
-    occurrences = channel_positions(width_graph.analysis.space, signal, factor)
-    variance = wiring.values(norm.arguments[family.variance])
-    gain = wiring.values(norm.arguments["weight"])
-    if not occurrences or variance is None:
-        return None
-    eps = norm.arguments[family.eps]
-    scale: Tensor = (variance + eps).rsqrt() if gain is None else gain * (variance + eps).rsqrt()
-    return scale[torch.from_numpy(occurrences[0]).to(scale.device)]

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.weights.writer_spectra import singular_values, tail_share, writer_norms
-from tests.zoo.nets import NETS, build, conv, grouped, images, trained_like, width_graph
+from tests.zoo.nets import NETS, build, conv, grouped, images, tokens, trained_like, width_graph
 
 
 def value(graph: WidthGraph, name: str) -> np.ndarray:
@@ -116,6 +117,33 @@ def test_the_gram_matrix_gives_the_same(name: str, monkeypatch: pytest.MonkeyPat
             patch.setattr("fxwidth.weights.writer_spectra._STACKED_ENTRIES", 0)
             by_gram = singular_values(graph, group)
         torch.testing.assert_close(by_gram, direct, rtol=1e-6, atol=1e-7 * float(direct[0]))
+
+
+def test_a_weight_that_is_computed_counts_as_it_is_used() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.masked = nn.Linear(16, 9)
+            self.weight, self.a, self.b = (nn.Parameter(torch.empty(*shape)) for shape in ((7, 9), (7, 2), (2, 9)))
+            self.halved = nn.Linear(7, 6)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.linear(self.masked(x).relu(), self.weight + self.a @ self.b).relu()
+            half = self.halved.weight / 2
+            return self.head(
+                torch.cat([nn.functional.linear(x, half), nn.functional.linear(x.tanh(), half)], -1).relu()
+            )
+
+    model = trained_like(Computed())
+    mask = (torch.arange(9 * 16).view(9, 16) % 3 > 0).double()
+    prune.custom_from_mask(model.masked, "weight", mask)
+    graph = width_graph(model, tokens()[:, 0])
+    check(graph, group_of(graph, "masked.weight_orig"), value(graph, "masked.weight_orig") * mask.numpy())
+    updated = value(graph, "weight") + value(graph, "a") @ value(graph, "b")
+    check(graph, group_of(graph, "weight"), updated)
+    half = value(graph, "halved.weight") / 2
+    check(graph, group_of(graph, "halved.weight"), half)
 
 
 def test_dead_and_duplicated_channels_show_as_zeros() -> None:
