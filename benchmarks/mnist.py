@@ -31,8 +31,9 @@ from benchmarks.support.results import options_of, write
 from benchmarks.support.tables import header, heading, line
 from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.datasets import load_dataset
-from fxwidth.training.loop import TrainingConfig, fit
+from fxwidth.training.loop import fit
 from fxwidth.training.outputs import HISTORY_FILE, MODEL_FILE
+from fxwidth.training.runs import TrainingConfig
 
 GOAL = {"accuracy": 0.985, "params": 12_500, "minutes": 20}
 CASES = {"evolved": "from the full network, while it trains", "direct": "the final network from new random parameters"}

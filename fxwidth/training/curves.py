@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fxwidth.training.loop import TrainingResult
+from fxwidth.training.runs import TrainingResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

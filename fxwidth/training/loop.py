@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,89 +15,20 @@ from torch.nn import functional as F
 
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolver import Evolver, parameter_count
-from fxwidth.options import PlanOptions
 from fxwidth.runtime.contexts import evaluating
 from fxwidth.tracing.analyze import analyze
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
+from fxwidth.training.runs import EpochRecord, TrainingConfig, TrainingObserver, TrainingResult
 
 _EVALUATION_BATCH = 500
 _WARMUP = 0.1  # part of the training in which the learning rate rises
 _START_FACTOR = 0.1  # of the peak learning rate, at the first step
 _EVOLUTION = 0.04  # part of the training over which the resizes are spread by default
+_READ_EVERY = 20  # steps; reading a loss makes the device wait
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train and how far to evolve."""
-
-    epochs: int = 20
-    batch_size: int = 64
-    learning_rate: float = 1e-2  # the peak of the one-cycle schedule
-    weight_decay: float = 1e-2
-    label_smoothing: float = 0.0
-    target_params: float | None = None  # 1 or more: parameters; below 1: a ratio; None: the widths stay
-    rounds: int = 8
-    evolve_every: int | None = None  # steps between two resizes; None: all are done early in the training
-    max_minutes: float | None = None  # the schedule ends by then, whatever `epochs` says
-    compile_backend: str | None = None  # of torch.compile, used once the widths are final; None: eager
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        # A target that is none is refused before any data are loaded.
-        PlanOptions(params=self.params)
-
-    @property
-    def params(self) -> int | float | None:
-        """The target as `fxwidth.plan` takes it."""
-        target = self.target_params
-        return int(target) if target is not None and 1 <= target < math.inf else target
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What was measured at the end of an epoch."""
-
-    epoch: int
-    step: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    params: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a training run did; `resizes` is the history of plans that the Evolver recorded."""
-
-    test_accuracy: float | None  # None: an interrupted run was not evaluated
-    params_before: int
-    params_after: int
-    seconds: float
-    steps: int
-    interrupted: bool
-    widths_before: Mapping[str, int]  # of the groups that could be resized
-    widths_after: Mapping[str, int]  # of all groups
-    losses: tuple[float, ...]  # one a step
-    epochs: tuple[EpochRecord, ...]
-    resizes: tuple[Mapping[str, Any], ...]
-
-
-class TrainingObserver:
-    """Told of a training's progress; this one ignores it."""
-
-    def on_start(self, widths: Mapping[str, int], params: int) -> None:
-        """Take note of the widths of the groups that can be resized, and of the parameters, at the start."""
-
-    def on_step(self, step: int, progress: float) -> None:
-        """Take note of a finished step; `progress` is the part of the training done, 0 to 1."""
-
-    def on_resize(self, step: int, widths: Mapping[str, int], params: int) -> None:
-        """Take note of the widths of all groups and the parameters after a resize."""
-
-    def on_epoch(self, record: EpochRecord) -> None:
-        """Take note of what was measured at the end of an epoch."""
+State = dict[str, Any]
 
 
 def fit(
@@ -106,15 +37,30 @@ def fit(
     config: TrainingConfig,
     observer: TrainingObserver | None = None,
     stop: StopRequest | None = None,
+    *,
+    keep: Callable[[State], None] | None = None,
+    state: State | None = None,
 ) -> TrainingResult:
     """Train `gm` on `data`, both on one device, and evolve it on the way; `gm` is changed in place.
 
     A stop request ends the training after the step under way, or in the evaluation under way.
 
+    Args:
+        gm: the graph to train; with a `state`, as it was when that was kept.
+        data: what to train on, and to test with.
+        config: how.
+        observer: is told of the progress.
+        stop: ends the training when it has counted one.
+        keep: is given the state of the training after each epoch: tensors and plain data.
+        state: that of a training with the same data and config, which goes on from there to the same result.
+
     Raises:
         FxwidthError: the loss is no longer finite, or the target is out of reach.
     """
-    return _Training(gm, data, config, observer or TrainingObserver(), stop or StopRequest()).run()
+    training = _Training(gm, data, config, observer or TrainingObserver(), stop or StopRequest())
+    if state is not None:
+        training.load_state(state)
+    return training.run(keep)
 
 
 @torch.no_grad()
@@ -177,6 +123,7 @@ class _Training:
         self.pending: list[Tensor] = []  # losses still on the device: reading each one would stop the device each step
         self.losses: list[float] = []
         self.epochs: list[EpochRecord] = []
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     def _make_evolver(self, steps: int) -> Evolver | None:
         if self.config.params is None:
@@ -185,29 +132,56 @@ class _Training:
         every = self.config.evolve_every or max(1, round(_EVOLUTION * steps / rounds))
         return Evolver(self.gm, self.optimizer, every=every, params=self.config.params, rounds=rounds)
 
-    def run(self) -> TrainingResult:
-        generator = torch.Generator().manual_seed(self.config.seed)
+    def run(self, keep: Callable[[State], None] | None) -> TrainingResult:
         self._use_channels_last()
         self.gm.train()
-        self.observer.on_start(self.widths_before, self.params_before)
-        if self.evolver is None:
+        self.observer.on_start(self.widths_before, all_widths(self.gm), parameter_count(self.gm))
+        if self.evolver is None or self.evolver.finished:
             self._compile()
-        for epoch in range(1, self.config.epochs + 1):
-            self._train_epoch(generator)
+        for epoch in range(len(self.epochs) + 1, self.config.epochs + 1):
+            self._train_epoch()
             self._read_losses()
-            if self.stop.count:
+            if self.stop.count or not self._evaluate_epoch(epoch):
                 break
-            self._evaluate_epoch(epoch)
-            if self.stop.count or self.clock.progress >= 1:
+            if keep is not None:
+                keep(self.state())
+            if self.clock.progress >= 1:
                 break
         return self._result()
+
+    def state(self) -> State:
+        return {
+            "step": self.clock.step,
+            "seconds": self.clock.seconds,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "evolver": None if self.evolver is None else self.evolver.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "widths_before": self.widths_before,
+            "params_before": self.params_before,
+            "losses": list(self.losses),
+            "epochs": [asdict(record) for record in self.epochs],
+        }
+
+    def load_state(self, state: State) -> None:
+        self.clock.step, self.clock.started = state["step"], self.clock.started - state["seconds"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.evolver is not None:
+            self.evolver.load_state_dict(state["evolver"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        self.widths_before, self.params_before = state["widths_before"], state["params_before"]
+        self.losses = list(state["losses"])
+        self.epochs = [EpochRecord(**record) for record in state["epochs"]]
 
     def _use_channels_last(self) -> None:
         # Convolutions with few channels, which is what evolution leaves, are up to twice as fast so.
         self.gm.to(memory_format=torch.channels_last)
 
-    def _train_epoch(self, generator: torch.Generator) -> None:
-        for images, labels in self.data.training_batches(self.config.batch_size, generator):
+    def _train_epoch(self) -> None:
+        for images, labels in self.data.training_batches(self.config.batch_size, self.generator):
             loss = F.cross_entropy(self.forward(images), labels, label_smoothing=self.config.label_smoothing)
             loss.backward()
             self.optimizer.step()
@@ -215,6 +189,8 @@ class _Training:
             self.clock.step += 1
             self.scheduler.step()
             self.pending.append(loss.detach())
+            if len(self.pending) == _READ_EVERY:
+                self._read_losses()
             self._evolve(images, labels)
             self.observer.on_step(self.clock.step, min(1.0, self.clock.progress))
             if self.stop.count or self.clock.progress >= 1:
@@ -234,7 +210,8 @@ class _Training:
         if plan is None:
             return
         self._use_channels_last()
-        self.observer.on_resize(self.clock.step, all_widths(self.gm), parameter_count(self.gm))
+        reason = f"resize {len(self.evolver.history)} of {self.config.rounds} on the way to {self._target:,}"
+        self.observer.on_resize(self.clock.step, all_widths(self.gm), parameter_count(self.gm), reason)
         if self.evolver.finished:
             self._compile()
 
@@ -253,15 +230,17 @@ class _Training:
             self.losses.append(value)
             if not math.isfinite(value):
                 raise self._diverged(len(self.losses))
+        self.observer.on_loss(self.clock.step, sum(values) / len(values))
 
     def _diverged(self, step: int) -> FxwidthError:
         rate = self.config.learning_rate
         return FxwidthError(f"the training diverged by step {step}: the learning rate {rate:g} is too high, lower --lr")
 
-    def _evaluate_epoch(self, epoch: int) -> None:
+    def _evaluate_epoch(self, epoch: int) -> bool:
+        """Measure the network, and return whether that was not interrupted."""
         measured = evaluate(self.gm, self.data, lambda: self.stop.count > 0)
         if measured is None:
-            return
+            return False
         since = self.epochs[-1].step if self.epochs else 0
         recent = self.losses[since:]
         record = EpochRecord(
@@ -275,6 +254,12 @@ class _Training:
         )
         self.epochs.append(record)
         self.observer.on_epoch(record)
+        return True
+
+    @property
+    def _target(self) -> int | None:
+        target = self.config.params
+        return round(target * self.params_before) if isinstance(target, float) else target
 
     def _result(self) -> TrainingResult:
         evaluated = bool(self.epochs) and self.epochs[-1].step == self.clock.step
@@ -290,6 +275,7 @@ class _Training:
             losses=tuple(self.losses),
             epochs=tuple(self.epochs),
             resizes=tuple(self.evolver.history) if self.evolver is not None else (),
+            target=self._target,
         )
 
 

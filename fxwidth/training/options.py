@@ -9,20 +9,31 @@ from typing import Annotated
 
 import typer
 
+from fxwidth.errors import FxwidthError
 from fxwidth.training.datasets import DATASETS
-from fxwidth.training.loop import TrainingConfig
 from fxwidth.training.networks import SEED_RESNET
+from fxwidth.training.runs import TrainingConfig
 
 # Epochs by default. Digits are few and small, so an epoch is short.
 _EPOCHS = {"digits": 30, "mnist": 6, "fashion-mnist": 10, "cifar10": 30}
 _FOLDER_EPOCHS = 30
 # The seed network is far too wide for what it is given, and takes high rates; of one made by hand less can go.
-_SEED_TARGET, _OTHER_TARGET = 12_500.0, 0.5
+# Of images that nobody has tried a part of the parameters is left, whatever the network and the number of classes.
+_SEED_TARGET, _OTHER_TARGET, _FOLDER_TARGET = 12_500.0, 0.5, 0.1
 _SEED_RATE, _OTHER_RATE = 0.01, 0.002
 
 _TARGET_HELP = (
     "Parameters to end at; below 1: a part of those at the start. "
-    f"Default: {_SEED_TARGET:,.0f} for {SEED_RESNET}, {_OTHER_TARGET} for others."
+    f"Default: {_SEED_TARGET:,.0f} for {SEED_RESNET}, or {_FOLDER_TARGET} on a folder of images; {_OTHER_TARGET} for "
+    "others."
+)
+_OUT_HELP = (
+    "Output folder: model, history, curves and a checkpoint of each epoch. Default: runs/MODEL-DATASET, with a number "
+    "behind where that holds a run."
+)
+_RESUME_HELP = (
+    "Go on with the run in this folder from its last epoch, to the result that it would have had; takes no other "
+    "option but --device and --threads."
 )
 _RATE_HELP = (
     f"Peak of AdamW's one-cycle learning rate. Default: {_SEED_RATE} for {SEED_RESNET}, {_OTHER_RATE} for others."
@@ -52,7 +63,24 @@ Place = Annotated[Device, typer.Option(help="Where to train.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile once the widths are final.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-Out = Annotated[Path | None, typer.Option(help="Output folder: model, history, curves. Default: runs/MODEL-DATASET.")]
+Out = Annotated[Path | None, typer.Option(help=_OUT_HELP)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the output folder.")]
+Resume = Annotated[Path | None, typer.Option(help=_RESUME_HELP)]
+
+_WITH_RESUME = frozenset({"resume", "device", "threads"})
+
+
+def refuse_beside_resume(context: typer.Context) -> None:
+    """Check that no option is given which a run that goes on has already.
+
+    Raises:
+        FxwidthError: one is.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    others = [f"--{name.strip('_').replace('_', '-')}" for name in given if name not in _WITH_RESUME]
+    if others:
+        raise FxwidthError(f"--resume goes on with the options of the run; leave out {', '.join(others)}")
 
 
 def with_defaults(
@@ -65,5 +93,6 @@ def with_defaults(
     if rate is None:
         rate = _SEED_RATE if is_seed else _OTHER_RATE
     if target is None:
-        target = _SEED_TARGET if is_seed else _OTHER_TARGET
+        of_seed = _SEED_TARGET if dataset in DATASETS else _FOLDER_TARGET
+        target = of_seed if is_seed else _OTHER_TARGET
     return replace(config, epochs=epochs, learning_rate=rate, target_params=target)

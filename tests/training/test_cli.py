@@ -16,6 +16,8 @@ import fxwidth
 from fxwidth import cli
 from fxwidth.training import command
 from fxwidth.training.datasets import load_dataset
+from fxwidth.training.options import with_defaults
+from fxwidth.training.runs import TrainingConfig
 from tests.zoo.small_network import small_network
 
 LAST_LINE = re.compile(r"test accuracy (\d+\.\d\d %|not measured), parameters ([\d,]+) -> ([\d,]+), \d+ seconds")
@@ -88,13 +90,15 @@ def test_train_on_a_gpu(options: list[str], tmp_path: Path) -> None:
     assert LAST_LINE.search(output) is not None
 
 
-def interrupt(at_step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(
+    at_step: int, times: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGINT
+) -> None:
     """Press Ctrl-C after a step of the next run, of a small network, and then while it is evaluated."""
     monkeypatch.setattr(command, "build_network", lambda *_, **__: small_network())
 
     def on_step(_: object, step: int, progress: float) -> None:
         if step == at_step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(command.LiveDisplay, "on_step", on_step)
     original = command.evaluate
@@ -126,6 +130,99 @@ def test_a_second_interrupt_skips_the_evaluation(tmp_path: Path, monkeypatch: py
     assert code == 130
     assert "test accuracy not measured, parameters" in output.splitlines()[-1]
     assert check_outputs(tmp_path)["test_accuracy"] is None
+
+
+def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "build_network", lambda *_, **__: small_network())
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs have done the same, but for the time that it took."""
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (one, other)]
+    for history in histories:
+        history.pop("seconds")
+        for record in history["epochs"]:
+            record.pop("seconds")
+    models = [fxwidth.load(folder / "model.pt").state_dict() for folder in (one, other)]
+    same_tensors = all(torch.equal(models[0][name], models[1][name]) for name in models[1])
+    return histories[0] == histories[1] and models[0].keys() == models[1].keys() and same_tensors
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["train", *SHORT, "--epochs", "3", "--evolve-every", "3", "--target-params", "0.3", "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    small_runs(monkeypatch)
+    assert run(*options, str(whole))[0] == 0
+    with monkeypatch.context() as patches:
+        interrupt(5, 1, patches, number)
+        code, output = run(*options, str(parts))
+    assert code == status
+    assert f"To go on from the last epoch: fxwidth train --resume {parts}" in output
+    assert not same_run(whole, parts)
+    code, output = run("train", "--resume", str(parts), "--threads", str(torch.get_num_threads()))
+    assert code == 0
+    assert output.count("epoch ") == 2
+    assert same_run(whole, parts)
+
+
+def test_resuming_takes_the_options_of_the_run(tmp_path: Path) -> None:
+    code, output = run("train", "--resume", str(tmp_path), "--lr", "0.1", "--compile")
+    assert code == 1
+    assert output == "Error: --resume goes on with the options of the run; leave out --lr, --compile\n"
+    code, output = run("train", "--resume", str(tmp_path))
+    assert code == 1
+    assert "there is no checkpoint.pt" in output
+
+
+def test_a_run_is_not_overwritten_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_runs(monkeypatch)
+    options = ["train", *SHORT, "--target-params", "0.3", "--out", str(tmp_path)]
+    assert run(*options)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"model.pt", "history.json", "curves.png", "checkpoint.pt"}
+    code, output = run(*options, "--seed", "1")
+    assert code == 1
+    assert f"--out {tmp_path} holds a run already (history.json, " in output
+    assert f"--resume {tmp_path}, or give --overwrite" in output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert run(*options, "--seed", "1", "--overwrite")[0] == 0
+    assert (tmp_path / "model.pt").read_bytes() != before["model.pt"]
+
+
+def test_runs_without_a_folder_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_runs(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("train", *SHORT, "--target-params", "0.3")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["seed-resnet-digits", "seed-resnet-digits-2"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_runs(monkeypatch)
+    monkeypatch.setattr(command, "fit", lambda *_, **__: pytest.fail("it has been trained"))
+    (tmp_path / "file").write_text("")
+    code, output = run("train", *SHORT, "--target-params", "0.3", "--out", str(tmp_path / "file" / "run"))
+    assert code == 1
+    assert re.search(r"--out .* cannot be written to \(.*\): choose another folder", output.replace("\n", " "))
+
+
+def test_a_missed_target_is_told_and_another_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_runs(monkeypatch)
+    code, output = run("train", *SHORT, "--target-params", "0.3", "--evolve-every", "5", "--out", str(tmp_path))
+    assert code == 3
+    assert re.search(r"Warning: the target of [\d,]+ parameters was missed, [\d,]+ are left: 1 resizes were", output)
+    assert LAST_LINE.fullmatch(output.strip().splitlines()[-1])
+
+
+def test_a_folder_of_photos_has_a_relative_target() -> None:
+    config = TrainingConfig()
+    for dataset, target in (("digits", 12_500), ("photos/of/cats", 0.1)):
+        assert with_defaults(config, "seed-resnet", dataset, None, None, None).target_params == target
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from fxwidth.evolution.evolver import Evolver
 from fxwidth.training import command, loop, outputs
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.images import ImageData
-from fxwidth.training.loop import TrainingConfig, TrainingObserver, TrainingResult, all_widths, fit, one_cycle
+from fxwidth.training.loop import all_widths, fit, one_cycle
+from fxwidth.training.runs import TrainingConfig, TrainingObserver, TrainingResult
 from tests.zoo.small_network import small_network
 
 CONFIG = TrainingConfig(epochs=2, batch_size=32, target_params=0.3, rounds=2, evolve_every=2, label_smoothing=0.1)
@@ -59,7 +60,7 @@ class Copies(TrainingObserver):
         self.gm = gm
         self.copies: list[fx.GraphModule] = []
 
-    def on_start(self, widths: object, params: int) -> None:
+    def on_start(self, before: object, now: object, params: int) -> None:
         self.copies.append(copy.deepcopy(self.gm))
 
     def on_step(self, step: int, progress: float) -> None:

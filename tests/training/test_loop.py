@@ -18,16 +18,10 @@ from fxwidth.training.curves import save_curves
 from fxwidth.training.datasets import load_dataset
 from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
-from fxwidth.training.loop import (
-    TrainingConfig,
-    TrainingObserver,
-    TrainingResult,
-    all_widths,
-    evaluate,
-    fit,
-    one_cycle,
-)
+from fxwidth.training.loop import all_widths, evaluate, fit, one_cycle
 from fxwidth.training.networks import build_network, input_channels, seed_resnet
+from fxwidth.training.run_checkpoint import Job, read_checkpoint, write_checkpoint
+from fxwidth.training.runs import TrainingConfig, TrainingObserver, TrainingResult
 from tests.zoo.small_network import small_network
 
 
@@ -111,14 +105,16 @@ class Recorder(TrainingObserver):
         self.stop_at = stop_at
         self.steps: list[int] = []
         self.params: list[int] = []
+        self.reasons: list[str] = []
 
     def on_step(self, step: int, progress: float) -> None:
         self.steps.append(step)
         if step == self.stop_at:
             signal.raise_signal(signal.SIGINT)
 
-    def on_resize(self, step: int, widths: object, params: int) -> None:
+    def on_resize(self, step: int, widths: object, params: int, reason: str) -> None:
         self.params.append(params)
+        self.reasons.append(reason)
 
 
 EVOLVING = TrainingConfig(epochs=3, batch_size=32, target_params=0.3, rounds=3, evolve_every=1)
@@ -130,6 +126,9 @@ def test_fit_evolves_to_the_target(digits: ImageData, tmp_path: Path) -> None:
     result = fit(gm, digits, EVOLVING, recorder)
     assert recorder.steps == list(range(1, 10))
     assert recorder.params == sorted(recorder.params, reverse=True)
+    target = round(0.3 * result.params_before)
+    assert recorder.reasons == [f"resize {i} of 3 on the way to {target:,}" for i in (1, 2, 3)]
+    assert (result.target, result.missed) == (target, False)
     assert result.params_after == recorder.params[-1] == parameter_count(gm) <= 0.3 * result.params_before
     assert result.test_accuracy == result.epochs[-1].test_accuracy == pytest.approx(evaluate(gm, digits)[1])
     assert len(result.losses) == result.steps == 9
@@ -159,6 +158,7 @@ def test_fit_without_a_target_keeps_the_widths(digits: ImageData) -> None:
     result = fit(traced_network(digits), digits, replace(EVOLVING, target_params=None, epochs=1))
     assert result.params_after == result.params_before
     assert result.resizes == ()
+    assert (result.target, result.missed) == (None, False)
 
 
 def test_fit_ends_by_time(digits: ImageData) -> None:
@@ -182,10 +182,47 @@ def test_interrupted_training_keeps_a_usable_network(digits: ImageData) -> None:
     with StopRequest() as stop:
         result = fit(gm, digits, EVOLVING, Recorder(stop_at=2), stop)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert (result.interrupted, result.steps, result.test_accuracy) == (True, 2, None)
+    assert (result.interrupted, result.steps, result.test_accuracy, result.missed) == (True, 2, None, True)
     assert result.params_after == parameter_count(gm) < result.params_before
     assert evaluate(gm, digits) is not None
     assert evaluate(gm, digits, stop=lambda: True) is None
+
+
+@pytest.mark.parametrize("config", [EVOLVING, replace(EVOLVING, evolve_every=2), replace(EVOLVING, target_params=None)])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_run_goes_on_from_each_epoch_to_the_same_result(
+    config: TrainingConfig, epoch: int, digits: ImageData, tmp_path: Path
+) -> None:
+    job = Job("small", "digits", None, None, "cpu", config)
+    gm = traced_network(digits)
+
+    def keep(state: dict[str, object]) -> None:
+        if len(state["epochs"]) == epoch:  # type: ignore[arg-type]
+            write_checkpoint(tmp_path, job, gm, state)
+
+    wanted = fit(gm, digits, config, keep=keep)
+    torch.manual_seed(5)
+    read, again, state = read_checkpoint(tmp_path)
+    assert read == job
+    result = fit(again, digits, config, state=state)
+    assert replace(result, seconds=0.0, epochs=()) == replace(wanted, seconds=0.0, epochs=())
+    assert [replace(one, seconds=0.0) for one in result.epochs] == [replace(one, seconds=0.0) for one in wanted.epochs]
+    for (name, one), other in zip(gm.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_checkpoint_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FxwidthError, match=r"--resume .*: there is no checkpoint\.pt; a run writes it after each epoch"
+    ):
+        read_checkpoint(tmp_path)
+    for content, message in ((b"nothing", "cannot be read"), (None, "is of another version")):
+        if content is None:
+            torch.save({"version": 0}, tmp_path / "checkpoint.pt")
+        else:
+            (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(FxwidthError, match=message):
+            read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("target", [None, 0.3])
