@@ -144,7 +144,7 @@ def _train(job: Job, folder_of: Callable[[str], Path], before: tuple[GraphModule
     if result.interrupted and (folder / CHECKPOINT_FILE).exists():
         typer.echo(f"To go on from the last epoch: fxwidth train --resume {folder}")
     if result.missed:
-        typer.echo(_missed(result), err=True)
+        typer.echo(_missed(result, job.config.rounds), err=True)
     typer.echo(summary(result))
     return stop.exit_status if result.interrupted else _MISSED if result.missed else 0
 
@@ -178,10 +178,10 @@ def _run(
     return result
 
 
-def _missed(result: TrainingResult) -> str:
+def _missed(result: TrainingResult, rounds: int) -> str:
     """Return what is to be told of a target that was not reached."""
-    done = f"{len(result.resizes)} resizes were done"
     return (
-        f"Warning: the target of {result.target:,} parameters was missed, {result.params_after:,} are left: {done} "
-        "before the training ended; give it more --epochs or --max-minutes, or a smaller --evolve-every"
+        f"Warning: the target of {result.target:,} parameters was missed, {result.params_after:,} are left: "
+        f"{len(result.resizes)} of {rounds} resizes were done before the training ended; give it more --epochs or "
+        "--max-minutes, or a smaller --evolve-every"
     )
