@@ -7,11 +7,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
 from fxwidth.plain_numbers import is_integer
+
+# How deep in wrappers a graph may be.
+_DEEPEST = 4
+HOW_TO_COPY = "Make it from the graph: copy.deepcopy(gm), or torch.optim.swa_utils.AveragedModel(gm)."
 
 
 def check_budget(budget: Any, params: Any) -> None:
@@ -76,10 +80,22 @@ def width_classes(given: Any) -> str | list[Any] | None:
     return list(map(partial(patterns, option="same_width"), given))
 
 
-def modules_in(given: Any, option: str) -> tuple[nn.Module, ...]:
-    """Return one module, or several, as a tuple."""
+def graphs_in(given: Any, option: str) -> tuple[fx.GraphModule, ...]:
+    """Return the graphs that one module or several are, or wrap as their `module`.
+
+    Raises:
+        FxwidthError: one has none.
+    """
     modules = (given,) if isinstance(given, nn.Module) else tuple(given) if isinstance(given, Iterable) else (given,)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise FxwidthError(f"{option}= takes a module, or a list of them, but received {type(module).__name__}.")
-    return modules
+    return tuple(_graph_in(module, option) for module in modules)
+
+
+def _graph_in(given: Any, option: str) -> fx.GraphModule:
+    if not isinstance(given, nn.Module):
+        raise FxwidthError(f"{option}= takes a module, or a list of them, but received {type(given).__name__}.")
+    module: Any = given
+    for _ in range(_DEEPEST):
+        if isinstance(module, fx.GraphModule):
+            return module
+        module = getattr(module, "module", None)
+    raise FxwidthError(f"{option}= takes copies of the graph, but received {type(given).__name__}. {HOW_TO_COPY}")

@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, fields
 from inspect import Parameter, signature
 from typing import Any, TypedDict, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
@@ -21,7 +21,7 @@ from fxwidth.option_values import (
     check_limits,
     check_switches,
     check_thresholds,
-    modules_in,
+    graphs_in,
     patterns,
     width_classes,
 )
@@ -182,7 +182,7 @@ class ResizeOptions:
         check_directions(self.directions)
         refuse_other_than_batches(self.data)
         check_switches({name: getattr(self, name) for name in ("rotate", "fold", "exact", "reader_step")})
-        object.__setattr__(self, "also", modules_in(self.also, "also"))
+        object.__setattr__(self, "also", graphs_in(self.also, "also"))
         if self.recalibrate is not None:
             check_switches({"recalibrate": self.recalibrate})
         if self.recalibrate and self.data is None:
@@ -193,6 +193,11 @@ class ResizeOptions:
     def looks_at_task(self) -> bool:
         """Whether growth goes by the data and the loss."""
         return bool(self.reader_step or needs_of(self.directions))
+
+    @property
+    def graphs_beside(self) -> tuple[fx.GraphModule, ...]:
+        """The graphs in `also`."""
+        return graphs_in(self.also, "also")
 
     @property
     def rotates(self) -> bool:

@@ -11,7 +11,6 @@ from torch import fx, nn
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence
-from fxwidth.resizing.companions import modules_of
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
@@ -55,7 +54,7 @@ def evolve(
     modules = [model] if isinstance(model, nn.Module) else []
     for module in modules:
         check_optimizer(optimizer, module)
-    transaction = resize_transaction(*modules, *modules_of(resizing.also), optimizer=optimizer)
+    transaction = resize_transaction(*modules, *resizing.graphs_beside, optimizer=optimizer)
 
     def work() -> fx.GraphModule:
         module = trace(model, example_inputs, example_kwargs)

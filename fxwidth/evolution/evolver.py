@@ -21,7 +21,7 @@ from fxwidth.gradients.reader_step import mean_loss
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, Loss, PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, refuse_impossible
-from fxwidth.resizing.companions import companions_of, modules_of
+from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
@@ -275,7 +275,7 @@ class Evolver:
         refuse_impossible(width_graph, replace(self._planning, budget=budget, params=None))
 
     def _as_a_whole(self, due: bool, work: Any) -> Plan | None:
-        together = [self.gm, *modules_of(self._resizing.also)]
+        together = [self.gm, *self._resizing.graphs_beside]
         modules, optimizer = (together, self.optimizer) if due else ([], None)
         transaction = resize_transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
         found: Plan | None = transaction.run(lambda: work(transaction))

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxwidth.axes.index_maps import NEW
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.option_values import HOW_TO_COPY
 from fxwidth.options import ResizeOptions
 from fxwidth.resizing.optimizer_state import Replacement
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.tracing.analyze import analyze_module
-
-# How deep in wrappers the copy may be.
-_DEEPEST = 4
-_REMEDY = "Make it from the graph: copy.deepcopy(gm), or torch.optim.swa_utils.AveragedModel(gm)."
-
-
-def graph_in(companion: nn.Module) -> fx.GraphModule:
-    """Return the graph that a companion is, or that it wraps as its `module`.
-
-    Raises:
-        FxwidthError: it has none.
-    """
-    module: Any = companion
-    for _ in range(_DEEPEST):
-        if isinstance(module, fx.GraphModule):
-            return module
-        module = getattr(module, "module", None)
-    raise FxwidthError(f"also= takes copies of the graph, but received {type(companion).__name__}. {_REMEDY}")
 
 
 def companions_of(width_graph: WidthGraph, options: ResizeOptions) -> list[WidthGraph]:
@@ -46,11 +29,10 @@ def companions_of(width_graph: WidthGraph, options: ResizeOptions) -> list[Width
     own = {id(tensor) for tensor, _ in tensor_slots(width_graph.analysis.module).values()}
     wanted = {group.name: group.width for group in width_graph.groups}
     result = []
-    for place, companion in enumerate(options.also):
-        module = graph_in(companion)
+    for place, module in enumerate(options.graphs_beside):
         if any(id(tensor) in own for tensor, _ in tensor_slots(module).values()):
             raise FxwidthError(
-                f"also[{place}] shares tensors with the graph, and would be resized with it as it is. {_REMEDY}"
+                f"also[{place}] shares tensors with the graph, and would be resized with it as it is. {HOW_TO_COPY}"
             )
         found = WidthGraph(analyze_module(module))
         groups = {group.name: group.width for group in found.groups}
@@ -58,7 +40,7 @@ def companions_of(width_graph: WidthGraph, options: ResizeOptions) -> list[Width
             name = next((name for name in wanted if groups.get(name) != wanted[name]), "more groups")
             raise FxwidthError(
                 f"also[{place}] is no copy of the graph: {name!r} has width {groups.get(name)}, and not "
-                f"{wanted.get(name)}. Resize them together from the beginning. {_REMEDY}"
+                f"{wanted.get(name)}. Resize them together from the beginning. {HOW_TO_COPY}"
             )
         result.append(found)
     return result
@@ -104,12 +86,3 @@ def _new_entries(change: Replacement) -> Tensor:
             own = torch.from_numpy(indices == NEW)
             result |= own.reshape([-1 if place == dim else 1 for place in range(result.dim())])
     return result
-
-
-def modules_of(also: Sequence[nn.Module]) -> list[fx.GraphModule]:
-    """Return the graphs of companions.
-
-    Raises:
-        FxwidthError: one has none.
-    """
-    return list(map(graph_in, also))

@@ -18,7 +18,6 @@ from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import select_channels
 from fxwidth.resizing.companions import (
     companions_of,
-    modules_of,
     options_for_companions,
     plan_for_companions,
     take_new_entries,
@@ -112,7 +111,7 @@ def resize(
 
 def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
     """Do what `resize` does, with options that have been checked."""
-    transaction = resize_transaction(gm, *modules_of(options.also), optimizer=options.optimizer)
+    transaction = resize_transaction(gm, *options.graphs_beside, optimizer=options.optimizer)
 
     def work() -> None:
         width_graph = WidthGraph(analyze_module(gm))
@@ -145,7 +144,7 @@ def resize_analyzed(
     options, before = options or ResizeOptions(), Known(**known)
     if transaction is not None:
         return _resize(width_graph, plan, options, before, transaction)
-    whole = resize_transaction(width_graph.analysis.module, *modules_of(options.also), optimizer=options.optimizer)
+    whole = resize_transaction(width_graph.analysis.module, *options.graphs_beside, optimizer=options.optimizer)
     return whole.run(lambda: _resize(width_graph, plan, options, before, whole))
 
 
