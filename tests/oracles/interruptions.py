@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -209,4 +210,8 @@ def _inner(value: Any) -> Any:
 def _bits(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return str(value.layout), value.stride() if value.layout == torch.strided else None, str(value.detach().tolist())
+    if value.layout != torch.strided:
+        return str(value.layout), None, str(value.detach().tolist())
+    with torch.no_grad():
+        flat = value.detach().cpu().contiguous().reshape(-1)
+    return str(value.layout), value.stride(), blake2b(flat.view(torch.uint8).numpy()).hexdigest()
