@@ -1,4 +1,4 @@
-"""What has been done to a graph, told in words."""
+"""What has been done to a graph, as text."""
 
 from __future__ import annotations
 

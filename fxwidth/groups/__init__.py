@@ -1,1 +1,1 @@
-"""Channel groups: what is coupled, what is pinned and why; told in words and drawn."""
+"""Channel groups: what is coupled, what is pinned and why, as text and as a drawing."""

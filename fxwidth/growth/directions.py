@@ -48,6 +48,8 @@ Direction = str | Directions
 DIRECTIONS: dict[str, Directions] = {}
 # The fields of `TaskMoments` that a method needs, by its name.
 NEEDS: dict[str, frozenset[str]] = {}
+# The noise on a copy of a channel, in units of its length.
+_NOISE = 0.01
 # Of the Gram matrix of rows rounded to float32, an eigenvalue below this share of the largest is rounding.
 _NEGLIGIBLE = 1e-12
 
@@ -203,3 +205,26 @@ def mean_norm(rows: Tensor) -> Tensor:
     # Rows of a layer that starts at zero say nothing about a scale; a row of norm one keeps the size of its input.
     scale: Tensor = torch.where(norm > 0, norm, torch.ones_like(norm))
     return scale
+
+
+@growth_direction("split")
+def split_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return copies of the present rows, the longest first, with a little noise by which a copy and its source part.
+
+    The source halves what reads the two; here the source keeps its readers and the copy begins with none, which is as
+    exact, and stays so where copies of gains and statistics would not be.
+
+    Args:
+        rows: [channels, columns], in single or double precision.
+        count: how many to make.
+        generator: a source of random numbers on the CPU.
+
+    Source: Chen, Goodfellow and Shlens, Net2Net: Accelerating Learning via Knowledge Transfer, 2016.
+    """
+    noise = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
+    noise = torch.nn.functional.normalize(noise, dim=1)
+    if not len(rows):
+        return noise
+    longest = torch.linalg.vector_norm(rows, dim=1).argsort(descending=True, stable=True)
+    copied = rows[longest[torch.arange(count, device=rows.device) % len(rows)]]
+    return copied + _NOISE * mean_norm(rows) * noise

@@ -1,4 +1,4 @@
-"""Methods of growth that look at the task, and the splitting of present channels."""
+"""Methods of growth that look at the task."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from fxwidth.growth.directions import TaskMoments, growth_direction, mean_norm, 
 _RIDGE = 1e-2
 # A singular value below this share of the largest is rounding.
 _NEGLIGIBLE = 1e-9
-# The noise on a copy of a channel, in units of its length.
-_NOISE = 0.01
 
 
 @growth_direction("gradmax", needs=["cross"])
@@ -63,29 +61,6 @@ def _factor(second: Tensor) -> Tensor:
     ridge = _RIDGE * second.diagonal().mean().clamp_min(torch.finfo(second.dtype).tiny)
     factor: Tensor = torch.linalg.cholesky(second + ridge * torch.eye(len(second)).to(second))
     return factor
-
-
-@growth_direction("split")
-def split_directions(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return copies of the present rows, the longest first, with a little noise by which a copy and its source part.
-
-    The source halves what reads the two; here the source keeps its readers and the copy begins with none, which is as
-    exact, and stays so where copies of gains and statistics would not be.
-
-    Args:
-        rows: [channels, columns], in single or double precision.
-        count: how many to make.
-        generator: a source of random numbers on the CPU.
-
-    Source: Chen, Goodfellow and Shlens, Net2Net: Accelerating Learning via Knowledge Transfer, 2016.
-    """
-    noise = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(rows)
-    noise = torch.nn.functional.normalize(noise, dim=1)
-    if not len(rows):
-        return noise
-    longest = torch.linalg.vector_norm(rows, dim=1).argsort(descending=True, stable=True)
-    copied = rows[longest[torch.arange(count, device=rows.device) % len(rows)]]
-    return copied + _NOISE * mean_norm(rows) * noise
 
 
 def _left_vectors(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Carrying out a plan: everything is computed and checked first, then put in place, or nothing is."""
+"""Carrying out a plan in one transaction: what is new is checked, then put in place, or all is taken back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where two structures of values differ, told in words."""
+"""Where two structures of values differ, as text."""
 
 from __future__ import annotations
 
