@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,67 @@ def prepare_edits(
     Raises:
         FxwidthError: a node cannot follow, a value would not be finite, or the optimizer's state is unknown.
     """
+    analysis = selection.evidence.width_graph.analysis
+    new = _new_tensors(selection, moments, options, known, informed)
+    replacements = _replacements(analysis, new.maps, new.tensors)
+    fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
+    attributes = AttributeEdits()
+    graph = rewrite_graph(analysis, new.maps, fakes, attributes)
+    renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
+    update = None
+    if options.optimizer is not None:
+        names = {entry.tensor: name for name, entry in analysis.parameters.items()}
+        update = plan_optimizer_update(options.optimizer, list(replacements.values()), names)
+    original = None
+    if original_of(analysis.module) is not None:
+        goes = goes_along(analysis, new.maps, fakes, new.tensors, attributes)
+        original = RESIZED if goes else UNTOUCHED
+    record = {
+        "widths": {group.name: [group.width, len(own)] for group, own in selection.kept.items()},
+        "parameters": _count_after(analysis, replacements),
+        "evidence": moments.source if moments is not None else None,
+        "selection": name_of(selection.evidence.selection),
+        "folded": options.fold and moments is not None,
+        "recalibrated": False,
+        "lowered": dict(graph.lowered),
+        "norms": ratios_by_gain(analysis, new.maps),
+        "copies": list(new.copies),
+        "not_refitted": new.missed,
+        "original": original,
+        "directions": name_of(options.directions) if selection.growing else None,
+        "not_informed": dict(informed.untold),
+        "reader_step": None,
+        **selection.told(),
+        **({"kept": dict(known.kept)} if known.blind else {}),
+    }
+    return Edits(graph, new.tensors, replacements, update, attributes, record, _axes_on_record(selection, new.maps))
+
+
+@dataclass(frozen=True)
+class _NewTensors:
+    """What parameters and buffers become.
+
+    Attributes:
+        tensors: their values, by name, of those that change.
+        maps: which entries stay, with the tables of copies of channels.
+        copies: those tables.
+        missed: what could not be fitted anew, and why, by name.
+    """
+
+    tensors: Mapping[str, Tensor]
+    maps: IndexMaps
+    copies: Sequence[Any]
+    missed: dict[str, str]
+
+
+def _new_tensors(
+    selection: ChannelSelection,
+    moments: Moments | None,
+    options: ResizeOptions,
+    known: Known,
+    informed: InformedRows,
+) -> _NewTensors:
+    """Return what parameters and buffers become, checked to be finite."""
     width_graph = selection.evidence.width_graph
     analysis = width_graph.analysis
     missed: dict[str, str] = {}
@@ -120,45 +181,14 @@ def prepare_edits(
     )
     if not known.blind:
         refuse_shared_memory(analysis, tensors)
-    folds = options.fold and moments is not None
-    if folds:
+    if options.fold and moments is not None:
         rotated = [group.factor for group in selection.bases]
         missed = {**unfitted_uses(wiring_of(width_graph), maps, rotated), **missed}
     copies = copy_tables(analysis, maps, moments if options.fold else None) if known.copies is None else known.copies
     calls = channel_copies(analysis.calls)
     maps = maps.with_tables({call.index: table for call, table in zip(calls, copies, strict=True)})
     _refuse_infinite(analysis, tensors)
-    replacements = _replacements(analysis, maps, tensors)
-    fakes = {name: fake_like(analysis.mode, replacement.new) for name, replacement in replacements.items()}
-    attributes = AttributeEdits()
-    graph = rewrite_graph(analysis, maps, fakes, attributes)
-    renew_metadata(analysis, graph, {name: replacement.new for name, replacement in replacements.items()})
-    update = None
-    if options.optimizer is not None:
-        names = {entry.tensor: name for name, entry in analysis.parameters.items()}
-        update = plan_optimizer_update(options.optimizer, list(replacements.values()), names)
-    original = None
-    if original_of(analysis.module) is not None:
-        original = RESIZED if goes_along(analysis, maps, fakes, tensors, attributes) else UNTOUCHED
-    record = {
-        "widths": {group.name: [group.width, len(own)] for group, own in selection.kept.items()},
-        "parameters": _count_after(analysis, replacements),
-        "evidence": moments.source if moments is not None else None,
-        "selection": name_of(selection.evidence.selection),
-        "folded": folds,
-        "recalibrated": False,
-        "lowered": dict(graph.lowered),
-        "norms": ratios_by_gain(analysis, maps),
-        "copies": list(copies),
-        "not_refitted": missed,
-        "original": original,
-        "directions": name_of(options.directions) if selection.growing else None,
-        "not_informed": dict(informed.untold),
-        "reader_step": None,
-        **selection.told(),
-        **({"kept": dict(known.kept)} if known.blind else {}),
-    }
-    return Edits(graph, tensors, replacements, update, attributes, record, _axes_on_record(selection, maps))
+    return _NewTensors(tensors, maps, copies, missed)
 
 
 def _axes_on_record(selection: ChannelSelection, maps: IndexMaps) -> KnownAxes | None:
