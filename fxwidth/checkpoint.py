@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -65,6 +66,22 @@ def save(gm: fx.GraphModule, path: str | Path) -> None:
         _save_tensors(gm, path)
     else:
         _save_module(gm, path)
+
+
+def packed(gm: fx.GraphModule) -> Tensor:
+    """Return what `save` writes as bytes, for a checkpoint that holds more than the graph."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.pt"
+        save(gm, path)
+        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
+def unpacked(graph: Tensor) -> fx.GraphModule:
+    """Return the graph that `packed` was given."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.pt"
+        path.write_bytes(graph.cpu().numpy().tobytes())
+        return load(path)
 
 
 def _save_module(gm: fx.GraphModule, path: Path) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 import fxwidth
-from fxwidth.checkpoint import load, save
+from fxwidth.checkpoint import packed, unpacked
 from fxwidth.errors import FxwidthError
 from fxwidth.training.loop import State
-from fxwidth.training.outputs import CHECKPOINT_FILE, MODEL_FILE, replaced
+from fxwidth.training.outputs import CHECKPOINT_FILE, replaced
 from fxwidth.training.runs import TrainingConfig
 
 _VERSION = 1
@@ -50,7 +48,7 @@ class Job:
 
 def write_checkpoint(folder: Path, job: Job, gm: GraphModule, state: State) -> None:
     """Write a run as it is to its folder; the file that was there is replaced when the new one is complete."""
-    record = {"version": _VERSION, "job": asdict(job), "graph": _packed(gm), "state": state}
+    record = {"version": _VERSION, "job": asdict(job), "graph": packed(gm), "state": state}
     with replaced(folder / CHECKPOINT_FILE) as path:
         torch.save(record, path)
 
@@ -71,18 +69,4 @@ def read_checkpoint(folder: Path) -> tuple[Job, GraphModule, State]:
     if not isinstance(record, Mapping) or record.get("version") != _VERSION:
         raise FxwidthError(f"--resume {folder}: {CHECKPOINT_FILE} is of another version of fxwidth, or no run at all")
     job = dict(record["job"])
-    return Job(**{**job, "config": TrainingConfig(**job["config"])}), _unpacked(record["graph"]), record["state"]
-
-
-def _packed(gm: GraphModule) -> Tensor:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL_FILE
-        save(gm, path)
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-
-
-def _unpacked(graph: Tensor) -> GraphModule:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL_FILE
-        path.write_bytes(graph.numpy().tobytes())
-        return load(path)
+    return Job(**{**job, "config": TrainingConfig(**job["config"])}), unpacked(record["graph"]), record["state"]
