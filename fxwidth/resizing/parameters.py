@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fxwidth.analysis.result import Analysis
+from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps, Indices
+from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.directions import Direction
 from fxwidth.growth.new_entries import new_entries
+from fxwidth.growth.recipes import Growth
 from fxwidth.growth.tape_index import Slot
 from fxwidth.reconstruction.folding import fold, variance_ratio
 from fxwidth.recording.tape import Axes, OpCall
@@ -57,6 +60,7 @@ def resized_tensors(
     missed |= gains_kept(wiring, maps)
     ratios = _variance_ratios(wiring, maps, moments, norms or {})
     growths = width_graph.growths(maps)
+    _refuse_stale_gains(analysis, growths, ratios)
     result = {}
     for name, entry in analysis.parameters.items():
         old = folded[name] if name in folded else weight_values(analysis, name)
@@ -91,6 +95,17 @@ def _variance_ratios(
         shared = known.get(gain, found)
         result |= dict.fromkeys((index for index, _ in entries), shared)
     return result
+
+
+def _refuse_stale_gains(analysis: Analysis, growths: Mapping[Factor, Growth], ratios: Mapping[int, float]) -> None:
+    """Check that each norm is rescaled whose rescaling makes growth exact: two packages say when that can be."""
+    for growth in growths.values():
+        for index in growth.norms:
+            if growth.inexact is None and index not in ratios:
+                raise FxwidthError(
+                    f"growth would change what node {analysis.calls[index].node} computes, whose gain cannot be "
+                    "rescaled as was thought. Leave that group out of the plan; please report this gap of fxwidth."
+                )
 
 
 def _gain(analysis: Analysis, call: OpCall) -> str | None:

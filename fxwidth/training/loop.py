@@ -145,7 +145,7 @@ class _Training:
                 break
             if keep is not None:
                 keep(self.state())
-            if self.clock.progress >= 1:
+            if self.stop.count or self.clock.progress >= 1:
                 break
         return self._result()
 

@@ -57,6 +57,11 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
         >>> [(group.name, group.width) for group in fxwidth.analyze(gm).free]
         [('a', 6), ('b', 12)]
     """
+    Transaction(gm).run(lambda: _untie(gm))
+    return gm
+
+
+def _untie(gm: fx.GraphModule) -> None:
     analysis = analyze_module(gm)
     known = notes_of(gm).get(AXES)
     if known is not None:
@@ -67,8 +72,7 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
     moving = moving_nodes(analysis)
     tables = list(_worthwhile(analysis, moving))
     if tables:
-        Transaction(gm).run(lambda: _rewrite(gm, tables, _serving(analysis, moving, tables)))
-    return gm
+        _rewrite(gm, tables, _serving(analysis, moving, tables))
 
 
 def _worthwhile(analysis: Analysis, moving: Moving) -> Iterator[CopyTable]:

@@ -19,8 +19,8 @@ from fxwidth.axes.positions import occupied_positions, without_minor
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.family_table import family_of, is_arithmetic, is_move, running_norm
-from fxwidth.rules.op_families import Arithmetic, Convolution, Move, Product
+from fxwidth.rules.family_table import as_family, family_of, is_arithmetic, is_move, running_norm
+from fxwidth.rules.op_families import Arithmetic, Convolution, Move, Norm, Product
 from fxwidth.weights.reparametrised import computed_values, normed_weights, weight_values
 
 
@@ -173,7 +173,9 @@ class Wiring:
             inputs = call.inputs
             if not inputs or not all(map(self.roles.is_parameter, inputs)):
                 continue
-            names = frozenset().union(*(result.get(tensor, frozenset()) for tensor in inputs))
+            # A gain is no part of what a norm makes with it.
+            parts = [call.arguments["input"]] if _has_gain(call) else inputs
+            names = frozenset().union(*(result.get(tensor, frozenset()) for tensor in parts))
             for output in call.outputs:
                 result[output] = result.get(output, frozenset()) | names
         return result
@@ -181,10 +183,12 @@ class Wiring:
     def _is_inside(self, call: OpCall) -> bool:
         """Tell whether an op makes tensors of parameters alone, which count where they are used.
 
-        Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
+        Sums of products count themselves, and so do norms with gains, what is read as a number, and what is written to
+        memory that others see.
         """
         of_parameters = all(map(self.roles.is_parameter, call.inputs))
-        return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
+        counts = bool(call.contractions) or _has_gain(call)
+        return of_parameters and bool(call.outputs) and not counts and not call.func._schema.is_mutable
 
     def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
         """Tell whether all uses of a parameter are of one kind: then other values in it change nothing else."""
@@ -276,7 +280,10 @@ class Wiring:
                     (left, contraction.left_dims, right, contraction.right_dims),
                     (right, contraction.right_dims, left, contraction.left_dims),
                 ):
-                    if self.roles.is_parameter(own) and not self.roles.is_parameter(other) and len(own_dims) == 1:
+                    # Kernels that are computed from activations, for a learnt image, are no weights that read it.
+                    is_weight = not isinstance(family_of(call.func), Convolution) or own is call.arguments["weight"]
+                    of_activation = self.roles.is_parameter(own) and not self.roles.is_parameter(other)
+                    if is_weight and of_activation and len(own_dims) == 1:
                         yield self._reader(call, other, other_dims[0], own, own_dims[0])
 
     def _reader(self, call: OpCall, activation: Tensor, dim: int, weight: Tensor, weight_dim: int) -> Reader:
@@ -302,6 +309,10 @@ def wiring_of(width_graph: WidthGraph) -> Wiring:
 def _distinct(tensor: Tensor) -> tuple[int, ...]:
     """Return a tensor's sizes without the copies that expanding made."""
     return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _has_gain(call: OpCall) -> bool:
+    return as_family(call.func, Norm) is not None and call.arguments.get("weight") is not None
 
 
 def argument_name(call: OpCall, tensor: Tensor) -> str:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxwidth
 from fxwidth.growth.recipes import Fill, Recipe
+from fxwidth.resizing import parameters
 from tests.oracles.growth import (
     EXACT,
     change,
@@ -322,3 +324,40 @@ def test_softmax_over_channels_is_inexact() -> None:
     assert found["block.q"] == "FREE"
     check_all(wg, x)
     check_refusals(wg, x)
+
+
+class Latents(nn.Module):
+    """Learned latents, normalised by themselves, to which a stream is added."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.expanded = expanded
+        self.latents = nn.Parameter(torch.randn(4, 8))
+        self.norm = nn.LayerNorm(8)
+        self.queries, self.stream, self.head, self.out = (
+            nn.Linear(8, 5), nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(5, 2),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.expand(len(x), -1, -1) if self.expanded else self.latents
+        queries = torch.tanh(self.queries(self.norm(latents)))
+        return self.head((latents + self.stream(x)[:, None]).mean(1)) + self.out(queries).mean(-2)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gains_of_norms_over_parameters_alone_are_rescaled(expanded: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Latents(expanded).double().eval(), torch.randn(3, 6, dtype=torch.float64)
+    gm, before = fxwidth.trace(model, x), model(x)
+    width_graph = fxwidth.analyze(gm)
+    assert width_graph["stream"].inexact_growth is None
+    fxwidth.resize(gm, {"stream": 11})
+    torch.testing.assert_close(gm(x), before, rtol=1e-12, atol=1e-12)
+
+
+def test_growth_that_would_not_be_exact_after_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = fxwidth.trace(Latents(False), torch.randn(3, 6))
+    monkeypatch.setattr(parameters, "gains_kept", lambda *_: {"norm.weight": "planted"})
+    with pytest.raises(fxwidth.FxwidthError, match="growth would change what node norm computes, whose gain"):
+        fxwidth.resize(gm, {"stream": 11})
+    assert gm.get_parameter("stream.weight").shape == (8, 6)

@@ -83,6 +83,12 @@ def passed() -> Work:
     return Work(lambda: (forget_noise(gm), PlanWidths(params=0.7, data=[images()])(gm)), list(gm.children()))
 
 
+def on_a_graph(look: Callable[[fx.GraphModule], object]) -> Work:
+    gm = graph()
+    # The notes of the analysis are made anew.
+    return Work(lambda: look(gm), list(gm.children()))
+
+
 def loss(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output, target)
 
@@ -95,6 +101,9 @@ CASES: dict[str, Callable[[], Work]] = {
     "latency": lambda: looked(lambda found: fxwidth.cost_polynomial(found, "latency")),
     "memory": lambda: looked(lambda found: fxwidth.cost_polynomial(found, "activation_memory")),
     "pass": passed,
+    "analyze": lambda: on_a_graph(fxwidth.analyze),
+    # It has no copies, and stays as it is.
+    "untie": lambda: on_a_graph(fxwidth.untie_copies),
 }
 
 
