@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import index
 from typing import Any
 
@@ -19,3 +20,8 @@ def plain_number(value: Any) -> Any:
 def is_integer(value: Any) -> bool:
     """Tell whether a plain number is an integer, which a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def floor_of(bound: float) -> int:
+    """Return the largest integer that is not above a bound, which rounding may have made a little smaller."""
+    return math.floor(bound * (1 + 1e-12))

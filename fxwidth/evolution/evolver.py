@@ -20,6 +20,7 @@ from fxwidth.gradients.informed_rows import labelled_batches
 from fxwidth.gradients.reader_step import mean_loss
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import EvolveKeywords, Loss, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.plain_numbers import floor_of
 from fxwidth.planning.planner import Plan, refuse_impossible
 from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
@@ -129,7 +130,7 @@ class Evolver:
         target = self._planning.target
         bounds = target.bounds if target is not None else {}
         first = {name: int(cost_polynomial(width_graph, name)({})) for name in bounds}
-        goals = {n: b if isinstance(b, int) else round(b * first[n]) for n, b in bounds.items()}
+        goals = {n: b if isinstance(b, int) else floor_of(b * first[n]) for n, b in bounds.items()}
         self._progress = Progress(first, goals)
         self._refuse_impossible(width_graph, goals)
         if goals:

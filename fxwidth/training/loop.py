@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolver import Evolver, parameter_count
+from fxwidth.plain_numbers import floor_of
 from fxwidth.runtime.contexts import evaluating
 from fxwidth.tracing.analyze import analyze
 from fxwidth.training.images import ImageData
@@ -259,7 +260,7 @@ class _Training:
     @property
     def _target(self) -> int | None:
         target = self.config.params
-        return round(target * self.params_before) if isinstance(target, float) else target
+        return floor_of(target * self.params_before) if isinstance(target, float) else target
 
     def _result(self) -> TrainingResult:
         evaluated = bool(self.epochs) and self.epochs[-1].step == self.clock.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_fit_evolves_to_the_target(digits: ImageData, tmp_path: Path) -> None:
     result = fit(gm, digits, EVOLVING, recorder)
     assert recorder.steps == list(range(1, 10))
     assert recorder.params == sorted(recorder.params, reverse=True)
-    target = round(0.3 * result.params_before)
+    target = math.floor(0.3 * result.params_before)
     assert recorder.reasons == [f"resize {i} of 3 on the way to {target:,}" for i in (1, 2, 3)]
     assert (result.target, result.missed) == (target, False)
     assert result.params_after == recorder.params[-1] == parameter_count(gm) <= 0.3 * result.params_before
