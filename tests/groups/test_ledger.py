@@ -21,8 +21,6 @@ def check(name: str) -> None:
     assert now == LEDGER[name], f"{name} has other groups than tests/oracles/ledger.json says; {REWRITE}"
 
 
-# Its auxiliary heads are for training alone.
-@pytest.mark.filterwarnings("ignore:The graph of GoogLeNet does not do")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NETWORKS])
 def test_groups_are_those_of_the_ledger(name: str) -> None:
     check(name)

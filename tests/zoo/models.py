@@ -27,7 +27,8 @@ def set_apart(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _torchvision(name: str) -> nn.Module:
-    extra = {"init_weights": False} if name == "googlenet" else {}
+    # Its auxiliary heads are for training alone, so that a graph of evaluation would be another network.
+    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=10, **extra)
     return model
 
