@@ -148,7 +148,7 @@ def render(events: list[Event], curves: list[Curve]) -> str:
     lines = heading("What evolving costs while a network trains", machine())
     lines += [
         (
-            f"MNIST, batch size 64, an event every {EVERY} steps, {TARGET:,} parameters at the end; the loss is that of "
+            f"MNIST, batch size 64, an event every {EVERY} steps, {TARGET:,} parameters at the end; losses are of "
             "2,000 test images."
         ),
         "",
@@ -157,7 +157,7 @@ def render(events: list[Event], curves: list[Curve]) -> str:
         own = [event for event in events if event.start == curve.start]
         lines += [
             (
-                f"- {curve.start}: {len(own)} events, {100 * curve.accuracy:.2f} % in the end, a step of training takes "
+                f"- {curve.start}: {len(own)} events, {100 * curve.accuracy:.2f} % in the end, a step takes "
                 f"{1000 * curve.step_seconds:.1f} ms (median)"
             )
         ]

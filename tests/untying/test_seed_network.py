@@ -56,11 +56,11 @@ def test_the_floor_is_that_of_a_width_of_one_everywhere():
 
 
 def test_small_plans_are_made_and_carried_out(gm, x):
-    plan = fxwidth.plan(fxwidth.analyze(gm), params=3500, selection="magnitude")
+    plan = fxwidth.plan(fxwidth.analyze(gm), params=3500)
     optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-3)
     gm(x).square().mean().backward()
     optimizer.step()
-    fxwidth.resize(gm, plan, optimizer=optimizer, selection="magnitude")
+    fxwidth.resize(gm, plan, optimizer=optimizer)
     assert 0.9 * 3500 < sum(parameter.numel() for parameter in gm.parameters()) <= 3500
     assert all(state["exp_avg"].shape == parameter.shape for parameter, state in optimizer.state.items())
     gm(x).square().mean().backward()
