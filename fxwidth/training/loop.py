@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolver import Evolver, parameter_count
+from fxwidth.evolution.schedule import Phase
 from fxwidth.plain_numbers import floor_of
 from fxwidth.runtime.contexts import evaluating
 from fxwidth.tracing.analyze import analyze
@@ -26,6 +27,8 @@ _EVALUATION_BATCH = 500
 _WARMUP = 0.1  # part of the training in which the learning rate rises
 _START_FACTOR = 0.1  # of the peak learning rate, at the first step
 _EVOLUTION = 0.04  # part of the training over which the resizes are spread by default
+_BREATHING = 0.75  # part of the training after which a network that breathes keeps its widths
+_EVENTS = 30  # so many resizes by then
 _READ_EVERY = 20  # steps; reading a loss makes the device wait
 
 
@@ -130,8 +133,10 @@ class _Training:
         if self.config.params is None:
             return None
         rounds = self.config.rounds
-        every = self.config.evolve_every or max(1, round(_EVOLUTION * steps / rounds))
-        return Evolver(self.gm, self.optimizer, every=every, params=self.config.params, rounds=rounds)
+        share = _BREATHING / _EVENTS if self.config.breathe else _EVOLUTION / rounds
+        every = self.config.evolve_every or max(1, round(share * steps))
+        stop = math.ceil(_BREATHING * steps) if self.config.breathe else None
+        return Evolver(self.gm, self.optimizer, every=every, params=self.config.params, rounds=rounds, stop=stop)
 
     def run(self, keep: Callable[[State], None] | None) -> TrainingResult:
         self._use_channels_last()
@@ -211,10 +216,19 @@ class _Training:
         if plan is None:
             return
         self._use_channels_last()
-        reason = f"resize {len(self.evolver.history)} of {self.config.rounds} on the way to {self._target:,}"
-        self.observer.on_resize(self.clock.step, all_widths(self.gm), parameter_count(self.gm), reason)
+        self.observer.on_resize(
+            self.clock.step, all_widths(self.gm), parameter_count(self.gm), self._reason(self.evolver)
+        )
         if self.evolver.finished:
             self._compile()
+
+    def _reason(self, evolver: Evolver) -> str:
+        """Return why the last resize was done."""
+        number = len(evolver.history)
+        return {
+            Phase.GROW: "grows at its target for a while, so that channels get where they are needed",
+            Phase.FOLD: "folds back what is needed least",
+        }.get(evolver.history[-1]["phase"], f"resize {number} of {self.config.rounds} on the way to {self._target:,}")
 
     def _compile(self) -> None:
         # Only final widths are worth a compilation. What was compiled for other widths must not be reused.

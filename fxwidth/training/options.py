@@ -57,6 +57,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images in a training step."
 LearningRate = Annotated[float | None, typer.Option(min=0.0, help=_RATE_HELP)]
 Rounds = Annotated[int, typer.Option(min=1, help="Resizes on the way to the target.")]
 EvolveEvery = Annotated[int | None, typer.Option(min=1, help="Steps between resizes. Default: all are done early.")]
+Breathe = Annotated[
+    bool, typer.Option("--breathe", help="At the target, grow and fold back until three quarters of the training.")
+]
 MaxMinutes = Annotated[float | None, typer.Option(min=0.01, help="End the training, schedule included, by then.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Scale the images to this size.")]
 Place = Annotated[Device, typer.Option(help="Where to train.")]

@@ -22,6 +22,7 @@ class TrainingConfig:
     target_params: float | None = None  # 1 or more: parameters; below 1: a ratio; None: the widths stay
     rounds: int = 8
     evolve_every: int | None = None  # steps between two resizes; None: all are done early in the training
+    breathe: bool = False  # at the target, grow and fold back until three quarters of the training are done
     max_minutes: float | None = None  # the schedule ends by then, whatever `epochs` says
     compile_backend: str | None = None  # of torch.compile, used once the widths are final; None: eager
     seed: int = 0

@@ -140,6 +140,18 @@ def test_fit_evolves_to_the_target(digits: ImageData, tmp_path: Path) -> None:
         assert picture.format == "PNG"
 
 
+def test_fit_breathes_at_its_target(digits: ImageData) -> None:
+    gm, recorder = traced_network(digits), Recorder()
+    result = fit(gm, digits, replace(EVOLVING, epochs=8, breathe=True), recorder)
+    phases = [resize["phase"] for resize in result.resizes]
+    assert phases[:5] == ["approach", "approach", "approach", "grow", "fold"]
+    assert phases[-1] == "fold"
+    assert result.resizes[-1]["step"] <= 18
+    assert not result.missed
+    assert "grows at its target" in recorder.reasons[3]
+    assert "folds back" in recorder.reasons[4]
+
+
 def test_fit_learns(digits: ImageData) -> None:
     gm = traced_network(digits)
     first = evaluate(gm, digits)
@@ -189,7 +201,10 @@ def test_interrupted_training_keeps_a_usable_network(digits: ImageData) -> None:
     assert evaluate(gm, digits, stop=lambda: True) is None
 
 
-@pytest.mark.parametrize("config", [EVOLVING, replace(EVOLVING, evolve_every=2), replace(EVOLVING, target_params=None)])
+OTHERS = {"evolve_every": 2}, {"target_params": None}, {"breathe": True, "rounds": 2}
+
+
+@pytest.mark.parametrize("config", [EVOLVING, *(replace(EVOLVING, **other) for other in OTHERS)])
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_a_run_goes_on_from_each_epoch_to_the_same_result(
     config: TrainingConfig, epoch: int, digits: ImageData, tmp_path: Path
