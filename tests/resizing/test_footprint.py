@@ -157,8 +157,11 @@ def test_two_hundred_resizes_take_no_more_memory_or_time(make: Callable[[], fx.G
     gm = make()
     assert all(there_and_back(gm, 20))
     before, resident = footprint(gm), _resident()
-    times = list(there_and_back(gm, 80))
-    assert footprint(gm) == before
+    times: list[float] = []
+    for _ in range(4):
+        times += there_and_back(gm, 20)
+        # How much Python leaves to be collected later depends on how much else there is.
+        assert footprint(gm) == before
     assert _resident() < resident + 16 * 2**20
     assert statistics.median(times[-20:]) < 1.5 * statistics.median(times[:20])
 
