@@ -183,12 +183,10 @@ class Wiring:
     def _is_inside(self, call: OpCall) -> bool:
         """Tell whether an op makes tensors of parameters alone, which count where they are used.
 
-        Sums of products count themselves, and so do norms with gains, what is read as a number, and what is written to
-        memory that others see.
+        Sums of products count themselves, and so does what is read as a number, or written to memory that others see.
         """
         of_parameters = all(map(self.roles.is_parameter, call.inputs))
-        counts = bool(call.contractions) or _has_gain(call)
-        return of_parameters and bool(call.outputs) and not counts and not call.func._schema.is_mutable
+        return of_parameters and bool(call.outputs) and not call.contractions and not call.func._schema.is_mutable
 
     def used_only(self, name: str, accepts: Callable[[OpCall, Tensor], bool]) -> bool:
         """Tell whether all uses of a parameter are of one kind: then other values in it change nothing else."""
