@@ -106,16 +106,16 @@ def run(start: str, data: ImageData) -> tuple[list[Event], Curve]:
         scheduler.step()
         seconds.append(time.perf_counter() - started)
         is_due = step % EVERY == 0 and not evolver.finished
-        before, params = test_loss(gm, data) if is_due else 0.0, parameter_count(gm)
+        before, params = loss_on_test_images(gm, data) if is_due else 0.0, parameter_count(gm)
         started = time.perf_counter()
         plan = evolver.step(x, y)
         took = time.perf_counter() - started
         if plan is not None:
             kind = _kind(evolver.history[-1]["phase"], parameter_count(gm) > params)
-            events.append(Event(start, step, kind, before, test_loss(gm, data), parameter_count(gm), took))
+            events.append(Event(start, step, kind, before, loss_on_test_images(gm, data), parameter_count(gm), took))
         if step % 50 == 0:
             at.append(step)
-            losses.append(test_loss(gm, data))
+            losses.append(loss_on_test_images(gm, data))
     return events, Curve(start, at, losses, statistics.median(seconds), _accuracy(gm, data))
 
 
@@ -129,7 +129,7 @@ def _epoch(data: ImageData, epoch: int) -> Any:
 
 
 @torch.no_grad()
-def test_loss(gm: fx.GraphModule, data: ImageData) -> float:
+def loss_on_test_images(gm: fx.GraphModule, data: ImageData) -> float:
     """Return the loss on 2,000 test images."""
     with evaluating(gm):
         images, labels = data.normalize(data.test.images[:2000]), data.test.labels[:2000]

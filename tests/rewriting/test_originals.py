@@ -108,7 +108,6 @@ def tokens() -> Tensor:
     return torch.randint(0, 32, (4, 5))
 
 
-QUICK = {"selection": "magnitude", "fold": False}
 Case = tuple[Callable[[], nn.Module], Callable[[], Tensor], str | None]
 CASES: dict[str, Case] = {
     "sequential": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), features, "resized"),
@@ -155,9 +154,7 @@ def test_the_model_is_the_resized_one_or_as_it_was(name: str) -> None:
     model, x = set_apart(make()).eval(), inputs()
     gm = fxwidth.trace(model, x)
     before, twin = state_of(model), copy.deepcopy(model)
-    options = {"data": [x] if x.is_floating_point() else None}
-    # What is kept of a large network does not matter here.
-    told = halved(gm, **(QUICK if name == "resnet18" else options))
+    told = halved(gm, data=[x] if x.is_floating_point() else None)
     assert told in ("resized", "untouched")
     assert expected in (None, told)
     other = torch.cat([x, x[:1]])
@@ -184,7 +181,7 @@ def test_an_optimizer_made_for_the_model_trains_the_graph(name: str) -> None:
     model, x = set_apart(make()).eval(), inputs()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     gm = fxwidth.trace(model, x)
-    told = halved(gm, optimizer=optimizer, **(QUICK if name == "resnet18" else {}))
+    told = halved(gm, optimizer=optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert {id(parameter) for parameter in gm.parameters()} <= held
     old, own = answer(gm, x, False), answer(model, x, False)

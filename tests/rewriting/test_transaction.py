@@ -192,7 +192,7 @@ CASES = (
 )  # fmt: skip
 
 
-POINTS = 3  # of each case, before it commits and while it does; the slow test takes one in each function
+POINTS = 12  # of each case, before it commits and while it does; the slow test takes one in each function
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
