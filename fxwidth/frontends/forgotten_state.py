@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxwidth.runtime.kept_objects import Change, holds
+from fxwidth.runtime.kept_objects import Change, holds, is_plain
 from fxwidth.runtime.module_state import Held, held_by
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves
 from fxwidth.runtime.trace_guards import UntraceableError
@@ -138,8 +138,10 @@ def progress(change: Change) -> UntraceableError:
 
 def plain_changes(changes: Iterable[Change]) -> list[Change]:
     """Return those of numbers, flags and texts; a size by which an exporter knows others is that of the examples."""
-    known = [replace(one, new=map_leaves(_size, one.new, torch.SymInt)) for one in changes]
-    return [one for one in known if one.is_of_plain_data and not one.name.startswith(_OF_TRACER)]
+    # What is not plain may be all that an exporter knows, in which looking for sizes takes long.
+    plain = [one for one in changes if is_plain(one.new, torch.SymInt) and not one.name.startswith(_OF_TRACER)]
+    known = [replace(one, new=map_leaves(_size, one.new, torch.SymInt)) for one in plain]
+    return [one for one in known if one.is_of_plain_data]
 
 
 def _size(size: torch.SymInt) -> Any:

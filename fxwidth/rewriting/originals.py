@@ -187,7 +187,8 @@ def leave_behind(
     """
     original = original_of(module)
     models = [] if original is None else [original]
-    others = _other_graphs([module, *models])
+    # What was garbage already is gone since the transaction was begun.
+    others = _sharing([module, *models])
     if resized:
         # The modules are the model's: other graphs get copies of them, as they were before.
         with edits.suspended():

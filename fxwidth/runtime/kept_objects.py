@@ -61,7 +61,7 @@ class Change:
     @property
     def is_of_plain_data(self) -> bool:
         """Tell whether numbers, flags or texts are others now, and not merely other objects of the same value."""
-        return _is_plain(self.new) and (self.old is _MISSING or _is_plain(self.old)) and self.old != self.new
+        return is_plain(self.new) and (self.old is _MISSING or is_plain(self.old)) and self.old != self.new
 
 
 class Kept:
@@ -180,10 +180,11 @@ class Kept:
                 self._add_parts(before.values(), depth + 1)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any, *others: type) -> bool:
+    """Tell whether a value is a number, a flag, a text or of some other types, or holds nothing else."""
     if issubclass(type(value), (list, tuple, set, dict)):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return issubclass(type(value), (bool, int, float, str, type(None)))
+        return all(is_plain(part, *others) for part in (value.values() if isinstance(value, dict) else value))
+    return issubclass(type(value), (bool, int, float, str, type(None), *others))
 
 
 def holds(value: Any, *kinds: type) -> bool:

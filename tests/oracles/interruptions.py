@@ -59,13 +59,17 @@ class Counter:
         self._at = at
         self._since = since
         self._places = (_PACKAGE, *places)
+        self._counts: dict[str, bool] = {}  # whether the calls of a file's functions do
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         """See one call; resumed generators, such as contexts that are left, are calls too."""
-        # Python ignores what is raised in a generator that it drops: of generators only contexts count.
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(self._places):
+        counts = self._counts.get(code.co_filename)
+        if counts is None:
+            counts = self._counts[code.co_filename] = code.co_filename.startswith(self._places)
+        if not counts or event != "call":
             return
+        # Python ignores what is raised in a generator that it drops: of generators only contexts count.
         if code.co_flags & inspect.CO_GENERATOR and not _is_of_contextlib(frame.f_back):
             return
         if self.count == 0 and self._since not in ("", code.co_name):
