@@ -138,7 +138,8 @@ WAYS: dict[str, Callable[[fx.GraphModule], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_and_every_form_leads_to_the_same_network(way: str) -> None:
-    wanted, gm = traced(), traced()
+    models = network(), network()  # held: both are told of
+    wanted, gm = (fxwidth.trace(model, X[:4]) for model in models)
     fxwidth.resize(wanted, PLAN, data=[X])
     WAYS[way](gm)
     assert same(gm, wanted)

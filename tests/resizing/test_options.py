@@ -154,7 +154,9 @@ WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes}
 
 def _resized(way: Callable[[fx.GraphModule, Options], None], row: Row, name: str | None) -> fx.GraphModule:
     """Return the network after a resize with an option (None: without it), and the optimizer's state with it."""
-    gm = fxwidth.trace(network(), images(4))
+    # Held: whether a model that nobody has any more is still there to be told of depends on Python's collections.
+    model = network()
+    gm = fxwidth.trace(model, images(4))
     options = dict(row.beside())
     if name is not None:
         options[name] = row.value(gm)
