@@ -3,7 +3,8 @@
     python benchmarks/mnist.py --data PATH --seeds 3 --epochs 10 --device cpu --jobs 2 --threads 1
 
 Each seed runs `fxwidth train`, as a user would; then the parameters of the evolved network are drawn anew, and it is
-trained for the same seconds with the same settings. Writes a JSON and a markdown table to benchmarks/results/.
+trained for the same seconds with the same settings. Writes a JSON and a markdown table to benchmarks/results/, after
+each seed; `--resume` goes on from them after an interruption.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch.fx import GraphModule
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.machine import processor
-from benchmarks.support.results import options_of, write
+from benchmarks.support.results import options_of, read_record, write
 from benchmarks.support.tables import header, heading, line
 from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.datasets import load_dataset
@@ -62,15 +62,19 @@ class Run:
 def main() -> None:
     """Run both cases with every size and seed, and write the results."""
     options = _parse_options()
-    pairs = [(target, seed) for target in options.targets for seed in range(options.seeds)]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(partial(run_pair, options), pairs))
-    runs = [run for pair, _ in results for run in pair]
-    settings = results[0][1]
     name = f"mnist-{options.device}" + ("-compile" if options.compile else "")
-    facts = _facts(options, settings)
-    record = {"machine": facts, "settings": settings, "runs": [asdict(run) for run in runs]}
-    write(name, render(runs, facts), record, options.results)
+    before = read_record(name, options.results) if options.resume else None
+    runs = [Run(**run) for run in before["runs"]] if before else []
+    pairs = [(target, seed) for target in options.targets for seed in range(options.seeds)]
+    missing = [pair for pair in pairs if pair not in {(run.target, run.seed) for run in runs}]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run_pair, options, pair) for pair in missing]):
+            own, settings = future.result()
+            facts = _facts(options, settings)
+            if before and facts != before["machine"]:
+                raise SystemExit(f"the record is of {before['machine']}, and this run of {facts}: leave out --resume")
+            runs = sorted([*runs, *own], key=lambda run: (-run.target, run.case, run.seed))
+            write(name, render(runs, facts), {"machine": facts, "runs": [asdict(run) for run in runs]}, options.results)
 
 
 def run_pair(options: argparse.Namespace, pair: tuple[int, int]) -> tuple[list[Run], dict[str, Any]]:
@@ -164,7 +168,8 @@ def _facts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, s
     """Return the versions and the hardware that the results depend on."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{processor()}, {options.threads} threads"
     versions = {name: settings[name] for name in ("fxwidth", "torch")} | {"python": platform.python_version()}
-    return {"device": device, **versions, "compiled": "yes" if options.compile else "no"}
+    epochs = {"epochs": str(settings["epochs"])}
+    return {"device": device, **versions, **epochs, "compiled": "yes" if options.compile else "no"}
 
 
 def _parse_options() -> argparse.Namespace:
@@ -177,6 +182,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: that of the command line")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the record holds")
     return parser.parse_args()
 
 
