@@ -63,29 +63,28 @@ def main() -> None:
     """Run both cases with every size and seed, and write the results."""
     options = _parse_options()
     name = f"mnist-{options.device}" + ("-compile" if options.compile else "")
+    facts = _facts(options)
     before = read_record(name, options.results) if options.resume else None
+    if before and facts != before["machine"]:
+        raise SystemExit(f"the record is of {before['machine']}, and this would be of {facts}: leave out --resume")
     runs = [Run(**run) for run in before["runs"]] if before else []
     pairs = [(target, seed) for target in options.targets for seed in range(options.seeds)]
     missing = [pair for pair in pairs if pair not in {(run.target, run.seed) for run in runs}]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run_pair, options, pair) for pair in missing]):
-            own, settings = future.result()
-            facts = _facts(options, settings)
-            if before and facts != before["machine"]:
-                raise SystemExit(f"the record is of {before['machine']}, and this run of {facts}: leave out --resume")
-            runs = sorted([*runs, *own], key=lambda run: (-run.target, run.case, run.seed))
+            runs = sorted([*runs, *future.result()], key=lambda run: (-run.target, run.case, run.seed))
             write(name, render(runs, facts), {"machine": facts, "runs": [asdict(run) for run in runs]}, options.results)
 
 
-def run_pair(options: argparse.Namespace, pair: tuple[int, int]) -> tuple[list[Run], dict[str, Any]]:
-    """Return both cases of one size with one seed, and the settings of the command."""
+def run_pair(options: argparse.Namespace, pair: tuple[int, int]) -> list[Run]:
+    """Return both cases of one size with one seed."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         evolved, settings = run_evolved(options, *pair, Path(folder) / "run")
         direct = run_direct(options, *pair, Path(folder) / "run", evolved, settings)
     told = (f"{run.case}: {100 * run.test_accuracy:.2f} % in {run.seconds:.0f} s" for run in (evolved, direct))
     print(f"{evolved.params:,} parameters, seed {pair[1]}:", *told, flush=True)
-    return [evolved, direct], settings
+    return [evolved, direct]
 
 
 def run_evolved(options: argparse.Namespace, target: int, seed: int, out: Path) -> tuple[Run, dict[str, Any]]:
@@ -164,12 +163,12 @@ def _row(run: Run, seed: str, figures: list[tuple[float, ...]]) -> str:
     return line(f"{run.target:,}", run.case, seed, f"{accuracy:.2f}", *(f"{value:,.0f}" for value in others))
 
 
-def _facts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, str]:
+def _facts(options: argparse.Namespace) -> dict[str, str]:
     """Return the versions and the hardware that the results depend on."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{processor()}, {options.threads} threads"
-    versions = {name: settings[name] for name in ("fxwidth", "torch")} | {"python": platform.python_version()}
-    epochs = {"epochs": str(settings["epochs"])}
-    return {"device": device, **versions, **epochs, "compiled": "yes" if options.compile else "no"}
+    versions = {"fxwidth": fxwidth.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    epochs = str(options.epochs or "those of the command")
+    return {"device": device, **versions, "epochs": epochs, "compiled": "yes" if options.compile else "no"}
 
 
 def _parse_options() -> argparse.Namespace:
