@@ -72,19 +72,21 @@ def main() -> None:
     missing = [pair for pair in pairs if pair not in {(run.target, run.seed) for run in runs}]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run_pair, options, pair) for pair in missing]):
-            runs = sorted([*runs, *future.result()], key=lambda run: (-run.target, run.case, run.seed))
-            write(name, render(runs, facts), {"machine": facts, "runs": [asdict(run) for run in runs]}, options.results)
+            own, settings = future.result()
+            runs = sorted([*runs, *own], key=lambda run: (-run.target, run.case, run.seed))
+            record = {"machine": facts, "settings": settings, "runs": [asdict(run) for run in runs]}
+            write(name, render(runs, facts), record, options.results)
 
 
-def run_pair(options: argparse.Namespace, pair: tuple[int, int]) -> list[Run]:
-    """Return both cases of one size with one seed."""
+def run_pair(options: argparse.Namespace, pair: tuple[int, int]) -> tuple[list[Run], dict[str, Any]]:
+    """Return both cases of one size with one seed, and the settings of the command."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         evolved, settings = run_evolved(options, *pair, Path(folder) / "run")
         direct = run_direct(options, *pair, Path(folder) / "run", evolved, settings)
     told = (f"{run.case}: {100 * run.test_accuracy:.2f} % in {run.seconds:.0f} s" for run in (evolved, direct))
     print(f"{evolved.params:,} parameters, seed {pair[1]}:", *told, flush=True)
-    return [evolved, direct]
+    return [evolved, direct], settings
 
 
 def run_evolved(options: argparse.Namespace, target: int, seed: int, out: Path) -> tuple[Run, dict[str, Any]]:
