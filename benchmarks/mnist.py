@@ -30,7 +30,7 @@ from torch.fx import GraphModule
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.machine import processor
-from benchmarks.support.results import options_of, read_record, write
+from benchmarks.support.results import earlier_runs, options_of, write
 from benchmarks.support.tables import header, heading, line
 from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.datasets import load_dataset
@@ -64,10 +64,7 @@ def main() -> None:
     options = _parse_options()
     name = f"mnist-{options.device}" + ("-compile" if options.compile else "")
     facts = _facts(options)
-    before = read_record(name, options.results) if options.resume else None
-    if before and facts != before["machine"]:
-        raise SystemExit(f"the record is of {before['machine']}, and this would be of {facts}: leave out --resume")
-    runs = [Run(**run) for run in before["runs"]] if before else []
+    runs = [Run(**run) for run in earlier_runs(name, facts, options.results)] if options.resume else []
     pairs = [(target, seed) for target in options.targets for seed in range(options.seeds)]
     missing = [pair for pair in pairs if pair not in {(run.target, run.seed) for run in runs}]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

@@ -4,7 +4,8 @@
 
 Networks of one family end at the same number of parameters: some breathe from widths that are chosen badly, one grows
 from a twelfth of the size, and beside them stand networks of random widths, which stay. Images are MNIST's, and
-pictures of textured shapes in colours that tell nothing. Writes a table and a record to benchmarks/results/.
+pictures of textured shapes in colours that tell nothing; both have as many steps. Writes a table and a record to
+benchmarks/results/, after each run; `--resume` goes on from them after an interruption.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import random
 import statistics
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,8 +28,8 @@ from torch import Tensor, fx, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
-from benchmarks.support.machine import machine
-from benchmarks.support.results import options_of, write
+from benchmarks.support.machine import processor
+from benchmarks.support.results import earlier_runs, options_of, write
 from benchmarks.support.tables import header, heading, line
 from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.datasets import load_dataset
@@ -42,6 +44,7 @@ RANDOM = 20
 BAD = {"all at the front": 0.55, "all at the back": 1.8, "even": 1.0}
 SPREAD = 4.0  # random widths differ by up to this factor, up and down
 DATA = ("mnist", "shapes")
+SHAPES = 12_000
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,16 @@ def main() -> None:
     """Train all cases and write the results."""
     options = _parse_options()
     work = [(case, seed) for data in options.images for case in cases(data) for seed in _seeds(case, options.seeds)]
+    facts = {"device": f"{processor()}, one thread a run, {options.jobs} runs at once", "epochs": str(options.epochs)}
+    facts |= {name: version(name) for name in ("fxwidth", "torch")}
+    runs = [Run(**run) for run in earlier_runs("placement", facts, options.results)] if options.resume else []
+    done = {(run.name, run.data, run.seed) for run in runs}
+    missing = [(case, seed) for case, seed in work if (case.name, case.data, seed) not in done]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        runs = list(pool.map(partial(train, options), work))
-    record = {"machine": machine(threads=1), "epochs": options.epochs, "runs": [asdict(run) for run in runs]}
-    write("placement", render(runs, options), record, options.results)
+        for future in as_completed([pool.submit(train, options, case, seed) for case, seed in missing]):
+            runs.append(future.result())
+            record = {"machine": facts, "runs": [asdict(run) for run in runs]}
+            write("placement", render(runs, facts, options.seeds), record, options.results)
 
 
 def cases(data: str) -> list[Case]:
@@ -99,15 +108,15 @@ def _seeds(case: Case, count: int) -> range:
     return range(1 if case.name.startswith("random") else count)
 
 
-def train(options: argparse.Namespace, work: tuple[Case, int]) -> Run:
+def train(options: argparse.Namespace, case: Case, seed: int) -> Run:
     """Return what a case reaches with a seed."""
-    case, seed = work
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     images = _images(case.data, options.data)
     gm = network(images, case)
+    epochs = options.epochs * (60_000 // SHAPES if case.data == "shapes" else 1)
     config = TrainingConfig(
-        epochs=options.epochs, target_params=BUDGET if case.evolves else None, breathe=case.evolves, seed=seed,
+        epochs=epochs, target_params=BUDGET if case.evolves else None, breathe=case.evolves, seed=seed,
         rounds=8 if case.start < BUDGET else 1,
     )  # fmt: skip
     result = fit(gm, images, config)
@@ -150,7 +159,7 @@ def network(images: ImageData, case: Case) -> fx.GraphModule:
 def _images(name: str, folder: Path) -> ImageData:
     if name == "mnist":
         return load_dataset("mnist", folder)
-    train, test = shapes(12_000, 0), shapes(4_000, 1)
+    train, test = shapes(SHAPES, 0), shapes(4_000, 1)
     pixels = train.images.float()
     names = tuple(f"{shape} {texture}" for shape in ("disc", "square", "triangle", "cross", "ring") for texture in "ab")
     mean, std = pixels.mean((0, 2, 3)).view(-1, 1, 1), pixels.std((0, 2, 3)).view(-1, 1, 1)
@@ -185,23 +194,26 @@ def shapes(count: int, seed: int) -> Split:
     return Split(pictures.clamp(0, 1).mul(255).round().to(torch.uint8), labels)
 
 
-def render(runs: list[Run], options: argparse.Namespace) -> str:
+def render(runs: list[Run], facts: Mapping[str, str], seeds: int) -> str:
     """Return the results as markdown."""
-    lines = heading("Where evolution puts channels", machine(threads=1))
+    lines = heading("Where evolution puts channels", facts)
     lines += [
         (
-            f"The seed network of `fxwidth train` at {BUDGET:,} parameters, {options.epochs} epochs, means of "
-            f"{options.seeds} seeds; {RANDOM} random splits, one seed each. Networks that evolve breathe until three "
-            "quarters of the training."
+            f"The seed network of `fxwidth train` at {BUDGET:,} parameters, means of {seeds} seeds; {RANDOM} random "
+            "splits, one seed each. Networks that evolve breathe until three quarters of the training. Epochs are of "
+            f"60,000 images: {SHAPES:,} shapes are seen {60_000 // SHAPES} times in each."
         ),
         "",
-        *header("images", "widths", "test accuracy (%)", "lowest", "highest", "parameters", "resizes", "seconds"),
+        *header(
+            "images", "widths", "runs", "test accuracy (%)", "lowest", "highest", "parameters", "resizes", "seconds"
+        ),
     ]
-    for data in options.images:
+    for data in dict.fromkeys(run.data for run in runs):
         own = [run for run in runs if run.data == data]
-        names = list(dict.fromkeys(run.name for run in own if not run.name.startswith("random")))
-        lines += [_row(data, name, [run for run in own if run.name == name]) for name in names]
-        lines += [_row(data, "random", [run for run in own if run.name.startswith("random")])]
+        names = [case.name for case in cases(data) if not case.name.startswith("random")]
+        parts = {name: [run for run in own if run.name == name] for name in names}
+        parts["random"] = [run for run in own if run.name.startswith("random")]
+        lines += [_row(data, name, part) for name, part in parts.items() if part]
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +221,7 @@ def _row(data: str, name: str, runs: list[Run]) -> str:
     accuracies = [100 * run.test_accuracy for run in runs]
     seconds = statistics.fmean(run.seconds for run in runs)
     return line(
-        data, name, *(f"{of(accuracies):.2f}" for of in (statistics.fmean, min, max)),
+        data, name, len(runs), *(f"{of(accuracies):.2f}" for of in (statistics.fmean, min, max)),
         round(statistics.fmean(run.params for run in runs)), max(run.resizes for run in runs), f"{seconds:.0f}",
     )  # fmt: skip
 
@@ -220,6 +232,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the record holds")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with one thread")
     return parser.parse_args()
 

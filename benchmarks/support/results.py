@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ def read_record(name: str, folder: Path = RESULTS) -> Any:
     """Return a record that was written, or None."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def earlier_runs(name: str, facts: Mapping[str, str], folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return the runs of a record, which a benchmark goes on from.
+
+    Args:
+        name: that of the record.
+        facts: the circumstances of the runs that are to come; those of the record have to be the same.
+        folder: where the record lies.
+    """
+    before = read_record(name, folder)
+    if before is None:
+        return []
+    if before["machine"] != facts:
+        raise SystemExit(f"the record is of {before['machine']}, and this would be of {facts}: leave out --resume")
+    runs: list[dict[str, Any]] = before["runs"]
+    return runs
 
 
 def options_of(text: str | None) -> argparse.ArgumentParser:

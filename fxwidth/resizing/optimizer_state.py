@@ -126,7 +126,7 @@ def plan_optimizer_update(
     Args:
         optimizer: the optimizer, or several.
         replacements: the parameters that are replaced.
-        names: those of all parameters of the graph, by `id`.
+        names: those of all parameters of the graph.
 
     Raises:
         FxwidthError: the optimizer keeps state of which it is not known how it follows a resize.
