@@ -193,6 +193,7 @@ CASES = (
 
 
 POINTS = 12  # of each case, before it commits and while it does; the slow test takes one in each function
+MOST = 3000  # calls since a graph is put in place: where there are as many again, the slow test leaves some out
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
@@ -216,7 +217,8 @@ def test_an_interruption_of_any_function_changes_nothing(make: Callable[[], Work
     committing = counted(make().run, since=COMMIT).count
     work = make()
     assert_undone(work, sorted(random.Random(0).choice(points) for points in functions.values()))
-    assert_undone(work, range(1, committing + 1), COMMIT)
+    # Companions are analysed after the graph has been put in place, which makes 23,000 calls: all would take hours.
+    assert_undone(work, range(1, committing + 1, max(1, committing // MOST)), COMMIT)
 
 
 def overwritten(transaction: Transaction, tensor: Tensor) -> None:
