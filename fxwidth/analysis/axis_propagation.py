@@ -22,7 +22,7 @@ from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import OUTPUTS_MODULE
 from fxwidth.recording.batch_dim import batch_factor
-from fxwidth.recording.composite_ops import calls_no_whole_op
+from fxwidth.recording.composite_ops import WholeOps, calls_no_whole_op
 from fxwidth.recording.data_dependent import ValueRecord
 from fxwidth.recording.submodules import watching_parts
 from fxwidth.recording.tape import Axes, OpCall, TapeRecorder, plain_kernels
@@ -171,8 +171,12 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
     recorder = TapeRecorder(keeps, on_call, values=analysis.known_values())
     analysis.calls = recorder.calls
     replaced = substituted(module, fakes, slots, restored)
-    effects = watching_effects(lambda does, _: analysis.effects.update({recorder.node: does}), regions=True)
-    with evaluating(module), replaced as held, plain_kernels(), effects, quiet(), analysis.mode, recorder:
+
+    def see(does: str, _: str) -> None:
+        analysis.effects[recorder.node] = does
+
+    effects = watching_effects(see, regions=True, calls=False)
+    with evaluating(module), replaced as held, plain_kernels(WholeOps(see)), effects, quiet(), analysis.mode, recorder:
         interpreter = NodeInterpreter(module, analysis, recorder)
         result = run_graph(interpreter, recorder, analysis.inputs, analysis.effects)
         analysis.keeping = interpreter.keeping(held)

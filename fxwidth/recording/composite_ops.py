@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxwidth.recording.channel_copies import copied_channels, copies_as_one_op
 from fxwidth.runtime.module_state import is_plain_layer
 from fxwidth.runtime.trace_guards import UntraceableError
+from fxwidth.runtime.unseen_effects import See, look_at_call
 
 
 @torch.library.custom_op("fxwidth::rms_norm", mutates_args=())
@@ -209,11 +210,22 @@ def batch_norm(
 
 
 class WholeOps(TorchFunctionMode):
-    """Calls the whole op where a model calls the Python function."""
+    """Calls the whole op where a model calls the Python function.
+
+    Args:
+        see: takes what calls do of which no op tells, as for `watching_effects`; None where that is not asked.
+    """
+
+    def __init__(self, see: See | None = None) -> None:
+        super().__init__()
+        self._see = see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one Python-level function."""
-        return _WHOLE.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._see is not None:
+            look_at_call(self._see, func, kwargs)
+        return _WHOLE.get(func, func)(*args, **kwargs)
 
 
 def _refuse_data(*_: Any) -> None:

@@ -11,7 +11,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -90,18 +90,21 @@ _REQUIRES_GRAD, _GRAD_FN = Tensor.requires_grad.__get__, Tensor.grad_fn.__get__ 
 
 
 @contextmanager
-def watching_effects(see: See, *, regions: bool = False) -> Iterator[None]:
+def watching_effects(see: See, *, regions: bool = False, calls: bool = True) -> Iterator[None]:
     """Tell of all that code does of which no op tells.
 
     Args:
         see: takes what is done, as a predicate, and the name of what does it.
         regions: whether parts that run without gradients are told of too.
+        calls: whether calls of torch's functions are looked at; else a mode of the caller's does it by `look_at_call`,
+            since each mode makes every call a few microseconds longer.
     """
     # torch makes a list of all methods when it first needs it: not while some are others.
     is_tensor_method_or_property(Tensor.add)
     watched = (*_WATCHED, *_REGIONS) if regions else _WATCHED
     stead = [(owner, name, _seen(see, getattr(owner, name), name, does)) for owner, name, does in watched]
-    with _in_place_of([(Function, "apply", _seen_gradients(see)), *stead]), _Questions(see):
+    mode = _Calls(see) if calls else nullcontext()
+    with _in_place_of([(Function, "apply", _seen_gradients(see)), *stead]), mode:
         yield
 
 
@@ -168,8 +171,23 @@ def _is_no_model(asker: str) -> bool:
     return asker.startswith(("torch.", "fxwidth."))
 
 
-class _Questions(TorchFunctionMode):
-    """Tells of code that asks of a tensor whether it will have a gradient, or draws from a generator of its own."""
+def look_at_call(see: See, func: Any, kwargs: Mapping[str, Any]) -> None:
+    """Tell of a call that asks of a tensor whether it will have a gradient, or that draws from a generator of its own.
+
+    Args:
+        see: as for `watching_effects`.
+        func: what the `__torch_function__` of a mode is called for, which calls this.
+        kwargs: its keyword arguments.
+    """
+    if func in (_REQUIRES_GRAD, _GRAD_FN) and not _is_no_model(_asker(2)):
+        see(*((_ASKS, "requires_grad") if func == _REQUIRES_GRAD else (_HOOKS, "grad_fn")))
+    # All that draws takes it by name.
+    if kwargs and any(isinstance(value, torch.Generator) for value in kwargs.values()):
+        see(_OWN_GENERATOR, getattr(func, "__name__", str(func)))
+
+
+class _Calls(TorchFunctionMode):
+    """Looks at each call."""
 
     def __init__(self, see: See) -> None:
         super().__init__()
@@ -180,11 +198,7 @@ class _Questions(TorchFunctionMode):
     ) -> Any:
         """Run one function of torch."""
         kwargs = kwargs or {}
-        if func in (_REQUIRES_GRAD, _GRAD_FN) and not _is_no_model(_asker(2)):
-            self._see(*((_ASKS, "requires_grad") if func == _REQUIRES_GRAD else (_HOOKS, "grad_fn")))
-        # All that draws takes it by name.
-        if kwargs and any(isinstance(value, torch.Generator) for value in kwargs.values()):
-            self._see(_OWN_GENERATOR, getattr(func, "__name__", str(func)))
+        look_at_call(self._see, func, kwargs)
         return func(*args, **kwargs)
 
 
