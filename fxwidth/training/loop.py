@@ -27,7 +27,7 @@ _EVALUATION_BATCH = 500
 _WARMUP = 0.1  # part of the training in which the learning rate rises
 _START_FACTOR = 0.1  # of the peak learning rate, at the first step
 _EVOLUTION = 0.04  # part of the training over which the resizes are spread by default
-_BREATHING = 0.75  # part of the training after which a network that breathes keeps its widths
+_BREATHING = 0.75  # part of the training after which a network that breathes, or has no target, keeps its widths
 _EVENTS = 30  # so many resizes by then
 _READ_EVERY = 20  # steps; reading a loss makes the device wait
 
@@ -130,6 +130,10 @@ class _Training:
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def _make_evolver(self, steps: int) -> Evolver | None:
+        if self.config.thresholds:
+            every = self.config.evolve_every or self.data.steps_per_epoch(self.config.batch_size)
+            end = math.ceil(_BREATHING * steps)
+            return Evolver(self.gm, self.optimizer, every=every, policy="thresholds", selection="projection", stop=end)
         if self.config.params is None:
             return None
         rounds = self.config.rounds
@@ -225,10 +229,13 @@ class _Training:
     def _reason(self, evolver: Evolver) -> str:
         """Return why the last resize was done."""
         number = len(evolver.history)
-        return {
+        reasons = {
             Phase.GROW: "grows at its target for a while, so that channels get where they are needed",
             Phase.FOLD: "folds back what is needed least",
-        }.get(evolver.history[-1]["phase"], f"resize {number} of {self.config.rounds} on the way to {self._target:,}")
+            Phase.THRESHOLDS: "follows the singular values of each layer",
+        }
+        phase = evolver.history[-1]["phase"]
+        return reasons.get(phase) or f"resize {number} of {self.config.rounds} on the way to {self._target:,}"
 
     def _compile(self) -> None:
         # Only final widths are worth a compilation. What was compiled for other widths must not be reused.

@@ -17,7 +17,8 @@ from fxwidth.training.runs import TrainingConfig
 # Epochs by default. Digits are few and small, so an epoch is short.
 _EPOCHS = {"digits": 30, "mnist": 6, "fashion-mnist": 10, "cifar10": 30}
 _FOLDER_EPOCHS = 30
-# The seed network is far too wide for what it is given, and takes high rates; of one made by hand less can go.
+# The seed network is far too wide for what it is given, and takes high rates once it is small, which it is early with a
+# target; of one made by hand less can go.
 # Of images that nobody has tried a part of the parameters is left, whatever the network and the number of classes.
 _SEED_TARGET, _OTHER_TARGET, _FOLDER_TARGET = 12_500.0, 0.5, 0.1
 _SEED_RATE, _OTHER_RATE = 0.01, 0.002
@@ -35,8 +36,13 @@ _RESUME_HELP = (
     "Go on with the run in this folder from its last epoch, to the result that it would have had; takes no other "
     "option but --device and --threads."
 )
+_THRESHOLDS_HELP = (
+    "In place of a target, grow and shrink each layer by its own singular values once an epoch, as SVD-evolutive-CNN "
+    "does; --evolve-every changes how often."
+)
 _RATE_HELP = (
-    f"Peak of AdamW's one-cycle learning rate. Default: {_SEED_RATE} for {SEED_RESNET}, {_OTHER_RATE} for others."
+    f"Peak of AdamW's one-cycle learning rate. Default: {_SEED_RATE} for {SEED_RESNET} with a target, else "
+    f"{_OTHER_RATE}."
 )
 
 
@@ -60,6 +66,7 @@ EvolveEvery = Annotated[int | None, typer.Option(min=1, help="Steps between resi
 Breathe = Annotated[
     bool, typer.Option("--breathe", help="At the target, grow and fold back until three quarters of the training.")
 ]
+Thresholds = Annotated[bool, typer.Option("--thresholds", help=_THRESHOLDS_HELP)]
 MaxMinutes = Annotated[float | None, typer.Option(min=0.01, help="End the training, schedule included, by then.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Scale the images to this size.")]
 Place = Annotated[Device, typer.Option(help="Where to train.")]
@@ -94,8 +101,8 @@ def with_defaults(
     if epochs is None:
         epochs = _EPOCHS.get(dataset, _FOLDER_EPOCHS)
     if rate is None:
-        rate = _SEED_RATE if is_seed else _OTHER_RATE
-    if target is None:
+        rate = _SEED_RATE if is_seed and not config.thresholds else _OTHER_RATE
+    if target is None and not config.thresholds:
         of_seed = _SEED_TARGET if dataset in DATASETS else _FOLDER_TARGET
         target = of_seed if is_seed else _OTHER_TARGET
     return replace(config, epochs=epochs, learning_rate=rate, target_params=target)

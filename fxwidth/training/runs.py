@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fxwidth.errors import FxwidthError
 from fxwidth.options import PlanOptions
 
 
@@ -23,6 +24,7 @@ class TrainingConfig:
     rounds: int = 8
     evolve_every: int | None = None  # steps between two resizes; None: all are done early in the training
     breathe: bool = False  # at the target, grow and fold back until three quarters of the training are done
+    thresholds: bool = False  # no target: each layer's singular values decide, as in SVD evolutive CNN
     max_minutes: float | None = None  # the schedule ends by then, whatever `epochs` says
     compile_backend: str | None = None  # of torch.compile, used once the widths are final; None: eager
     seed: int = 0
@@ -30,6 +32,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         # A target that is none is refused before any data are loaded.
         PlanOptions(params=self.params)
+        if self.thresholds and (self.target_params is not None or self.breathe):
+            other = "a target" if self.target_params is not None else "--breathe"
+            raise FxwidthError(
+                f"--thresholds goes by singular values alone, and not with {other}; leave out one of them"
+            )
 
     @property
     def params(self) -> int | float | None:

@@ -274,3 +274,12 @@ def test_a_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf"fxwidth: this command needs {package}, .*pip install 'fxwidth\[demo\]'"):
         cli.main()
+
+
+def test_thresholds_take_no_target_and_a_lower_rate(tmp_path: Path) -> None:
+    status, output = run("train", "--thresholds", "--target-params", "0.5", "--out", str(tmp_path / "refused"))
+    assert (status, not (tmp_path / "refused").exists()) == (1, True)
+    assert "leave out one of them" in output
+    status, _ = run("train", "--thresholds", "--epochs", "1", "--max-minutes", "0.05", "--out", str(tmp_path / "run"))
+    settings = json.loads((tmp_path / "run" / "history.json").read_text(encoding="utf-8"))["settings"]
+    assert (status, settings["learning_rate"], settings["target_params"]) == (0, 0.002, None)

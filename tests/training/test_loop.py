@@ -152,6 +152,24 @@ def test_fit_breathes_at_its_target(digits: ImageData) -> None:
     assert "folds back" in recorder.reasons[4]
 
 
+def test_fit_goes_by_thresholds(digits: ImageData) -> None:
+    gm, recorder = traced_network(digits), Recorder()
+    config = replace(EVOLVING, epochs=8, evolve_every=None, target_params=None, thresholds=True)
+    result = fit(gm, digits, config, recorder)
+    assert {resize["phase"] for resize in result.resizes} == {"thresholds"}
+    assert [resize["step"] for resize in result.resizes] == [3 * i for i in range(1, len(result.resizes) + 1)]
+    assert result.resizes[-1]["step"] <= 18
+    assert set(recorder.reasons) == {"follows the singular values of each layer"}
+    assert all(record["selection"] == "projection" for record in fxwidth.report(gm).resizes)
+    assert (result.target, result.missed) == (None, False)
+
+
+@pytest.mark.parametrize(("other", "named"), [({"target_params": 0.5}, "a target"), ({"breathe": True}, "--breathe")])
+def test_thresholds_are_refused_beside_a_target(other: dict[str, object], named: str) -> None:
+    with pytest.raises(FxwidthError, match=f"not with {named}"):
+        TrainingConfig(thresholds=True, **other)
+
+
 def test_fit_learns(digits: ImageData) -> None:
     gm = traced_network(digits)
     first = evaluate(gm, digits)
@@ -201,7 +219,12 @@ def test_interrupted_training_keeps_a_usable_network(digits: ImageData) -> None:
     assert evaluate(gm, digits, stop=lambda: True) is None
 
 
-OTHERS = {"evolve_every": 2}, {"target_params": None}, {"breathe": True, "rounds": 2}
+OTHERS = (
+    {"evolve_every": 2},
+    {"target_params": None},
+    {"breathe": True, "rounds": 2},
+    {"target_params": None, "thresholds": True},
+)
 
 
 @pytest.mark.parametrize("config", [EVOLVING, *(replace(EVOLVING, **other) for other in OTHERS)])
