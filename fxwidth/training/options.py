@@ -33,7 +33,7 @@ _OUT_HELP = (
 )
 _RESUME_HELP = (
     "Go on with the run in this folder from its last epoch, to the result that it would have had; takes no other "
-    "option but --device and --threads."
+    "option but --device and --threads. Its checkpoint is read as a pickle: only for folders that you trust."
 )
 _RATE_HELP = (
     f"Peak of AdamW's one-cycle learning rate. Default: {_SEED_RATE} for {SEED_RESNET}, {_OTHER_RATE} for others."

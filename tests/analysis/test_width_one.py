@@ -298,7 +298,7 @@ def test_plans_know_narrow_groups() -> None:
 
 def _saved(module: fx.GraphModule, folder: Path) -> fx.GraphModule:
     fxwidth.save(module, folder / "net.pt")
-    return fxwidth.load(folder / "net.pt")
+    return fxwidth.load(folder / "net.pt", trusted=True)
 
 
 def _saved_tensors(module: fx.GraphModule, folder: Path) -> fx.GraphModule:
