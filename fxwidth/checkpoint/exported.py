@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs
@@ -111,9 +112,8 @@ def _module_of(
     """Return the graph of a program; it can be called like the graph that was saved, where its arguments are plain."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    # Its hooks ask for all arguments at each call.
-    module._forward_pre_hooks.clear()
-    module._forward_pre_hooks_with_kwargs.clear()
+    # A module of torch.export asks for all arguments at each call, and refuses train() and eval().
+    module = fx.GraphModule(module, module.graph, "Exported")
     codegen: Any = module.graph._codegen
     spec, own = codegen.pytree_info, module.graph.find_nodes(op="placeholder")
     arguments, named = spec.in_spec.children() if hasattr(spec.in_spec, "children") else spec.in_spec.children_specs
@@ -145,7 +145,7 @@ def _return_answer(module: fx.GraphModule, spec: Any) -> None:
     output = next(iter(module.graph.find_nodes(op="output")))
     results: Any = output.args[0]
     tensors = [torch.empty(0) if isinstance(result, fx.Node) else result for result in results]
-    found, structure = flatten(pytree.tree_unflatten(tensors, spec))
+    found, structure = flatten(_mutable(pytree.tree_unflatten(tensors, spec)))
     nodes = {id(tensor): node for tensor, node in zip(tensors, results, strict=True)}
     leaves = [nodes[id(tensor)] for tensor in found]
     is_plain, value = native(structure, leaves)
@@ -171,6 +171,15 @@ def _never_one(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
             "to a path that ends in '.safetensors'."
         )
     return numbers
+
+
+def _mutable(value: Any) -> Any:
+    """Return what a graph returns in the containers of Python, of which its output node has held others."""
+    if isinstance(value, dict) and type(value) in (dict, immutable_dict):
+        return {key: _mutable(part) for key, part in value.items()}
+    if type(value) in (list, tuple, immutable_list):
+        return (tuple if type(value) is tuple else list)(map(_mutable, value))
+    return value
 
 
 def _defaults(gm: fx.GraphModule) -> dict[str, Any]:

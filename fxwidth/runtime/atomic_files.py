@@ -26,29 +26,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         FxwidthError: the file cannot be written; the old one is as it was.
     """
-    given, path = path, Path(path).resolve()
-    if not path.parent.is_dir():
-        raise FxwidthError(f"there is no folder {Path(given).parent} to write {path.name} to; make it first.")
-    if path.is_dir():
-        raise FxwidthError(f"{given} is a folder; give the path of a file in it.")
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    target = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        with _told(given):
-            _remove_stale(path)
+    with _told(path):
+        place = _place_of(path)
+        if place.exists() and not place.is_file():
+            yield place
+            return
+        target = place.with_name(f".{place.name}.{uuid4().hex}.tmp")
+        try:
+            _remove_stale(place)
             # Here, so that a folder that cannot be written to is told as such by whatever writes the file.
             target.open("xb").close()
             yield target
             with target.open("rb+") as file:
                 os.fsync(file.fileno())
-            if path.exists():
-                shutil.copymode(path, target)
-            target.replace(path)
-            _sync_folder(path.parent)
-    finally:
-        target.unlink(missing_ok=True)
+            if place.exists():
+                shutil.copymode(place, target)
+            target.replace(place)
+            _sync_folder(place.parent)
+        finally:
+            target.unlink(missing_ok=True)
+
+
+def _place_of(path: str | Path) -> Path:
+    place = Path(path).resolve()
+    if not place.parent.is_dir():
+        raise FxwidthError(f"there is no folder {Path(path).parent} to write {place.name} to; make it first.")
+    if place.is_dir():
+        raise FxwidthError(f"{path} is a folder; give the path of a file in it.")
+    return place
 
 
 def unwritable(path: str | Path, error: Exception) -> FxwidthError:
