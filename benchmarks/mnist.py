@@ -133,7 +133,9 @@ def run_direct(
     """Return what the evolved network reaches with new random parameters in the seconds that evolution took."""
     torch.manual_seed(seed)
     data = load_dataset("mnist", options.data).to(torch.device(options.device))
-    gm = fxwidth.trace(fxwidth.load(out / MODEL_FILE).to(options.device), data.normalize(data.test.images[:2]))
+    gm = fxwidth.trace(
+        fxwidth.load(out / MODEL_FILE, trusted=True).to(options.device), data.normalize(data.test.images[:2])
+    )
     reset_parameters(gm)
     fields = {name: settings[name] for name in TrainingConfig.__dataclass_fields__}
     # The schedule follows the clock, so epochs only have to be enough.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fxwidth import rules  # noqa: F401  (fills the table of op rules)
 from fxwidth.axes.polynomials import Polynomial
-from fxwidth.checkpoint import load, save
+from fxwidth.checkpoint.loading import load
+from fxwidth.checkpoint.saving import save
 from fxwidth.costs.budget import Budget
 from fxwidth.costs.registry import cost, cost_polynomial
 from fxwidth.errors import FxwidthError, FxwidthWarning
@@ -25,8 +26,7 @@ from fxwidth.selection.registry import selection_method
 from fxwidth.tracing.analyze import analyze
 from fxwidth.tracing.trace import trace
 from fxwidth.untying.untie_copies import untie_copies
-
-__version__ = "0.1.0"
+from fxwidth.version import __version__ as __version__
 
 __all__ = [
     "Budget",

@@ -220,7 +220,7 @@ class Evolver:
     def state_dict(self) -> dict[str, Any]:
         """Return all that makes an interrupted run go on as it would have, for `torch.save`.
 
-        The graph and the optimizer are saved by `fxwidth.save` and by their own state dicts.
+        `fxwidth.save(gm, path, optimizer=optimizer, evolver=evolver)` writes it with the graph and the optimizer.
 
         Example:
             >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, fx
 
-from fxwidth.checkpoint import packed, unpacked
+from fxwidth.checkpoint.loading import refuse_untrusted
+from fxwidth.checkpoint.packing import packed, unpacked
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolver import Evolver
 from fxwidth.integrations.evolving import Evolving
@@ -132,16 +133,18 @@ class EvolverCallback(Callback):
         return (batch,) if isinstance(batch, Tensor) or not isinstance(batch, Sequence) else batch
 
 
-def load_graph(path: str | Path) -> fx.GraphModule:
+def load_graph(path: str | Path, *, trusted: bool = False) -> fx.GraphModule:
     """Return the graph in a checkpoint of Lightning, at the widths that it had.
 
     Args:
-        path: of the checkpoint. The graph in it is Python's pickle: it must be from someone whom you trust.
+        path: of the checkpoint.
+        trusted: that it is from someone whom you trust: it is Python's pickle, which can run any code.
 
     Raises:
-        FxwidthError: no EvolverCallback has written a graph into it.
+        FxwidthError: it is not trusted, or no EvolverCallback has written a graph into it.
     """
+    refuse_untrusted(path, trusted=trusted)
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     if not isinstance(checkpoint, dict) or _GRAPH not in checkpoint:
         raise FxwidthError(f"{path} holds no graph: it was written by a training without an EvolverCallback.")
-    return unpacked(checkpoint[_GRAPH])
+    return unpacked(checkpoint[_GRAPH], path, trusted=trusted)

@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fxwidth.checkpoint import packed, unpacked
+from fxwidth.checkpoint.packing import packed, unpacked
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolver import Evolver
 from fxwidth.integrations.evolving import Evolving
+from fxwidth.runtime.atomic_files import replacing
 
 _FILE = "fxwidth_evolution.pt"
 
@@ -83,7 +84,8 @@ class EvolverCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Write the graph and the state of the Evolver beside the checkpoint."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        torch.save({"graph": packed(given["model"]), "state": self._evolving.state_dict()}, folder / _FILE)
+        with replacing(folder / _FILE) as path:
+            torch.save({"graph": packed(given["model"]), "state": self._evolving.state_dict()}, path)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Let go of the graph."""
@@ -91,22 +93,24 @@ class EvolverCallback(TrainerCallback):
             self._hook.remove()
         self._last = ()
 
-    def resume(self, checkpoint: str | Path) -> fx.GraphModule:
+    def resume(self, checkpoint: str | Path, *, trusted: bool = False) -> fx.GraphModule:
         """Return the graph in a checkpoint, at the widths that it had, and go on where its Evolver was.
 
         Args:
             checkpoint: the folder that is given to `Trainer.train(resume_from_checkpoint=)` too, of a Trainer that
-                trains this graph. The graph is Python's pickle: it must be from someone whom you trust.
+                trains this graph.
+            trusted: that it is from someone whom you trust: the graph in it is Python's pickle, which can run any code.
 
         Raises:
-            FxwidthError: no EvolverCallback has written to the folder.
+            FxwidthError: no EvolverCallback has written to the folder, or it is not trusted.
         """
         path = Path(checkpoint) / _FILE
         if not path.is_file():
             raise FxwidthError(f"{path} is not there: the checkpoint is of a training without an EvolverCallback.")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        graph = unpacked(saved["graph"], path, trusted=trusted)
         self._evolving.load_state_dict(saved["state"])
-        return unpacked(saved["graph"])
+        return graph
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training:

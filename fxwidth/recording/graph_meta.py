@@ -7,10 +7,11 @@ from typing import Any
 from torch import fx
 
 from fxwidth.serialization.graph_pickling import pickle_as_data
+from fxwidth.serialization.graph_record import Fingerprint
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
-EXAMPLES, UNTIED = "fxwidth_examples", "fxwidth_untied"
-NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED)
+EXAMPLES, UNTIED, ORIGINAL = "fxwidth_examples", "fxwidth_untied", "fxwidth_original"
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED, ORIGINAL)
 
 
 class InMemory(tuple[Any, ...]):
@@ -31,3 +32,10 @@ def notes_of(module: fx.GraphModule) -> dict[str, Any]:
     """Return the `meta` of a graph, which from now on is pickled and copied with it."""
     pickle_as_data(module)
     return module.meta
+
+
+def note_original(module: fx.GraphModule) -> None:
+    """Note what a graph is before its first change, if that is not known yet and nothing has changed."""
+    notes = notes_of(module)
+    if not {ORIGINAL, HISTORY, UNTIED} & notes.keys():
+        notes[ORIGINAL] = Fingerprint.of(module).data()

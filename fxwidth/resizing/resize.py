@@ -13,7 +13,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
-from fxwidth.recording.graph_meta import AXES, HISTORY, notes_of
+from fxwidth.recording.graph_meta import AXES, HISTORY, note_original, notes_of
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import select_channels
 from fxwidth.resizing.companions import (
@@ -162,6 +162,7 @@ def _resize(
     asked = requested(width_graph, plan, options.exact)
     if not asked.widths:
         return module
+    note_original(module)
     if not known.blind:
         refuse_nan(module)
         refuse_too_narrow(width_graph, asked)

@@ -58,6 +58,15 @@ def twin(old: Tensor, values: Tensor) -> Tensor:
     return new
 
 
+def with_values(name: str, old: Tensor, values: Tensor) -> Tensor:
+    """Return a parameter or buffer with other values of the same shape, of any dtype, in the place of one without.
+
+    Raises:
+        FxwidthError: it is of a class whose tensors cannot be made from values.
+    """
+    return _like(old, values, name)
+
+
 def _like(old: Tensor, values: Tensor, name: str) -> Tensor:
     new = _laid_out(values.detach(), old)
     if isinstance(old, nn.Parameter) and type(old) in (nn.Parameter, type(new)):

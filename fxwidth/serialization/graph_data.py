@@ -81,12 +81,12 @@ def data_of(graph: fx.Graph) -> GraphData:
     numbers = {node: NodeReference(number) for number, node in enumerate(graph.nodes)}
 
     def stated(leaf: Any) -> Any:
-        return numbers[leaf] if isinstance(leaf, fx.Node) else _named(leaf)
+        return numbers[leaf] if isinstance(leaf, fx.Node) else named_target(leaf)
 
     nodes = tuple(
         NodeData(
             node.op,
-            _named(node.target),
+            named_target(node.target),
             fx.node.map_aggregate(node.args, stated),
             fx.node.map_aggregate(node.kwargs, stated),
             node.name,
@@ -127,7 +127,7 @@ def graph_of(data: GraphData, tracer: type[fx.Tracer] | None = None) -> fx.Graph
     return graph
 
 
-def _named(value: Any) -> Any:
+def named_target(value: Any) -> Any:
     """Return what pickle is to write for a target or a leaf of arguments."""
     path = None
     if isinstance(value, OpOverload):
@@ -158,7 +158,7 @@ def _lasting(meta: Mapping[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     shapes, value = meta.get(_SHAPES), meta.get(_VALUE)
     if isinstance(shapes, TensorMetadata) and all(type(size) is int for size in (*shapes.shape, *shapes.stride)):
-        kept[_SHAPES] = _with_layout(shapes, _named)
+        kept[_SHAPES] = _with_layout(shapes, named_target)
     if type(value) in _PLAIN:
         kept[_VALUE] = value
     if meta.get(WRAPPED):

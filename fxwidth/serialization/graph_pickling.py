@@ -1,6 +1,7 @@
 """Pickling and copying of graph modules, so that what comes back is the same graph, with the same state.
 
-The methods are put into the class of one module, which torch.fx makes for each, and whose `forward` it puts there too.
+The methods are put into the class of one module, which torch.fx makes for each, and whose `forward` it puts there too;
+with them one that tells of state dicts of other widths.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxwidth.errors import FxwidthError
 from fxwidth.runtime.kept_objects import Kept
 from fxwidth.runtime.module_state import walk
 from fxwidth.serialization.graph_data import GraphData, data_of, graph_of
@@ -24,7 +26,7 @@ def pickle_as_data(module: fx.GraphModule) -> None:
     """Have a graph pickled and copied node by node, and the graphs in it likewise when that is done."""
     kind: Any = type(module)
     if vars(kind).get("__reduce__") is not _reduced:
-        kind.__reduce__, kind.__deepcopy__ = _reduced, _deepcopied
+        kind.__reduce__, kind.__deepcopy__, kind.load_state_dict = _reduced, _deepcopied, _load_state_dict
 
 
 def _reduced(module: fx.GraphModule) -> tuple[Any, ...]:
@@ -50,6 +52,28 @@ def _deepcopied(module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
     for hook in module._deepcopy_hooks:
         hook(copied)
     return copied
+
+
+def _load_state_dict(module: fx.GraphModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Do what `nn.Module.load_state_dict` does; a state dict of other widths is refused before anything has changed."""
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    sizes = {
+        name: (tuple(value.shape), tuple(own[name].shape))
+        for name, value in state_dict.items()
+        if isinstance(value, Tensor) and name in own and value.shape != own[name].shape
+    }
+    if sizes:
+        told = ", ".join(f"{name} is {there} there and {here} here" for name, (there, here) in list(sizes.items())[:3])
+        more = f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
+        raise FxwidthError(
+            f"the state dict is of other widths than the graph: {told}{more}. Load what fxwidth.save has written by "
+            "fxwidth.load, which resizes a fresh model; or resize this graph first, by the plan that led to those "
+            "widths: fxwidth.resize(gm, plan)."
+        )
+    return super(type(module), module).load_state_dict(state_dict, *args, **kwargs)
 
 
 def blank(base: type[fx.GraphModule], name: str) -> fx.GraphModule:

@@ -13,6 +13,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
 from fxwidth.frontends.untraceable import refuse_scripts, refuse_unmade
+from fxwidth.recording.graph_meta import note_original
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
@@ -74,6 +75,7 @@ def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
         value = analysis.node_values.get(node.name)
         if isinstance(value, Tensor):
             node.meta["tensor_meta"] = _metadata(value)
+    note_original(module)
     return module
 
 

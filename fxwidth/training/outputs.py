@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fxwidth.checkpoint import save
+from fxwidth.checkpoint.saving import save
 from fxwidth.errors import FxwidthError
+from fxwidth.runtime.atomic_files import replacing
 from fxwidth.training.curves import save_curves
 from fxwidth.training.runs import TrainingResult
 
@@ -43,11 +42,12 @@ def output_folder(given: Path | None, name: str, *, overwrite: bool) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replaced(folder / HISTORY_FILE) as path:
+        with replacing(folder / HISTORY_FILE) as path:
             path.write_text("{}", encoding="utf-8")
         (folder / HISTORY_FILE).unlink()
-    except OSError as error:
-        raise FxwidthError(f"--out {folder} cannot be written to ({error}): choose another folder") from error
+    except (OSError, FxwidthError) as error:
+        reason = error.__cause__ or error
+        raise FxwidthError(f"--out {folder} cannot be written to ({reason}): choose another folder") from error
     if overwrite:
         for found_file in _found(folder):
             (folder / found_file).unlink()
@@ -58,21 +58,10 @@ def write_outputs(out: Path, gm: GraphModule, result: TrainingResult, settings: 
     """Write the evolved model, the history of plans as JSON and the curves as a PNG into the folder `out`."""
     save(gm, out / MODEL_FILE)
     record = {"settings": dict(settings), **asdict(result)}
-    with replaced(out / HISTORY_FILE) as path:
+    with replacing(out / HISTORY_FILE) as path:
         path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    with replaced(out / CURVES_FILE) as path:
+    with replacing(out / CURVES_FILE) as path:
         save_curves(result, path)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which takes the place of `path` once all is written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _found(folder: Path) -> list[str]:

@@ -11,10 +11,11 @@ import torch
 from torch.fx import GraphModule
 
 import fxwidth
-from fxwidth.checkpoint import packed, unpacked
+from fxwidth.checkpoint.packing import packed, unpacked
 from fxwidth.errors import FxwidthError
+from fxwidth.runtime.atomic_files import replacing
 from fxwidth.training.loop import State
-from fxwidth.training.outputs import CHECKPOINT_FILE, replaced
+from fxwidth.training.outputs import CHECKPOINT_FILE
 from fxwidth.training.runs import TrainingConfig
 
 _VERSION = 1
@@ -49,12 +50,15 @@ class Job:
 def write_checkpoint(folder: Path, job: Job, gm: GraphModule, state: State) -> None:
     """Write a run as it is to its folder; the file that was there is replaced when the new one is complete."""
     record = {"version": _VERSION, "job": asdict(job), "graph": packed(gm), "state": state}
-    with replaced(folder / CHECKPOINT_FILE) as path:
+    with replacing(folder / CHECKPOINT_FILE) as path:
         torch.save(record, path)
 
 
 def read_checkpoint(folder: Path) -> tuple[Job, GraphModule, State]:
     """Return a run, its graph and its state, from the folder of the run.
+
+    The graph in it is Python's pickle, which can run any code: a folder to go on from must be from someone whom you
+    trust, as `--resume` says.
 
     Raises:
         FxwidthError: there is none, or one that this version cannot read.
@@ -69,4 +73,8 @@ def read_checkpoint(folder: Path) -> tuple[Job, GraphModule, State]:
     if not isinstance(record, Mapping) or record.get("version") != _VERSION:
         raise FxwidthError(f"--resume {folder}: {CHECKPOINT_FILE} is of another version of fxwidth, or no run at all")
     job = dict(record["job"])
-    return Job(**{**job, "config": TrainingConfig(**job["config"])}), unpacked(record["graph"]), record["state"]
+    return (
+        Job(**{**job, "config": TrainingConfig(**job["config"])}),
+        unpacked(record["graph"], path, trusted=True),
+        record["state"],
+    )

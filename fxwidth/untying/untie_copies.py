@@ -13,7 +13,7 @@ from fxwidth.axes.factors import Axis, Factor, find, nested_factors
 from fxwidth.axes.pins import STRUCTURAL
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.channel_copies import NOTHING, copied_channels
-from fxwidth.recording.graph_meta import AXES, HISTORY, UNTIED, notes_of
+from fxwidth.recording.graph_meta import AXES, HISTORY, UNTIED, note_original, notes_of
 from fxwidth.recording.tape import storage_of
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.family_table import is_move
@@ -181,6 +181,7 @@ def _rewrite(gm: fx.GraphModule, tables: list[CopyTable], serving: set[fx.Node])
         if node in serving and not by_name[node.name].users:
             graph.erase_node(by_name[node.name])
     graph.lint()
+    note_original(gm)
     notes = notes_of(gm)
     gm.graph = graph
     notes |= {UNTIED: [*notes.get(UNTIED, ()), len(notes.get(HISTORY, ()))]}

@@ -30,7 +30,7 @@ from fxwidth.verification.replay_oracle import largest_difference
 from tests.fuzz.networks import RandomNetwork, example_input, seeded_program
 from tests.oracles.judges import ROUNDING, assert_replays, at_batch_of, randomise, traced
 from tests.resizing.test_optimizer_state import MAKERS
-from tests.test_saving import Convolutions, Stream
+from tests.checkpoint.test_saving import Convolutions, Stream
 from tests.zoo.models import SMALL, RMSTransformer, build
 from tests.zoo.networks import CASES
 from tests.zoo.networks_of_modes import LAYERS, WIDTH, Around
@@ -298,7 +298,7 @@ def test_plans_know_narrow_groups() -> None:
 
 def _saved(module: fx.GraphModule, folder: Path) -> fx.GraphModule:
     fxwidth.save(module, folder / "net.pt")
-    return fxwidth.load(folder / "net.pt")
+    return fxwidth.load(folder / "net.pt", trusted=True)
 
 
 def _saved_tensors(module: fx.GraphModule, folder: Path) -> fx.GraphModule:

@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(kind: str, tmp_path: Any)
     file = io.BytesIO()
     torch.save({"evolver": interrupted.state_dict(), "optimizer": optimizer.state_dict()}, file)
 
-    again = fxwidth.load(tmp_path / "graph.pt")
+    again = fxwidth.load(tmp_path / "graph.pt", trusted=True)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     optimizer = torch.optim.Adam(again.parameters(), lr=1e-2)

@@ -298,7 +298,7 @@ def test_exported_graphs_can_be_saved_and_loaded(tmp_path: Any) -> None:
     fxwidth.save(gm, tmp_path / "tensors.safetensors")
     fresh = ToCache(True).double().eval()
     for again in (
-        fxwidth.load(tmp_path / "whole.pt"),
+        fxwidth.load(tmp_path / "whole.pt", trusted=True),
         fxwidth.load(tmp_path / "tensors.safetensors", fresh, case.args, case.kwargs),
     ):
         assert largest_difference(deep_tensors(invoked(again, case)), deep_tensors(invoked(gm, case))) < EXACT

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import fxwidth
@@ -25,6 +23,7 @@ from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.verification.replay_oracle import largest_difference
 from fxwidth.verification.stepwise import prescribed_difference, stepwise_difference
 from tests.oracles.judges import ROUNDING, randomise, removals
+from tests.serialization.earlier_form import earlier_texts, tensors_in, write_earlier
 from tests.zoo.networks_of_values import (
     DETECTORS,
     HIDDEN,
@@ -178,11 +177,10 @@ def test_a_graph_of_one_call_has_the_names_of_the_model(tmp_path: Path) -> None:
     assert gm.up.weight is gm.model.up.weight
     # In earlier versions all names began with that of the call.
     fxwidth.save(gm, tmp_path / "now.safetensors")
-    with safe_open(tmp_path / "now.safetensors", framework="pt") as file:
-        tensors = {f"model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        told = file.metadata()
+    tensors = {f"model.{name}": tensor for name, tensor in tensors_in(tmp_path / "now.safetensors").items()}
+    told = earlier_texts(tmp_path / "now.safetensors")
     metadata = {key: text.replace('"up"', '"model.up"').replace('"mid"', '"model.mid"') for key, text in told.items()}
-    save_file(tensors, tmp_path / "old.safetensors", metadata=metadata)
+    write_earlier(tmp_path / "old.safetensors", tensors, metadata)
     for name in ("now", "old"):
         again = fxwidth.load(tmp_path / f"{name}.safetensors", Seldom().double().eval(), (rows(),))
         torch.testing.assert_close(again.state_dict(), gm.state_dict(), rtol=0, atol=0)
@@ -285,7 +283,7 @@ def test_detectors_are_folded_from_data_and_saved(tmp_path: Any) -> None:
     fxwidth.resize(gm, {"roi_heads.box_head.fc6": 9, "backbone.0": 5}, data=data)
     assert gm.meta["fxwidth_history"][-1]["evidence"] == "data"
     fxwidth.save(gm, tmp_path / "detector.pt")
-    again = fxwidth.load(tmp_path / "detector.pt")
+    again = fxwidth.load(tmp_path / "detector.pt", trusted=True)
     assert largest_difference(deep_tensors(again(images())), deep_tensors(gm(images()))) == 0
     assert fxwidth.analyze(again)["roi_heads.box_head.fc6"].width == 9
     detector.cache_clear()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
-from tests.test_saving import Convolutions, Stream
+from tests.checkpoint.test_saving import Convolutions, Stream
 from tests.zoo.models import RMSTransformer, relative_difference, set_apart
 
 

@@ -60,7 +60,7 @@ def test_a_checkpoint_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert sum(p.numel() for p in gm.parameters()) <= 0.5 * sum(p.numel() for p in graph().parameters())
     checkpoint = tmp_path / "run" / "checkpoint-6"
     again = EvolverCallback(**OPTIONS)
-    resumed = again.resume(checkpoint)
+    resumed = again.resume(checkpoint, trusted=True)
     trained(resumed, again, tmp_path / "again", checkpoint)
     assert again.evolver is not None
     assert again.evolver.history == callback.evolver.history
@@ -86,4 +86,4 @@ def test_what_cannot_be_evolved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FxwidthError, match=r"evolves a torch.fx.GraphModule, but received Classifier"):
         trained(Classifier(), EvolverCallback(**OPTIONS), tmp_path)
     with pytest.raises(FxwidthError, match="is of a training without an EvolverCallback"):
-        EvolverCallback(**OPTIONS).resume(tmp_path)
+        EvolverCallback(**OPTIONS).resume(tmp_path, trusted=True)

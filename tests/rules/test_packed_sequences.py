@@ -106,7 +106,7 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
         fxwidth.save(gm, tmp_path / "model.pt")
         fxwidth.save(gm, tmp_path / "model.safetensors")
         for again in (
-            fxwidth.load(tmp_path / "model.pt"),
+            fxwidth.load(tmp_path / "model.pt", trusted=True),
             fxwidth.load(tmp_path / "model.safetensors", model, PACKED[name][1](4)),
         ):
             assert torch.equal(again(*values), gm(*values))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxwidth
-from tests.test_saving import NETWORKS, network
+from tests.checkpoint.test_saving import NETWORKS, network
 
 
 @contextmanager

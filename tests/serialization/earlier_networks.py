@@ -109,3 +109,47 @@ def write(folder: Path) -> None:
         fxwidth.save(gm, folder / f"{name}.safetensors")
         found |= dict(answers(name, gm))
     save_file(found, folder / ANSWERS)
+
+
+class Stream(nn.Module):
+    """A residual stream with a norm and attention, of which a later version has written a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(WIDTH, HIDDEN), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2, batch_first=True)
+        self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+REPLAYED = "replayed"
+
+
+def stream() -> nn.Module:
+    """Return the network of that file, before its resizes."""
+    torch.manual_seed(0)
+    return Stream().double().eval()
+
+
+def stream_inputs() -> Tensor:
+    """Return its inputs, small ones, for which the eps of its norm matters."""
+    return torch.linspace(-1e-2, 1e-2, 5 * 3 * WIDTH, dtype=torch.float64).view(5, 3, WIDTH)
+
+
+def write_replayed(folder: Path) -> None:
+    """Write that file, by the version before files told the whole graph."""
+    import fxwidth
+
+    x = stream_inputs()
+    gm = fxwidth.trace(stream(), x)
+    free = [group.name for group in fxwidth.analyze(gm).free]
+    fxwidth.resize(gm, {"embed": 4}, data=[x])
+    fxwidth.resize(gm, {"up": 10})
+    fxwidth.resize(gm, {name: fxwidth.analyze(gm)[name].width - 1 for name in free}, data=[x], exact=False)
+    fxwidth.save(gm, folder / f"{REPLAYED}.safetensors")
+    save_file({"answer": gm(x).detach()}, folder / f"{REPLAYED}-answers.safetensors")

@@ -26,11 +26,11 @@ FILES = Path(__file__).with_name("files")
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_pickled_graph_does_what_it_did(name: str, tmp_path: Path) -> None:
-    gm = fxwidth.load(FILES / f"{name}.pt")
+    gm = fxwidth.load(FILES / f"{name}.pt", trusted=True)
     assert "scratch" not in gm.state_dict()
     fxwidth.save(gm, tmp_path / "again.pt")
     expected = {key: value for key, value in load_file(FILES / ANSWERS).items() if key.startswith(f"{name} ")}
-    for module in (gm, fxwidth.load(tmp_path / "again.pt")):
+    for module in (gm, fxwidth.load(tmp_path / "again.pt", trusted=True)):
         found = dict(answers(name, module))
         assert found.keys() == expected.keys()
         for key, value in found.items():
@@ -39,7 +39,7 @@ def test_a_pickled_graph_does_what_it_did(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_can_be_resized(name: str) -> None:
-    gm = fxwidth.load(FILES / f"{name}.pt")
+    gm = fxwidth.load(FILES / f"{name}.pt", trusted=True)
     free = fxwidth.analyze(gm).free
     assert free
     fxwidth.resize(gm, {group.name: group.width + 1 for group in free})
@@ -114,7 +114,7 @@ NAMED = frozenset(
 def test_what_present_files_name_stays(tmp_path: Path) -> None:
     named = set()
     for name in NETWORKS:
-        fxwidth.save(fxwidth.load(FILES / f"{name}.pt"), tmp_path / f"{name}.pt")
+        fxwidth.save(fxwidth.load(FILES / f"{name}.pt", trusted=True), tmp_path / f"{name}.pt")
         named |= names_in(tmp_path / f"{name}.pt")
     assert {f"{module}.{name}" for module, name in named} == NAMED
     for old, now in earlier_files._RENAMED.items():
@@ -157,4 +157,4 @@ def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:
             data = old.read(entry)
             new.writestr(entry, re.sub(rb"fxwidth\.analysis\n", b"fxwidth.lost\n", data))
     with pytest.raises(FxwidthError, match=r"the file needs TensorSpec of fxwidth\.lost, which is not there"):
-        fxwidth.load(target)
+        fxwidth.load(target, trusted=True)

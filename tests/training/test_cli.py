@@ -39,7 +39,7 @@ def run(*options: str) -> tuple[int, str]:
 def check_outputs(out: Path) -> dict[str, object]:
     """Return the history that a run left in `out`, and check that its model and curves are usable."""
     history = json.loads((out / "history.json").read_text())
-    gm = fxwidth.load(out / "model.pt")
+    gm = fxwidth.load(out / "model.pt", trusted=True)
     assert sum(parameter.numel() for parameter in gm.parameters()) == history["params_after"]
     assert gm(torch.randn(3, 1, 8, 8)).shape == (3, 10)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -143,7 +143,7 @@ def same_run(one: Path, other: Path) -> bool:
         history.pop("seconds")
         for record in history["epochs"]:
             record.pop("seconds")
-    models = [fxwidth.load(folder / "model.pt").state_dict() for folder in (one, other)]
+    models = [fxwidth.load(folder / "model.pt", trusted=True).state_dict() for folder in (one, other)]
     same_tensors = all(torch.equal(models[0][name], models[1][name]) for name in models[1])
     return histories[0] == histories[1] and models[0].keys() == models[1].keys() and same_tensors
 

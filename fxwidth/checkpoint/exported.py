@@ -1,0 +1,219 @@
+"""A graph as a program of `torch.export`, which needs no code of its model."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils import _pytree as pytree
+
+from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs
+from fxwidth.analysis.result import TensorSpec
+from fxwidth.checkpoint.file_record import present_versions
+from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Inputs, Outputs, native
+from fxwidth.recording.graph_meta import HISTORY, INPUTS, notes_of
+from fxwidth.runtime.atomic_files import replacing
+from fxwidth.runtime.contexts import quiet
+from fxwidth.runtime.module_state import restored
+from fxwidth.runtime.pytrees import deep_tensors, flatten, flatten_each
+from fxwidth.serialization.exported_archives import UnsafeArchiveError, read_archive, refuse_code, write_archive
+from fxwidth.serialization.plain_trees import decoded, encoded
+from fxwidth.tracing.trace import trace
+
+# How a graph of `trace` says that it does not hold for a batch of one.
+_NOT_ONE = "leaves[{}].size()[0] != 1"
+
+
+def save_exported(gm: fx.GraphModule, path: Path) -> None:
+    """Write a graph as an exported program of the mode that it is in, for any batch, with its history.
+
+    Raises:
+        FxwidthError: `torch.export` cannot write it, or the file cannot be written.
+    """
+    inputs = tuple(real_inputs(gm, input_specs(gm), None))
+    never_one = _never_one(gm, inputs)
+    # A batch of one cannot be told from a dim that is merely broadcast.
+    single = all(leaf.shape[0] == 1 for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
+    if single:
+        inputs = pytree.tree_map(_doubled, inputs)
+    dynamic = pytree.tree_map(_any_batch, inputs)
+    buffer = io.BytesIO()
+    try:
+        with restored(gm), quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(gm, inputs, dynamic_shapes=dynamic, strict=False)
+            if program._guards_code:
+                raise ValueError(f"the program would hold only where {program._guards_code[0]}")
+            # Nobody's inputs are to be in a file, and nothing that pickle reads.
+            program._example_inputs = None
+            torch.export.save(program, buffer)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FxwidthError(
+            f"torch.export cannot write this graph: {reason.rstrip('.')}. Save to a path that ends in '.safetensors'."
+        ) from error
+    record = {
+        "versions": present_versions(),
+        "history": encoded(list(notes_of(gm).get(HISTORY, ())), "the history of resizes"),
+        "inputs": _specs_data(gm),
+        "defaults": encoded(_defaults(gm), "an argument"),
+        "never_one": never_one,
+    }
+    with replacing(path) as target:
+        write_archive(target, buffer.getvalue(), record)
+
+
+def load_exported(path: Path, *, trusted: bool) -> fx.GraphModule:
+    """Return the graph of a program that `save_exported` has written.
+
+    Raises:
+        FxwidthError: the file is damaged, or would run code and is not trusted.
+    """
+    content, record, entries = read_archive(path)
+    try:
+        if not trusted:
+            refuse_code(entries)
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(io.BytesIO(content))
+        module = _module_of(program, decoded(record["defaults"]), tuple(map(int, record["never_one"])))
+        history = decoded(record["history"])
+        if record["inputs"] is not None:
+            notes_of(module)[INPUTS] = decoded(record["inputs"], partial(_spec, device_of(module)))
+        gm = trace(module)
+    except UnsafeArchiveError as error:
+        raise FxwidthError(
+            f"{path} may run code: {error}. Pass trusted=True if it is from someone whom you trust."
+        ) from error
+    except FxwidthError:
+        raise
+    except Exception as error:
+        versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+        raise FxwidthError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); load it with {versions}, which wrote it."
+        ) from error
+    if history:
+        notes_of(gm)[HISTORY] = [{**entry, "original": None} for entry in history]
+    return gm
+
+
+def _module_of(
+    program: torch.export.ExportedProgram, defaults: Mapping[str, Any], never_one: Sequence[int]
+) -> fx.GraphModule:
+    """Return the graph of a program; it can be called like the graph that was saved, where its arguments are plain."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    # A module of torch.export asks for all arguments at each call, and refuses train() and eval().
+    module = fx.GraphModule(module, module.graph, "Exported")
+    codegen: Any = module.graph._codegen
+    spec, own = codegen.pytree_info, module.graph.find_nodes(op="placeholder")
+    arguments, named = spec.in_spec.children() if hasattr(spec.in_spec, "children") else spec.in_spec.children_specs
+    if named.num_leaves or arguments.num_leaves != arguments.num_children != len(own):
+        return module
+    for node in own:
+        if node.name in defaults:
+            node.args = (defaults[node.name],)
+    _check_arguments(module, own, never_one)
+    _return_answer(module, spec.out_spec)
+    module.graph.set_codegen(CodeGen())
+    module.recompile()
+    return module
+
+
+def _check_arguments(module: fx.GraphModule, own: Sequence[fx.Node], never_one: Sequence[int]) -> None:
+    """Have the graph itself look at its arguments, as those of `trace` do."""
+    values = [node.meta["val"] for node in own]
+    leaves, structures = flatten_each(values, (Tensor,))
+    shapes = [[size if isinstance(size, int) else None for size in leaf.shape] for leaf in leaves]
+    guards = [_NOT_ONE.format(number) for number in never_one]
+    module.add_submodule(INPUTS_MODULE, Inputs([node.name for node in own], structures, shapes, guards))
+    with module.graph.inserting_after(own[-1]):
+        module.graph.call_module(INPUTS_MODULE, tuple(own))
+
+
+def _return_answer(module: fx.GraphModule, spec: Any) -> None:
+    """Have the graph itself put its results together, as those of `trace` do."""
+    output = next(iter(module.graph.find_nodes(op="output")))
+    results: Any = output.args[0]
+    tensors = [torch.empty(0) if isinstance(result, fx.Node) else result for result in results]
+    found, structure = flatten(_mutable(pytree.tree_unflatten(tensors, spec)))
+    nodes = {id(tensor): node for tensor, node in zip(tensors, results, strict=True)}
+    leaves = [nodes[id(tensor)] for tensor in found]
+    is_plain, value = native(structure, leaves)
+    if not is_plain:
+        module.add_submodule(OUTPUTS_MODULE, Outputs(structure))
+        with module.graph.inserting_before(output):
+            value = module.graph.call_module(OUTPUTS_MODULE, tuple(leaves))
+    output.args = (value,)
+
+
+def _never_one(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
+    """Return the numbers of the tensors among the inputs whose first dim must not be one; all that a graph may ask.
+
+    Raises:
+        FxwidthError: it asks for something else.
+    """
+    guards = {guard for part in gm.modules() if isinstance(part, Inputs) for guard in part.guards}
+    numbers = [number for number in range(len(deep_tensors(inputs))) if _NOT_ONE.format(number) in guards]
+    is_flat = all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in inputs)
+    if len(numbers) != len(guards) or (guards and not is_flat):
+        raise FxwidthError(
+            f"the graph holds only for inputs with {' and '.join(sorted(guards))}, which a program does not ask. Save "
+            "to a path that ends in '.safetensors'."
+        )
+    return numbers
+
+
+def _mutable(value: Any) -> Any:
+    """Return what a graph returns in the containers of Python, of which its output node has held others."""
+    if isinstance(value, dict) and type(value) in (dict, immutable_dict):
+        return {key: _mutable(part) for key, part in value.items()}
+    if type(value) in (list, tuple, immutable_list):
+        return (tuple if type(value) is tuple else list)(map(_mutable, value))
+    return value
+
+
+def _defaults(gm: fx.GraphModule) -> dict[str, Any]:
+    """Return the defaults of those arguments that have plain ones."""
+    own = {node.name: node.args[0] for node in gm.graph.find_nodes(op="placeholder") if node.args}
+    return {name: value for name, value in own.items() if value is None or type(value) in (bool, int, float, str)}
+
+
+def _specs_data(gm: fx.GraphModule) -> Any:
+    """Return the inputs of a graph as plain data, or None where they are of kinds that only code can make."""
+
+    def data(value: Any, place: str) -> Any:
+        return (
+            {"spec": encoded([value.shape, value.dtype], place)}
+            if isinstance(value, TensorSpec)
+            else encoded(value, place)
+        )
+
+    try:
+        return encoded(list(notes_of(gm).get(INPUTS, ())), "the inputs", data)
+    except FxwidthError:
+        return None
+
+
+def _spec(device: torch.device, kind: str, content: Any) -> TensorSpec:
+    if kind != "spec":
+        raise ValueError(f"{kind!r} is no kind of value")
+    shape, dtype = decoded(content)
+    return TensorSpec(shape, dtype, device)
+
+
+def _doubled(leaf: Any) -> Any:
+    return leaf.repeat(2, *[1] * (leaf.dim() - 1)) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+
+def _any_batch(leaf: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] > 1 else None

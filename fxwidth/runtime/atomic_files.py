@@ -1,0 +1,93 @@
+"""Files that are written as a whole or not at all: beside the old one, onto the disk, and then into its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from fxwidth.errors import FxwidthError
+
+# What a process that was killed has left beside a file is taken away by the next one, once nobody can still write it.
+_STALE = 24 * 3600.0
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a new file that takes the place of another once it is complete and on the disk.
+
+    Whoever reads `path` finds the old file or the new one, also after a process has been killed or the power has gone.
+    Links are followed, and permissions stay. A pipe or a device cannot be replaced, and is written to itself.
+
+    Raises:
+        FxwidthError: the file cannot be written; the old one is as it was.
+    """
+    with _told(path):
+        place = _place_of(path)
+        if place.exists() and not place.is_file():
+            yield place
+            return
+        target = place.with_name(f".{place.name}.{uuid4().hex}.tmp")
+        try:
+            _remove_stale(place)
+            # Here, so that a folder that cannot be written to is told as such by whatever writes the file.
+            target.open("xb").close()
+            yield target
+            with target.open("rb+") as file:
+                os.fsync(file.fileno())
+            if place.exists():
+                shutil.copymode(place, target)
+            target.replace(place)
+            _sync_folder(place.parent)
+        finally:
+            target.unlink(missing_ok=True)
+
+
+def _place_of(path: str | Path) -> Path:
+    place = Path(path).resolve()
+    if not place.parent.is_dir():
+        raise FxwidthError(f"there is no folder {Path(path).parent} to write {place.name} to; make it first.")
+    if place.is_dir():
+        raise FxwidthError(f"{path} is a folder; give the path of a file in it.")
+    return place
+
+
+def unwritable(path: str | Path, error: Exception) -> FxwidthError:
+    """Return the error that tells that a file cannot be written; an old one at that path is as it was."""
+    return FxwidthError(
+        f"{path} cannot be written ({error}); make room on the disk or choose a folder that can be written to. What "
+        "was there before is as it was."
+    )
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _remove_stale(path: Path) -> None:
+    for left in path.parent.glob(f".{_escaped(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the entry of a file to the disk; some systems do not open folders, and need no such step."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
