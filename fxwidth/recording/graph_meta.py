@@ -9,8 +9,8 @@ from torch import fx
 from fxwidth.serialization.graph_pickling import pickle_as_data
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
-EXAMPLES, UNTIED = "fxwidth_examples", "fxwidth_untied"
-NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED)
+EXAMPLES, UNTIED, CALL = "fxwidth_examples", "fxwidth_untied", "fxwidth_call"
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED, CALL)
 
 
 class InMemory(tuple[Any, ...]):

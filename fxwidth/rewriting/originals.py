@@ -207,6 +207,17 @@ def leave_behind(
     _give_back([module, *(models if resized else [])], staying, replaced, transaction)
 
 
+def part_others(module: fx.GraphModule, model: nn.Module, transaction: Transaction) -> None:
+    """Part a model from the graphs that share modules with it, but for one: they keep what they have, in copies."""
+    for other in _sharing([model]):
+        if other is module:
+            continue
+        _separate(other, [model])
+        if original_of(other) is model:
+            transaction.undo.callback(_ORIGINALS.__setitem__, other, _ORIGINALS[other])
+            del _ORIGINALS[other]
+
+
 def _give_back(
     moving: Sequence[nn.Module], staying: Sequence[nn.Module], replaced: Iterable[Tensor], transaction: Transaction
 ) -> None:
