@@ -77,6 +77,10 @@ class ClassRuns:
         self.model = model
         self._arguments = arguments
 
+    def of(self, model: nn.Module) -> ClassRuns:
+        """Return the runs of another model of the class."""
+        return ClassRuns(self.analysis, model, self._arguments)
+
     @cached_property
     def slots(self) -> Slots:
         """The parameters and buffers of the model."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
@@ -20,7 +21,7 @@ from fxwidth.modules.class_runs import ClassRuns, Failure, SeenOp
 from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
 from fxwidth.runtime.kept_objects import SIMPLE
-from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.module_state import walk
 from fxwidth.runtime.tensor_slots import substituted
 
 Number = int | float
@@ -200,7 +201,6 @@ def _numbers(value: Any) -> list[Number]:
 
 def set_layer_sizes(runs: ClassRuns, fakes: Mapping[str, Any], edits: AttributeEdits) -> None:
     """Set the sizes that layers of torch keep beside their parameters, which these tell."""
-    slots = runs.slots
-    with substituted(runs.model, fakes, slots, restored):
+    with substituted(runs.model, fakes, runs.slots, nullcontext):
         for _, part in walk(runs.model):
             edits.apply(part, sizes_by_shape(part))

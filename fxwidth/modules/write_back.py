@@ -99,10 +99,12 @@ def _written(gm: fx.GraphModule, model: nn.Module, transaction: Transaction) -> 
 def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits) -> tuple[Failure | str | None, nn.Module | None]:
     """Set attributes and configuration to what the widths need; return what is in the way, and the class built anew."""
     fakes, wanted, model = runs.fakes(maps), runs.wanted(maps), runs.model
-    before, _ = runs.seen(maps, runs.own_fakes())
+    rebuilding = Rebuilding.of(model)
+    # A model that has been resized with the graph has the sizes of its configuration no more.
+    old = runs if rebuilding is None else runs.of(rebuilding.base)
+    before, _ = old.seen(maps, old.own_fakes())
     known: Mapping[str, Pairs] = sizes_in_ops(before, runs.calls, maps, wanted)
     set_layer_sizes(runs, fakes, edits)
-    rebuilding = Rebuilding.of(model)
     if rebuilding is None:
         return fit_sizes(runs, lambda: runs.failure(maps, fakes, wanted=wanted), known, edits), None
 
