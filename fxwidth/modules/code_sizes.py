@@ -14,12 +14,14 @@ from itertools import combinations, product
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fxwidth.analysis.op_signatures import Signature
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.modules.class_runs import ClassRuns, Failure, SeenOp
 from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
+from fxwidth.rules.registry import resized_call
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_state import walk
 from fxwidth.runtime.tensor_slots import substituted
@@ -140,7 +142,8 @@ def _is_numbers(value: Any) -> bool:
 
 def _replaced(value: Any, pairs: Pairs) -> Iterator[Any]:
     if _is_number(value):
-        yield from pairs.get(value, ())
+        # Signatures have floats rounded.
+        yield from pairs.get(_rounded(value), ())
         return
     choices = [pairs.get(one, (one,)) for one in value]
     for number, entries in enumerate(product(*choices)):
@@ -179,7 +182,8 @@ def sizes_in_ops(before: Sequence[SeenOp], calls: Sequence[OpCall], maps: IndexM
         if op.signature[0] != signature[0]:
             break
         shapes = [tuple(map(maps.size, call.axes[one])) if one in call.axes else () for one in call.inputs]
-        old, new = _numbers(op.signature[1:]), _numbers(signature[1:])
+        exact = {_rounded(n): n for n in tree_leaves(resized_call(call, maps)[1]) if isinstance(n, float)}
+        old, new = _numbers(op.signature[1:]), [exact.get(n, n) for n in _numbers(signature[1:])]
         pairs = list(zip(old, new, strict=True)) if len(old) == len(new) else []
         for own, other in zip(op.shapes, shapes, strict=False):
             pairs += zip(own, other, strict=True) if len(own) == len(other) else ()
@@ -191,6 +195,10 @@ def sizes_in_ops(before: Sequence[SeenOp], calls: Sequence[OpCall], maps: IndexM
                 break
             path = path.rpartition(".")[0]
     return {path: {old: list(news) for old, news in pairs.items()} for path, pairs in found.items()}
+
+
+def _rounded(value: Number) -> Number:
+    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def _numbers(value: Any) -> list[Number]:
