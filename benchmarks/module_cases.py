@@ -14,14 +14,14 @@ TORCHVISION = """
 alexnet convnext_tiny deeplabv3_mobilenet_v3_large densenet121 efficientnet_b0 efficientnet_v2_s
 fasterrcnn_mobilenet_v3_large_320_fpn googlenet lraspp_mobilenet_v3_large maxvit_t mnasnet0_5 mobilenet_v2
 mobilenet_v3_small regnet_y_400mf resnet18 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t vit_b_32
-""".split()
+""".split()  # noqa: SIM905
 TIMM = """
 cait_xxs24_224 coat_tiny convit_tiny cs3darknet_focus_s davit_tiny deit_tiny_patch16_224 densenet121 dla46x_c dpn48b
 edgenext_xx_small efficientformer_l1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim_dw fasternet_t0 fastvit_t8
 gcvit_xxtiny ghostnet_050 gmlp_ti16_224 hardcorenas_b hgnetv2_b0 hrnet_w18_small inception_next_atto levit_128s
 mobilenetv3_small_050 mobilevit_xxs mvitv2_tiny pit_ti_224 poolformerv2_s12 pvt_v2_b0 regnetx_002 repghostnet_050
 res2next50 rexnet_100 swin_tiny_patch4_window7_224 test_byobnet test_convnext test_efficientnet test_resnet test_vit
-""".split()
+""".split()  # noqa: SIM905
 
 _TEXT = {
     "hidden_size": 64,

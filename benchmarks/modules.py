@@ -1,12 +1,12 @@
 """How many classes of the field hold a joint plan to half their parameters, outputs equal to the graph's?
 
     python benchmarks/modules.py torchvision            # or timm, transformers
-    python benchmarks/modules.py timm --only 'test_*'   # a part, put into the last result
+    python benchmarks/modules.py timm --only 'test_*'   # a part
 
-Every model with random weights: traced, planned by `fxwidth.plan(graph, params=0.5, for_module=model)`, resized, written
-back to the model itself, to a fresh one and to one on the meta device; models of transformers are saved and loaded too.
-Each model has a process of its own. The record is written after each, and a run goes on from it: models that are there
-already are left out but for --again. Writes JSON and a markdown table to benchmarks/results/.
+Every model with random weights: traced, planned by `fxwidth.plan(graph, params=0.5, for_module=model)`, resized, and
+written back to the model itself, a fresh one and one on the meta device; models of transformers are saved and loaded
+too. Each model has a process of its own. The record is written after each, and a run goes on from it: models that are there
+already are left out, but those that crashed. Writes JSON and a markdown table to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     for name in names(options.suite):
         rows = _rows()
         known = rows.setdefault(options.suite, {}).get(name)
-        if not fnmatch.fnmatch(name, options.only) or (known is not None and not options.again):
+        if not fnmatch.fnmatch(name, options.only) or (_is_done(known) and not options.again):
             continue
         row = _row(options.suite, name, options.minutes)
         print(name, _told(row), flush=True)
@@ -81,8 +81,12 @@ def _told(row: Row) -> str:
     return f"{row['status']} at {row.get('share')}: {row.get('reason', row.get('targets', ''))}"[:300]
 
 
+def _is_done(row: Row | None) -> bool:
+    return row is not None and row["status"] not in ("crashed", "out of time")
+
+
 def _is_half(row: Row) -> bool:
-    return row["status"] == "right" and row["share"] == 0.5
+    return bool(row["status"] == "right" and row["share"] == 0.5)
 
 
 def _write(rows: dict[str, dict[str, Row]]) -> None:
@@ -96,8 +100,8 @@ def _write(rows: dict[str, dict[str, Row]]) -> None:
         "# Module in, module out",
         "",
         f"{machine}; {told}.",
-        "A joint plan to half of the parameters by `fxwidth.plan(graph, params=0.5, for_module=model)`, random weights,",
-        "written back to the class: to the model itself, a fresh one, one on the meta device, and for transformers one",
+        "A joint plan to half by `fxwidth.plan(graph, params=0.5, for_module=model)`, random weights,",
+        "written back to the class: the model itself, a fresh one, one on the meta device; for transformers also one",
         "that was saved and loaded. *right*: all outputs equal those of the graph (1e-10 in float64, 1e-5 where a model",
         "runs in float32 alone). Where half is out of reach, as a size that must stay holds more, the share that is.",
         "",

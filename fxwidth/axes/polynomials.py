@@ -89,7 +89,9 @@ class Polynomial:
         """Return the terms in which a factor occurs."""
         return Polynomial({monomial: value for monomial, value in self.terms.items() if factor in monomial})
 
-    def replaced(self, substitutes: Mapping[Factor, Factor], ratios: Mapping[Factor, float] | None = None) -> Polynomial:
+    def replaced(
+        self, substitutes: Mapping[Factor, Factor], ratios: Mapping[Factor, float] | None = None
+    ) -> Polynomial:
         """Return the polynomial with some factors standing for others: those whose widths go together.
 
         Args:

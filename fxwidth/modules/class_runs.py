@@ -175,7 +175,10 @@ class ClassRuns:
         return None
 
     def seen(
-        self, maps: IndexMaps, fakes: Mapping[str, Tensor] | None = None, mode: AbstractContextManager[Any] | None = None
+        self,
+        maps: IndexMaps,
+        fakes: Mapping[str, Tensor] | None = None,
+        mode: AbstractContextManager[Any] | None = None,
     ) -> tuple[list[SeenOp], Exception | None]:
         """Return what the model does at some widths, and by what error it was ended, if by any."""
         found: list[SeenOp] = []

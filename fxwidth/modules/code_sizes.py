@@ -96,7 +96,7 @@ def _trials(
         found = []
         for path in dict.fromkeys([failure.part, *around, *(own if failure.part else [])]):
             pairs = derive(known.get(path, {}))
-            found += [one for one in _of_module(parts[path], pairs)]
+            found += list(_of_module(parts[path], pairs))
         # What has helped in a module of the same class comes first.
         found.sort(key=lambda one: one.habit not in habits)
         rounds.append(found)
@@ -160,15 +160,16 @@ def _derived(pairs: Pairs) -> Pairs:
     """Return what quotients and products of two sizes become."""
     found: dict[Number, dict[Number, None]] = defaultdict(dict)
     whole = [(old, new) for old, news in pairs.items() if isinstance(old, int) and old > 1 for new in news]
-    staying = {old: old for old, _ in whole}
     for (one, new_one), (other, new_other) in product(whole, repeat=2):
         if other and new_other and one % other == 0 and new_one % new_other == 0:
             found[one // other][new_one // new_other] = None
         found[one * other][new_one * new_other] = None
-    return {old: [new for new in news if new != staying.get(old)] for old, news in found.items()}
+    return {old: [new for new in news if new != old] for old, news in found.items()}
 
 
-def sizes_in_ops(before: Sequence[SeenOp], calls: Sequence[OpCall], maps: IndexMaps, wanted: Sequence[Signature]) -> dict[str, Pairs]:
+def sizes_in_ops(
+    before: Sequence[SeenOp], calls: Sequence[OpCall], maps: IndexMaps, wanted: Sequence[Signature]
+) -> dict[str, Pairs]:
     """Return what sizes and literals in the ops of each module, and of those in it, become at new widths.
 
     Args:
@@ -182,15 +183,17 @@ def sizes_in_ops(before: Sequence[SeenOp], calls: Sequence[OpCall], maps: IndexM
         if op.signature[0] != signature[0]:
             break
         shapes = [tuple(map(maps.size, call.axes[one])) if one in call.axes else () for one in call.inputs]
-        exact = {_rounded(n): n for n in tree_leaves(resized_call(call, maps)[1]) if isinstance(n, float)}
+        exact: dict[Number, Number] = {
+            _rounded(n): n for n in tree_leaves(resized_call(call, maps)[1]) if isinstance(n, float)
+        }
         old, new = _numbers(op.signature[1:]), [exact.get(n, n) for n in _numbers(signature[1:])]
         pairs = list(zip(old, new, strict=True)) if len(old) == len(new) else []
         for own, other in zip(op.shapes, shapes, strict=False):
             pairs += zip(own, other, strict=True) if len(own) == len(other) else ()
         path = op.part
         while True:
-            for one, other in pairs:
-                found[path][one][other] = None
+            for size, new_size in pairs:
+                found[path][size][new_size] = None
             if not path:
                 break
             path = path.rpartition(".")[0]

@@ -133,9 +133,7 @@ class _Fit:
             if len(wanted) > 1 and any(name in wrong for name in wanted.values()):
                 told = ", ".join(f"{size} for {name}" for size, name in list(wanted.items())[:4])
                 return f"the configuration has one number, {entry}, where {told} would be needed"
-        listed = ", ".join(
-            f"{name} {list(self._shapes[name])}" for name in list(wrong)[:3] if name in self._shapes
-        )
+        listed = ", ".join(f"{name} {list(self._shapes[name])}" for name in list(wrong)[:3] if name in self._shapes)
         return f"no configuration was found by which {listed or 'the class'} comes out of these sizes"
 
     def _candidates(self, entry: Entry) -> list[int]:

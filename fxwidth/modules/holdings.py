@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -203,15 +204,16 @@ class _InCode:
         if kinds is not None:
             waiting = {one for one in waiting if kind_of(one) in kinds}
         tie = {name: self._groups[name].width}
-        failure = self._failure_of(tie)
+        failure: Failure | None = self._failure_of(tie)
         while failure is not None and len({kind_of(one) for one in tie}) <= _MOST_KINDS:
-            best, best_failure = tie, failure
+            best: dict[str, int] = tie
+            best_failure = failure
             for more in self._joining(tie, failure, waiting):
                 after = self._failure_of(more)
-                if after is None or after.reached > best_failure.reached:
+                if after is None:
+                    return more, None
+                if after.reached > best_failure.reached:
                     best, best_failure = more, after
-                    if after is None:
-                        return best, None
             if best is tie:
                 return tie, failure
             tie, failure = best, best_failure
@@ -248,7 +250,7 @@ def _units(tie: Mapping[str, int]) -> dict[str, int]:
 
 
 def _narrowed(unit: Mapping[str, int], number: int) -> dict[str, int]:
-    """Return about half the widths of groups that go together; not the same part of each, as that might hide a fault."""
+    """Return about half the widths of groups that go together; not the same part of each, lest that hide a fault."""
     common = math.gcd(*unit.values())
     left = max(1, common // 2 - number % max(1, common // 4))
     return {name: width // common * left for name, width in unit.items()}
@@ -360,12 +362,7 @@ class _InConfig:
             shape = shapes.get(name, tensor_shape)
             if entry is not None:
                 wanted += [(entries_polynomial(space, [[axis]]), n) for axis, n in zip(entry.axes, shape, strict=True)]
-        found = 0
-        for widths in self._solved(wanted, {}, 0):
-            found += 1
-            yield widths
-            if found >= _MOST_SOLUTIONS:
-                return
+        yield from islice(self._solved(wanted, {}, 0), _MOST_SOLUTIONS)
 
     def _solved(
         self, wanted: Sequence[tuple[Polynomial, int]], widths: dict[str, int], depth: int
@@ -387,7 +384,9 @@ class _InConfig:
             width = (size - constant) / along[1]
             if width == int(width) and group.least.width <= width < group.width:
                 share = int(width) / group.width
-                alike = {n: g for n, g in self._groups.items() if kind_of(n) == kind_of(name) and g.width == group.width}
+                alike = {
+                    n: g for n, g in self._groups.items() if kind_of(n) == kind_of(name) and g.width == group.width
+                }
                 more = {n: int(g.width * share) for n, g in alike.items() if n not in widths}
                 yield from self._solved(wanted, {**widths, **more}, depth + 1)
                 if len(more) > 1:

@@ -118,9 +118,7 @@ def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits) -> tuple[Fa
 
     names = named_tensors(runs.analysis.module)
     shapes = {
-        name: tuple(names[name].shape)
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if name in names
+        name: tuple(names[name].shape) for name, _ in model.named_parameters(remove_duplicate=False) if name in names
     }
     fitted = fit_config(rebuilding, shapes, known.get("", {}), judge)
     if fitted.problem is not None or fitted.built is None:
@@ -130,7 +128,10 @@ def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits) -> tuple[Fa
         write_entries(rebuilding.config, fitted.changes)
     buffer = made_otherwise(runs.analysis.module, fitted.built)
     if buffer is not None:
-        return f"a {type(model).__name__} that is built anew would make other numbers in {buffer} than the graph has", None
+        return (
+            f"a {type(model).__name__} that is built anew would make other numbers in {buffer} than the graph has",
+            None,
+        )
     return None, fitted.built
 
 
@@ -192,5 +193,3 @@ def _refusal(analysis: Analysis, model: nn.Module, problem: Failure | str) -> st
         "fxwidth.plan(width_graph, ..., for_module=model) before the resize: it keeps sizes equal for which the class "
         "has one number, such as query and value heads or the layers of one configuration, and others as they are."
     )
-
-

@@ -114,6 +114,7 @@ class Signals:
         self._known = {id(tensor): tensor for tensor in tensors}
 
     def __call__(self, call: OpCall) -> bool:
+        """Tell whether an op, the next one, does."""
         found = any(id(tensor) in self._known for tensor in call.inputs)
         if found:
             self._known |= {id(tensor): tensor for tensor in call.outputs}
