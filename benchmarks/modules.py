@@ -5,8 +5,8 @@
 
 Every model with random weights: traced, planned by `fxwidth.plan(graph, params=0.5, for_module=model)`, resized, and
 written back to the model itself, a fresh one and one on the meta device; models of transformers are saved and loaded
-too. Each model has a process of its own. The record is written after each, and a run goes on from it: models that are there
-already are left out, but those that crashed. Writes JSON and a markdown table to benchmarks/results/.
+too. Each model has a process of its own. The record is written after each, and a run goes on from it: models that are
+there already are left out, but those that crashed. Writes JSON and a markdown table to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def _write(rows: dict[str, dict[str, Row]]) -> None:
         "# Module in, module out",
         "",
         f"{machine}; {told}.",
-        "A joint plan to half by `fxwidth.plan(graph, params=0.5, for_module=model)`, random weights,",
-        "written back to the class: the model itself, a fresh one, one on the meta device; for transformers also one",
-        "that was saved and loaded. *right*: all outputs equal those of the graph (1e-10 in float64, 1e-5 where a model",
+        "Joint plans to half by `fxwidth.plan(graph, params=0.5, for_module=model)`, random weights,",
+        "written back to classes: the model itself, a fresh one, one on the meta device; of transformers, one that",
+        "was saved and loaded. *right*: all outputs equal those of the graph (1e-10 in float64, 1e-5 where a model",
         "runs in float32 alone). Where half is out of reach, as a size that must stay holds more, the share that is.",
         "",
     ]

@@ -37,7 +37,8 @@ from fxwidth.runtime.tensor_slots import tensor_slots
 
 # How many entries of a configuration, and how many kinds of groups, are narrowed together at most.
 _MOST_ENTRIES, _MOST_KINDS = 5, 6
-_MOST_SOLUTIONS = 12
+# How many kinds of groups may have to change for given shapes, and how many ways to come by these are tried.
+_DEEPEST, _MOST_SOLUTIONS = 16, 12
 
 
 @dataclass(frozen=True)
@@ -373,7 +374,7 @@ class _InConfig:
             if widths:
                 yield widths
             return
-        if depth > _MOST_ENTRIES:
+        if depth > _DEEPEST:
             return
         cost, size = wrong
         for name, group in self._groups.items():
