@@ -76,6 +76,7 @@ class ClassRuns:
         self.analysis = analysis
         self.model = model
         self._arguments = arguments
+        self.looks_at_values_in_training = False
 
     def of(self, model: nn.Module) -> ClassRuns:
         """Return the runs of another model of the class."""
@@ -122,17 +123,17 @@ class ClassRuns:
         result: dict[str, Tensor] = {}
         for name, (tensor, _) in self.slots.items():
             entry = self.analysis.parameters.get(self.entries.get(name, ""))
-            if entry is None or not tensor.is_meta:
+            if entry is None:
                 result[name] = fake_like(self.analysis.mode, tensor)
                 continue
             with self.analysis.mode:
-                made = torch.empty(tensor.shape, dtype=tensor.dtype, device=entry.fake.device)
+                made = torch.empty(tensor.shape, dtype=entry.fake.dtype, device=entry.fake.device)
             result[name] = made.requires_grad_(tensor.requires_grad)
         return result
 
     def wanted(self, maps: IndexMaps) -> list[Signature]:
         """Return what the model must do at some widths; what it makes of nothing is a constant in the graph."""
-        return prescribed_signatures(self.calls, maps)
+        return list(map(_in_one_form, prescribed_signatures(self.calls, maps)))
 
     @cached_property
     def calls(self) -> list[OpCall]:
@@ -204,7 +205,7 @@ class ClassRuns:
                 return
             shapes = tuple(tuple(one.shape) for one in call.inputs) if with_parts else ()
             part = self._part_at_work() if with_parts else ""
-            seen.append(SeenOp(observed_signature(call), shapes, part))
+            seen.append(SeenOp(_in_one_form(observed_signature(call)), shapes, part))
             judge(seen[-1])
 
         with (
@@ -249,6 +250,12 @@ class ClassRuns:
                 place = f"{'/'.join(name.split('/')[-3:])}:{traceback.tb_lineno}"
             traceback = traceback.tb_next
         return part, place
+
+
+def _in_one_form(signature: Signature) -> Signature:
+    """Return a signature in the form that it has in eager code: exported graphs have the kernel of a weight norm."""
+    name, results, *rest = signature
+    return ("weight_norm", results[:1], *rest) if name == "_weight_norm_interface" else signature
 
 
 def _is_idle(call: OpCall) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -39,6 +41,8 @@ from fxwidth.runtime.tensor_slots import tensor_slots
 _MOST_ENTRIES, _MOST_KINDS = 5, 6
 # How many kinds of groups may have to change for given shapes, and how many ways to come by these are tried.
 _DEEPEST, _MOST_SOLUTIONS = 16, 12
+# By how many steps a tie is made narrower than planned at most, for a class to be built of it.
+_NARROWER = 64
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,15 @@ class Holdings:
     Attributes:
         ties: the groups that go together.
         staying: the groups that must keep their widths, and why.
-        entries: how many entries of a configuration hold widths; None for a module that has none.
+        entries: the entries of a configuration that hold widths; None for a module that has none.
+        settle: makes widths by group name somewhat smaller where the class cannot be built of them, as where a number
+            of heads must divide another size.
     """
 
     ties: list[Tie] = field(default_factory=list)
     staying: dict[str, str] = field(default_factory=dict)
     entries: list[str] | None = None
+    settle: Callable[[Mapping[str, int]], dict[str, int]] = dict
 
     def told(self) -> dict[str, Any]:
         """Return it as plain data, for the notes of a plan."""
@@ -285,7 +292,8 @@ class _InConfig:
             if not taken & move.tie.units.keys():
                 moves.append(move)
         moves = self._together(moves)
-        result = Holdings([move.tie for move in moves], entries=[str(e) for m in moves for e in m.entries])
+        entries = [str(entry) for move in moves for entry in move.entries]
+        result = Holdings([move.tie for move in moves], entries=entries, settle=partial(self._settled, moves))
         held = {name for move in moves for name in move.tie.units}
         why = "no entry of the configuration changes it by itself"
         result.staying |= {name: self._why.get(name, why) for name in self._groups if name not in held}
@@ -398,6 +406,33 @@ class _InConfig:
         while moves and self._joint(moves) is not None:
             moves = moves[:-1]
         return moves
+
+    def _settled(self, moves: Sequence[_Move], widths: Mapping[str, int]) -> dict[str, int]:
+        """Return widths of which the class can be built: those given, or with one tie somewhat narrower."""
+        multiples = [self._multiple(move, widths) for move in moves]
+        if self._can_be_built(moves, multiples):
+            return dict(widths)
+        for place in sorted(range(len(moves)), key=lambda place: -multiples[place]):
+            for less in range(multiples[place] - 1, max(0, multiples[place] - 1 - _NARROWER), -1):
+                other = [*multiples[:place], less, *multiples[place + 1 :]]
+                if self._can_be_built(moves, other):
+                    units = moves[place].tie.units.items()
+                    return {**widths, **{name: unit * less for name, unit in units if name in widths}}
+        return dict(widths)
+
+    def _multiple(self, move: _Move, widths: Mapping[str, int]) -> int:
+        name, unit = next(iter(move.tie.units.items()))
+        return widths.get(name, self._groups[name].width) // unit
+
+    def _can_be_built(self, moves: Sequence[_Move], multiples: Sequence[int]) -> bool:
+        changes: dict[Entry, Fraction] = {}
+        for move, multiple in zip(moves, multiples, strict=True):
+            for entry in move.entries:
+                ratio = Fraction(multiple, self._multiple(move, {}))
+                changes[entry] = changes.get(entry, Fraction(self._values[entry])) * ratio
+        if any(value.denominator != 1 for value in changes.values()):
+            return False
+        return self._rebuilding.build({entry: int(value) for entry, value in changes.items()}) is not None
 
     def _joint(self, moves: Sequence[_Move]) -> Failure | None:
         changes: dict[Entry, int] = {}

@@ -111,10 +111,23 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
 def _planned(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
     units = _units(width_graph, options)
     if options.target is not None:
-        return _BudgetProblem(width_graph, units, options).solved(options)
+        widths, bounds, errors, evidence = _BudgetProblem(width_graph, units, options).solved(options)
+        return _noted(width_graph, _settled(width_graph, widths, options), bounds, errors, evidence), evidence
     widths = {group: width for unit in units for group, width in by_thresholds(width_graph, unit, options).items()}
+    widths = _settled(width_graph, widths, options)
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None), None
+
+
+def _settled(
+    width_graph: WidthGraph, widths: Mapping[ChannelGroup, int], options: PlanOptions
+) -> dict[ChannelGroup, int]:
+    """Return widths of which a module can be built for which the plan is: those given, or somewhat smaller ones."""
+    if options.for_module is None:
+        return dict(widths)
+    held = module_holdings(width_graph, options.for_module)
+    settled = held.settle({group.name: width for group, width in widths.items()})
+    return {group: settled[group.name] for group in widths}
 
 
 def refuse_impossible(width_graph: WidthGraph, options: PlanOptions) -> None:
@@ -169,8 +182,10 @@ class _BudgetProblem:
         widths = {group: own for unit, width in found.items() for group, own in unit.of_groups(width).items()}
         return widths if any(width > group.width for group, width in widths.items()) else {}
 
-    def solved(self, options: PlanOptions) -> tuple[Plan, Evidence | None]:
-        """Return the widths of least summed error, and the evidence that errors were predicted from.
+    def solved(
+        self, options: PlanOptions
+    ) -> tuple[dict[ChannelGroup, int], Sequence[Bound], Mapping[ChannelGroup, Errors], Evidence | None]:
+        """Return the widths of least summed error, the bounds, the errors, and the evidence that these were made from.
 
         Raises:
             FxwidthError: a bound is out of reach, or the data or the loss cannot be used.
@@ -178,9 +193,9 @@ class _BudgetProblem:
         largest = self._at(-1)
         if all(bound.met(_by_factor(largest)) for bound in self.bounds):
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
-            return _noted(self._width_graph, largest, self.bounds, errors, None), None
+            return largest, self.bounds, errors, None
         if grown := self._grown():
-            return _noted(self._width_graph, grown, self.bounds, {}, None), None
+            return grown, self.bounds, {}, None
         self.refuse_out_of_reach()
         evidence, errors = calibrated(
             self._width_graph, self._groups, options.data, options.loss, options.selection, options.rotate
@@ -189,7 +204,7 @@ class _BudgetProblem:
         if all(bound.met({}) for bound in self.bounds) and all(width <= g.width for g, width in widths.items()):
             # Channels go only to make room for others.
             widths = {group: group.width for group in widths}
-        return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
+        return widths, self.bounds, errors, evidence
 
     def refuse_out_of_reach(self) -> None:
         """Check that the smallest widths meet all bounds.
@@ -262,7 +277,8 @@ def _noted(
     costs = {name: cost_polynomial(width_graph, name) for name in ("params", "flops")}
     costs |= {bound.name: bound.cost for bound in bounds}
     changed = {group: width for group, width in widths.items() if width != group.width}
-    parts = {group.name: float(errors[group][width]) for group, width in changed.items() if width < group.width}
+    narrowed = {group: width for group, width in changed.items() if width < group.width and group in errors}
+    parts = {group.name: float(errors[group][width]) for group, width in narrowed.items()}
     cost = {name: [polynomial({}), polynomial(_by_factor(widths))] for name, polynomial in costs.items()}
     source = evidence.moments.source if evidence is not None and evidence.moments is not None else None
     notes = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
