@@ -65,8 +65,8 @@ def check(tool: str, suite: str, name: str) -> dict[str, Any]:
     chosen = case(suite, name)
     model = chosen.make().eval()
     call = chosen.call(model)
-    _set_apart(model)
-    _settle_batch_norms(model, call)
+    set_apart(model)
+    settle_batch_norms(model, call)
     result = {"fxwidth": check_fxwidth, "torch-pruning": check_torch_pruning}[tool](model, call)
     return result | {"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
 
@@ -258,7 +258,7 @@ def _some(width: int, kept: int) -> list[int]:
     return sorted(np.random.default_rng(width).permutation(width)[:kept].tolist())
 
 
-def _set_apart(model: nn.Module) -> nn.Module:
+def set_apart(model: nn.Module) -> nn.Module:
     """Set vectors away from their defaults, and all that starts as one number: fresh, a wrong index map hides there."""
     generator = torch.Generator().manual_seed(0)
     parameters = {id(parameter) for parameter in model.parameters()}
@@ -275,7 +275,7 @@ def _set_apart(model: nn.Module) -> nn.Module:
     return model
 
 
-def _settle_batch_norms(model: nn.Module, call: Call) -> None:
+def settle_batch_norms(model: nn.Module, call: Call) -> None:
     """Take running statistics near those of the input, without which deep networks let little of it through."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

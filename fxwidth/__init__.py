@@ -16,6 +16,7 @@ from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth import informed_directions  # noqa: F401  (fills the table of directions)
 from fxwidth.growth.directions import TaskMoments, growth_direction
+from fxwidth.modules.write_back import write_back
 from fxwidth.penalties.growing_penalty import GrowingPenalty
 from fxwidth.penalties.spectral_penalty import spectral_penalty
 from fxwidth.planning.planner import Plan, plan
@@ -59,4 +60,5 @@ __all__ = [
     "spectrum",
     "trace",
     "untie_copies",
+    "write_back",
 ]

@@ -28,6 +28,14 @@ def check_budget(budget: Any, params: Any) -> None:
         Budget(params=params)
 
 
+def check_module(module: Any, option: str) -> None:
+    """Check that what is to hold the widths of a graph is a module of another class, if anything."""
+    if isinstance(module, fx.GraphModule):
+        raise FxwidthError(f"{option}= takes a module of the class that was traced, but received a GraphModule.")
+    if module is not None and not isinstance(module, nn.Module):
+        raise FxwidthError(f"{option}= takes a module of the class that was traced, but received {module!r}.")
+
+
 def check_limits(least: Any, most: Any, align: Any) -> None:
     """Check bounds of widths."""
     above = () if most is None else (("max_width", most),)

@@ -19,6 +19,7 @@ from fxwidth.growth.directions import Direction, check_directions, needs_of
 from fxwidth.option_values import (
     check_budget,
     check_limits,
+    check_module,
     check_switches,
     check_thresholds,
     graphs_in,
@@ -62,6 +63,7 @@ class PlanKeywords(_CommonKeywords, total=False):
     same_width: SameWidth | None
     only: str | Sequence[str] | None
     keep: str | Sequence[str] | None
+    for_module: nn.Module | None
 
 
 class ResizeKeywords(_CommonKeywords, total=False):
@@ -100,11 +102,13 @@ class PlanOptions:
     same_width: SameWidth | None = None
     only: str | Sequence[str] | None = None
     keep: str | Sequence[str] | None = None
+    for_module: nn.Module | None = None
     exact: bool = True
     rotate: bool = True
 
     def __post_init__(self) -> None:
         check_selection(self.selection)
+        check_module(self.for_module, "for_module")
         refuse_other_than_batches(self.data)
         for name in _NUMBERS:
             object.__setattr__(self, name, plain_number(getattr(self, name)))

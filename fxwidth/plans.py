@@ -11,6 +11,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.plain_numbers import is_integer, plain_number
 
 Entry = int | tuple[int, ...]
+# The note that tells what a module can hold for which a plan was made.
+FOR_MODULE = "for_module"
 # How many channels an error lists.
 _SHOWN = 12
 
@@ -21,7 +23,9 @@ class Plan(Mapping[str, Entry]):
     Args:
         widths: group name -> new width, or the channels that are kept, in any sequence: their positions of now, from 0,
             ascending, as in `Plan({"conv1": 24, "conv2": [0, 2, 5]})`.
-        notes: anything worth keeping beside it, such as the predicted parameter count; it does not change what is done.
+        notes: anything worth keeping beside it, such as the predicted parameter count; it does not change what is done,
+            but for `"for_module"`, by which a resize leaves alone what the module for which a plan was made has one
+            number for, such as the eps of norms.
 
     Attributes:
         widths: group name -> new width.

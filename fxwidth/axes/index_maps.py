@@ -31,12 +31,14 @@ class IndexMaps:
         variance_ratios: Mapping[int, float] | None = None,
         tables: Mapping[int, list[int]] | None = None,
         batch_growth: int = 0,
+        keeps_eps: bool = False,
     ) -> None:
         self._space = space
         self._kept = dict(kept)
         self._variance_ratios = dict(variance_ratios or {})
         self._tables = dict(tables or {})
         self._batch_growth = batch_growth
+        self._keeps_eps = keeps_eps
         self._found: dict[Axis, Indices] = {}
 
     @property
@@ -52,17 +54,25 @@ class IndexMaps:
         """Return the same maps with what the new channels of copies read, by the index of the call."""
         return self._changed(tables=tables)
 
+    def with_same_eps(self) -> IndexMaps:
+        """Return the same maps, by which norms keep their eps whatever becomes of the variance that they see."""
+        return self._changed(keeps_eps=True)
+
     def with_larger_batch(self) -> IndexMaps:
         """Return the same maps for a batch that is larger by one."""
         return self._changed(batch_growth=1)
 
     def _changed(self, **changed: Any) -> IndexMaps:
-        own = {"variance_ratios": self._variance_ratios, "tables": self._tables}
+        own = {"variance_ratios": self._variance_ratios, "tables": self._tables, "keeps_eps": self._keeps_eps}
         return IndexMaps(self._space, self._kept, **{**own, **changed})
 
     def variance_ratio(self, call_index: int) -> float:
         """Return the variance (or mean square) that a norm sees after the resize, relative to before."""
         return self._variance_ratios.get(call_index, 1.0)
+
+    def eps_ratio(self, call_index: int) -> float:
+        """Return by what the eps of a norm is multiplied."""
+        return 1.0 if self._keeps_eps else self.variance_ratio(call_index)
 
     def table(self, call_index: int) -> list[int] | None:
         """Return what the new channels of copies read, where that is known; else the maps of both sides tell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, overload
@@ -88,12 +89,21 @@ class Polynomial:
         """Return the terms in which a factor occurs."""
         return Polynomial({monomial: value for monomial, value in self.terms.items() if factor in monomial})
 
-    def replaced(self, substitutes: Mapping[Factor, Factor]) -> Polynomial:
-        """Return the polynomial with some factors standing for others: those that are to have one width."""
+    def replaced(
+        self, substitutes: Mapping[Factor, Factor], ratios: Mapping[Factor, float] | None = None
+    ) -> Polynomial:
+        """Return the polynomial with some factors standing for others: those whose widths go together.
+
+        Args:
+            substitutes: the factor that stands for each.
+            ratios: the width of each relative to that one's, where it is another.
+        """
+        ratios = ratios or {}
         total: dict[Monomial, float] = {}
         for monomial, coefficient in self.terms.items():
             mapped = _sorted(substitutes.get(factor, factor) for factor in monomial)
-            total[mapped] = total.get(mapped, 0) + coefficient
+            scale = math.prod(ratios.get(factor, 1.0) for factor in monomial)
+            total[mapped] = total.get(mapped, 0) + coefficient * scale
         return Polynomial(total)
 
 

@@ -8,7 +8,10 @@ from typing import Any, Unpack
 
 from torch import fx, nn
 
+from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.modules.rebuilding import plain_objects
+from fxwidth.modules.write_back import written_back
 from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence
 from fxwidth.resizing.resize import resize_analyzed
@@ -18,6 +21,8 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
 
+_OUTPUTS = ("graph", "module")
+
 
 @tells_options(PlanOptions, ResizeOptions)
 def evolve(
@@ -26,8 +31,9 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    output: str = "graph",
     **options: Unpack[EvolveKeywords],
-) -> fx.GraphModule:
+) -> Any:
     """Trace a model, plan new widths by its spectra, and resize it.
 
     Args:
@@ -37,28 +43,47 @@ def evolve(
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
+        output: "graph" for the resized graph, or "module" for the model itself: the plan is then one that its class can
+            hold (`for_module=model`), and its widths are written back to it (`fxwidth.write_back`).
         options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
             `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
 
+    Returns:
+        The resized graph, or the model.
+
     Raises:
-        FxwidthError: the model, the inputs or the options cannot be used; nothing has changed. So it is after any other
-            exception, Ctrl-C included.
+        FxwidthError: the model, the inputs or the options cannot be used, or the class of the model cannot hold the
+            widths; nothing has changed. So it is after any other exception, Ctrl-C included.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> gm = fxwidth.evolve(net, torch.randn(2, 8), params=0.5)
         >>> sum(parameter.numel() for parameter in gm.parameters())
         95
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> fxwidth.evolve(net, torch.randn(2, 8), params=0.5, output="module")
+        Sequential(
+          (0): Linear(in_features=8, out_features=7, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=7, out_features=4, bias=True)
+        )
     """
+    if output not in _OUTPUTS:
+        raise FxwidthError(f'output={output!r} must be "graph", or "module" for the model itself.')
+    to_module = output == "module" and not isinstance(model, fx.GraphModule)
+    if to_module and isinstance(model, nn.Module):
+        options = {"for_module": model, **options}
     planning, resizing = both_options(options, optimizer)
     modules = [model] if isinstance(model, nn.Module) else []
     for module in modules:
         check_optimizer(optimizer, module)
-    transaction = resize_transaction(*modules, *resizing.graphs_beside, optimizer=optimizer)
+    objects = [one for module in modules for one in plain_objects(module)] if to_module else []
+    transaction = resize_transaction(*modules, *resizing.graphs_beside, optimizer=optimizer, objects=objects)
 
-    def work() -> fx.GraphModule:
+    def work() -> nn.Module:
         module = trace(model, example_inputs, example_kwargs)
-        return planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)[1]
+        planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
+        return written_back(module, model, transaction) if to_module else module
 
     return transaction.run(work)
 

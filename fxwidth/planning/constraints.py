@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.modules.holdings import Holdings
 from fxwidth.options import PlanOptions, SameWidth
 
 
@@ -97,26 +98,48 @@ def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str
 
 @dataclass(frozen=True)
 class Class:
-    """Groups that are to have one width.
+    """Groups that are to have one width, or widths in a fixed relation.
 
     Attributes:
         groups: those that may change.
         fixed: the width that all must take, because one of them cannot change.
+        units: of each group, what its width is a multiple of, that multiple being the same for all; else all have one
+            width.
     """
 
     groups: tuple[ChannelGroup, ...]
     fixed: int | None = None
+    units: tuple[int, ...] = ()
+
+    def of_groups(self, width: int) -> dict[ChannelGroup, int]:
+        """Return the width of each group at that of the class, which is the multiple where there are units."""
+        return dict(zip(self.groups, (unit * width for unit in self.each_unit), strict=True))
+
+    @property
+    def each_unit(self) -> tuple[int, ...]:
+        """The unit of each group."""
+        return self.units or (1,) * len(self.groups)
+
+    @property
+    def present(self) -> int:
+        """The present width of the class."""
+        return max(group.width // unit for group, unit in zip(self.groups, self.each_unit, strict=True))
 
     def widths(self, limits: Limits, growth: float = 1.0) -> list[int]:
-        """Return the widths that all may take, ascending: up to the present one times a factor.
+        """Return the widths of the class that all may take, ascending: up to the present one times a factor.
 
         Raises:
             FxwidthError: there are none.
         """
         if self.fixed is not None:
             return [self.fixed]
-        first, *others = [set(limits.allowed(group, math.ceil(growth * group.width))) for group in self.groups]
+        first, *others = [
+            {width // unit for width in limits.allowed(group, math.ceil(growth * group.width)) if width % unit == 0}
+            for group, unit in zip(self.groups, self.each_unit, strict=True)
+        ]
         common = first.intersection(*others)
+        if not common and self.units:
+            return [self.present]
         if not common:
             raise FxwidthError(
                 f"same_width: {_listed(self.groups)} have no width in common that min_width={limits.least}, "
@@ -151,6 +174,41 @@ def classes(width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: S
             taken[group] = pattern
         result += _class(members, set(free), pattern)
     return result + [Class((group,)) for group in free if group not in taken]
+
+
+def tied_classes(
+    width_graph: WidthGraph, free: Iterable[ChannelGroup], same_width: SameWidth | None, held: Holdings
+) -> list[Class]:
+    """Return the groups that may change in a module, put together where that or a pattern says so.
+
+    Raises:
+        FxwidthError: as for `classes`, or a pattern asks for what the module cannot hold.
+    """
+    chosen = [group for group in free if group.name not in held.staying]
+    names = {group.name for group in chosen}
+    # Where one of them must stay, so do all.
+    bound = {name for tie in held.ties if not tie.units.keys() <= names for name in tie.units}
+    result = classes(width_graph, [group for group in chosen if group.name not in bound], same_width)
+    for tie in held.ties:
+        if tie.units.keys() & bound:
+            continue
+        touched = [unit for unit in result if any(group.name in tie.units for group in unit.groups)]
+        others = [group.name for unit in touched for group in unit.groups if group.name not in tie.units]
+        units = dict(tie.units)
+        if others and set(units.values()) != {1}:
+            raise FxwidthError(
+                f"same_width asks for one width for {', '.join(map(repr, others))} and groups whose widths go together "
+                f"in the module by other ratios ({tie.why}); write a pattern without them."
+            )
+        units |= dict.fromkeys(others, 1)
+        fixed = {unit.fixed for unit in touched if unit.fixed is not None}
+        if fixed:
+            result = [unit for unit in result if unit not in touched]
+            continue
+        groups = tuple(group for group in width_graph.groups if group.name in units)
+        result = [unit for unit in result if unit not in touched]
+        result.append(Class(groups, units=tuple(units[group.name] for group in groups)))
+    return result
 
 
 def _asks_nothing(group: ChannelGroup, patterns: Sequence[str | Sequence[str]]) -> str:

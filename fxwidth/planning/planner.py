@@ -17,12 +17,13 @@ from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
 from fxwidth.importance.loss_sensitivity import calibrated
 from fxwidth.importance.plan_simulation import has_inputs, output_errors
+from fxwidth.modules.holdings import module_holdings
 from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
 from fxwidth.planning.allocation import Choice, allocate
-from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes
+from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes, tied_classes
 from fxwidth.planning.thresholds import by_thresholds
 from fxwidth.planning.width_multiplier import multiplied
-from fxwidth.plans import Plan
+from fxwidth.plans import FOR_MODULE, Plan
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.selection.error_curves import Errors, extended
@@ -65,6 +66,10 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
             patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
         only: names or patterns of the groups that may change.
         keep: names or patterns of groups that must not.
+        for_module: a module of the class that was traced, which is to hold the new widths (`fxwidth.write_back`): the
+            model itself, a fresh one, or one on the meta device. Groups for which its code or its configuration has one
+            number get widths that this can tell, and those that it cannot hold otherwise stay; that is learnt by
+            probing it, and told in `notes["for_module"]`.
         exact: whether groups that cannot grow without changing the function are left alone, or may but shrink.
         rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
             `fxwidth.resize` does by default; their errors are smaller then.
@@ -97,16 +102,32 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
-    return looking_at(width_graph.analysis.module, lambda: _planned(width_graph, options))
+    found, evidence = looking_at(width_graph.analysis.module, lambda: _planned(width_graph, options))
+    if options.for_module is not None:
+        found.notes[FOR_MODULE] = module_holdings(width_graph, options.for_module).told()
+    return found, evidence
 
 
 def _planned(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
     units = _units(width_graph, options)
     if options.target is not None:
-        return _BudgetProblem(width_graph, units, options).solved(options)
+        widths, bounds, errors, evidence = _BudgetProblem(width_graph, units, options).solved(options)
+        return _noted(width_graph, _settled(width_graph, widths, options), bounds, errors, evidence), evidence
     widths = {group: width for unit in units for group, width in by_thresholds(width_graph, unit, options).items()}
+    widths = _settled(width_graph, widths, options)
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None), None
+
+
+def _settled(
+    width_graph: WidthGraph, widths: Mapping[ChannelGroup, int], options: PlanOptions
+) -> dict[ChannelGroup, int]:
+    """Return widths of which a module can be built for which the plan is: those given, or somewhat smaller ones."""
+    if options.for_module is None:
+        return dict(widths)
+    held = module_holdings(width_graph, options.for_module)
+    settled = held.settle({group.name: width for group, width in widths.items()})
+    return {group: settled[group.name] for group in widths}
 
 
 def refuse_impossible(width_graph: WidthGraph, options: PlanOptions) -> None:
@@ -121,7 +142,11 @@ def refuse_impossible(width_graph: WidthGraph, options: PlanOptions) -> None:
 
 
 def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:
-    return classes(width_graph, chosen_groups(width_graph, options.only, options.keep), options.same_width)
+    chosen = chosen_groups(width_graph, options.only, options.keep)
+    if options.for_module is None:
+        return classes(width_graph, chosen, options.same_width)
+    held = module_holdings(width_graph, options.for_module)
+    return tied_classes(width_graph, chosen, options.same_width, held)
 
 
 class _BudgetProblem:
@@ -137,6 +162,8 @@ class _BudgetProblem:
         self._allowed = {unit: unit.widths(limits, factor if unit in growing else 1.0) for unit in units}
         # Groups that go together are one to the solver: the first stands for all.
         self._heads = {group.factor: unit.groups[0].factor for unit in units for group in unit.groups}
+        # Its width is that of the class then, of which those of the groups are multiples.
+        self._ratios = {group.factor: float(n) for unit in units for group, n in unit.of_groups(1).items() if n != 1}
 
     def _may_grow(self, units: Sequence[Class], options: PlanOptions) -> list[Class]:
         """Return the units that may grow: none where a bound asks the network to shrink, nor any without a cost."""
@@ -152,21 +179,23 @@ class _BudgetProblem:
     def _grown(self) -> dict[ChannelGroup, int]:
         """Return the widths at which all groups have grown alike; none where there is no room for that."""
         found = multiplied(self._allowed, self.bounds) or {}
-        widths = {group: width for unit, width in found.items() for group in unit.groups}
+        widths = {group: own for unit, width in found.items() for group, own in unit.of_groups(width).items()}
         return widths if any(width > group.width for group, width in widths.items()) else {}
 
-    def solved(self, options: PlanOptions) -> tuple[Plan, Evidence | None]:
-        """Return the widths of least summed error, and the evidence that errors were predicted from.
+    def solved(
+        self, options: PlanOptions
+    ) -> tuple[dict[ChannelGroup, int], Sequence[Bound], Mapping[ChannelGroup, Errors], Evidence | None]:
+        """Return the widths of least summed error, the bounds, the errors, and the evidence that these were made from.
 
         Raises:
             FxwidthError: a bound is out of reach, or the data or the loss cannot be used.
         """
-        largest = {group: widths[-1] for unit, widths in self._allowed.items() for group in unit.groups}
+        largest = self._at(-1)
         if all(bound.met(_by_factor(largest)) for bound in self.bounds):
             errors = {g: spectral_errors(self._width_graph, g) for g, width in largest.items() if width < g.width}
-            return _noted(self._width_graph, largest, self.bounds, errors, None), None
+            return largest, self.bounds, errors, None
         if grown := self._grown():
-            return _noted(self._width_graph, grown, self.bounds, {}, None), None
+            return grown, self.bounds, {}, None
         self.refuse_out_of_reach()
         evidence, errors = calibrated(
             self._width_graph, self._groups, options.data, options.loss, options.selection, options.rotate
@@ -175,7 +204,7 @@ class _BudgetProblem:
         if all(bound.met({}) for bound in self.bounds) and all(width <= g.width for g, width in widths.items()):
             # Channels go only to make room for others.
             widths = {group: group.width for group in widths}
-        return _noted(self._width_graph, widths, self.bounds, errors, evidence), evidence
+        return widths, self.bounds, errors, evidence
 
     def refuse_out_of_reach(self) -> None:
         """Check that the smallest widths meet all bounds.
@@ -190,16 +219,25 @@ class _BudgetProblem:
 
     @property
     def _smallest(self) -> dict[ChannelGroup, int]:
-        return {group: widths[0] for unit, widths in self._allowed.items() for group in unit.groups}
+        return self._at(0)
+
+    def _at(self, place: int) -> dict[ChannelGroup, int]:
+        pairs = (unit.of_groups(widths[place]).items() for unit, widths in self._allowed.items())
+        return {group: width for one in pairs for group, width in one}
 
     def _allocated(self, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
         choices = []
         for unit, widths in self._allowed.items():
-            curves = [extended(errors[group], widths[-1])[widths] for group in unit.groups]
+            units = zip(unit.groups, unit.each_unit, strict=True)
+            curves = [extended(errors[g], n * widths[-1])[[n * width for width in widths]] for g, n in units]
             summed = sum(curves, np.zeros(len(widths)))
             choices.append(Choice(unit.groups[0].factor, np.array(widths), summed))
         result = allocate(choices, [(self._joined(bound), bound.limit) for bound in self.bounds])
-        return {group: result[self._heads[group.factor]] for group in self._groups}
+        return {
+            group: width
+            for unit in self._allowed
+            for group, width in unit.of_groups(result[unit.groups[0].factor]).items()
+        }
 
     def _rehearsed(self, evidence: Evidence, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
         """Return the widths of least summed error, or those of another sum if they do far better on noise.
@@ -220,7 +258,8 @@ class _BudgetProblem:
         return other if other_error < _CLEARLY * error else widths
 
     def _joined(self, bound: Bound) -> Polynomial:
-        return bound.cost.replaced({factor: head for factor, head in self._heads.items() if factor is not head})
+        heads = {factor: head for factor, head in self._heads.items() if factor is not head}
+        return bound.cost.replaced(heads, self._ratios)
 
 
 def _by_factor(widths: Mapping[ChannelGroup, int]) -> dict[Factor, int]:
@@ -238,7 +277,8 @@ def _noted(
     costs = {name: cost_polynomial(width_graph, name) for name in ("params", "flops")}
     costs |= {bound.name: bound.cost for bound in bounds}
     changed = {group: width for group, width in widths.items() if width != group.width}
-    parts = {group.name: float(errors[group][width]) for group, width in changed.items() if width < group.width}
+    narrowed = {group: width for group, width in changed.items() if width < group.width and group in errors}
+    parts = {group.name: float(errors[group][width]) for group, width in narrowed.items()}
     cost = {name: [polynomial({}), polynomial(_by_factor(widths))] for name, polynomial in costs.items()}
     source = evidence.moments.source if evidence is not None and evidence.moments is not None else None
     notes = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}

@@ -18,12 +18,12 @@ def by_thresholds(width_graph: WidthGraph, unit: Class, options: PlanOptions) ->
     wanted = {group: _by_threshold(width_graph, group, options) for group in unit.groups}
     if len(unit.groups) == 1 and unit.fixed is None:
         return wanted
-    widest = max(wanted.values())
+    widest = max(-(-wanted[group] // one) for group, one in zip(unit.groups, unit.each_unit, strict=True))
     if unit.fixed is None and all(width > group.width for group, width in wanted.items()):
-        return dict.fromkeys(unit.groups, widest)
+        return unit.of_groups(widest)
     # One that may not grow holds the others back: they shrink to a width that all can take.
     allowed = unit.widths(limits)
-    return dict.fromkeys(unit.groups, next((width for width in allowed if width >= widest), allowed[-1]))
+    return unit.of_groups(next((width for width in allowed if width >= widest), allowed[-1]))
 
 
 def _by_threshold(width_graph: WidthGraph, group: ChannelGroup, options: PlanOptions) -> int:

@@ -41,7 +41,7 @@ def multiplied(allowed: Mapping[Class, Sequence[int]], bounds: Sequence[Bound]) 
 
 
 def _present(unit: Class) -> int:
-    return max(group.width for group in unit.groups)
+    return unit.present
 
 
 def _not_below(unit: Class, widths: Sequence[int]) -> list[int]:
@@ -62,5 +62,7 @@ def _next(widths: Sequence[int], width: int) -> int:
 
 
 def _met(bounds: Iterable[Bound], widths: Mapping[Class, int]) -> bool:
-    by_factor: dict[Factor, int] = {group.factor: width for unit, width in widths.items() for group in unit.groups}
+    by_factor: dict[Factor, int] = {
+        group.factor: own for unit, width in widths.items() for group, own in unit.of_groups(width).items()
+    }
     return all(bound.met(by_factor) for bound in bounds)

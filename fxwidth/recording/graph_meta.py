@@ -10,8 +10,8 @@ from fxwidth.serialization.graph_pickling import pickle_as_data
 from fxwidth.serialization.graph_record import Fingerprint
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
-EXAMPLES, UNTIED, ORIGINAL = "fxwidth_examples", "fxwidth_untied", "fxwidth_original"
-NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED, ORIGINAL)
+EXAMPLES, UNTIED, ORIGINAL, CALL = "fxwidth_examples", "fxwidth_untied", "fxwidth_original", "fxwidth_call"
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED, ORIGINAL, CALL)
 
 
 class InMemory(tuple[Any, ...]):

@@ -136,6 +136,7 @@ def prepare_edits(
         "recalibrated": False,
         "lowered": dict(graph.lowered),
         "norms": ratios_by_gain(analysis, new.maps),
+        "keeps_eps": known.keeps_eps,
         "copies": list(new.copies),
         "not_refitted": new.missed,
         "original": original,
@@ -179,6 +180,8 @@ def _new_tensors(
     tensors, maps = resized_tensors(
         width_graph, selection.maps(), moments, options.fold, known.norms, missed, options.directions, informed.rows
     )
+    if known.keeps_eps:
+        maps = maps.with_same_eps()
     if not known.blind:
         refuse_shared_memory(analysis, tensors)
     if options.fold and moments is not None:

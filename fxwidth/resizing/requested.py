@@ -44,6 +44,7 @@ class Known:
         norms: the variance ratios of norms that were found with values, by the names of their gains.
         kept: which channels the values that are about to be loaded have kept, for the record.
         copies: what copies of channels read after it, where that was found with values.
+        keeps_eps: whether norms keep their eps, as the module asks for which the plan was made.
     """
 
     evidence: Evidence | None = None
@@ -51,6 +52,7 @@ class Known:
     norms: Mapping[str, float] | None = None
     kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
     copies: Sequence[list[int]] | None = None
+    keeps_eps: bool = False
 
 
 def requested(width_graph: WidthGraph, plan: Mapping[str, int | Sequence[int]], exact: bool) -> Requested:

@@ -12,6 +12,7 @@ from torch import fx
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
+from fxwidth.plans import FOR_MODULE, Plan
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
 from fxwidth.recording.graph_meta import AXES, HISTORY, note_original, notes_of
 from fxwidth.registration import name_of
@@ -141,7 +142,7 @@ def resize_analyzed(
     Raises:
         FxwidthError: the plan or the data cannot be used.
     """
-    options, before = options or ResizeOptions(), Known(**known)
+    options, before = options or ResizeOptions(), Known(**{"keeps_eps": _keeps_eps(plan), **known})
     if transaction is not None:
         return _resize(width_graph, plan, options, before, transaction)
     whole = resize_transaction(width_graph.analysis.module, *options.graphs_beside, optimizer=options.optimizer)
@@ -197,6 +198,12 @@ def _resize(
         # In one step: nothing can come between the two.
         notes |= {HISTORY: [*notes.get(HISTORY, ()), edits.record], AXES: edits.axes}
     return module
+
+
+def _keeps_eps(plan: Mapping[str, int | Sequence[int]]) -> bool:
+    """Tell whether the module for which a plan was made has one number for the eps of several norms."""
+    told = plan.notes.get(FOR_MODULE) if isinstance(plan, Plan) else None
+    return isinstance(told, Mapping) and bool(told.get("keeps_eps"))
 
 
 def _refuse_needless_data(asked: Requested, options: ResizeOptions) -> None:

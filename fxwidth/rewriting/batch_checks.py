@@ -83,7 +83,7 @@ def _lost_batch(analysis: Analysis, larger: IndexMaps, node: fx.Node) -> str | N
     if analysis.record is not None or not any(_ends_batch(analysis, call) for call in analysis.calls):
         return None
     taken = [source for source in node.all_input_nodes if deep_tensors(analysis.node_values[source.name])]
-    inputs = (map_leaves(lambda t: _enlarged(t, analysis.axes_of(t), larger), value) for value in analysis.inputs)
+    inputs = (map_leaves(lambda t: enlarged(t, analysis.axes_of(t), larger), value) for value in analysis.inputs)
     run = fx.Interpreter(analysis.module, garbage_collect_values=False)
     try:
         with unchanged(analysis.module), plain_kernels(), analysis.mode:
@@ -139,13 +139,13 @@ class _LargerBatch:
         value = self._analysis.node_values.get(node.name)
         if deep_tensors(value):
             axes = iter(self._analysis.node_axes[node.name])
-            return map_leaves(lambda tensor: _enlarged(tensor, next(axes), self._maps), value)
+            return map_leaves(lambda tensor: enlarged(tensor, next(axes), self._maps), value)
         if node.op == "placeholder":
             return value
         return self.run_with(node, self.arguments(node))
 
 
-def _enlarged(tensor: Tensor, axes: Axes, maps: IndexMaps) -> Tensor:
+def enlarged(tensor: Tensor, axes: Axes, maps: IndexMaps) -> Tensor:
     """Return a tensor of the sizes that maps give its axes."""
     shape = [maps.size(axis) for axis in axes]
     if list(tensor.shape) == shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,7 +33,11 @@ def fakes_of(slots: Slots, analysis: Analysis, fakes: Mapping[str, Tensor]) -> d
 
 
 def run_model(
-    analysis: Analysis, model: nn.Module, arguments: Sequence[Argument], see: Callable[[OpCall], None]
+    analysis: Analysis,
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    see: Callable[[OpCall], None],
+    inputs: Sequence[Any] | None = None,
 ) -> None:
     """Run a model on the fake tensors of an analysis.
 
@@ -41,8 +46,9 @@ def run_model(
         model: the model, with fake parameters.
         arguments: how it is called.
         see: is called with each op.
+        inputs: what it is called with, in the place of the inputs of the analysis.
     """
-    leaves, structures = flatten_each(analysis.inputs, (Tensor,))
+    leaves, structures = flatten_each(analysis.inputs if inputs is None else inputs, (Tensor,))
     # The model may write to what it is given.
     values = rebuild_each(copy.deepcopy(structures), leaves)
     found = [] if analysis.record is None else [one for node in analysis.record.values() for one in node]
@@ -91,14 +97,14 @@ def differs_from_model(analysis: Analysis, model: nn.Module, arguments: Sequence
     fakes = fakes_of(slots, analysis, {})
     signals = [*flatten_each(analysis.inputs, (Tensor,))[0], *fakes.values()]
     with substituted(model, fakes, slots, restored), evaluating(model):
-        done = observed(analysis, model, arguments, _Signals(signals))
+        done = observed(analysis, model, arguments, Signals(signals))
     if done is None:
         return None
-    wanted = filter(_Signals(signals), analysis.calls)
+    wanted = filter(Signals(signals), analysis.calls)
     return differ(done, prescribed_signatures(wanted, IndexMaps(analysis.space, {})))
 
 
-class _Signals:
+class Signals:
     """Tells, call by call, which ops work on what a model is given, its parameters or its buffers.
 
     What a model makes of nothing, such as a range of numbers, is a constant of a graph, and its ops are not there.
@@ -108,6 +114,7 @@ class _Signals:
         self._known = {id(tensor): tensor for tensor in tensors}
 
     def __call__(self, call: OpCall) -> bool:
+        """Tell whether an op, the next one, does."""
         found = any(id(tensor) in self._known for tensor in call.inputs)
         if found:
             self._known |= {id(tensor): tensor for tensor in call.outputs}

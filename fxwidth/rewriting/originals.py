@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import MethodType
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -112,8 +113,11 @@ def goes_along(
     resized = {names[id(analysis.parameters[name].tensor)] for name in fakes}
     holders = {id(part) for name in resized for part, _ in slots[name][1]}
     start = edits.mark()
-    with substituted(original, fakes_of(slots, analysis, fakes), slots, restored):
-        _set_sizes(original, holders, edits)
+    stand_ins = fakes_of(slots, analysis, fakes)
+    # Not where attributes are given back that the model's code may have written to.
+    with substituted(original, stand_ins, slots, nullcontext):
+        _apply(_sizes(original, holders), edits)
+    with substituted(original, stand_ins, slots, restored):
         with evaluating(original):
             done = observed(analysis, original, _ORIGINALS[analysis.module].arguments)
         wanted = prescribed_signatures(analysis.calls, maps)
@@ -121,7 +125,8 @@ def goes_along(
         # It may have parts for training that the graph, which is of one mode, has not.
         trains = follows and _trains(analysis, original)
         # Again, for weights that a module computes when it is called.
-        _set_sizes(original, holders, edits)
+        sizes = _sizes(original, holders)
+    _apply(sizes, edits)
     if follows and not trains:
         # What never ran says nothing, as it needs targets; what fails on fake tensors alone may fail at other sizes.
         with edits.suspended():
@@ -131,11 +136,18 @@ def goes_along(
     return trains
 
 
-def _set_sizes(original: nn.Module, holders: set[int], edits: AttributeEdits) -> None:
-    """Set the size attributes of the modules that hold resized tensors, or in whose parts such are."""
-    for _, part in walk(original):
-        if any(id(inner) in holders for _, inner in walk(part)):
-            edits.apply(part, sizes_by_shape(part))
+def _sizes(original: nn.Module, holders: set[int]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Return the size attributes of the modules that hold resized tensors, or in whose parts such are."""
+    return [
+        (part, sizes_by_shape(part))
+        for _, part in walk(original)
+        if any(id(inner) in holders for _, inner in walk(part))
+    ]
+
+
+def _apply(sizes: Iterable[tuple[nn.Module, dict[str, Any]]], edits: AttributeEdits) -> None:
+    for part, own in sizes:
+        edits.apply(part, own)
 
 
 def _trained_on_fakes(analysis: Analysis, original: nn.Module, slots: Slots) -> bool:
@@ -205,6 +217,17 @@ def leave_behind(
         transaction.undo.callback(_ORIGINALS.__setitem__, graph, _ORIGINALS[graph])
         del _ORIGINALS[graph]
     _give_back([module, *(models if resized else [])], staying, replaced, transaction)
+
+
+def part_others(module: fx.GraphModule, model: nn.Module, transaction: Transaction) -> None:
+    """Part a model from the graphs that share modules with it, but for one: they keep what they have, in copies."""
+    for other in _sharing([model]):
+        if other is module:
+            continue
+        _separate(other, [model])
+        if original_of(other) is model:
+            transaction.undo.callback(_ORIGINALS.__setitem__, other, _ORIGINALS[other])
+            del _ORIGINALS[other]
 
 
 def _give_back(

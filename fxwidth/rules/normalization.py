@@ -73,7 +73,7 @@ def _normalized_shape(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["input"]]
     count = len(call.arguments["normalized_shape"])
     # The gain carries the square root of the ratio: together they leave gain * x / sqrt(variance + eps) as it was.
-    eps = call.arguments["eps"] * maps.variance_ratio(call.index)
+    eps = call.arguments["eps"] * maps.eps_ratio(call.index)
     return revised(call, normalized_shape=[maps.size(axis) for axis in signal[-count:]], eps=eps)
 
 

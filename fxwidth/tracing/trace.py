@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
 from fxwidth.frontends.untraceable import refuse_scripts, refuse_unmade
-from fxwidth.recording.graph_meta import note_original
+from fxwidth.recording.graph_meta import CALL, note_original, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
@@ -69,7 +69,9 @@ def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else traced(model, call)
     )
     if module is not model:
-        remember_original(module, model, arguments_of(model, call))
+        arguments = arguments_of(model, call)
+        remember_original(module, model, arguments)
+        notes_of(module)[CALL] = tuple((argument.name, argument.passing.value) for argument in arguments)
     _drop_postponed_annotations(module)
     for node in module.graph.nodes:
         value = analysis.node_values.get(node.name)

@@ -1,0 +1,277 @@
+"""Runs of a model's own code at given widths, under fake tensors, judged op by op against what a tape prescribes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxwidth.analysis.op_signatures import Signature, is_silent, observed_signature, prescribed_signatures
+from fxwidth.analysis.result import Analysis
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.frontends.call_signature import Argument
+from fxwidth.recording.tape import OpCall
+from fxwidth.rewriting.batch_checks import enlarged
+from fxwidth.rewriting.model_runs import Signals, run_model
+from fxwidth.runtime.contexts import evaluating, quiet
+from fxwidth.runtime.fake_tensors import fake_like
+from fxwidth.runtime.module_state import restored, walk
+from fxwidth.runtime.pytrees import deep_tensors, map_leaves
+from fxwidth.runtime.tensor_slots import Slots, named_tensors, substituted, tensor_slots
+
+# Code of these is no place that a user can change.
+_LIBRARIES = ("torch/", "fxwidth/", "numpy/")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where a model's own code does not do what is prescribed.
+
+    Attributes:
+        reached: how many ops it did as prescribed before.
+        part: the path of the module whose code was at work.
+        place: file and line of that code.
+        what: what it did, and what was needed.
+    """
+
+    reached: int
+    part: str
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.part or 'the model itself'} ({self.place}): {self.what}"
+
+
+class _OtherwiseError(Exception):
+    """An op was run that is not the prescribed one."""
+
+
+@dataclass(frozen=True)
+class SeenOp:
+    """An op of a run: what it did, the shapes that it took, and the module whose code ran it."""
+
+    signature: Signature
+    shapes: tuple[tuple[int, ...], ...]
+    part: str
+
+
+class ClassRuns:
+    """Runs a model's own code on fake tensors of the sizes that a tape prescribes.
+
+    Args:
+        analysis: that of the graph.
+        model: of the class that the graph was traced from; its tensors have the names that they have in the graph.
+        arguments: how it is called.
+    """
+
+    def __init__(self, analysis: Analysis, model: nn.Module, arguments: Sequence[Argument]) -> None:
+        self.analysis = analysis
+        self.model = model
+        self._arguments = arguments
+        self.looks_at_values_in_training = False
+
+    def of(self, model: nn.Module) -> ClassRuns:
+        """Return the runs of another model of the class."""
+        return ClassRuns(self.analysis, model, self._arguments)
+
+    @cached_property
+    def slots(self) -> Slots:
+        """The parameters and buffers of the model."""
+        return tensor_slots(self.model)
+
+    @cached_property
+    def entries(self) -> dict[str, str]:
+        """The names in the graph of the model's tensors, by their first names in the model."""
+        by_tensor = {id(entry.tensor): name for name, entry in self.analysis.parameters.items()}
+        in_graph = {name: by_tensor.get(id(one)) for name, one in named_tensors(self.analysis.module).items()}
+        found: dict[str, str] = {}
+        first = {id(tensor): name for name, (tensor, _) in self.slots.items()}
+        for name, tensor in named_tensors(self.model).items():
+            known = in_graph.get(name)
+            if known is not None:
+                found.setdefault(first[id(tensor)], known)
+        return found
+
+    def fakes(self, maps: IndexMaps) -> dict[str, Tensor]:
+        """Return what stands for the model's tensors at some widths."""
+        result: dict[str, Tensor] = {}
+        for name, (tensor, _) in self.slots.items():
+            entry = self.analysis.parameters.get(self.entries.get(name, ""))
+            if entry is None:
+                result[name] = fake_like(self.analysis.mode, tensor)
+                continue
+            sizes = [maps.size(axis) for axis in entry.axes]
+            if sizes == list(entry.fake.shape):
+                result[name] = entry.fake
+                continue
+            with self.analysis.mode:
+                made = torch.empty(sizes, dtype=entry.fake.dtype, device=entry.fake.device)
+            # Which ops a linear layer runs depends on that too.
+            result[name] = made.requires_grad_(entry.fake.requires_grad)
+        return result
+
+    def own_fakes(self) -> dict[str, Tensor]:
+        """Return what stands for the model's tensors at the sizes that they have themselves, on the graph's device."""
+        result: dict[str, Tensor] = {}
+        for name, (tensor, _) in self.slots.items():
+            entry = self.analysis.parameters.get(self.entries.get(name, ""))
+            if entry is None:
+                result[name] = fake_like(self.analysis.mode, tensor)
+                continue
+            with self.analysis.mode:
+                made = torch.empty(tensor.shape, dtype=entry.fake.dtype, device=entry.fake.device)
+            result[name] = made.requires_grad_(tensor.requires_grad)
+        return result
+
+    def wanted(self, maps: IndexMaps) -> list[Signature]:
+        """Return what the model must do at some widths; what it makes of nothing is a constant in the graph."""
+        return list(map(_in_one_form, prescribed_signatures(self.calls, maps)))
+
+    @cached_property
+    def calls(self) -> list[OpCall]:
+        """The ops of the tape that are compared: those that work on the inputs, or on tensors that the model has."""
+        held = [self.analysis.parameters[name].fake for name in self.entries.values()]
+        own = filter(Signals([*self._leaves(self.analysis.inputs), *held]), self.analysis.calls)
+        return [call for call in own if not (is_silent(call.func) or _is_idle(call))]
+
+    def failure(
+        self,
+        maps: IndexMaps,
+        fakes: Mapping[str, Tensor] | None = None,
+        mode: AbstractContextManager[Any] | None = None,
+        wanted: Sequence[Signature] | None = None,
+    ) -> Failure | None:
+        """Return where the model does not do what is prescribed, or None.
+
+        Args:
+            maps: the widths; with a larger batch, that is given to the model.
+            fakes: what stands for its tensors.
+            mode: in which mode; evaluation by default.
+            wanted: what it must do; None for what the maps prescribe.
+        """
+        wanted = self.wanted(maps) if wanted is None else wanted
+        seen: list[SeenOp] = []
+
+        def judge(op: SeenOp) -> None:
+            if len(seen) > len(wanted) or op.signature != wanted[len(seen) - 1]:
+                needed = wanted[len(seen) - 1] if len(seen) <= len(wanted) else "no more"
+                raise _OtherwiseError(f"it does {_told(op.signature)} where {_told(needed)} is needed")
+
+        error = self._run(maps, fakes, mode, seen, judge)
+        if error is not None:
+            otherwise = isinstance(error, _OtherwiseError)
+            part, place = self._where(error.__traceback__)
+            return Failure(len(seen) - otherwise, part, place, _first_line(error))
+        if len(seen) < len(wanted):
+            what = f"it does {len(seen)} ops where {len(wanted)} are needed"
+            return Failure(len(seen), "", type(self.model).__name__, what)
+        return None
+
+    def seen(
+        self,
+        maps: IndexMaps,
+        fakes: Mapping[str, Tensor] | None = None,
+        mode: AbstractContextManager[Any] | None = None,
+    ) -> tuple[list[SeenOp], Exception | None]:
+        """Return what the model does at some widths, and by what error it was ended, if by any."""
+        found: list[SeenOp] = []
+        error = self._run(maps, fakes, mode, found, lambda _: None, with_parts=True)
+        return found, error
+
+    def _run(
+        self,
+        maps: IndexMaps,
+        fakes: Mapping[str, Tensor] | None,
+        mode: AbstractContextManager[Any] | None,
+        seen: list[SeenOp],
+        judge: Callable[[SeenOp], None],
+        with_parts: bool = False,
+    ) -> Exception | None:
+        analysis, model = self.analysis, self.model
+        fakes = self.fakes(maps) if fakes is None else fakes
+        inputs = [map_leaves(lambda t: enlarged(t, analysis.axes_of(t), maps), value) for value in analysis.inputs]
+        signals = Signals([*self._leaves(inputs), *fakes.values()])
+
+        def see(call: OpCall) -> None:
+            if not signals(call) or is_silent(call.func) or _is_idle(call):
+                return
+            shapes = tuple(tuple(one.shape) for one in call.inputs) if with_parts else ()
+            part = self._part_at_work() if with_parts else ""
+            seen.append(SeenOp(_in_one_form(observed_signature(call)), shapes, part))
+            judge(seen[-1])
+
+        with (
+            substituted(model, fakes, self.slots, restored),
+            evaluating(model) if mode is None else mode,
+            analysis.mode,
+            quiet(),
+        ):
+            try:
+                run_model(analysis, model, self._arguments, see, inputs)
+            except Exception as error:
+                return error
+        return None
+
+    @staticmethod
+    def _leaves(values: Any) -> list[Tensor]:
+        return deep_tensors(tuple(values))
+
+    @cached_property
+    def paths(self) -> dict[int, str]:
+        """The paths of the model's modules, by identity."""
+        return {id(part): path for path, part in walk(self.model)}
+
+    def _part_at_work(self) -> str:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self.paths:
+                return self.paths[id(owner)]
+            frame = frame.f_back
+        return ""
+
+    def _where(self, traceback: TracebackType | None) -> tuple[str, str]:
+        part, place = "", "?"
+        while traceback is not None:
+            frame = traceback.tb_frame
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self.paths:
+                part = self.paths[id(owner)]
+            name = frame.f_code.co_filename
+            if not any(f"/{library}" in name for library in _LIBRARIES) or place == "?":
+                place = f"{'/'.join(name.split('/')[-3:])}:{traceback.tb_lineno}"
+            traceback = traceback.tb_next
+        return part, place
+
+
+def _in_one_form(signature: Signature) -> Signature:
+    """Return a signature in the form that it has in eager code: exported graphs have the kernel of a weight norm."""
+    name, results, *rest = signature
+    return ("weight_norm", results[:1], *rest) if name == "_weight_norm_interface" else signature
+
+
+def _is_idle(call: OpCall) -> bool:
+    """Tell whether an op cuts nothing off: exported graphs have slices that eager code leaves out."""
+    return call.func.overloadpacket is torch.ops.aten.slice and call.inputs[0].shape == call.outputs[0].shape
+
+
+def _told(signature: Any) -> str:
+    if isinstance(signature, str):
+        return signature
+    name, results, *literals = signature
+    shapes = ", ".join(str(list(shape)) for shape in results)
+    given = f" with {literals}" if literals and literals != [()] else ""
+    return f"{name} -> {shapes}{given}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,195 @@
+"""The widths, parameters and buffers of a graph put into a module of the class that was traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor, fx, nn
+
+from fxwidth.analysis.result import Analysis
+from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.errors import FxwidthError
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.modules.class_runs import ClassRuns, Failure
+from fxwidth.modules.code_sizes import Pairs, fit_sizes, set_layer_sizes, sizes_in_ops
+from fxwidth.modules.config_fit import fit_config
+from fxwidth.modules.graph_calls import arguments_of_graph
+from fxwidth.modules.proofs import refuse_other_values, training_failure
+from fxwidth.modules.rebuilding import (
+    Rebuilding,
+    made_otherwise,
+    plain_objects,
+    take_differences,
+    unsaved_tensors,
+    write_entries,
+)
+from fxwidth.rewriting.attributes import AttributeEdits
+from fxwidth.rewriting.originals import original_of, part_others, remember_original
+from fxwidth.rewriting.successors import twin
+from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.tensor_slots import named_tensors, set_slot
+from fxwidth.tracing.analyze import analyze_module
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
+    """Put the widths, parameters and buffers of a graph into a module of the class that was traced.
+
+    The sizes that the class keeps in attributes and in its configuration are set to what is needed; which these are is
+    found by trial, and judged by the ATen ops that the module's own forward then runs: they must be those of the graph,
+    at two batch sizes, in evaluation and in training, and the outputs must be equal. The module shares its parameters
+    with the graph from then on, so that an optimizer of the graph goes on with it, and is resized with it where it can
+    be; where the model that was traced is another one that is resized with the graph, it gets copies.
+
+    A model of Hugging Face transformers gets a configuration from which `from_pretrained` builds the same sizes.
+
+    Args:
+        gm: the graph, resized or not.
+        model: the model that was traced, another one of its class, or one on the meta device.
+
+    Returns:
+        `model`.
+
+    Raises:
+        FxwidthError: the class cannot hold these widths; the message names the place in its code or the entry of its
+            configuration, and what would do. Nothing has changed. So it is after any other exception, Ctrl-C included.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.resize(fxwidth.trace(net, torch.randn(2, 8)), {"0": 10})
+        >>> fresh = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> fxwidth.write_back(gm, fresh)[0].out_features
+        10
+    """
+    if not isinstance(gm, fx.GraphModule):
+        raise FxwidthError(f"write_back takes a graph from fxwidth.trace, but received {type(gm).__name__}.")
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        raise FxwidthError(
+            f"write_back takes a module of the class that was traced, but received {type(model).__name__}."
+        )
+    transaction = Transaction(gm, model, objects=plain_objects(model))
+    transaction.run(lambda: _written(gm, model, transaction))
+    return model
+
+
+def written_back(gm: fx.GraphModule, model: _Model, transaction: Transaction) -> _Model:
+    """Do what `write_back` does within a transaction of the two, and of the objects that the model keeps sizes in."""
+    _written(gm, model, transaction)
+    return model
+
+
+def _written(gm: fx.GraphModule, model: nn.Module, transaction: Transaction) -> None:
+    analysis = analyze_module(gm)
+    runs = ClassRuns(analysis, model, arguments_of_graph(gm))
+    _refuse_other_names(runs)
+    part_others(gm, model, transaction)
+    edits = AttributeEdits()
+    maps = IndexMaps(analysis.space, {})
+    problem, built = _fitted(runs, maps, edits)
+    if problem is None:
+        problem = _otherwise(runs, maps)
+    if problem is not None:
+        raise FxwidthError(_refusal(analysis, model, problem))
+    _put_in_place(gm, runs, built)
+    refuse_other_values(gm, model, runs)
+
+
+def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits) -> tuple[Failure | str | None, nn.Module | None]:
+    """Set attributes and configuration to what the widths need; return what is in the way, and the class built anew."""
+    fakes, wanted, model = runs.fakes(maps), runs.wanted(maps), runs.model
+    rebuilding = Rebuilding.of(model)
+    # A model that has been resized with the graph has the sizes of its configuration no more.
+    old = runs if rebuilding is None else runs.of(rebuilding.base)
+    before, _ = old.seen(maps, old.own_fakes())
+    known: Mapping[str, Pairs] = sizes_in_ops(before, runs.calls, maps, wanted)
+    set_layer_sizes(runs, fakes, edits)
+    if rebuilding is None:
+        return fit_sizes(runs, lambda: runs.failure(maps, fakes, wanted=wanted), known, edits), None
+
+    def judge(built: nn.Module) -> Failure | None:
+        mark = edits.mark()
+        try:
+            take_differences(model, rebuilding.base, built, edits)
+            return runs.failure(maps, fakes, wanted=wanted)
+        finally:
+            edits.undo(mark)
+
+    names = named_tensors(runs.analysis.module)
+    shapes = {
+        name: tuple(names[name].shape) for name, _ in model.named_parameters(remove_duplicate=False) if name in names
+    }
+    fitted = fit_config(rebuilding, shapes, known.get("", {}), judge)
+    if fitted.problem is not None or fitted.built is None:
+        return fitted.problem, None
+    take_differences(model, rebuilding.base, fitted.built, edits)
+    if fitted.changes:
+        write_entries(rebuilding.config, fitted.changes)
+    buffer = made_otherwise(runs.analysis.module, fitted.built)
+    if buffer is not None:
+        return (
+            f"a {type(model).__name__} that is built anew would make other numbers in {buffer} than the graph has",
+            None,
+        )
+    return None, fitted.built
+
+
+def _otherwise(runs: ClassRuns, maps: IndexMaps) -> Failure | str | None:
+    """Return where the model does otherwise than the graph, at two batch sizes and in both modes."""
+    failure = runs.failure(maps)
+    if failure is None and runs.analysis.batch is not None:
+        failure = runs.failure(maps.with_larger_batch())
+    return training_failure(runs, maps) if failure is None else failure
+
+
+def _refuse_other_names(runs: ClassRuns) -> None:
+    """Check that graph and model have the same tensors, by their names."""
+    model, graph = runs.model, runs.analysis.module
+    own = named_tensors(model)
+    for name, tensor in named_tensors(graph).items():
+        if isinstance(tensor, nn.Parameter) and name not in own:
+            raise FxwidthError(
+                f"{name} of the graph is none of {type(model).__name__}; pass a module of the class that was traced, "
+                "built as that was."
+            )
+    for name, (tensor, _) in runs.slots.items():
+        if name not in runs.entries and tensor.is_meta and name not in unsaved_tensors(model):
+            raise FxwidthError(
+                f"{name} is on the meta device and not in the graph, as nothing there uses it; load it into the module "
+                "first, or pass one that has its tensors."
+            )
+
+
+def _put_in_place(gm: fx.GraphModule, runs: ClassRuns, built: nn.Module | None) -> None:
+    """Give the model the tensors of the graph."""
+    original = original_of(gm)
+    shares = original is None or original is runs.model
+    anew = {} if built is None else named_tensors(built)
+    for name, (tensor, places) in runs.slots.items():
+        if name in runs.entries:
+            entry: Tensor = runs.analysis.parameters[runs.entries[name]].tensor
+            new = entry if shares else twin(entry, entry)
+        elif tensor.is_meta and name in anew and not anew[name].is_meta:
+            new = anew[name]
+        else:
+            continue
+        for holder, attribute in places:
+            set_slot(holder, attribute, new)
+    if shares:
+        remember_original(gm, runs.model, arguments_of_graph(gm))
+
+
+def _refusal(analysis: Analysis, model: nn.Module, problem: Failure | str) -> str:
+    """Tell what is in the way of widths, at which groups, and what would do."""
+    groups: list[str] = []
+    if isinstance(problem, Failure):
+        parts = [group for group in WidthGraph(analysis).groups if group.pinned is None]
+        inside = [g for g in parts if any(site.parameter.startswith(f"{problem.part}.") for site in g.sites)]
+        groups = [f"{group.name!r} ({group.width})" for group in inside[:4]]
+    at = f" Groups that occur there: {', '.join(groups)}." if groups else ""
+    return (
+        f"{type(model).__name__} cannot hold the widths of this graph: {problem}.{at} Plan widths that it can hold, by "
+        "fxwidth.plan(width_graph, ..., for_module=model) before the resize: it keeps sizes equal for which the class "
+        "has one number, such as query and value heads or the layers of one configuration, and others as they are."
+    )

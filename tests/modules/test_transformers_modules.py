@@ -1,0 +1,179 @@
+"""Models of Hugging Face transformers in, models out: configured, saved, loaded, and used as before."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxwidth
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+_TOKENS = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(1))
+_TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
+_CASES = {
+    "llama": ("LlamaForCausalLM", _GROUPED, False),
+    "qwen3": ("Qwen3ForCausalLM", _GROUPED, False),
+    "gemma": ("GemmaForCausalLM", {**_GROUPED, "intermediate_size": 128}, False),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 99, "eos_token_id": 2},
+        False,
+    ),
+    "bert": ("BertForMaskedLM", _TEXT, False),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 99}
+        | {"decoder_start_token_id": 0},
+        True,
+    ),
+}
+_SLOW = [pytest.param(name, marks=() if name in ("llama", "bert") else pytest.mark.slow) for name in _CASES]
+
+
+def _model(name: str):
+    kind, settings, _ = _CASES[name]
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    return model_class(model_class.config_class(**settings)).eval()
+
+
+def _call(name: str) -> dict:
+    more = {"decoder_input_ids": _TOKENS[:, :5]} if _CASES[name][2] else {}
+    return {"input_ids": _TOKENS, **more}
+
+
+def _logits(model, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**_call(name)).logits
+
+
+@pytest.mark.parametrize("name", _SLOW)
+def test_half_of_a_model_is_saved_and_loaded_in_a_new_process(name, tmp_path):
+    model = _model(name)
+    before = sum(p.numel() for p in model.parameters())
+    assert fxwidth.evolve(model, _call(name), params=0.5, output="module") is model
+    assert sum(p.numel() for p in model.parameters()) <= before / 2
+    model.save_pretrained(tmp_path)
+    text = "logits = model(**call).logits"
+    if name != "bert":
+        text = "logits = model.generate(call['input_ids'], max_new_tokens=4, do_sample=False)"
+    expected = {"model": model, "call": _call(name), "torch": torch}
+    with torch.no_grad():
+        exec(text, expected)
+    torch.save((_call(name), _logits(model, name), expected["logits"]), tmp_path / "expected.pt")
+    code = f"""
+import torch, transformers
+call, wanted, more = torch.load({str(tmp_path / "expected.pt")!r})
+model = transformers.{type(model).__name__}.from_pretrained({str(tmp_path)!r}).eval()
+with torch.no_grad():
+    assert torch.equal(model(**call).logits, wanted)
+    {text}
+assert torch.equal(logits, more)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd(), check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_generation_with_a_cache_gives_the_tokens_of_the_graph():
+    model = _model("llama").double()
+    gm = fxwidth.trace(model, {"input_ids": _TOKENS})
+    plan = fxwidth.plan(fxwidth.analyze(gm), params=0.5, for_module=model)
+    fxwidth.write_back(fxwidth.resize(gm, plan), model)
+    told = plan.notes["for_module"]
+    assert told["keeps_eps"]
+    assert {"hidden_size", "intermediate_size"} <= set(told["entries"])
+    tokens = _TOKENS[:, :3]
+    found = model.generate(tokens, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    while tokens.shape[1] < 8:
+        # What comes later makes no difference to what comes before.
+        padded = torch.nn.functional.pad(tokens, (0, 8 - tokens.shape[1]))
+        with torch.no_grad():
+            following = gm(input_ids=padded).logits[:, tokens.shape[1] - 1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, following], 1)
+    assert torch.equal(found, tokens)
+
+
+def test_what_a_configuration_cannot_say_is_refused_and_the_model_stays():
+    model = _model("llama")
+    config = model.config.to_dict()
+    gm = fxwidth.trace(model, {"input_ids": _TOKENS})
+    widths = {"model.layers.0.mlp.gate_proj": 30, "model.layers.1.mlp.gate_proj": 20}
+    fxwidth.resize(gm, widths)
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    pattern = r"LlamaForCausalLM cannot hold .* one number, intermediate_size, where .*(30|20).*for_module=model"
+    with pytest.raises(fxwidth.FxwidthError, match=pattern):
+        fxwidth.write_back(gm, model)
+    assert model.config.to_dict() == config
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_a_wrong_number_of_heads_of_the_same_shapes_is_refused(monkeypatch):
+    """A configuration with the hidden size halved and as many heads as before has the same shapes."""
+    from fxwidth.modules.config_fit import _Fit
+
+    model = _model("bert")
+    gm = fxwidth.trace(model, {"input_ids": _TOKENS})
+    fxwidth.resize(gm, fxwidth.plan(fxwidth.analyze(gm), params=0.5, for_module=model))
+    heads = model.config.num_attention_heads
+    monkeypatch.setattr(_Fit, "others", lambda self, changes: iter(()))  # heads are in no shape
+    with pytest.raises(fxwidth.FxwidthError, match=r"attention.self \(.*modeling_bert.py:\d+\): it does"):
+        fxwidth.write_back(gm, model)
+    assert model.config.num_attention_heads == heads
+    monkeypatch.undo()
+    fxwidth.write_back(gm, model)
+    assert model.config.num_attention_heads < heads
+    assert torch.equal(model(_TOKENS).logits, gm(input_ids=_TOKENS).logits)
+
+
+def test_it_is_compiled_and_trained_as_before():
+    model = fxwidth.evolve(_model("llama"), {"input_ids": _TOKENS}, params=0.5, output="module")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(_TOKENS).logits, model(_TOKENS).logits, atol=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = model(_TOKENS, labels=_TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_lora_is_put_on_it():
+    peft = pytest.importorskip("peft")
+    model = fxwidth.evolve(_model("llama"), {"input_ids": _TOKENS}, params=0.5, output="module")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = adapted(input_ids=_TOKENS, labels=_TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
