@@ -168,7 +168,7 @@ _HUGE = 2**40
 def _huge_plan(record: dict[str, Any]) -> None:
     pairs = record["history"][0]["dict"]
     widths = next(value for key, value in pairs if key == "widths")
-    widths["dict"][0][1][1] = 10**9
+    widths["dict"][0][1][1] = 10**6
 
 
 def _resized(payload: str) -> Callable[[dict[str, Any]], None]:
