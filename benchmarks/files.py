@@ -1,7 +1,7 @@
 """What becomes of files that are damaged, written while killed, or read in another process?
 
     python benchmarks/files.py                  # all of it, half an hour on one core
-    python benchmarks/files.py --part damage    # or: kills, models
+    python benchmarks/files.py --part damage    # or: kills, "models of torchvision", "models of transformers"
 
 Damage: a file of each safe form with single bytes changed, or regions cut out, zeroed or lost at the end: what is
 loaded is equal to the bit, or refused; no code runs, and memory stays near what the file warrants. Files that claim
@@ -21,7 +21,8 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import fx
@@ -32,7 +33,7 @@ from benchmarks.files_models import TORCHVISION, TRANSFORMERS
 from benchmarks.support.children import ChildError, in_child
 from benchmarks.support.machine import machine
 from benchmarks.support.measures import MIB, forget_peak, peak
-from benchmarks.support.results import options_of, write
+from benchmarks.support.results import options_of, read_record, write
 from benchmarks.support.tables import header, heading, line
 from fxwidth import FxwidthError
 from tests.oracles import files
@@ -41,13 +42,14 @@ _DAMAGES, _KILLS, _SAVES = 1000, 100, 30
 _MODELS = Path(__file__).with_name("files_models.py")
 _WIDE = 1500  # a network whose file takes a while to write
 _NOBODY = 65534
+_LIBRARIES = {"torchvision": TORCHVISION, "transformers": TRANSFORMERS}
 
 
 class Record:
-    """The lines of the tables, and what came out as it must not."""
+    """The lines of the tables of one part, and what came out as it must not."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
         self.wrong: list[str] = []
 
     def add(self, *cells: object, fine: bool) -> None:
@@ -60,19 +62,24 @@ class Record:
 
 def main() -> None:
     """Try all, print it, and write it down."""
-    parts: dict[str, Callable[[Record], None]] = {"damage": damage, "kills": kills, "models": models}
+    parts: dict[str, Callable[[Record], None]] = {"damage": damage, "kills": kills}
+    parts |= {f"models of {library}": partial(models, names) for library, names in _LIBRARIES.items()}
     parser = options_of(__doc__)
-    parser.add_argument("--part", choices=parts, help="one of the parts; writes no table")
+    parser.add_argument("--part", choices=parts, help="one of the parts; the others are those of the record")
     options: argparse.Namespace = parser.parse_args()
-    record = Record()
+    found: dict[str, list[str]] = read_record("files", options.results) or {}
+    wrong: list[str] = []
     for name, part in parts.items():
         if options.part in (None, name):
+            record = Record([f"## {name.capitalize()}", ""])
             part(record)
-    if options.part is None:
-        told = heading("Files: damaged, written while killed, read in another process", machine("torch", "safetensors"))
-        write("files", "\n".join([*told, *record.lines]) + "\n", folder=options.results)
-    if record.wrong:
-        raise SystemExit("\n".join(["not as it must be:", *record.wrong]))
+            wrong += record.wrong
+            found[name] = record.lines
+    told = heading("Files: damaged, written while killed, read in another process", machine("torch", "safetensors"))
+    tables = "\n\n".join("\n".join(found[name]).rstrip() for name in parts if name in found)
+    write("files", "\n".join([*told, tables]) + "\n", found, folder=options.results)
+    if wrong:
+        raise SystemExit("\n".join(["not as it must be:", *wrong]))
 
 
 def damage(record: Record) -> None:
@@ -208,13 +215,13 @@ def _two_at_once(path: Path, old: fx.GraphModule, new: fx.GraphModule) -> tuple[
     return ended, found
 
 
-def models(record: Record) -> None:
+def models(names: Sequence[str], record: Record) -> None:
     """Evolve, save, and load in a new process."""
     titles = ("model", "groups shrunk", "grown", "basis changed", "file, bytes", ".safetensors", ".pt2")
     record.lines += header(*titles)
     rotated = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name in (*TORCHVISION, *TRANSFORMERS):
+        for name in names:
             try:
                 done = in_child(str(_MODELS), "write", name, folder)
                 read = in_child(str(_MODELS), "read", name, folder)

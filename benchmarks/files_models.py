@@ -29,8 +29,8 @@ from fxwidth.runtime.pytrees import deep_tensors
 
 RESIZES, AT_ONCE = 5, 4
 TORCHVISION = (
-    *("resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121"),
-    *("shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf", "convnext_tiny", "swin_t", "vit"),
+    *("resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
+    *("vit", "regnet_y_400mf", "efficientnet_b0", "convnext_tiny", "swin_t", "densenet121"),
 )
 TRANSFORMERS = ("llama", "qwen3", "gpt2", "bert", "t5", "vit_hf")
 _IMAGE = 64

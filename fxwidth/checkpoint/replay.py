@@ -175,8 +175,8 @@ class Replay:
         except DifferentGraphError as error:
             if self.record.versions == present_versions():
                 raise self._unfit(
-                    f"{error}. Make the model as it was when it was traced: the same code, settings, mode and kind of "
-                    "inputs"
+                    f"{error}. Make the model as it was when it was traced: the same code, settings and mode, and "
+                    "example_inputs of the same form, with more than one sample if it had more"
                 ) from error
             written = ", ".join(f"{name} {version}" for name, version in self.record.versions.items())
             warn(

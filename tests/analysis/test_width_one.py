@@ -27,10 +27,10 @@ from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.verification.replay_oracle import largest_difference
+from tests.checkpoint.test_saving import Convolutions, Stream
 from tests.fuzz.networks import RandomNetwork, example_input, seeded_program
 from tests.oracles.judges import ROUNDING, assert_replays, at_batch_of, randomise, traced
 from tests.resizing.test_optimizer_state import MAKERS
-from tests.checkpoint.test_saving import Convolutions, Stream
 from tests.zoo.models import SMALL, RMSTransformer, build
 from tests.zoo.networks import CASES
 from tests.zoo.networks_of_modes import LAYERS, WIDTH, Around
