@@ -26,7 +26,7 @@ from tests.zoo.nets import conv, images, trained_like
 PLAN = {
     "budget": None, "params": None, "data": None, "loss": None, "selection": "greedy", "shrink_energy": 0.05,
     "grow_energy": 0.5, "grow_step": 0, "min_width": 1, "max_width": None, "align": 1, "same_width": None,
-    "only": None, "keep": None, "exact": True, "rotate": True,
+    "only": None, "keep": None, "exact": True, "rotate": True, "for_module": None,
 }  # fmt: skip
 RESIZE = {
     "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
@@ -39,7 +39,7 @@ EVOLVER: dict[str, Any] = {
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: PLAN,
     fxwidth.resize: RESIZE,
-    fxwidth.evolve: PLAN | RESIZE,
+    fxwidth.evolve: PLAN | RESIZE | {"output": "graph"},
     fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,
@@ -156,6 +156,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"also": 3}, "resize", "also= takes a module, or a list of them, but received int"),
     ({"also": [torch.nn.Linear(2, 2)]}, "resize", "also= takes copies of the graph, but received Linear. Make it from"),
     ({"reader_step": "no"}, "resize", "reader_step='no' must be True or False"),
+    ({"for_module": 3}, "plan", "for_module= takes a module of the class that was traced, but received 3"),
     ({"optimizer": "Adam"}, "resize", "optimizer= takes a torch.optim.Optimizer, or a list of them, but received str"),
 ]
 ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {
