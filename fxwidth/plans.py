@@ -23,9 +23,9 @@ class Plan(Mapping[str, Entry]):
     Args:
         widths: group name -> new width, or the channels that are kept, in any sequence: their positions of now, from 0,
             ascending, as in `Plan({"conv1": 24, "conv2": [0, 2, 5]})`.
-        notes: anything worth keeping beside it, such as the predicted parameter count; it does not change what is done,
-            but for `"for_module"`, by which a resize leaves alone what the module for which a plan was made has one
-            number for, such as the eps of norms.
+        notes: anything worth keeping beside it, such as the predicted parameter count; by default those of `widths`
+            where that is a plan itself. They do not change what is done, but for `"for_module"`, by which a resize
+            leaves alone what the module for which a plan was made has one number for, such as the eps of norms.
 
     Attributes:
         widths: group name -> new width.
@@ -47,6 +47,8 @@ class Plan(Mapping[str, Entry]):
         if not isinstance(widths or {}, Mapping):
             raise FxwidthError(f"a plan is made from a dict of group names and widths, but received {widths!r}.")
         self._entries: dict[str, Entry] = {name: _checked(name, entry) for name, entry in (widths or {}).items()}
+        if notes is None and isinstance(widths, Plan):
+            notes = widths.notes
         self.notes: dict[str, Any] = dict(notes or {})
 
     @property

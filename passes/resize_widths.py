@@ -47,11 +47,13 @@ class ResizeWidths(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Resize a graph in place."""
-        widths = self._plan if self._plan is not None else graph_module.meta.get(PLAN)
-        if widths is None:
+        plan = self._plan
+        if plan is None and PLAN in graph_module.meta:
+            plan = Plan(graph_module.meta[PLAN], graph_module.meta.get(PLAN_NOTES))
+        if plan is None:
             raise FxwidthError("ResizeWidths has no plan; give it one, or run PlanWidths before it.")
-        resize_with(graph_module, widths, self._options)
+        resize_with(graph_module, plan, self._options)
         # The plan was made for the old widths and does not hold any more.
         graph_module.meta.pop(PLAN, None)
         graph_module.meta.pop(PLAN_NOTES, None)
-        return PassResult(graph_module, bool(widths))
+        return PassResult(graph_module, bool(plan))

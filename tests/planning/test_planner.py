@@ -50,6 +50,7 @@ class TestPlan:
         assert chosen == {"a": 3, "b": 4}
         assert chosen == Plan({"b": 4, "a": 3}, {"parameters": [1, 2]})
         assert chosen != Plan({"a": 3})
+        assert Plan(Plan({"a": 3}, {"why": "by hand"})).notes == {"why": "by hand"}
         assert chosen != 3
         assert repr(chosen) == "Plan({'a': 3, 'b': 4})"
         assert type(chosen["b"]) is int

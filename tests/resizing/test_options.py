@@ -25,13 +25,13 @@ RESIZE = [name for name in signature(fxwidth.resize).parameters if name not in (
 class Network(nn.Module):
     """Batch norms, a linear bottleneck, a stream that grows inexactly, and several groups of equal width."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 12, narrow: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 12, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(12)
-        self.middle = nn.Conv2d(12, 12, 3, padding=1)
-        self.narrow = nn.Conv2d(12, 10, 1)  # nothing nonlinear between it and what reads it
-        self.wide = nn.Conv2d(10, 12, 1)
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.narrow = nn.Conv2d(width, narrow, 1)  # nothing nonlinear between it and what reads it
+        self.wide = nn.Conv2d(narrow, 12, 1)
         self.head_norm = nn.BatchNorm2d(12)
         self.merged = nn.LayerNorm(24)
         self.head = nn.Linear(24, 4)
@@ -40,6 +40,22 @@ class Network(nn.Module):
         x = self.middle(self.norm(self.stem(x)).relu()).relu()
         x = self.head_norm(self.wide(self.narrow(x))).relu().mean((2, 3))
         return self.head(self.merged(torch.cat([x[:, ::2], x[:, 1::2]], 1).repeat(1, 2)))
+
+
+@dataclass
+class Sizes:
+    """One number for two layers, and one for another."""
+
+    width: int = 12
+    narrow: int = 10
+
+
+class Configured(Network):
+    """The same network, built from its sizes alone."""
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__(config.width, config.narrow)
+        self.config = config
 
 
 def network() -> nn.Module:
@@ -96,6 +112,7 @@ ROWS: dict[str, Row] = {
     "keep": Row(_of(["stem"])),
     "exact": Row(_of(False), lambda: {"grow_energy": 0.0, "grow_step": 2, "shrink_energy": 0.0}),
     "rotate": Row(_of(False)),
+    "for_module": Row(lambda _: Configured(Sizes()).eval()),
     "optimizer": Row(_optimizer),
     "recalibrate": Row(_of(False), lambda: {**HALF, "data": labelled()}),
     "fold": Row(_of(False)),
