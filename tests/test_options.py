@@ -85,10 +85,11 @@ def test_every_option_is_told(function: Callable[..., Any], options: type) -> No
 MISSPELT = """
 import fxwidth
 from fxwidth.passes import PlanWidths, ResizeWidths
-from torch import fx
+from torch import fx, nn
 def use(gm: fx.GraphModule, graph: fxwidth.WidthGraph) -> None:
     fxwidth.plan(graph, params=0.5, min_width=2)
-    fxwidth.evolve(gm, params=0.5, fold=False, rotate=False)
+    fxwidth.evolve(gm, params=0.5, fold=False, rotate=False).graph.lint()
+    fxwidth.evolve(nn.Linear(2, 3), output="module").in_features
     fxwidth.resize(gm, {"a": 3, "b": [0, 1]}, recalibrate=True)
     fxwidth.resize(gm, fxwidth.plan(graph), selection=lambda group, graph: [1.0] * group.width)
     fxwidth.plan(graph, min_widht=2)
@@ -96,6 +97,7 @@ def use(gm: fx.GraphModule, graph: fxwidth.WidthGraph) -> None:
     fxwidth.resize(gm, {"a": 3}, folds=False)
     fxwidth.resize(gm, {"a": "3"})
     fxwidth.evolve(gm, paramss=0.5)
+    fxwidth.evolve(gm, output="modules")
     fxwidth.Evolver(gm, recalibrates=True)
     PlanWidths(aling=2)
     ResizeWidths(exakt=True)
@@ -113,7 +115,7 @@ def test_a_type_checker_sees_a_misspelt_option(tmp_path: Path) -> None:
         command, cwd=tmp_path, env={"MYPYPATH": str(root), "PATH": ""}, capture_output=True, text=True, check=False
     )
     found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if " error: " in line}
-    assert found == set(range(9, 18)), done.stdout
+    assert found == set(range(10, 20)), done.stdout
 
 
 X = images(4)

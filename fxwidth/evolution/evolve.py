@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from torch import fx, nn
 
@@ -22,8 +22,29 @@ from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
 
 _OUTPUTS = ("graph", "module")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
+@overload
+def evolve(
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    optimizer: Optimizers | None = None,
+    output: Literal["graph"] = "graph",
+    **options: Unpack[EvolveKeywords],
+) -> fx.GraphModule: ...
+@overload
+def evolve(
+    model: _Model,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    optimizer: Optimizers | None = None,
+    output: Literal["module"],
+    **options: Unpack[EvolveKeywords],
+) -> _Model: ...
 @tells_options(PlanOptions, ResizeOptions)
 def evolve(
     model: nn.Module,
@@ -31,9 +52,9 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
-    output: str = "graph",
+    output: Literal["graph", "module"] = "graph",
     **options: Unpack[EvolveKeywords],
-) -> Any:
+) -> nn.Module:
     """Trace a model, plan new widths by its spectra, and resize it.
 
     Args:
