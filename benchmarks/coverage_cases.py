@@ -205,7 +205,7 @@ def _transformers_names() -> list[str]:
 def _transformers_case(name: str) -> Case:
     kind, _, attention = name.rpartition("-")
     path, settings, inputs = _TRANSFORMERS[kind]
-    return Case(partial(_transformers_model, path, settings, attention), lambda _: _transformers_call(inputs))
+    return Case(partial(_transformers_model, path, settings, attention), lambda _: transformers_call(inputs))
 
 
 def _transformers_model(path: str, settings: dict[str, Any], attention: str) -> nn.Module:
@@ -219,7 +219,8 @@ def _transformers_model(path: str, settings: dict[str, Any], attention: str) -> 
     return model.get_submodule(part) if part else model
 
 
-def _transformers_call(inputs: str) -> Call:
+def transformers_call(inputs: str) -> Call:
+    """Return a call of a model of transformers, by the kind of its inputs."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 99, (2, 12), generator=generator)
     if inputs == "tokens":

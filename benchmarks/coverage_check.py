@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxwidth
-from benchmarks.coverage_cases import Call, case
+from benchmarks.coverage_cases import Call, Case, case
 from benchmarks.coverage_modes import ModeChecks, holds, warnings_of
 from benchmarks.coverage_values import TOLERANCE, cast, leaves_of, of_the_signal, rounding_of, runs_in_float64
 from benchmarks.coverage_values import difference as difference_of
@@ -59,16 +59,21 @@ def check_to_file(tool: str, suite: str, name: str, path: str) -> None:
 
 def check(tool: str, suite: str, name: str) -> dict[str, Any]:
     """Check one model and return what came of it, as plain data."""
+    model, call = made_ready(case(suite, name))
+    result = {"fxwidth": check_fxwidth, "torch-pruning": check_torch_pruning}[tool](model, call)
+    return result | {"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+
+
+def made_ready(chosen: Case) -> tuple[nn.Module, Call]:
+    """Return the model of a case, such that what is missed in it is seen in its values, and its call."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    chosen = case(suite, name)
     model = chosen.make().eval()
     call = chosen.call(model)
     set_apart(model)
     settle_batch_norms(model, call)
-    result = {"fxwidth": check_fxwidth, "torch-pruning": check_torch_pruning}[tool](model, call)
-    return result | {"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    return model, call
 
 
 def check_fxwidth(model: nn.Module, call: Call) -> dict[str, Any]:

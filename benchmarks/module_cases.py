@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from benchmarks.coverage_cases import Call, Case, case
+from benchmarks.coverage_cases import Call, Case, case, transformers_call
 
 TORCHVISION = """
 alexnet convnext_tiny deeplabv3_mobilenet_v3_large densenet121 efficientnet_b0 efficientnet_v2_s
@@ -135,15 +134,9 @@ def _transformers_model(kind: str, settings: dict[str, Any]) -> nn.Module:
 
 
 def _call(inputs: str) -> Call:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 99, (2, 12), generator=generator)
-    if inputs == "tokens":
-        return Call(kwargs={"input_ids": tokens})
-    if inputs == "two texts":
-        return Call(kwargs={"input_ids": tokens, "decoder_input_ids": tokens[:, :7]})
-    if inputs == "images":
-        return Call(kwargs={"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)})
-    if inputs == "mel":
-        features = torch.randn(2, 80, 32, generator=generator)
-        return Call(kwargs={"input_features": features, "decoder_input_ids": tokens[:, :7]})
-    return Call(kwargs={"input_values": torch.randn(2, 4000, generator=generator)})
+    call = transformers_call(inputs)
+    if inputs != "mel":
+        return call
+    # Of models of two parts both are called.
+    texts = transformers_call("two texts").kwargs["decoder_input_ids"]
+    return Call(kwargs={**call.kwargs, "decoder_input_ids": texts})

@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import fxwidth
 from benchmarks.coverage_cases import Call, Case
-from benchmarks.coverage_check import count_parameters, set_apart, settle_batch_norms
+from benchmarks.coverage_check import count_parameters, made_ready
 from benchmarks.coverage_values import cast, difference, leaves_of, runs_in_float64
 from benchmarks.module_cases import module_case
 
@@ -45,14 +44,8 @@ def main() -> None:
 
 def check(suite: str, name: str) -> dict[str, Any]:
     """Check one model and return what came of it, as plain data."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
     chosen = module_case(suite, name)
-    model = chosen.make().eval()
-    call = chosen.call(model)
-    set_apart(model)
-    settle_batch_norms(model, call)
+    model, call = made_ready(chosen)
     # Plans for larger models take several times as long in float64.
     is_wide = count_parameters(model) < LARGE and runs_in_float64(model, call)
     dtype = torch.float64 if is_wide else torch.float32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxwidth.analysis.op_signatures import Signature, is_silent, observed_signature, prescribed_signatures
-from fxwidth.analysis.result import Analysis
+from fxwidth.analysis.result import Analysis, ParameterAxes
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import Argument
 from fxwidth.recording.tape import OpCall
@@ -102,34 +102,29 @@ class ClassRuns:
 
     def fakes(self, maps: IndexMaps) -> dict[str, Tensor]:
         """Return what stands for the model's tensors at some widths."""
-        result: dict[str, Tensor] = {}
-        for name, (tensor, _) in self.slots.items():
-            entry = self.analysis.parameters.get(self.entries.get(name, ""))
-            if entry is None:
-                result[name] = fake_like(self.analysis.mode, tensor)
-                continue
+
+        def made(_: Tensor, entry: ParameterAxes) -> Tensor:
             sizes = [maps.size(axis) for axis in entry.axes]
-            if sizes == list(entry.fake.shape):
-                result[name] = entry.fake
-                continue
-            with self.analysis.mode:
-                made = torch.empty(sizes, dtype=entry.fake.dtype, device=entry.fake.device)
-            # Which ops a linear layer runs depends on that too.
-            result[name] = made.requires_grad_(entry.fake.requires_grad)
-        return result
+            # Which ops a linear layer runs depends on the gradient too.
+            same = sizes == list(entry.fake.shape)
+            return entry.fake if same else self._empty(sizes, entry).requires_grad_(entry.fake.requires_grad)
+
+        return self._stand_ins(made)
 
     def own_fakes(self) -> dict[str, Tensor]:
         """Return what stands for the model's tensors at the sizes that they have themselves, on the graph's device."""
+        return self._stand_ins(lambda t, entry: self._empty(t.shape, entry).requires_grad_(t.requires_grad))
+
+    def _stand_ins(self, made: Callable[[Tensor, ParameterAxes], Tensor]) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         for name, (tensor, _) in self.slots.items():
             entry = self.analysis.parameters.get(self.entries.get(name, ""))
-            if entry is None:
-                result[name] = fake_like(self.analysis.mode, tensor)
-                continue
-            with self.analysis.mode:
-                made = torch.empty(tensor.shape, dtype=entry.fake.dtype, device=entry.fake.device)
-            result[name] = made.requires_grad_(tensor.requires_grad)
+            result[name] = fake_like(self.analysis.mode, tensor) if entry is None else made(tensor, entry)
         return result
+
+    def _empty(self, sizes: Sequence[int], entry: ParameterAxes) -> Tensor:
+        with self.analysis.mode:
+            return torch.empty(tuple(sizes), dtype=entry.fake.dtype, device=entry.fake.device)
 
     def wanted(self, maps: IndexMaps) -> list[Signature]:
         """Return what the model must do at some widths; what it makes of nothing is a constant in the graph."""

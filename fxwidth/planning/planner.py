@@ -17,7 +17,7 @@ from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
 from fxwidth.importance.loss_sensitivity import calibrated
 from fxwidth.importance.plan_simulation import has_inputs, output_errors
-from fxwidth.modules.holdings import module_holdings
+from fxwidth.modules.probing import module_holdings
 from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
 from fxwidth.planning.allocation import Choice, allocate
 from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes, tied_classes
