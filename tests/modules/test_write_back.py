@@ -1,6 +1,7 @@
 """A graph's widths in a module of the class that was traced: what is set, what is refused, what is put back."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_a_head_count_that_is_wrong_but_gives_the_same_shapes_is_refused(monkeyp
     with pytest.raises(fxwidth.FxwidthError, match=r"attention \(.*test_write_back.py:\d+\): it does .* is needed"):
         fxwidth.write_back(gm, model)
     assert _same(before, _state(model))
+
+
+def test_a_place_is_named_in_code_that_lies_in_a_folder_called_like_a_library(tmp_path, monkeypatch):
+    """As in any clone of fxwidth or torch: what tells a library's code is where it is, not what a folder is called."""
+    folder = tmp_path / "torch" / "fxwidth"
+    folder.mkdir(parents=True)
+    (folder / "written_in.py").write_text(
+        "import torch\n\n\nclass WrittenIn(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.first, self.last = torch.nn.Linear(6, 16), torch.nn.Linear(16, 3)\n\n"
+        "    def forward(self, x):\n        return self.last(self.first(x).reshape(-1, 4, 4).softmax(-1).flatten(1))\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    model = importlib.import_module("written_in").WrittenIn()
+    gm = fxwidth.trace(model, torch.randn(2, 6))
+    fxwidth.resize(gm, {fxwidth.analyze(gm).free[0].name: 2})
+    with pytest.raises(fxwidth.FxwidthError, match=r"the model itself \(torch/fxwidth/written_in.py:10\)"):
+        fxwidth.write_back(gm, model)
 
 
 class Fixed(nn.Module):
