@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
+from fxwidth.rewriting.attributes import sizes_by_shape
 from fxwidth.rewriting.originals import original_of
 from tests.oracles.interruptions import differences, state_of
 from tests.zoo.models import build, relative_difference
@@ -166,6 +167,9 @@ def test_the_model_is_the_resized_one_or_as_it_was(name: str) -> None:
         assert not {id(tensor) for tensor in model.state_dict(keep_vars=True).values()} & {
             id(tensor) for tensor in gm.state_dict(keep_vars=True).values()
         }
+    # What prints a layer, copies it by its sizes or checks them reads its attributes.
+    for part in [*model.modules(), *gm.modules()]:
+        assert {name: getattr(part, name) for name in sizes_by_shape(part)} == sizes_by_shape(part), part
     for training in (True, False):
         torch.manual_seed(0)
         reference = gm if told == "resized" else twin
