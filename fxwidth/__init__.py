@@ -1,4 +1,4 @@
-"""fxwidth: the width compiler for PyTorch."""
+"""fxwidth: the width compiler for PyTorch. Where each decision is made: the first table of docs/architecture.md."""
 
 from __future__ import annotations
 
