@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch.nn.utils import parametrize
 
 from fxwidth.checkpoint.exported import save_exported
 from fxwidth.checkpoint.file_record import PREFIX, written
-from fxwidth.checkpoint.training_state import Evolving, state_of
+from fxwidth.checkpoint.training_state import FURTHER, Evolving, state_of
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.graph_meta import NOTES, notes_of
 from fxwidth.rewriting.optimizers import Optimizers
-from fxwidth.runtime.atomic_files import replacing, unwritable
+from fxwidth.runtime.atomic_files import path_of, replacing, unwritable
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.serialization.graph_pickling import unpicklable
-from fxwidth.serialization.plain_trees import TensorsBeside
+from fxwidth.serialization.plain_trees import TensorsBeside, encoded
 from fxwidth.serialization.tensor_files import write_tensors
 
 TENSORS, EXPORTED = ".safetensors", ".pt2"
@@ -64,24 +65,44 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     fxwidth.save(gm, pathlib.Path(folder) / "narrow.safetensors")
     """
-    path = Path(path)
+    path = path_of(path)
     if not isinstance(gm, fx.GraphModule):
         raise FxwidthError(f"save takes a torch.fx.GraphModule, but received {type(gm).__name__}; trace it first.")
-    if path.suffix == TENSORS:
-        _save_tensors(gm, path, optimizer, evolver)
+    form = path.suffix.lower()
+    if form == TENSORS:
+        save_tensors(gm, path, optimizer, evolver)
         return
     if optimizer is not None or evolver is not None:
         raise FxwidthError(
             f"optimizer= and evolver= go into a file of tensors, and {path.name} is none; save to a path that ends in "
             f"{TENSORS!r}, or write their state dicts by torch.save."
         )
-    if path.suffix == EXPORTED:
+    if form == EXPORTED:
         save_exported(gm, path)
     else:
         save_pickled(gm, path)
 
 
-def _save_tensors(gm: fx.GraphModule, path: Path, optimizer: Optimizers | None, evolver: Evolving | None) -> None:
+def save_tensors(
+    gm: fx.GraphModule,
+    path: Path,
+    optimizer: Optimizers | None = None,
+    evolver: Evolving | None = None,
+    *,
+    further: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a graph as tensors with a record.
+
+    Args:
+        gm: the graph.
+        path: of the file.
+        optimizer: as for `save`.
+        evolver: likewise.
+        further: what else is to be in the file, as plain data and tensors; `further_in` reads it.
+
+    Raises:
+        FxwidthError: as of `save`.
+    """
     slots = tensor_slots(gm)
     if taken := next((name for name in slots if name.startswith(PREFIX)), None):
         raise FxwidthError(
@@ -89,6 +110,8 @@ def _save_tensors(gm: fx.GraphModule, path: Path, optimizer: Optimizers | None, 
         )
     beside = TensorsBeside(f"{PREFIX}state.")
     state = state_of(gm, optimizer, evolver, beside)
+    if further is not None:
+        state[FURTHER] = encoded(further, "what is to be kept", beside.leaf)
     tensors = {name: tensor for name, (tensor, _) in slots.items()} | beside.tensors
     write_tensors(path, tensors, written(gm, slots, state))
 

@@ -171,8 +171,13 @@ def _attributes_data(part: nn.Module) -> dict[str, Any]:
 def _is_recorded(name: str, value: Any) -> bool:
     if name.startswith("_") or name in _MODES:
         return False
-    parts = value if type(value) in (list, tuple) else (value,)
-    return all(type(part) in _PLAIN for part in parts)
+    return _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) in _PLAIN for key in value) and all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if type(value) in (list, tuple) else type(value) in _PLAIN
 
 
 def _new_attributes(path: str, part: nn.Module, saved: Mapping[str, Any], trusted: bool) -> Iterator[tuple[str, Any]]:
