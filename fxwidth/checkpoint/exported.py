@@ -27,6 +27,7 @@ from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import deep_tensors, flatten, flatten_each
 from fxwidth.serialization.exported_archives import UnsafeArchiveError, read_archive, refuse_code, write_archive
 from fxwidth.serialization.plain_trees import decoded, encoded
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
 
 # How a graph of `trace` says that it does not hold for a batch of one.
@@ -39,6 +40,8 @@ def save_exported(gm: fx.GraphModule, path: Path) -> None:
     Raises:
         FxwidthError: `torch.export` cannot write it, or the file cannot be written.
     """
+    # What is noted of its inputs is of before it has been converted or moved.
+    analyze_module(gm)
     inputs = tuple(real_inputs(gm, input_specs(gm), None))
     never_one = _never_one(gm, inputs)
     # A batch of one cannot be told from a dim that is merely broadcast.

@@ -37,7 +37,9 @@ def save(
     The end of the path chooses the form:
 
     - ".safetensors": tensors, and a record of all resizes, literals and attributes. `load` makes the graph again from a
-      fresh model of the original architecture, equal to the bit. Data alone; a digest tells damaged files.
+      fresh model of the original architecture, equal to the bit: with the order of dims in memory too where a function
+      makes the model, while a model that is given keeps its own, as its device. Data alone; a digest tells damaged
+      files.
     - ".pt2": what `torch.export` makes of the graph in the mode that it is in, with the history. It needs no code of
       the model, and other tools read it too; dropout and batch norm stay in that mode.
     - any other: the whole graph as Python's pickle, which `load` reads with `trusted=True` alone.
