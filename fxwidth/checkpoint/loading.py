@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxwidth.checkpoint.exported import load_exported
+from fxwidth.checkpoint.extra_state import put_extra_state
 from fxwidth.checkpoint.file_record import read
 from fxwidth.checkpoint.replay import Replay, state_tensor
 from fxwidth.checkpoint.saving import EXPORTED, TENSORS
@@ -161,6 +162,7 @@ def _load_tensors(
 
     def work() -> None:
         replay.run()
+        put_extra_state(module, record.state, lambda name: state_tensor(file, name))
         put_state(module, record.state, optimizer, evolver, lambda name: state_tensor(file, name))
 
     whole.run(work)

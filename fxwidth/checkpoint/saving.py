@@ -11,6 +11,7 @@ from torch import fx
 from torch.nn.utils import parametrize
 
 from fxwidth.checkpoint.exported import save_exported
+from fxwidth.checkpoint.extra_state import extra_state_of
 from fxwidth.checkpoint.file_record import PREFIX, written
 from fxwidth.checkpoint.training_state import FURTHER, Evolving, state_of
 from fxwidth.errors import FxwidthError
@@ -111,7 +112,7 @@ def save_tensors(
             f"{taken} begins as the names that files keep for other tensors; give that part another name."
         )
     beside = TensorsBeside(f"{PREFIX}state.")
-    state = state_of(gm, optimizer, evolver, beside)
+    state = {**state_of(gm, optimizer, evolver, beside), **extra_state_of(gm, beside)}
     if further is not None:
         state[FURTHER] = encoded(further, "what is to be kept", beside.leaf)
     tensors = {name: tensor for name, (tensor, _) in slots.items()} | beside.tensors

@@ -97,7 +97,7 @@ def put_state(
     """
 
     def found(kind: str, content: Any) -> Tensor:
-        return _tensor_beside(kind, content, tensor)
+        return tensor_beside(kind, content, tensor)
 
     if optimizer is not None:
         own, saved = _each(optimizer), state[_OPTIMIZERS]
@@ -116,10 +116,15 @@ def further_of(state: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Any
         state: as a file tells of it.
         tensor: returns the tensors beside, by name.
     """
-    return decoded(state.get(FURTHER), lambda kind, content: _tensor_beside(kind, content, tensor))
+    return decoded(state.get(FURTHER), lambda kind, content: tensor_beside(kind, content, tensor))
 
 
-def _tensor_beside(kind: str, content: Any, tensor: Callable[[str], Tensor]) -> Tensor:
+def tensor_beside(kind: str, content: Any, tensor: Callable[[str], Tensor]) -> Tensor:
+    """Return what stands beside a tree, of which `TensorsBeside` has made it.
+
+    Raises:
+        ValueError: it is no tensor.
+    """
     if kind != "tensor":
         raise ValueError(f"{kind!r} is no kind of value")
     return tensor(content)

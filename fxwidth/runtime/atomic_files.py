@@ -70,7 +70,8 @@ def _place_of(path: str | Path) -> Path:
     if place.is_symlink():
         raise OSError(f"{place} is a link that leads to itself")
     if not place.parent.is_dir():
-        raise FxwidthError(f"there is no folder {Path(path).parent} to write {place.name} to; make it first.")
+        folder = place.parent if Path(path).is_symlink() else Path(path).parent
+        raise FxwidthError(f"there is no folder {folder} to write {place.name} to; make it first.")
     if place.is_dir():
         raise FxwidthError(f"{path} is a folder; give the path of a file in it.")
     return place

@@ -178,10 +178,10 @@ def test_an_expanded_buffer_is_loaded(tmp_path: Path) -> None:
 def test_attributes_in_dicts_are_those_of_the_file(tmp_path: Path) -> None:
     gm = files.graph()
     part = gm.get_submodule("1")
-    part.notes = {"scale": 0.5, "by": [{"step": 1.5}]}
+    part.notes = {"scale": 0.5, "by": {3: [1.5]}}
     fxwidth.save(gm, tmp_path / "a.safetensors")
     model = files.network()
-    model[1].notes = {"scale": 0.7, "by": [{"step": 2.5}]}
+    model[1].notes = {"scale": 0.7, "by": {3: [2.5]}}
     again = fxwidth.load(tmp_path / "a.safetensors", model, files.inputs())
     assert again.get_submodule("1").notes == part.notes
 

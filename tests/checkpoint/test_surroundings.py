@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
 
 import fxwidth
 from tests.oracles import files
@@ -32,30 +31,15 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-def _single() -> nn.Module:
-    # Under other defaults too.
-    with torch.device("cpu"):
-        return files.network().to(torch.float32)
-
-
-def _example() -> Tensor:
-    with torch.device("cpu"):
-        return files.inputs().to(torch.float32)
-
-
 @pytest.mark.parametrize("form", files.FORMS)
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_what_is_saved_and_loaded_there_is_equal(name: str, form: str, tmp_path: Path) -> None:
-    saved = files.graph()
-    around, path = SURROUNDINGS[name], tmp_path / f"a{form}"
-
-    def loaded() -> fx.GraphModule:
-        return fxwidth.load(path, _single(), _example()) if form == ".safetensors" else fxwidth.load(path)
-
-    with around():
+    saved, path = files.graph(), tmp_path / f"a{form}"
+    given = (files.network(), files.inputs()) if form == ".safetensors" else ()
+    with SURROUNDINGS[name]():
         fxwidth.save(saved, path)
-        inside = loaded()
-    for gm in (inside, loaded()):
+        inside = fxwidth.load(path, *given)
+    for gm in (inside, files.load(path)):
         assert files.is_equal(gm, saved)
         assert {str(tensor.device) for tensor in gm.state_dict().values()} == {"cpu"}
         gm(files.inputs()).sum().backward()
