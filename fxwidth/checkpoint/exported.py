@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def save_exported(gm: fx.GraphModule, path: Path) -> None:
         FxwidthError: `torch.export` cannot write it, or the file cannot be written.
     """
     # What is noted of its inputs is of before it has been converted or moved.
-    analyze_module(gm)
+    with suppress(FxwidthError):
+        analyze_module(gm)
     inputs = tuple(real_inputs(gm, input_specs(gm), None))
     never_one = _never_one(gm, inputs)
     # A batch of one cannot be told from a dim that is merely broadcast.
