@@ -89,7 +89,9 @@ def load_exported(path: Path, *, trusted: bool) -> fx.GraphModule:
             refuse_code(entries)
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(io.BytesIO(content))
+            # torch makes the tensors that it reads on the default device, though they are told to be on the CPU.
+            with torch.device("cpu"):
+                program = torch.export.load(io.BytesIO(content))
         module = _module_of(program, decoded(record["defaults"]), tuple(map(int, record["never_one"])))
         history = decoded(record["history"])
         if record["inputs"] is not None:
