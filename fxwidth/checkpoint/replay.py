@@ -131,12 +131,21 @@ class Replay:
         lacking = {name for name, tensor in self._needed().items() if id(tensor) not in filled}
         if odd := sorted(lacking | (names - tensors.keys()))[:3]:
             raise self._unfit(f"{', '.join(odd)} occur in only one of them")
+        self._refuse_ties(names, tensors)
         for name in sorted(names):
             own, dtype = tensors[name], file.dtype(name)
             if file.shape(name) != tuple(own.shape):
                 raise self._unfit(f"{name} has shape {file.shape(name)} in the file and {tuple(own.shape)} here")
             if dtype != own.dtype and not self.is_fresh:
                 self._check_conversion(name, dtype, own.dtype)
+
+    def _refuse_ties(self, names: set[str], tensors: Mapping[str, Tensor]) -> None:
+        # Files of earlier versions have a tensor by each of its names.
+        first: dict[int, str] = {}
+        for name in sorted(names) if self.record.graph is not None else ():
+            other = first.setdefault(id(tensors[name]), name)
+            if other != name:
+                raise self._unfit(f"{other} and {name} are one tensor here and two in the file; make the model so")
 
     def _check_conversion(self, name: str, saved: torch.dtype, own: torch.dtype) -> None:
         # Whole numbers are indices and counts, and become no others by a change of precision.
@@ -196,7 +205,7 @@ class Replay:
                     f"{self.file.path} holds NaN or infinite values in {name}, of which its record does not tell; use "
                     "another copy of the file."
                 )
-            if not own.is_meta and not (self.is_fresh and self._differs(name, saved, own)):
+            if not self._is_replaced(name, saved, own):
                 self.transaction.overwrite(own, saved)
                 continue
             new = self._made(name, saved, own)
@@ -208,6 +217,12 @@ class Replay:
             return name not in self.record.unsound
         # Files of earlier versions do not tell; masks and bounds among buffers may be infinite.
         return isinstance(own, torch.nn.Parameter) or bool(saved.isnan().any())
+
+    def _is_replaced(self, name: str, saved: Tensor, own: Tensor) -> bool:
+        """Tell whether another tensor takes the place of one, which else gets its values."""
+        # What is expanded has one place for several values.
+        is_expanded = any(size > 1 and step == 0 for size, step in zip(own.shape, own.stride(), strict=True))
+        return own.is_meta or is_expanded or (self.is_fresh and self._differs(name, saved, own))
 
     def _differs(self, name: str, saved: Tensor, own: Tensor) -> bool:
         return saved.dtype != own.dtype or (name in self.record.layouts) == own.is_contiguous()
