@@ -34,25 +34,11 @@ class Cost:
 COSTS: dict[str, Cost] = {}
 
 
-def cost(name: str, unit: str) -> Callable[[_Function], _Function]:
-    """Register a function as a cost that `Budget(costs={name: bound})` can bound.
-
-    Args:
-        name: an identifier that is not taken.
-        unit: the unit that it is counted in, in the plural, for errors. Absolute bounds are whole numbers of it, so
-            choose one of which a network costs many.
+def register(name: str, unit: str) -> Callable[[_Function], _Function]:
+    """Register a function as a cost, as `fxwidth.cost` does, where this is told.
 
     Raises:
         FxwidthError: the name is no identifier, or taken.
-
-    Example:
-        >>> @fxwidth.cost("quantized", unit="bytes")
-        ... def quantized(width_graph):
-        ...     return fxwidth.Polynomial.sum([(0.5, fxwidth.cost_polynomial(width_graph, "params"))])
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
-        >>> dict(fxwidth.plan(fxwidth.analyze(gm), budget=fxwidth.Budget(costs={"quantized": 0.5})))
-        {'0': 7}
     """
     refuse_name(COSTS, name, "cost", identifier=True)
 
@@ -72,7 +58,7 @@ def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
     Args:
         width_graph: the graph.
         name: "params", "flops", "activation_memory" (bytes), "latency" (microseconds), or one that was registered by
-            `cost`.
+            `fxwidth.cost`.
 
     Raises:
         FxwidthError: there is no such cost, its function gives no polynomial or cannot know it of this model, or the
