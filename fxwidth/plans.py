@@ -85,7 +85,7 @@ class Plan(Mapping[str, Entry]):
         return f"Plan({self._entries!r})"
 
     def __str__(self) -> str:
-        """Return a table of the widths before and after, and below it what they cost and lose, as far as that is known."""
+        """Return a table of the widths before and after, and below it what they cost and lose, as far as is known."""
         return str(self.table())
 
     def _repr_html_(self) -> str:

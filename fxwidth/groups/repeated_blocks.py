@@ -33,10 +33,9 @@ def folded(rows: Iterable[tuple[str, _Rest]]) -> list[tuple[str, _Rest, tuple[st
     for name, rest in rows:
         order.append(name)
         alike[_NUMBER.sub("#", name), rest].append(name)
-    blocks = {
-        block[0]: (_name(block), rest, tuple(block)) for (_, rest), own in alike.items() for block in _blocks(own)
-    }
-    return [blocks[name] for name in order if name in blocks]
+    blocks = [(block, rest) for (_, rest), names in alike.items() for block in _blocks(names)]
+    found = {block[0]: (_name(block), rest, tuple(block)) for block, rest in blocks}
+    return [found[name] for name in order if name in found]
 
 
 def without_numbers(text: str) -> str:

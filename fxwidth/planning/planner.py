@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -282,7 +282,7 @@ def _noted(
     parts = {group.name: float(errors[group][width]) for group, width in narrowed.items()}
     cost = {name: [polynomial({}), polynomial(_by_factor(widths))] for name, polynomial in costs.items()}
     source = evidence.moments.source if evidence is not None and evidence.moments is not None else None
-    notes = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
+    notes: dict[str, Any] = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
     notes |= {"evidence": source, BEFORE: {group.name: group.width for group in changed}}
     return Plan({group.name: width for group, width in changed.items()}, notes)
 

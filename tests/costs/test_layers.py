@@ -45,5 +45,5 @@ def test_repeated_layers_are_one_row() -> None:
 def test_a_cost_without_a_unit_and_a_module_are_refused() -> None:
     with pytest.raises(FxwidthError, match=r"lacks the unit; register a cost by @fxwidth.cost\('mine', unit=...\)"):
         fxwidth.cost("mine")  # type: ignore[call-overload]
-    with pytest.raises(FxwidthError, match="pass what fxwidth.analyze"):
+    with pytest.raises(FxwidthError, match=r"pass what fxwidth\.analyze"):
         fxwidth.cost(nn.Linear(2, 2))  # type: ignore[call-overload]
