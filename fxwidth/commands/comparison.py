@@ -72,7 +72,9 @@ def _inputs(opened: Opened, graph: torch.fx.GraphModule) -> tuple[tuple[Any, ...
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder" and "tensor_meta" in node.meta]
         return tuple(_like(node.meta["tensor_meta"]) for node in nodes), {}
     leaves, structure = pytree.tree_flatten(opened.inputs)
-    drawn = pytree.tree_unflatten([_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure)
+    drawn = pytree.tree_unflatten(
+        [_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
+    )
     if isinstance(drawn, dict):
         return (), drawn
     return (drawn if isinstance(drawn, tuple) else (drawn,)), {}
@@ -91,7 +93,9 @@ def _seconds(graph: torch.fx.GraphModule, inputs: tuple[tuple[Any, ...], dict[st
         return float(timer.blocked_autorange(min_run_time=_SECONDS).median)
 
 
-def _difference(graphs: list[torch.fx.GraphModule], inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> float | None:
+def _difference(
+    graphs: list[torch.fx.GraphModule], inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> float | None:
     shapes = [[getattr(leaf, "shape", leaf) for leaf in pytree.tree_leaves(own)] for own in inputs]
     if shapes[0] != shapes[1]:
         return None

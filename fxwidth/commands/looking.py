@@ -164,5 +164,3 @@ def add_to(app: typer.Typer) -> None:
         (report, REPORT_EXAMPLES),
     ):
         app.command(epilog=options.epilog(examples))(command)
-
-

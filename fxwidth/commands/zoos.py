@@ -47,10 +47,14 @@ def torchvision_model(name: str) -> Found:
         raise InputError(f"torchvision has no model {name!r}{did_you_mean(name, known)}")
     if name.startswith("quantized_"):
         other = name.removeprefix("quantized_")
-        raise InputError(f"the weights of {name!r} are 8-bit integers, whose widths are packed; take torchvision:{other}.")
+        raise InputError(
+            f"the weights of {name!r} are 8-bit integers, whose widths are packed; take torchvision:{other}."
+        )
     family = models.get_model_builder(name).__module__.split(".")[2]
     transforms = models.get_model_weights(name).DEFAULT.transforms()
-    size = (list(getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None) or []) or [_IMAGE])[0]
+    size = (list(getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None) or []) or [_IMAGE])[
+        0
+    ]
 
     def make(is_trained: bool) -> nn.Module:
         options: dict[str, Any] = {"weights": "DEFAULT" if is_trained else None}
@@ -97,7 +101,9 @@ def hugging_face_model(name: str) -> Found:
     with needing("transformers"):
         import transformers
     if name.endswith(".json") and not Path(name).is_file():
-        raise InputError(f"there is no file {name}; pass the config.json of a model, its folder, or its name on the hub.")
+        raise InputError(
+            f"there is no file {name}; pass the config.json of a model, its folder, or its name on the hub."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

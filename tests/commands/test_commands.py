@@ -17,7 +17,7 @@ import fxwidth
 from fxwidth.commands import changing, looking
 from fxwidth.commands.app import app
 
-OWN = '''
+OWN = """
 import torch
 from torch import nn
 
@@ -30,7 +30,7 @@ def with_inputs():
 
 def batches():
     return [torch.randn(32, 8) for _ in range(2)]
-'''
+"""
 EXAMPLES = [
     example
     for module in (looking, changing)
@@ -103,7 +103,18 @@ def test_sizes_alone_need_no_weights() -> None:
 
 
 def test_from_a_plan_to_a_file_and_back(folder: Path) -> None:
-    run("plan", "own_models:net", "--input", "2x8", "--params", "0.5", "--out", "plan.json", "--data", "own_models:batches")
+    run(
+        "plan",
+        "own_models:net",
+        "--input",
+        "2x8",
+        "--params",
+        "0.5",
+        "--out",
+        "plan.json",
+        "--data",
+        "own_models:batches",
+    )
     plan = fxwidth.Plan.from_json((folder / "plan.json").read_text())
     assert plan.notes["cost"]["params"][1] <= 106
     assert str(plan.notes["evidence"]).startswith("data")
