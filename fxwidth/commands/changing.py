@@ -56,11 +56,8 @@ def plan(
     source = options.source(model, input_, weights, architecture, trusted)
     opened = open_model(source, for_values=data is not None or latency is not None)
     graph = fxwidth.analyze(opened.trace())
-    found = fxwidth.plan(
-        graph,
-        **_planning(target, min_width, align, only, keep),
-        **({} if data is None else {"data": batches(data, opened.inputs)}),
-    )
+    evidence: dict[str, Any] = {} if data is None else {"data": batches(data, opened.inputs)}
+    found = fxwidth.plan(graph, **_planning(target, min_width, align, only, keep), **evidence)
     if out is not None:
         out.write_text(found.to_json() + "\n", encoding="utf-8")
     if as_json:

@@ -110,10 +110,7 @@ def _from_zoo(source: Source, found: Found, for_values: bool) -> Opened:
 
     is_real = for_values or source.weights is not None or found.needs_values
     torch.manual_seed(_SEED)
-    if is_real:
-        module = found.make(source.weights == TRAINED)
-    else:
-        module = _without_values(lambda: found.make(False))
+    module = found.make(source.weights == TRAINED) if is_real else _without_values(lambda: found.make(False))
     if source.weights not in (None, TRAINED):
         _load_state(module, str(source.weights))
     if source.shapes:
@@ -177,7 +174,7 @@ def _from_function(source: Source, module_name: str, attribute: str) -> Opened:
     model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{source.name} returns {type(model).__name__}; it must return an nn.Module, or one with its example inputs."
+            f"{source.name} returns {type(model).__name__}; return an nn.Module, or one with its example inputs."
         )
     if source.shapes:
         on_meta = any(parameter.is_meta for parameter in model.parameters())

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs.counts import call_flops, flop_polynomial, parameter_polynomial
-from fxwidth.costs.registry import CostFunction, register
+from fxwidth.costs.registry import CostFunction, of_examples, register
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.repeated_blocks import folded
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
@@ -137,7 +137,7 @@ def _layer_costs(width_graph: WidthGraph) -> LayerCosts:
     for call in analysis.calls:
         name, kind = _layer_of(width_graph, call, nodes)
         kinds.setdefault(name, kind)
-        flops[name] = flops.get(name, 0) + call_flops(width_graph, call)({})
+        flops[name] = flops.get(name, 0) + of_examples(width_graph, call_flops(width_graph, call))({})
     for parameter, entry in analysis.parameters.items():
         if isinstance(entry.tensor, nn.Parameter):
             owner = parameter.rpartition(".")[0]
@@ -145,7 +145,8 @@ def _layer_costs(width_graph: WidthGraph) -> LayerCosts:
             size: Polynomial = entries_polynomial(analysis.space, [entry.axes])
             params[owner] = params.get(owner, 0) + size({})
     found = [LayerCost(name, kind, int(params.get(name, 0)), int(flops.get(name, 0))) for name, kind in kinds.items()]
-    totals = (int(polynomial(width_graph)({})) for polynomial in (parameter_polynomial, flop_polynomial))
+    polynomials = (find(width_graph) for find in (parameter_polynomial, flop_polynomial))
+    totals = (int(of_examples(width_graph, polynomial)({})) for polynomial in polynomials)
     return LayerCosts(tuple(one for one in found if one.params or one.flops), *totals)
 
 

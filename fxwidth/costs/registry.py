@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from fxwidth.analysis.result import TensorSpec
+from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.recording.graph_meta import INPUTS, notes_of
 from fxwidth.registration import refuse_name
 from fxwidth.rewriting.looks import looking_at
+from fxwidth.runtime.pytrees import flatten
 
 CostFunction = Callable[[WidthGraph], Polynomial]
 _Function = TypeVar("_Function", bound=CostFunction)
@@ -78,7 +84,27 @@ def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
         raise FxwidthError(
             f"the cost {name!r} gave {type(result).__name__}; return an fxwidth.Polynomial, as cost_polynomial gives."
         )
-    return result
+    return of_examples(width_graph, result)
+
+
+def of_examples(width_graph: WidthGraph, polynomial: Polynomial) -> Polynomial:
+    """Return a cost at the batch of the example inputs: a batch of one is analysed as one of two.
+
+    The batch is a number in the result, and no factor any more.
+    """
+    given = _first_dims(notes_of(width_graph.analysis.module).get(INPUTS, ()), TensorSpec)
+    if not given or given == _first_dims(width_graph.analysis.inputs, Tensor):
+        return polynomial
+    terms: dict[tuple[Factor, ...], float] = {}
+    for monomial, coefficient in polynomial.terms.items():
+        rest = tuple(factor for factor in monomial if not factor.is_batch)
+        scaled = coefficient * given[0] ** (len(monomial) - len(rest))
+        terms[rest] = terms.get(rest, 0) + scaled
+    return Polynomial(terms)
+
+
+def _first_dims(values: Sequence[Any], kind: type) -> list[int]:
+    return [leaf.shape[0] for leaf in flatten(tuple(values), (kind,))[0] if len(leaf.shape)]
 
 
 def _known(name: str) -> Cost:

@@ -103,27 +103,18 @@ def test_sizes_alone_need_no_weights() -> None:
 
 
 def test_from_a_plan_to_a_file_and_back(folder: Path) -> None:
-    run(
-        "plan",
-        "own_models:net",
-        "--input",
-        "2x8",
-        "--params",
-        "0.5",
-        "--out",
-        "plan.json",
-        "--data",
-        "own_models:batches",
-    )
+    model = ["own_models:net", "--input", "2x8"]
+    run("plan", *model, "--params", "0.5", "--out", "plan.json", "--data", "own_models:batches")
     plan = fxwidth.Plan.from_json((folder / "plan.json").read_text())
     assert plan.notes["cost"]["params"][1] <= 106
     assert str(plan.notes["evidence"]).startswith("data")
-    model = ["own_models:net", "--input", "2x8"]
     told = data("evolve", *model, "--plan", "plan.json", "--out", "small.pt2")
     assert told["resizes"][0]["widths"] == {"0": [16, plan["0"]]}
     gm = fxwidth.load("small.pt2")
     assert gm.get_parameter("0.weight").shape == (plan["0"], 8)
-    assert data("report", "small.pt2")["resizes"] == told["resizes"]
+    # What has become of the model that was traced is no matter of the file.
+    kept = [{**one, "original": None} for one in (*data("report", "small.pt2")["resizes"], *told["resizes"])]
+    assert kept[0] == kept[1]
     # A graph from a file can be inspected, and resized again.
     assert data("inspect", "small.pt2")["groups"][0]["width"] == plan["0"]
     run("evolve", "small.pt2", "--params", "0.5", "--out", "smaller.pt2")
@@ -160,11 +151,10 @@ def test_compare_tells_costs_times_and_outputs(folder: Path) -> None:
 
 def test_a_folder_of_images_is_data(folder: Path) -> None:
     pytest.importorskip("torchvision")
-    from torchvision.io import write_png
-
+    images = pytest.importorskip("PIL.Image")
     for name in ("a", "b"):
         (folder / "images" / name).mkdir(parents=True)
-        write_png(torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8), str(folder / "images" / name / "1.png"))
+        images.new("RGB", (50, 40), "teal").save(folder / "images" / name / "1.png")
     (folder / "own_images.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))\n"

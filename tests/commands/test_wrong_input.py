@@ -23,11 +23,11 @@ def fails():
 """
 PLAIN = ["own_wrong:net", "--input", "2x8"]
 CASES: dict[str, tuple[list[str], str]] = {
-    "no zoo": (["inspect", "resnet18"], "did you mean torchvision:resnet18?"),
+    "no zoo": (["inspect", "resnet18"], "did you mean torchvision:resnet18,"),
     "misspelt zoo": (["inspect", "torchvison:resnet18"], "did you mean torchvision?"),
     "misspelt model": (
         ["inspect", "torchvision:resnet81"],
-        "torchvision has no model 'resnet81'; did you mean resnet18",
+        "no model 'resnet81'; did you mean resnet18",
     ),
     "misspelt timm model": (["inspect", "timm:vit_tiny_patch16_225"], "did you mean vit_tiny_patch16_224"),
     "int8 model": (["inspect", "torchvision:quantized_resnet18"], "take torchvision:resnet18"),
@@ -50,22 +50,22 @@ CASES: dict[str, tuple[list[str], str]] = {
     "bad bound": (["plan", *PLAIN, "--params", "half"], "--params half: a bound is a whole number"),
     "no data": (["plan", *PLAIN, "--params", "0.5", "--data", "missing"], "--data missing: there is no such file"),
     "no data file": (["plan", *PLAIN, "--params", "0.5", "--data", "no.pt"], "--data no.pt: there is no such file"),
-    "no folder": (["plan", *PLAIN, "--params", "0.5", "--out", "no/plan.json"], "there is no folder no; make it first"),
+    "no folder": (["plan", *PLAIN, "--params", "0.5", "--out", "no/plan.json"], "there is no folder no; make"),
     "file is there": (["plan", *PLAIN, "--params", "0.5", "--out", "other.pt"], "replace it with --overwrite"),
     "no plan": (["evolve", *PLAIN, "--plan", "no.json", "--out", "x.pt2"], "--plan no.json cannot be read"),
     "bad plan": (
         ["evolve", *PLAIN, "--plan", "own_wrong.py", "--out", "x.pt2"],
-        "--plan own_wrong.py: this is no JSON",
+        "own_wrong.py: this is no JSON",
     ),
     "no budget": (["evolve", *PLAIN, "--out", "x.pt2"], "evolve takes either --plan or a budget"),
     "bad file name": (["evolve", *PLAIN, "--params", "0.5", "--out", "x.onnx"], "ends in .pt2, .safetensors, .pt"),
     "unknown group": (
         ["explain", *PLAIN, "wieght", "weight"],
-        "there is no channel group 'wieght'; did you mean 'weight'",
+        "no channel group 'wieght'; did you mean 'weight'",
     ),
     "report of a model": (
         ["report", "torchvision:resnet18"],
-        "is no file; a report is of what fxwidth.save has written",
+        "is no file; a report is of what fxwidth.save",
     ),
     "needless architecture": (["inspect", *PLAIN, "--architecture", "x:y"], "is no such file"),
 }

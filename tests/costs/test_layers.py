@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxwidth
 from fxwidth.errors import FxwidthError
@@ -47,3 +48,29 @@ def test_a_cost_without_a_unit_and_a_module_are_refused() -> None:
         fxwidth.cost("mine")  # type: ignore[call-overload]
     with pytest.raises(FxwidthError, match=r"pass what fxwidth\.analyze"):
         fxwidth.cost(nn.Linear(2, 2))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_operations_and_memory_are_those_of_the_batch_that_was_given(batch: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4))
+    x = torch.randn(batch, 3, 8, 8)
+    graph = fxwidth.analyze(fxwidth.trace(net, x))
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    assert fxwidth.cost_polynomial(graph, "flops")({}) == fxwidth.cost(graph).flops == counter.get_total_flops()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = net(x)
+    for parameter in net.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    assert fxwidth.cost_polynomial(graph, "activation_memory")({}) == sum(kept.values())
+    del result
+    group = graph["0"]
+    half = fxwidth.plan(graph, budget=fxwidth.Budget(flops=counter.get_total_flops() // 2))
+    assert fxwidth.cost_polynomial(graph, "flops")({group.factor: half["0"]}) <= counter.get_total_flops() / 2
