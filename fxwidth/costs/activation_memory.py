@@ -15,7 +15,7 @@ from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.pins import Pin
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
-from fxwidth.costs.registry import cost
+from fxwidth.costs.registry import register
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
@@ -26,7 +26,7 @@ from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.tensor_slots import substituted
 
 
-@cost("activation_memory", unit="bytes")
+@register("activation_memory", unit="bytes")
 def activation_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the bytes that autograd keeps of one forward pass in training mode on the example inputs.
 

@@ -136,6 +136,12 @@ class Evolver:
         if goals:
             self._settings.refuse_late(self._schedule.lead)
 
+    def __repr__(self) -> str:
+        progress = self._progress
+        goals = ", ".join(f"{name} {progress.first[name]:,} -> {goal:,}" for name, goal in progress.target.items())
+        done = f"{progress.steps} steps and {len(progress.history)} resizes done"
+        return f"<Evolver: {goals or 'by thresholds'}; {done}{', finished' if self.finished else ''}>"
+
     @property
     def history(self) -> list[dict[str, Any]]:
         """One dict per resize."""

@@ -66,6 +66,9 @@ class Replacement:
     new: Tensor
     indices: Sequence[Indices | None]
 
+    def __repr__(self) -> str:
+        return f"<Replacement of {self.name!r}: {tuple(self.old.shape)} -> {tuple(self.new.shape)}>"
+
     def follow(self, tensor: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         """Return a tensor with its entries in their new places, zero where there was none.
 

@@ -50,10 +50,10 @@ def analyze(
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> print(fxwidth.analyze(gm))  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
-        group  width  writers  readers  notes
-        0      16     2        1
-        0:1    8      0        1        pinned: it must equal a dimension of fixed size...
-        2      4      2        0        pinned: the size of the model's output (model output)
+        group  width  kind    writers  readers  notes
+        0      16     hidden  2        1
+        0:1    8      input   0        1        pinned: it must equal a dimension of fixed size...
+        2      4      output  2        0        pinned: the size of the model's output (model output)
     """
     return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
 
