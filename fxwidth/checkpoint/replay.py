@@ -131,21 +131,12 @@ class Replay:
         lacking = {name for name, tensor in self._needed().items() if id(tensor) not in filled}
         if odd := sorted(lacking | (names - tensors.keys()))[:3]:
             raise self._unfit(f"{', '.join(odd)} occur in only one of them")
-        self._refuse_ties(names, tensors)
         for name in sorted(names):
             own, dtype = tensors[name], file.dtype(name)
             if file.shape(name) != tuple(own.shape):
                 raise self._unfit(f"{name} has shape {file.shape(name)} in the file and {tuple(own.shape)} here")
             if dtype != own.dtype and not self.is_fresh:
                 self._check_conversion(name, dtype, own.dtype)
-
-    def _refuse_ties(self, names: set[str], tensors: Mapping[str, Tensor]) -> None:
-        # Files of earlier versions have a tensor by each of its names.
-        first: dict[int, str] = {}
-        for name in sorted(names) if self.record.graph is not None else ():
-            other = first.setdefault(id(tensors[name]), name)
-            if other != name:
-                raise self._unfit(f"{other} and {name} are one tensor here and two in the file; make the model so")
 
     def _check_conversion(self, name: str, saved: torch.dtype, own: torch.dtype) -> None:
         # Whole numbers are indices and counts, and become no others by a change of precision.

@@ -145,13 +145,13 @@ class Tied(nn.Module):
         return self.head(self.table(x))
 
 
-@pytest.mark.parametrize(("saved", "told"), [(False, "are one tensor here and two in the file"), (True, "only one")])
-def test_tied_weights_are_not_loaded_into_two_nor_two_into_one(saved: bool, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_tied_weights_are_not_loaded_into_two_nor_two_into_one(saved: bool, tmp_path: Path) -> None:
     ids = torch.arange(6).view(2, 3)
     fxwidth.save(fxwidth.trace(Tied(saved), ids), tmp_path / "a.safetensors")
     model = Tied(not saved)
     before = state_of(model)
-    with pytest.raises(FxwidthError, match=rf"does not fit this model: .*weight.*{told}"):
+    with pytest.raises(FxwidthError, match=r"does not fit this model: head\.weight occurs in only one"):
         fxwidth.load(tmp_path / "a.safetensors", model, ids)
     assert not differences(before, state_of(model))
     gm = fxwidth.load(tmp_path / "a.safetensors", Tied(saved), ids)
