@@ -163,6 +163,8 @@ def test_a_folder_of_images_is_data(folder: Path) -> None:
     assert found["notes"]["evidence"].startswith("data")
 
 
+# Of one on the meta device a trace says that its two modes differ, which of one with values it does not.
+@pytest.mark.filterwarnings("ignore::fxwidth.errors.FxwidthWarning")
 def test_a_configuration_of_transformers_is_a_model(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
