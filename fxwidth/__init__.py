@@ -1,33 +1,15 @@
-"""fxwidth: the width compiler for PyTorch."""
+"""fxwidth: the width compiler for PyTorch. Where each decision is made: the first table of docs/architecture.md."""
 
 from __future__ import annotations
 
-from fxwidth import rules  # noqa: F401  (fills the table of op rules)
-from fxwidth.axes.polynomials import Polynomial
-from fxwidth.checkpoint.loading import load
-from fxwidth.checkpoint.saving import save
-from fxwidth.costs.budget import Budget
-from fxwidth.costs.registry import cost, cost_polynomial
-from fxwidth.errors import FxwidthError, FxwidthWarning
-from fxwidth.evolution.evolve import evolve
-from fxwidth.evolution.evolver import Evolver
-from fxwidth.group_spectra import GroupSpectrum, spectrum
-from fxwidth.groups.channel_group import ChannelGroup, Site
-from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.growth import informed_directions  # noqa: F401  (fills the table of directions)
-from fxwidth.growth.directions import TaskMoments, growth_direction
-from fxwidth.modules.write_back import write_back
-from fxwidth.penalties.growing_penalty import GrowingPenalty
-from fxwidth.penalties.spectral_penalty import spectral_penalty
-from fxwidth.planning.planner import Plan, plan
-from fxwidth.reporting import Report, report
-from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
-from fxwidth.resizing.resize import resize
-from fxwidth.selection.registry import selection_method
-from fxwidth.tracing.analyze import analyze
-from fxwidth.tracing.trace import trace
-from fxwidth.untying.untie_copies import untie_copies
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from fxwidth.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from fxwidth.public import *
 
 __all__ = [
     "Budget",
@@ -37,11 +19,13 @@ __all__ = [
     "FxwidthWarning",
     "GroupSpectrum",
     "GrowingPenalty",
+    "LayerCosts",
     "Plan",
     "Polynomial",
     "Replacement",
     "Report",
     "Site",
+    "Spectra",
     "TaskMoments",
     "WidthGraph",
     "analyze",
@@ -62,3 +46,19 @@ __all__ = [
     "untie_copies",
     "write_back",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public, or a package of ours, when it is first asked for: `fxwidth --help` goes without torch."""
+    if name in __all__:
+        public = import_module("fxwidth.public")
+        globals().update({one: getattr(public, one) for one in __all__})
+        return globals()[name]
+    # Tools ask any module for names such as __wrapped__, and for _names of their own.
+    if not name.startswith("_") and find_spec(f"fxwidth.{name}") is not None:
+        return import_module(f"fxwidth.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

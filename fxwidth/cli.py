@@ -10,7 +10,7 @@ _DEMO_PACKAGES = frozenset({"matplotlib", "rich", "sklearn", "torchvision", "typ
 def main() -> None:
     """Run the `fxwidth` command; when a package of the `demo` extra is missing, exit and name the extra."""
     try:
-        from fxwidth.training.command import app
+        from fxwidth.commands.app import app
 
         app()
     except ModuleNotFoundError as error:

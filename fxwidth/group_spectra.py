@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
-from fxwidth.importance.estimates import Evidence
 from fxwidth.importance.loss_sensitivity import calibrated
+from fxwidth.option_values import check_switches
 from fxwidth.options import Loss, PlanOptions, refuse_loss_without_data
 from fxwidth.planning.constraints import chosen_groups
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.selection.registry import Selection
 from fxwidth.statistics.moments import has_values
+from fxwidth.tables import Table
 from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.weights.writer_spectra import singular_values, writer_columns
 
@@ -46,18 +48,60 @@ class GroupSpectrum:
     """
 
     width: int
-    singular_values: tuple[float, ...] | None
+    singular_values: tuple[float, ...] | None = field(repr=False)
     effective_rank: float | None
     stable_rank: float | None
     gavish_donoho_rank: int | None
     marchenko_pastur_rank: int | None
-    errors: tuple[float, ...]
+    errors: tuple[float, ...] = field(repr=False)
     evidence: str | None
     is_calibrated: bool
 
     def as_plain(self) -> dict[str, Any]:
         """Return the spectrum as a dict of numbers, lists and strings, fit for JSON."""
         return asdict(self)
+
+
+class Spectra(dict[str, GroupSpectrum]):
+    """The spectra of groups by their names; `print` it for a table.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
+        >>> print(fxwidth.spectrum(fxwidth.analyze(gm)))  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        group  width  effective rank  stable rank  worth keeping  error at 75 %  at 50 %  at 25 %
+        0      16     ...
+    """
+
+    def __repr__(self) -> str:
+        return f"<Spectra of {len(self)} groups>"
+
+    def __str__(self) -> str:
+        """Return a table with the ranks of each group, and the errors at three of its widths."""
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """Return a table with the ranks of each group, and the errors at three of its widths."""
+        rows = [(name, *_cells(found)) for name, found in self.items()]
+        sources = {found.evidence for found in self.values() if found.evidence}
+        below = (f"errors predicted from {', '.join(sorted(sources))}",) if sources else ()
+        return Table(_COLUMNS, tuple(rows), () if rows else ("no group is free",), below)
+
+
+_SHARES = (0.75, 0.5, 0.25)
+_COLUMNS = ("group", "width", "effective rank", "stable rank", "worth keeping", "error at 75 %", "at 50 %", "at 25 %")
+
+
+def _cells(found: GroupSpectrum) -> Iterator[str]:
+    yield str(found.width)
+    for rank in (found.effective_rank, found.stable_rank):
+        yield "" if rank is None else f"{rank:.1f}"
+    yield "" if found.gavish_donoho_rank is None else str(found.gavish_donoho_rank)
+    for share in _SHARES:
+        yield f"{found.errors[round(share * found.width)]:.3g}" if found.errors else ""
 
 
 def spectrum(
@@ -68,7 +112,8 @@ def spectrum(
     selection: Selection = "greedy",
     only: str | Sequence[str] | None = None,
     keep: str | Sequence[str] | None = None,
-) -> dict[str, GroupSpectrum]:
+    errors: bool = True,
+) -> Spectra:
     """Return the spectrum, the ranks and the width curve of every free group, by its name.
 
     Args:
@@ -79,6 +124,8 @@ def spectrum(
         selection: the method whose choices the errors are of, as for `fxwidth.plan`.
         only: names or patterns of the groups to look at.
         keep: names or patterns of groups to leave out.
+        errors: whether to predict what each width loses; without, which is fast, the spectra are those of the weights
+            alone, and `errors` are empty.
 
     Raises:
         FxwidthError: a pattern matches no group, there is no such method, or the data or the loss cannot be used.
@@ -92,21 +139,25 @@ def spectrum(
     """
     options = PlanOptions(data=data, selection=selection, only=only, keep=keep)
     refuse_loss_without_data(loss, data)
+    check_switches({"errors": errors})
+    if not errors and (data is not None or selection != "greedy"):
+        raise FxwidthError("errors=False looks at the weights alone; leave out data=, loss= and selection=.")
     refuse_other_than_groups(width_graph)
     groups = chosen_groups(width_graph, options.only, options.keep)
 
-    def look() -> dict[str, GroupSpectrum]:
-        evidence, errors = calibrated(width_graph, groups, data, loss, selection)
-        return {group.name: _of(evidence, group, errors[group], loss is not None) for group in groups}
+    def look() -> Spectra:
+        if not errors:
+            return Spectra({group.name: _of(width_graph, group, (), None, False) for group in groups})
+        evidence, curves = calibrated(width_graph, groups, data, loss, selection)
+        found = {g.name: _of(width_graph, g, curves[g], evidence.source(g), loss is not None) for g in groups}
+        return Spectra(found)
 
     return looking_at(width_graph.analysis.module, look)
 
 
-def _of(evidence: Evidence, group: ChannelGroup, errors: Any, is_calibrated: bool) -> GroupSpectrum:
-    graph = evidence.width_graph
+def _of(graph: WidthGraph, group: ChannelGroup, errors: Any, source: str | None, is_calibrated: bool) -> GroupSpectrum:
     columns = writer_columns(graph, group)
     curve = tuple(np.asarray(errors).tolist())
-    source = evidence.source(group)
     if not columns or not has_values(graph.analysis):
         return GroupSpectrum(group.width, None, None, None, None, None, curve, source, is_calibrated)
     values = np.asarray(singular_values(graph, group).cpu().numpy(), dtype=np.float64)

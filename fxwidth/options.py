@@ -14,6 +14,7 @@ from typing import Any, TypedDict, TypeVar
 from torch import Tensor, fx, nn
 
 from fxwidth.costs.budget import Budget
+from fxwidth.costs.registry import COSTS
 from fxwidth.errors import FxwidthError
 from fxwidth.growth.directions import Direction, check_directions, needs_of
 from fxwidth.option_values import (
@@ -37,6 +38,8 @@ Loss = Callable[..., Tensor]
 _THRESHOLDS = ("shrink_energy", "grow_energy", "grow_step")
 _UNDER_BUDGET = ("data", "selection", "rotate")
 _NUMBERS = ("params", "shrink_energy", "grow_energy", "grow_step", "min_width", "max_width", "align")
+# What other libraries call a target.
+_RATIOS = frozenset({"ratio", "sparsity", "pruning_ratio", "amount", "size"})
 # One pattern, or several, each a pattern or a list of them, whose groups get one width.
 SameWidth = str | Sequence[str | Sequence[str]]
 
@@ -317,4 +320,8 @@ def _refuse_unknown(given: Iterable[str], kinds: Sequence[type]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             kind = known[near[0]] if near else kinds[0]
             hint = f"did you mean {near[0]}=? " if near else ""
+            if PlanOptions in kinds and name in COSTS:
+                kind, hint = PlanOptions, f"a bound on it is budget=fxwidth.Budget({name}=...). "
+            elif PlanOptions in kinds and name in _RATIOS:
+                kind, hint = PlanOptions, "for a part of the present parameters, give params=0.5. "
             raise FxwidthError(f"{name}= is no option of {_OWNERS[kind]}; {hint}They are {', '.join(_names(kind))}.")

@@ -9,10 +9,13 @@ from typing import Any
 
 from fxwidth.errors import FxwidthError
 from fxwidth.plain_numbers import is_integer, plain_number
+from fxwidth.tables import Table
 
 Entry = int | tuple[int, ...]
 # The note that tells what a module can hold for which a plan was made.
 FOR_MODULE = "for_module"
+# The note that tells the widths that groups had when a plan was made.
+BEFORE = "before"
 # How many channels an error lists.
 _SHOWN = 12
 
@@ -81,6 +84,32 @@ class Plan(Mapping[str, Entry]):
     def __repr__(self) -> str:
         return f"Plan({self._entries!r})"
 
+    def __str__(self) -> str:
+        """Return a table of the widths before and after, and below it what they cost and lose, as far as is known."""
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """Return a table of the widths before and after, with what they cost and lose below it."""
+        before = self.notes.get(BEFORE) or {}
+        errors = self.notes.get("errors") or {}
+        rows = [
+            (name, str(before.get(name, "")), str(width), _percent(before.get(name), width), _error(errors.get(name)))
+            for name, width in self.widths.items()
+        ]
+        above = () if rows else ("no width changes",)
+        return Table(("group", "before", "after", "share", "error"), tuple(rows), above, tuple(self._told()))
+
+    def _told(self) -> Iterator[str]:
+        for name, (old, new) in (self.notes.get("cost") or {}).items():
+            share = f" ({new / old:.1%})" if old else ""
+            yield f"{name}: {old:,.0f} -> {new:,.0f}{share}"
+        if self.notes.get("errors"):
+            source = self.notes.get("evidence")
+            yield f"predicted error: {self.notes['error']:.4g}" + (f", from {source}" if source else "")
+
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         return json.dumps({"widths": self._entries, "notes": self.notes}, indent=2)
@@ -101,6 +130,14 @@ class Plan(Mapping[str, Entry]):
         if isinstance(data.get("widths"), dict):
             return cls(data["widths"], data.get("notes"))
         return cls(data)
+
+
+def _percent(before: Any, after: int) -> str:
+    return f"{after / before:.0%}" if before else ""
+
+
+def _error(error: Any) -> str:
+    return "" if error is None else f"{error:.3g}"
 
 
 def _checked(name: Any, entry: Any) -> Entry:

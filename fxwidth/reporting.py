@@ -9,6 +9,7 @@ from torch import fx
 
 from fxwidth.recording.graph_meta import HISTORY, notes_of
 from fxwidth.selection.registry import reads_moments
+from fxwidth.tables import Table
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,42 @@ class Report:
         if not self.resizes:
             return "nothing was resized"
         return "\n".join(_paragraph(number, record) for number, record in enumerate(self.resizes, 1))
+
+    def __repr__(self) -> str:
+        return f"<Report of {len(self.resizes)} resizes>"
+
+    def _repr_html_(self) -> str:
+        if not self.resizes:
+            return self.table()._repr_html_()
+        done = ((record, _paragraph(number, record).split("\n")) for number, record in enumerate(self.resizes, 1))
+        tables = []
+        for record, lines in done:
+            named = set(record.get("named", ()))
+            rows = [
+                (name, str(old), str(new), "named by the plan" if name in named else "")
+                for name, (old, new) in record["widths"].items()
+            ]
+            columns = ("group", "before", "after", "channels")
+            tables.append(Table(columns, tuple(rows), (lines[0],), tuple(lines[1 + len(rows) :])))
+        return "\n".join(table._repr_html_() for table in tables)
+
+    def table(self) -> Table:
+        """Return a table of the groups' widths, first and after each resize, with the parameters below."""
+        if not self.resizes:
+            return Table(("group",), (), ("nothing was resized",))
+        names = dict.fromkeys(name for record in self.resizes for name in record["widths"])
+        rows = [(name, *map(str, self._course(name))) for name in names]
+        counts = [f"{self.resizes[0]['parameters'][0]:,}", *(f"{record['parameters'][1]:,}" for record in self.resizes)]
+        columns = ("group", "first", *(f"resize {number}" for number in range(1, len(self.resizes) + 1)))
+        return Table(columns, (*rows, ("parameters", *counts)))
+
+    def _course(self, name: str) -> list[int]:
+        """Return the widths of a group, first and after each resize."""
+        changes = [record["widths"].get(name) for record in self.resizes]
+        course = [next(change[0] for change in changes if change is not None)]
+        for change in changes:
+            course.append(course[-1] if change is None else change[1])
+        return course
 
 
 def report(gm: fx.GraphModule) -> Report:

@@ -43,6 +43,23 @@ def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
     return _inferred_specs(module, placeholders)
 
 
+def where_module_is(specs: Sequence[Any], module: nn.Module) -> list[Any] | None:
+    """Return the specs on the device and in the floating dtype that a module has now, or None where they are so.
+
+    A module that has been converted or moved since takes other inputs than those that were noted of it.
+    """
+    device = device_of(module)
+    tensors = chain(module.parameters(), module.buffers())
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+    def moved(spec: TensorSpec) -> TensorSpec:
+        own = spec.dtype if dtype is None or not spec.dtype.is_floating_point else dtype
+        return TensorSpec(spec.shape, own, device)
+
+    found = [map_leaves(moved, value, TensorSpec) for value in specs]
+    return None if found == list(specs) else found
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module's parameters or buffers are; the CPU when it has none."""
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))

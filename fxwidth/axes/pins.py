@@ -105,6 +105,11 @@ def input_dimension(dim: int, name: str) -> str:
     return f"{_INPUT} {dim} of the model's input {name!r}"
 
 
+def is_of_input(reason: str) -> bool:
+    """Whether a reason is that of a dim of one of the model's inputs."""
+    return reason.startswith(_INPUT)
+
+
 _INPUT = "it is dimension"
 _CALLERS = "Nothing inside the model: its callers know this size."
 _REWRITE = "Write this step of the model with ops whose rules cover it, and report this text to fxwidth."

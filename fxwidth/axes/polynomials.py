@@ -44,6 +44,9 @@ class Polynomial:
                 rest = tuple(other for other in monomial if other is not factor)
                 self._by_factor.setdefault(factor, []).append((rest, coefficient, degree))
 
+    def __repr__(self) -> str:
+        return f"<Polynomial of {len(self.terms)} terms in {len(self._by_factor)} widths, now {self({}):,.0f}>"
+
     @classmethod
     def sum(cls, parts: Iterable[tuple[float, Polynomial]]) -> Polynomial:
         """Return the sum of polynomials, each times a number."""

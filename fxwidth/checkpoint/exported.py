@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import deep_tensors, flatten, flatten_each
 from fxwidth.serialization.exported_archives import UnsafeArchiveError, read_archive, refuse_code, write_archive
 from fxwidth.serialization.plain_trees import decoded, encoded
+from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
 
 # How a graph of `trace` says that it does not hold for a batch of one.
@@ -39,6 +41,9 @@ def save_exported(gm: fx.GraphModule, path: Path) -> None:
     Raises:
         FxwidthError: `torch.export` cannot write it, or the file cannot be written.
     """
+    # What is noted of its inputs is of before it has been converted or moved.
+    with suppress(FxwidthError):
+        analyze_module(gm)
     inputs = tuple(real_inputs(gm, input_specs(gm), None))
     never_one = _never_one(gm, inputs)
     # A batch of one cannot be told from a dim that is merely broadcast.
@@ -84,7 +89,9 @@ def load_exported(path: Path, *, trusted: bool) -> fx.GraphModule:
             refuse_code(entries)
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(io.BytesIO(content))
+            # torch makes the tensors that it reads on the default device, though they are told to be on the CPU.
+            with torch.device("cpu"):
+                program = torch.export.load(io.BytesIO(content))
         module = _module_of(program, decoded(record["defaults"]), tuple(map(int, record["never_one"])))
         history = decoded(record["history"])
         if record["inputs"] is not None:

@@ -11,19 +11,21 @@ import torch
 from torch import fx, nn
 
 from fxwidth.checkpoint.exported import load_exported
+from fxwidth.checkpoint.extra_state import put_extra_state
 from fxwidth.checkpoint.file_record import read
 from fxwidth.checkpoint.replay import Replay, state_tensor
 from fxwidth.checkpoint.saving import EXPORTED, TENSORS
-from fxwidth.checkpoint.training_state import Evolving, check_training, put_state, refuse_missing
+from fxwidth.checkpoint.training_state import Evolving, check_training, further_of, put_state, refuse_missing
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.graph_meta import notes_of
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.atomic_files import path_of, unreadable
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.serialization import earlier_files
-from fxwidth.serialization.tensor_files import TensorFile, open_tensors
+from fxwidth.serialization.tensor_files import TensorFile, damaged, open_tensors
 from fxwidth.tracing.trace import trace
 
 Factory = Callable[[], nn.Module]
@@ -78,10 +80,15 @@ def load(
         >>> torch.equal(again.get_parameter("0.weight"), gm.get_parameter("0.weight"))
         True
     """
-    path = Path(path)
-    if not path.is_file():
+    path = path_of(path)
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not is_file:
         raise FxwidthError(f"there is no file {path}; pass the path that fxwidth.save was given.")
-    if path.suffix == TENSORS:
+    form = path.suffix.lower()
+    if form == TENSORS:
         with open_tensors(path) as file:
             try:
                 return _load_tensors(
@@ -99,7 +106,20 @@ def load(
             f"{path} holds the whole graph; leave out model=, optimizer= and evolver=, which go with a path that ends "
             f"in {TENSORS!r}."
         )
-    return load_exported(path, trusted=trusted) if path.suffix == EXPORTED else load_pickled(path, trusted=trusted)
+    return load_exported(path, trusted=trusted) if form == EXPORTED else load_pickled(path, trusted=trusted)
+
+
+def further_in(path: Path) -> Any:
+    """Return what else `save_tensors` has written beside a graph, or None; checked as a whole, and no code is run.
+
+    Raises:
+        FxwidthError: the file is damaged, or not one of ours.
+    """
+    with open_tensors(path) as file:
+        try:
+            return further_of(read(file).state, lambda name: state_tensor(file, name))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise damaged(path, f"its record says {error!r}") from error
 
 
 def _load_tensors(
@@ -142,6 +162,7 @@ def _load_tensors(
 
     def work() -> None:
         replay.run()
+        put_extra_state(module, record.state, lambda name: state_tensor(file, name))
         put_state(module, record.state, optimizer, evolver, lambda name: state_tensor(file, name))
 
     whole.run(work)

@@ -196,7 +196,7 @@ class Replay:
                     f"{self.file.path} holds NaN or infinite values in {name}, of which its record does not tell; use "
                     "another copy of the file."
                 )
-            if not own.is_meta and not (self.is_fresh and self._differs(name, saved, own)):
+            if not self._is_replaced(name, saved, own):
                 self.transaction.overwrite(own, saved)
                 continue
             new = self._made(name, saved, own)
@@ -208,6 +208,12 @@ class Replay:
             return name not in self.record.unsound
         # Files of earlier versions do not tell; masks and bounds among buffers may be infinite.
         return isinstance(own, torch.nn.Parameter) or bool(saved.isnan().any())
+
+    def _is_replaced(self, name: str, saved: Tensor, own: Tensor) -> bool:
+        """Tell whether another tensor takes the place of one, which else gets its values."""
+        # What is expanded has one place for several values.
+        is_expanded = any(size > 1 and step == 0 for size, step in zip(own.shape, own.stride(), strict=True))
+        return own.is_meta or is_expanded or (self.is_fresh and self._differs(name, saved, own))
 
     def _differs(self, name: str, saved: Tensor, own: Tensor) -> bool:
         return saved.dtype != own.dtype or (name in self.record.layouts) == own.is_contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ from torch import fx
 from torch.nn.utils import parametrize
 
 from fxwidth.checkpoint.exported import save_exported
+from fxwidth.checkpoint.extra_state import extra_state_of
 from fxwidth.checkpoint.file_record import PREFIX, written
-from fxwidth.checkpoint.training_state import Evolving, state_of
+from fxwidth.checkpoint.training_state import FURTHER, Evolving, state_of
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.graph_meta import NOTES, notes_of
 from fxwidth.rewriting.optimizers import Optimizers
-from fxwidth.runtime.atomic_files import replacing, unwritable
+from fxwidth.runtime.atomic_files import path_of, replacing, unwritable
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.serialization.graph_pickling import unpicklable
-from fxwidth.serialization.plain_trees import TensorsBeside
+from fxwidth.serialization.plain_trees import TensorsBeside, encoded
 from fxwidth.serialization.tensor_files import write_tensors
 
 TENSORS, EXPORTED = ".safetensors", ".pt2"
@@ -36,7 +38,9 @@ def save(
     The end of the path chooses the form:
 
     - ".safetensors": tensors, and a record of all resizes, literals and attributes. `load` makes the graph again from a
-      fresh model of the original architecture, equal to the bit. Data alone; a digest tells damaged files.
+      fresh model of the original architecture, equal to the bit: with the order of dims in memory too where a function
+      makes the model, while a model that is given keeps its own, as its device. Data alone; a digest tells damaged
+      files.
     - ".pt2": what `torch.export` makes of the graph in the mode that it is in, with the history. It needs no code of
       the model, and other tools read it too; dropout and batch norm stay in that mode.
     - any other: the whole graph as Python's pickle, which `load` reads with `trusted=True` alone.
@@ -64,31 +68,53 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     fxwidth.save(gm, pathlib.Path(folder) / "narrow.safetensors")
     """
-    path = Path(path)
+    path = path_of(path)
     if not isinstance(gm, fx.GraphModule):
         raise FxwidthError(f"save takes a torch.fx.GraphModule, but received {type(gm).__name__}; trace it first.")
-    if path.suffix == TENSORS:
-        _save_tensors(gm, path, optimizer, evolver)
+    form = path.suffix.lower()
+    if form == TENSORS:
+        save_tensors(gm, path, optimizer, evolver)
         return
     if optimizer is not None or evolver is not None:
         raise FxwidthError(
             f"optimizer= and evolver= go into a file of tensors, and {path.name} is none; save to a path that ends in "
             f"{TENSORS!r}, or write their state dicts by torch.save."
         )
-    if path.suffix == EXPORTED:
+    if form == EXPORTED:
         save_exported(gm, path)
     else:
         save_pickled(gm, path)
 
 
-def _save_tensors(gm: fx.GraphModule, path: Path, optimizer: Optimizers | None, evolver: Evolving | None) -> None:
+def save_tensors(
+    gm: fx.GraphModule,
+    path: Path,
+    optimizer: Optimizers | None = None,
+    evolver: Evolving | None = None,
+    *,
+    further: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a graph as tensors with a record.
+
+    Args:
+        gm: the graph.
+        path: of the file.
+        optimizer: as for `save`.
+        evolver: likewise.
+        further: what else is to be in the file, as plain data and tensors; `further_in` reads it.
+
+    Raises:
+        FxwidthError: as of `save`.
+    """
     slots = tensor_slots(gm)
     if taken := next((name for name in slots if name.startswith(PREFIX)), None):
         raise FxwidthError(
             f"{taken} begins as the names that files keep for other tensors; give that part another name."
         )
     beside = TensorsBeside(f"{PREFIX}state.")
-    state = state_of(gm, optimizer, evolver, beside)
+    state = {**state_of(gm, optimizer, evolver, beside), **extra_state_of(gm, beside)}
+    if further is not None:
+        state[FURTHER] = encoded(further, "what is to be kept", beside.leaf)
     tensors = {name: tensor for name, (tensor, _) in slots.items()} | beside.tensors
     write_tensors(path, tensors, written(gm, slots, state))
 

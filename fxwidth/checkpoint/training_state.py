@@ -14,6 +14,8 @@ from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.serialization.plain_trees import TensorsBeside, decoded, encoded
 
 _OPTIMIZERS, _EVOLVER = "optimizers", "evolver"
+FURTHER = "further"
+"""What else a file holds beside a graph, of whoever has written it."""
 _GROUPS, _STATE, _PARAMETERS = "param_groups", "state", "params"
 
 
@@ -95,9 +97,7 @@ def put_state(
     """
 
     def found(kind: str, content: Any) -> Tensor:
-        if kind != "tensor":
-            raise ValueError(f"{kind!r} is no kind of value")
-        return tensor(content)
+        return tensor_beside(kind, content, tensor)
 
     if optimizer is not None:
         own, saved = _each(optimizer), state[_OPTIMIZERS]
@@ -107,6 +107,27 @@ def put_state(
             _put_optimizer(gm, one, data, found)
     if evolver is not None:
         evolver.load_state_dict(decoded(state[_EVOLVER], found))
+
+
+def further_of(state: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Any:
+    """Return what else a file holds, or None.
+
+    Args:
+        state: as a file tells of it.
+        tensor: returns the tensors beside, by name.
+    """
+    return decoded(state.get(FURTHER), lambda kind, content: tensor_beside(kind, content, tensor))
+
+
+def tensor_beside(kind: str, content: Any, tensor: Callable[[str], Tensor]) -> Tensor:
+    """Return what stands beside a tree, of which `TensorsBeside` has made it.
+
+    Raises:
+        ValueError: it is no tensor.
+    """
+    if kind != "tensor":
+        raise ValueError(f"{kind!r} is no kind of value")
+    return tensor(content)
 
 
 def _each(optimizer: Optimizers) -> Sequence[Optimizer]:

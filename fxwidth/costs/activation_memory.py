@@ -15,7 +15,7 @@ from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.pins import Pin
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
-from fxwidth.costs.registry import cost
+from fxwidth.costs.registry import register
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
@@ -26,7 +26,7 @@ from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.tensor_slots import substituted
 
 
-@cost("activation_memory", unit="bytes")
+@register("activation_memory", unit="bytes")
 def activation_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the bytes that autograd keeps of one forward pass in training mode on the example inputs.
 
@@ -93,19 +93,23 @@ def _kept(analysis: Analysis) -> Iterator[_Piece]:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     looked_at = substituted(module, fakes, restoring=restored)
     with training(module), looked_at, torch.enable_grad(), quiet(), analysis.mode, hooks, recorder:
-        try:
-            result = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
-        except Exception as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FxwidthError(
-                f"the graph does not run in training mode, so what training keeps is not known: {line}. "
-                "Leave activation_memory out of the budget."
-            ) from error
+        result = _result(module, inputs)
     del result
     for storage, tensor in saved.items():
         if storage not in own:
             fixed = _Piece(tuple(((size,),) for size in tensor.shape), tensor.element_size())
             yield pieces.get(storage, fixed)
+
+
+def _result(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    try:
+        return fx.Interpreter(module).run(*inputs, enable_io_processing=False)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FxwidthError(
+            f"the graph does not run in training mode, so what training keeps is not known: {line}. "
+            "Leave activation_memory out of the budget."
+        ) from error
 
 
 def _leaf(fake: Tensor, parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
-from fxwidth.costs.registry import cost
+from fxwidth.costs.registry import register
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
@@ -27,7 +27,7 @@ from fxwidth.rules.registry import resized_call
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]
 
 
-@cost("params", unit="parameters")
+@register("params", unit="parameters")
 @per_graph
 def parameter_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the number of entries of a graph's parameters, each distinct one counted once; buffers are left out."""
@@ -48,7 +48,7 @@ def buffer_count(width_graph: WidthGraph, widths: Mapping[Factor, int]) -> int:
     return int(entries_polynomial(width_graph.analysis.space, tensors)(widths))
 
 
-@cost("flops", unit="flops")
+@register("flops", unit="flops")
 @per_graph
 def flop_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the floating-point operations of one forward pass on the example inputs, their whole batch.

@@ -21,7 +21,7 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs.counts import call_flops
-from fxwidth.costs.registry import cost
+from fxwidth.costs.registry import register
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.placeholder_calls import call_with
 from fxwidth.groups.width_graph import WidthGraph
@@ -56,7 +56,7 @@ class LatencyTable:
 LATENCIES = LatencyTable({})
 
 
-@cost("latency", unit="microseconds")
+@register("latency", unit="microseconds")
 def latency_polynomial(width_graph: WidthGraph) -> Polynomial:
     """Return the microseconds of a forward pass in eval mode on the example inputs, on the device of the parameters.
 

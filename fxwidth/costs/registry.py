@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from fxwidth.analysis.result import TensorSpec
+from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.recording.graph_meta import INPUTS, notes_of
 from fxwidth.registration import refuse_name
 from fxwidth.rewriting.looks import looking_at
+from fxwidth.runtime.pytrees import flatten
 
 CostFunction = Callable[[WidthGraph], Polynomial]
 _Function = TypeVar("_Function", bound=CostFunction)
@@ -34,25 +40,11 @@ class Cost:
 COSTS: dict[str, Cost] = {}
 
 
-def cost(name: str, unit: str) -> Callable[[_Function], _Function]:
-    """Register a function as a cost that `Budget(costs={name: bound})` can bound.
-
-    Args:
-        name: an identifier that is not taken.
-        unit: the unit that it is counted in, in the plural, for errors. Absolute bounds are whole numbers of it, so
-            choose one of which a network costs many.
+def register(name: str, unit: str) -> Callable[[_Function], _Function]:
+    """Register a function as a cost, as `fxwidth.cost` does, where this is told.
 
     Raises:
         FxwidthError: the name is no identifier, or taken.
-
-    Example:
-        >>> @fxwidth.cost("quantized", unit="bytes")
-        ... def quantized(width_graph):
-        ...     return fxwidth.Polynomial.sum([(0.5, fxwidth.cost_polynomial(width_graph, "params"))])
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-        >>> gm = fxwidth.trace(net, torch.randn(2, 8))
-        >>> dict(fxwidth.plan(fxwidth.analyze(gm), budget=fxwidth.Budget(costs={"quantized": 0.5})))
-        {'0': 7}
     """
     refuse_name(COSTS, name, "cost", identifier=True)
 
@@ -72,7 +64,7 @@ def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
     Args:
         width_graph: the graph.
         name: "params", "flops", "activation_memory" (bytes), "latency" (microseconds), or one that was registered by
-            `cost`.
+            `fxwidth.cost`.
 
     Raises:
         FxwidthError: there is no such cost, its function gives no polynomial or cannot know it of this model, or the
@@ -92,7 +84,27 @@ def cost_polynomial(width_graph: WidthGraph, name: str) -> Polynomial:
         raise FxwidthError(
             f"the cost {name!r} gave {type(result).__name__}; return an fxwidth.Polynomial, as cost_polynomial gives."
         )
-    return result
+    return of_examples(width_graph, result)
+
+
+def of_examples(width_graph: WidthGraph, polynomial: Polynomial) -> Polynomial:
+    """Return a cost at the batch of the example inputs: a batch of one is analysed as one of two.
+
+    The batch is a number in the result, and no factor any more.
+    """
+    given = _first_dims(notes_of(width_graph.analysis.module).get(INPUTS, ()), TensorSpec)
+    if not given or given == _first_dims(width_graph.analysis.inputs, Tensor):
+        return polynomial
+    terms: dict[tuple[Factor, ...], float] = {}
+    for monomial, coefficient in polynomial.terms.items():
+        rest = tuple(factor for factor in monomial if not factor.is_batch)
+        scaled = coefficient * given[0] ** (len(monomial) - len(rest))
+        terms[rest] = terms.get(rest, 0) + scaled
+    return Polynomial(terms)
+
+
+def _first_dims(values: Sequence[Any], kind: type) -> list[int]:
+    return [leaf.shape[0] for leaf in flatten(tuple(values), (kind,))[0] if len(leaf.shape)]
 
 
 def _known(name: str) -> Cost:

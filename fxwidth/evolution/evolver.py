@@ -136,6 +136,12 @@ class Evolver:
         if goals:
             self._settings.refuse_late(self._schedule.lead)
 
+    def __repr__(self) -> str:
+        progress = self._progress
+        goals = ", ".join(f"{name} {progress.first[name]:,} -> {goal:,}" for name, goal in progress.target.items())
+        done = f"{progress.steps} steps and {len(progress.history)} resizes done"
+        return f"<Evolver: {goals or 'by thresholds'}; {done}{', finished' if self.finished else ''}>"
+
     @property
     def history(self) -> list[dict[str, Any]]:
         """One dict per resize."""
@@ -296,7 +302,7 @@ class Evolver:
         width_graph, known, data = WidthGraph(analyze_module(self.gm)), self._progress, self._data()
         before, has_target = parameter_count(self.gm), bool(known.target)
         phase = self._schedule.phase(known.event) if has_target else Phase.THRESHOLDS
-        budget = self._schedule.due(known.event) if has_target else None
+        budget = self._schedule.budget_after(known.event) if has_target else None
         planning = replace(self._planning, budget=budget, params=None, data=data)
         resizing = replace(self._resizing, optimizer=self.optimizer, data=data)
         revise = None if has_target else partial(self._without_reversals, width_graph)

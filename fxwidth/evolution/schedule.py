@@ -50,7 +50,7 @@ class Schedule:
             return Phase.APPROACH
         return Phase.FOLD if (event - self.lead) % 2 == 0 else Phase.GROW
 
-    def due(self, event: int) -> Budget:
+    def budget_after(self, event: int) -> Budget:
         """Return what the network may cost after an event."""
         phase = self.phase(event)
         if phase is Phase.FOLD:

@@ -10,8 +10,10 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.utils.data import DataLoader, Dataset
 
 from fxwidth.errors import FxwidthError
 from fxwidth.runtime.pytree_differences import difference
@@ -47,6 +49,8 @@ def call_of(example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
     """
     if isinstance(example_inputs, Call) or (example_inputs is None and example_kwargs is None):
         return example_inputs
+    _refuse_kinds(example_inputs)
+    _refuse_kinds(example_kwargs)
     if isinstance(example_inputs, Mapping):
         if example_kwargs is not None:
             raise FxwidthError(
@@ -63,6 +67,25 @@ def call_of(example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
             "an argument into a tuple: example_inputs=(inputs,)."
         )
     return Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), names)
+
+
+def _refuse_kinds(given: Any) -> None:
+    """Check that no argument is of a kind that stands for tensors, and is none.
+
+    Raises:
+        FxwidthError: one is.
+    """
+    inner = given.values() if isinstance(given, Mapping) else given if isinstance(given, (tuple, list)) else ()
+    for value in (given, *inner):
+        if isinstance(value, np.ndarray):
+            remedy = "pass torch.from_numpy(array)"
+        elif isinstance(value, (DataLoader, Dataset)):
+            remedy = "pass the inputs of one batch, as in batch = next(iter(loader))"
+        elif isinstance(value, (nn.Module, type)):
+            remedy = CALL_FORMS
+        else:
+            continue
+        raise FxwidthError(f"example_inputs holds a {type(value).__name__}, where the model takes tensors; {remedy}.")
 
 
 class Passing(Enum):
@@ -126,7 +149,7 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
         except TypeError as error:
             raise FxwidthError(
                 f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
-                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {CALL_FORMS}."
+                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {CALL_FORMS}.{_of_shape(call.args)}"
             ) from error
     result: list[Argument] = []
     for parameter in _taken_by_graph(signature, bound):
@@ -149,6 +172,13 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
         else:
             result.append(take(name, Passing.LEFT_OUT, parameter.default))
     return result
+
+
+def _of_shape(given: Sequence[Any]) -> str:
+    """Return what helps where a shape was given in the place of a tensor."""
+    if not given or not all(type(value) is int for value in given):
+        return ""
+    return f" These are whole numbers: for an input of that shape, pass torch.randn{tuple(given)}."
 
 
 def _taken_by_graph(signature: inspect.Signature, bound: Mapping[str, Any]) -> Iterator[inspect.Parameter]:

@@ -102,7 +102,7 @@ def _program(
     import torch._dynamo.external_utils  # the exporter would, later
 
     questions = SizeQuestions()
-    shell, watch, changes = copy.copy(model), SetterWatch(), list[Change]()
+    watch, changes = SetterWatch(), list[Change]()
 
     def watched(*leaves: Any) -> list[Any]:
         watch.take(model.buffers())
@@ -112,12 +112,7 @@ def _program(
         changes[:] = plain_changes(held.changes())
         return result
 
-    shell.forward = watched
-    if has_own_call(model):
-        # That too is in the call inside.
-        shell.__class__ = type(type(model).__name__, (type(model),), {"__call__": nn.Module.__call__})
-    # The hooks are the model's, which is called inside.
-    shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
+    shell = _with_forward(model, watched)
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
         held = stack.enter_context(restored(model))
@@ -140,6 +135,18 @@ def _program(
         if first and (str(exported().graph) != str(program.graph) or not same_changes(first, changes)):
             raise progress(first[0])
         return Program(program.module(), _guards(program, questions))
+
+
+def _with_forward(model: nn.Module, forward: Callable[..., list[Any]]) -> nn.Module:
+    """Return a shallow copy of a model, with another forward that calls the model."""
+    shell = copy.copy(model)
+    shell.forward = forward
+    if has_own_call(model):
+        # That too is in the call inside.
+        shell.__class__ = type(type(model).__name__, (type(model),), {"__call__": nn.Module.__call__})
+    # The hooks are the model's, which is called inside.
+    shell._forward_hooks, shell._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return shell
 
 
 def _guards(program: torch.export.ExportedProgram, questions: SizeQuestions) -> list[str]:

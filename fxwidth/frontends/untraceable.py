@@ -50,3 +50,27 @@ def refuse_unmade(model: nn.Module) -> None:
             raise FxwidthError(
                 f"{name} has no shape before its lazy layer has been called; run the model on a batch, then trace it."
             )
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Check that the weights of a model are all here, as numbers: not in parts on several processes, nor packed.
+
+    Raises:
+        FxwidthError: they are sharded, or all layers with weights are quantized.
+    """
+    for name, tensor in model.named_parameters():
+        if type(tensor).__name__ in _SHARDED:
+            raise FxwidthError(
+                f"{name} is sharded over processes ({type(tensor).__name__}), so that no process has all its channels; "
+                "resize the model before it is sharded, and shard the result."
+            )
+    packed = [name for name, part in model.named_modules() if type(part).__module__.startswith(_QUANTIZED)]
+    if packed and not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise FxwidthError(
+            f"{packed[0] or type(model).__name__!r} is quantized, as all layers with weights are: their 8-bit integers "
+            "are packed and cannot change widths; resize the float model, and quantize the result."
+        )
+
+
+_SHARDED = frozenset({"DTensor", "FlatParameter", "ShardedTensor"})
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")

@@ -72,9 +72,16 @@ class ChannelGroup:
     sites: tuple[Site, ...]
     pinned: str | None
     mixed: str | None
-    factor: Factor
-    find_growth: Callable[[], Growth]
-    least: Least
+    # What these hold, tapes and tensors, is not for a person to read.
+    factor: Factor = field(repr=False)
+    find_growth: Callable[[], Growth] = field(repr=False)
+    least: Least = field(repr=False)
+
+    def __repr__(self) -> str:
+        counts = [(role, len({site.parameter for site in self.sites_as(role)})) for role in (Role.WRITER, Role.READER)]
+        told = [f"{self.width} channels", *(f"{count} {role}s" for role, count in counts)]
+        told += [f"pinned: {self.pinned}"] if self.pinned else []
+        return f"<ChannelGroup {self.name!r}: {', '.join(told)}>"
 
     @cached_property
     def growth(self) -> Growth:

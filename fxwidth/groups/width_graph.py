@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxwidth.analysis.least_widths import Least, least_widths
 from fxwidth.analysis.result import Analysis
@@ -22,9 +22,14 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.drawing import draw
 from fxwidth.groups.explanations import describe_pin
+from fxwidth.groups.group_kinds import Kind, group_kinds
+from fxwidth.groups.repeated_blocks import folded, without_numbers
 from fxwidth.growth.recipes import Growth, find_growth
 from fxwidth.rules.copies import channel_copies
 from fxwidth.runtime.gc_pause import without_collections
+from fxwidth.tables import Table
+
+_COLUMNS = ("group", "width", "kind", "writers", "readers", "notes")
 
 
 class WidthGraph:
@@ -195,22 +200,43 @@ class WidthGraph:
         # Of a group that is lost there is no more.
         return group.factor if origin is None else origin
 
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What the channels of each group are, by its name: hidden, heads, head dim, residual stream, input, output."""
+        return group_kinds(self.analysis, self.roles, self.groups)
+
+    def __repr__(self) -> str:
+        entries = self.analysis.parameters.values()
+        count = sum(entry.tensor.numel() for entry in entries if isinstance(entry.tensor, nn.Parameter))
+        return f"<WidthGraph: {len(self.groups)} groups, {len(self.free)} of them free, {count:,} parameters>"
+
     def __str__(self) -> str:
         """Return a table of the groups, and first whether the graph has changed since."""
-        rows = [("group", "width", "writers", "readers", "notes")]
-        for group in self.groups:
-            notes = [f"pinned: {group.pinned}"] if group.pinned else []
-            notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
-            writers = len({site.parameter for site in group.sites_as(Role.WRITER)})
-            readers = len({site.parameter for site in group.sites_as(Role.READER)})
-            rows.append((group.name, str(group.width), str(writers), str(readers), "; ".join(notes)))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
-        ]
-        if (change := self.outdated) is not None:
-            lines.insert(0, f"outdated: {change}; call fxwidth.analyze(gm) again")
-        return "\n".join(line.rstrip() for line in lines)
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table(folds=True)._repr_html_()
+
+    def table(self, *, folds: bool = False) -> Table:
+        """Return a table of the groups, below what has changed of the graph since, if anything has.
+
+        Args:
+            folds: whether groups of repeated blocks that are alike are one row.
+        """
+        change = self.outdated
+        above = () if change is None else (f"outdated: {change}; call fxwidth.analyze(gm) again",)
+        cells = {group.name: self._cells(group) for group in self.groups}
+        if not folds:
+            return Table(_COLUMNS, tuple((name, *own) for name, own in cells.items()), above)
+        # Reasons name nodes, and these have numbers of their own.
+        rows = folded((name, (*own[:-1], without_numbers(own[-1]))) for name, own in cells.items())
+        return Table(_COLUMNS, tuple((name, *cells[names[0]]) for name, _, names in rows), above)
+
+    def _cells(self, group: ChannelGroup) -> tuple[str, ...]:
+        notes = [f"pinned: {group.pinned}"] if group.pinned else []
+        notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
+        counts = (str(len({site.parameter for site in group.sites_as(role)})) for role in (Role.WRITER, Role.READER))
+        return str(group.width), self.kinds[group.name], *counts, "; ".join(notes)
 
 
 def _pin_unused(analysis: Analysis) -> None:

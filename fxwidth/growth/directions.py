@@ -38,6 +38,10 @@ class TaskMoments:
     cross: Tensor | None = None
     residual: Tensor | None = None
 
+    def __repr__(self) -> str:
+        known = [one.name for one in fields(self) if getattr(self, one.name) is not None]
+        return f"<TaskMoments: {', '.join(known) or 'none'}>"
+
 
 # (rows [channels, columns], how many to make, a source of random numbers) -> new rows [count, columns]; those that
 # need moments of the task are given these too.

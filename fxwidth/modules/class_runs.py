@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,16 +20,12 @@ from fxwidth.frontends.call_signature import Argument
 from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.batch_checks import enlarged
 from fxwidth.rewriting.model_runs import Signals, run_model
+from fxwidth.runtime.code_places import LIBRARIES
 from fxwidth.runtime.contexts import evaluating, quiet
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.runtime.tensor_slots import Slots, named_tensors, substituted, tensor_slots
-
-# Code of these is no place that a user can change. By folder: a checkout may lie in one that is called the same.
-_LIBRARIES = tuple(
-    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(np.__file__).parent, Path(__file__).parents[1])
-)
 
 
 @dataclass(frozen=True)
@@ -246,7 +239,7 @@ class ClassRuns:
             if isinstance(owner, nn.Module) and id(owner) in self.paths:
                 part = self.paths[id(owner)]
             name = frame.f_code.co_filename
-            if not name.startswith(_LIBRARIES) or place == "?":
+            if not name.startswith(LIBRARIES) or place == "?":
                 place = f"{'/'.join(name.split('/')[-3:])}:{traceback.tb_lineno}"
             traceback = traceback.tb_next
         return part, place

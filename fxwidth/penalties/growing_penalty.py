@@ -89,6 +89,9 @@ class GrowingPenalty:
         self._widths = {name: width_graph[name].width for name in self.plan}
         self._calls = 0
 
+    def __repr__(self) -> str:
+        return f"<GrowingPenalty on {len(self._widths)} groups: factor {self.factor:g} of at most {self.most:g}>"
+
     @property
     def factor(self) -> float:
         """The factor of the last call."""

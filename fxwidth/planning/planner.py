@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from fxwidth.planning.allocation import Choice, allocate
 from fxwidth.planning.constraints import Class, Limits, chosen_groups, classes, tied_classes
 from fxwidth.planning.thresholds import by_thresholds
 from fxwidth.planning.width_multiplier import multiplied
-from fxwidth.plans import FOR_MODULE, Plan
+from fxwidth.plans import BEFORE, FOR_MODULE, Plan
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.selection.error_curves import Errors, extended
@@ -77,7 +77,8 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
     Returns:
         A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,
         `notes["cost"]` that and the flops and whatever the budget bounds, `notes["error"]` the predicted error,
-        `notes["errors"]` each group's part in it, and `notes["evidence"]` what it was predicted from.
+        `notes["errors"]` each group's part in it, `notes["evidence"]` what it was predicted from, and
+        `notes["before"]` the present width of each group. `print` it for a table.
 
     Raises:
         FxwidthError: an option is out of range, a pattern matches no group, options contradict each other, the
@@ -293,8 +294,9 @@ def _noted(
     parts = {group.name: float(errors[group][width]) for group, width in narrowed.items()}
     cost = {name: [polynomial({}), polynomial(_by_factor(widths))] for name, polynomial in costs.items()}
     source = evidence.moments.source if evidence is not None and evidence.moments is not None else None
-    notes = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
-    return Plan({group.name: width for group, width in changed.items()}, {**notes, "evidence": source})
+    notes: dict[str, Any] = {"parameters": cost["params"], "cost": cost, "error": sum(parts.values()), "errors": parts}
+    notes |= {"evidence": source, BEFORE: {group.name: group.width for group in changed}}
+    return Plan({group.name: width for group, width in changed.items()}, notes)
 
 
 def width_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:

@@ -16,12 +16,26 @@ from fxwidth.errors import FxwidthError
 from fxwidth.rewriting.optimizers import Optimizers, optimizers_in, refuse_kept_parameters
 from fxwidth.rewriting.successors import gather
 
-# State that divides a step: zero in a new slot would make its first steps far too large.
-_SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "step_size"}) | {
-    "row_var",
-    "col_var",
-    "variance",
-    "mu_product",
+# The second moment of a new slot, as a share of the mean of its neighbours. Gradients of new channels are far smaller
+# at first than those of trained ones, for what reads them is zero: where all of the mean divides them they hardly move.
+# Zero would let them make steps of several times the rate, which diverge at high rates.
+_SHARE = 0.1
+# State that scales a step, and by which power of that share a new slot begins with less than its neighbours.
+_SCALES = {
+    # Second moments.
+    "exp_avg_sq": 1.0,
+    "max_exp_avg_sq": 1.0,
+    "square_avg": 1.0,
+    "sum": 1.0,
+    "variance": 1.0,
+    # Sizes, and factors whose product is taken.
+    "exp_inf": 0.5,
+    "row_var": 0.5,
+    "col_var": 0.5,
+    # Lengths of steps.
+    "acc_delta": 0.0,
+    "step_size": 0.0,
+    "mu_product": 0.0,
 }
 # Factored state, and the dim that it sums over: at width one its shape does not tell.
 _SUMMED_OVER = {"row_var": -1, "col_var": -2}
@@ -51,6 +65,9 @@ class Replacement:
     old: Tensor
     new: Tensor
     indices: Sequence[Indices | None]
+
+    def __repr__(self) -> str:
+        return f"<Replacement of {self.name!r}: {tuple(self.old.shape)} -> {tuple(self.new.shape)}>"
 
     def follow(self, tensor: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         """Return a tensor with its entries in their new places, zero where there was none.
@@ -120,8 +137,9 @@ def plan_optimizer_update(
 ) -> OptimizerUpdate:
     """Compute the state of an optimizer for resized parameters; nothing is changed before `commit`.
 
-    Surviving entries keep their state; new entries have no momentum, and the mean of their neighbours where the state
-    divides the step. Step counts stay.
+    Surviving entries keep their state; new entries have no momentum, and a share of the mean of their neighbours where
+    the state scales the step: a tenth of second moments, so that they learn faster than trained ones. Step counts
+    stay.
 
     Args:
         optimizer: the optimizer, or several.
@@ -201,7 +219,7 @@ class _Entries:
         except Exception as error:
             self._refuse(place, f"a {type(value).__name__} that cannot be indexed", error)
         if key in _SCALES:
-            return _fill_with_means(gathered, indices)
+            return _fill_with_means(gathered, indices, _SHARE ** _SCALES[key])
         return _fill_from(self.replacement.new.detach(), gathered, indices) if key in _COPIES else gathered
 
     def _refuse(self, place: str, what: str, error: Exception | None = None) -> NoReturn:
@@ -212,18 +230,19 @@ class _Entries:
         ) from error
 
 
-def _fill_with_means(gathered: Tensor, indices: Sequence[Indices | None]) -> Tensor:
-    """Give new slots the mean of the old ones, dim after dim, so that corners are filled too."""
+def _fill_with_means(gathered: Tensor, indices: Sequence[Indices | None], share: float) -> Tensor:
+    """Give new slots a share of the mean of the old ones, dim after dim, so that corners are filled too."""
+    is_new = torch.zeros(gathered.shape, dtype=torch.bool, device=gathered.device)
     for dim, kept in enumerate(indices):
         if kept is None or not (kept == NEW).any() or not (kept != NEW).any():
             continue
         old = torch.from_numpy(np.flatnonzero(kept != NEW)).to(gathered.device)
         new = torch.from_numpy(np.flatnonzero(kept == NEW)).to(gathered.device)
         mean = gathered.index_select(dim, old).mean(dim, keepdim=True)
-        gathered = gathered.index_copy(
-            dim, new, mean.expand([len(new) if d == dim else n for d, n in enumerate(gathered.shape)])
-        )
-    return gathered
+        sizes = [len(new) if d == dim else n for d, n in enumerate(gathered.shape)]
+        gathered = gathered.index_copy(dim, new, mean.expand(sizes))
+        is_new.index_fill_(dim, new, True)
+    return torch.where(is_new, gathered * share, gathered)
 
 
 def _fill_from(source: Tensor, gathered: Tensor, indices: Sequence[Indices | None]) -> Tensor:

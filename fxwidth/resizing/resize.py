@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -174,11 +174,7 @@ def _resize(
         moments = selection.change_bases(transaction)
         # Batch norms that a change of basis changes are compared with what they are then; and modules take on new sizes
         # with what follows: the network is run as it was before that.
-        recalibration, elsewhere = None, {}
-        wanted = options.recalibrate is not False and asked.drops and not known.blind
-        if data is not None and wanted and has_values(width_graph.analysis):
-            elsewhere = statistics_used_elsewhere(wiring_of(width_graph))
-            recalibration = Recalibration(width_graph.analysis, data, elsewhere)
+        recalibration, elsewhere = _recalibration(width_graph, asked, data, options, known)
         companions = companions_of(width_graph, options)
         informed = InformedGrowth.of(selection, data, options, known)
         edits = prepare_edits(selection, moments, options, known, informed.rows)
@@ -198,6 +194,17 @@ def _resize(
         # In one step: nothing can come between the two.
         notes |= {HISTORY: [*notes.get(HISTORY, ()), edits.record], AXES: edits.axes}
     return module
+
+
+def _recalibration(
+    width_graph: WidthGraph, asked: Requested, data: Iterable[Any] | None, options: ResizeOptions, known: Known
+) -> tuple[Recalibration | None, dict[str, str]]:
+    """Return what batch norms see before a resize, where they are corrected after it, and what else reads them."""
+    wanted = options.recalibrate is not False and asked.drops and not known.blind
+    if data is None or not wanted or not has_values(width_graph.analysis):
+        return None, {}
+    elsewhere = statistics_used_elsewhere(wiring_of(width_graph))
+    return Recalibration(width_graph.analysis, data, elsewhere), elsewhere
 
 
 def _keeps_eps(plan: Mapping[str, int | Sequence[int]]) -> bool:

@@ -12,6 +12,8 @@ from uuid import uuid4
 
 from fxwidth.errors import FxwidthError
 
+# Names of files have a length that is bounded, in bytes.
+_LONGEST = 40
 # What a process that was killed has left beside a file is taken away by the next one, once nobody can still write it.
 _STALE = 24 * 3600.0
 
@@ -31,7 +33,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if place.exists() and not place.is_file():
             yield place
             return
-        target = place.with_name(f".{place.name}.{uuid4().hex}.tmp")
+        target = place.with_name(f".{place.name[:_LONGEST]}.{uuid4().hex}.tmp")
         try:
             _remove_stale(place)
             # Here, so that a folder that cannot be written to is told as such by whatever writes the file.
@@ -47,10 +49,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
             target.unlink(missing_ok=True)
 
 
+def path_of(path: object) -> Path:
+    """Return a path as such.
+
+    Raises:
+        FxwidthError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        what = repr(path) if isinstance(path, str) else type(path).__name__
+        raise FxwidthError(f"the path of a file is a text or a pathlib.Path, but received {what}.")
+    return Path(path)
+
+
 def _place_of(path: str | Path) -> Path:
-    place = Path(path).resolve()
+    try:
+        place = Path(path).resolve()
+    except RuntimeError as error:
+        # Links in a circle, as some versions of Python tell of them.
+        raise OSError(str(error)) from error
+    if place.is_symlink():
+        raise OSError(f"{place} is a link that leads to itself")
     if not place.parent.is_dir():
-        raise FxwidthError(f"there is no folder {Path(path).parent} to write {place.name} to; make it first.")
+        folder = place.parent if Path(path).is_symlink() else Path(path).parent
+        raise FxwidthError(f"there is no folder {folder} to write {place.name} to; make it first.")
     if place.is_dir():
         raise FxwidthError(f"{path} is a folder; give the path of a file in it.")
     return place
@@ -64,6 +85,11 @@ def unwritable(path: str | Path, error: Exception) -> FxwidthError:
     )
 
 
+def unreadable(path: str | Path, error: Exception) -> FxwidthError:
+    """Return the error that tells that a file cannot be read."""
+    return FxwidthError(f"{path} cannot be read ({error}); see to the permissions of the file and of its folder.")
+
+
 @contextmanager
 def _told(path: str | Path) -> Iterator[None]:
     try:
@@ -73,7 +99,7 @@ def _told(path: str | Path) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
-    for left in path.parent.glob(f".{_escaped(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+    for left in path.parent.glob(f".{_escaped(path.name[:_LONGEST])}.{'[0-9a-f]' * 32}.tmp"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()

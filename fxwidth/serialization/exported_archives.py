@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from fxwidth.serialization.tensor_files import damaged
+from fxwidth.serialization.tensor_files import damaged, opened
 
 _FOLDER, _RECORD = "archive/", "archive/extra/fxwidth.json"
 _MODEL, _WEIGHTS, _CONSTANTS = (
@@ -82,13 +83,12 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
     Raises:
         FxwidthError: it is damaged, or without a record.
     """
-    size = path.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             # What is compressed may be larger than the file warrants.
             stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
-            if not stored or sum(info.file_size for info in infos) > size:
+            if not stored or sum(info.file_size for info in infos) > os.fstat(file.fileno()).st_size:
                 raise damaged(path, "its entries are larger than the file")
             entries = {info.filename: archive.read(info) for info in infos}
         signed = json.loads(entries.pop(_RECORD))

@@ -22,8 +22,8 @@ from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.serialization.graph_data import Named, named_target
 from fxwidth.serialization.plain_trees import decoded, encoded
 
-# Modes are the user's to choose, and not a part of the structure.
-_MODES = frozenset({"training"})
+# Modes are the user's to choose, and not a part of the structure; nor are the notes of graphs.
+_NO_STRUCTURE = frozenset({"training", "meta"})
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -169,8 +169,14 @@ def _attributes_data(part: nn.Module) -> dict[str, Any]:
 
 
 def _is_recorded(name: str, value: Any) -> bool:
-    if name.startswith("_") or name in _MODES:
+    if name.startswith("_") or name in _NO_STRUCTURE:
         return False
+    return _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) in _PLAIN for key in value) and all(map(_is_plain, value.values()))
     parts = value if type(value) in (list, tuple) else (value,)
     return all(type(part) in _PLAIN for part in parts)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,8 @@ def encoded(value: Any, place: str, leaf: Leaf | None = None) -> Any:
     Raises:
         FxwidthError: a part of it is of no such kind.
     """
+    # Those of numpy come from schedules of learning rates, and are none of Python's.
+    value = value.item() if isinstance(value, (np.number, np.bool_)) else value
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value

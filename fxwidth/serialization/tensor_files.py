@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxwidth.errors import FxwidthError
-from fxwidth.runtime.atomic_files import replacing, unwritable
+from fxwidth.runtime.atomic_files import replacing, unreadable, unwritable
 
+# Under this key a header has texts, and others are names of tensors.
+_TEXTS = "__metadata__"
 _DIGEST, _PAIRS = "fxwidth.sha256", "fxwidth.real_pairs"
 _UNKNOWN = "0" * 64
 _AS_PAIRS = frozenset({torch.complex32, torch.complex64, torch.complex128})
@@ -39,6 +41,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     seen: set[int] = set()
     pairs: list[str] = []
     for name, tensor in tensors.items():
+        if name == _TEXTS or name.encode(errors="replace") != name.encode(errors="surrogatepass"):
+            raise FxwidthError(f"no tensor in a .safetensors file can be called {name!r}; give it another name.")
         values = _plain(name, tensor)
         pairs += [name] if tensor.is_complex() and not values.is_complex() else []
         # A file holds no memory twice.
@@ -112,7 +116,7 @@ class TensorFile:
         self.path, self._file = path, file
         self.size = os.fstat(file.fileno()).st_size
         header = _header(path, file, self.size)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = header.pop(_TEXTS, {})
         self._start = self.size - max((one["data_offsets"][1] for one in header.values()), default=0)
         self.entries = {
             name: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()
@@ -141,7 +145,7 @@ class TensorFile:
         content = self._file.read(entry.end - entry.begin)
         try:
             values = load_bytes(_alone(entry.dtype, entry.shape, content))[""]
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise damaged(self.path, f"{name} cannot be read: {error}") from error
         return torch.view_as_complex(values) if name in self._pairs else values
 
@@ -153,14 +157,28 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     Raises:
         FxwidthError: it is no such file, or is not as it was written.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         try:
-            opened = TensorFile(path, file)
-            if opened.has_digest and _digest(file, _place_of_digest(file)) != opened.metadata[_DIGEST]:
+            found = TensorFile(path, file)
+            if found.has_digest and _digest(file, _place_of_digest(file)) != found.metadata[_DIGEST]:
                 raise damaged(path, "its bytes are not those that were written")
+        except OSError as error:
+            raise unreadable(path, error) from error
         except (ValueError, TypeError, KeyError, LookupError, RecursionError, AttributeError) as error:
             raise damaged(path, f"its header says {error!r}") from error
-        yield opened
+        yield found
+
+
+def opened(path: Path) -> IO[bytes]:
+    """Return a file, open for reading.
+
+    Raises:
+        FxwidthError: it cannot be opened.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def damaged(path: Path, what: str) -> FxwidthError:
@@ -177,11 +195,11 @@ def _header(path: Path, file: IO[bytes], size: int) -> dict[str, Any]:
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise damaged(path, "its header is no mapping")
-    texts = header.get("__metadata__", {})
+    texts = header.get(_TEXTS, {})
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise damaged(path, "its header has other than texts in it")
     end = 0
-    tensors = {name: one for name, one in header.items() if name != "__metadata__"}
+    tensors = {name: one for name, one in header.items() if name != _TEXTS}
     for name, one in sorted(tensors.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         begin, new_end = one["data_offsets"]
         sizes = [*one["shape"], begin, new_end]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from fxwidth.analysis.input_specs import (
     input_specs,
     integer_examples,
     real_inputs,
+    where_module_is,
     whole_numbers,
     with_batch_of_two,
 )
@@ -48,10 +50,10 @@ def analyze(
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> print(fxwidth.analyze(gm))  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
-        group  width  writers  readers  notes
-        0      16     2        1
-        0:1    8      0        1        pinned: it must equal a dimension of fixed size...
-        2      4      2        0        pinned: the size of the model's output (model output)
+        group  width  kind    writers  readers  notes
+        0      16     hidden  2        1
+        0:1    8      input   0        1        pinned: it must equal a dimension of fixed size...
+        2      4      output  2        0        pinned: the size of the model's output (model output)
     """
     return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
 
@@ -76,13 +78,17 @@ def analyze_module(
 
 def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
     specs = input_specs(module, call)
-    doubled = with_batch_of_two(specs)
     try:
-        analysis = _analyze(module, specs if doubled is None else doubled, call)
-    except FxwidthError:
-        if doubled is None:
+        analysis = _of_a_batch(module, specs, call)
+    except FxwidthError as error:
+        moved = where_module_is(specs, module) if call is None else None
+        if moved is None:
             raise
-        analysis = _analyze(module, specs, call)
+        try:
+            analysis = _of_a_batch(module, moved, call)
+        except FxwidthError:
+            raise error from error.__cause__
+        specs = moved
     found: dict[str, Any] = {INPUTS: specs}
     if call is not None:
         found[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
@@ -90,6 +96,15 @@ def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
     # In one step: nothing can come between the two.
     notes |= found
     return analysis
+
+
+def _of_a_batch(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
+    """Analyse a graph with a batch of two where the specs have a batch of one, if it takes that."""
+    doubled = with_batch_of_two(specs)
+    if doubled is not None:
+        with suppress(FxwidthError):
+            return _analyze(module, doubled, call)
+    return _analyze(module, specs, call)
 
 
 def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:

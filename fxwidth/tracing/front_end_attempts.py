@@ -15,6 +15,7 @@ from fxwidth.frontends.call_signature import Argument, Call, arguments_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.export_otherwise import exported_otherwise, warn_of_other_way
+from fxwidth.frontends.own_faults import own_fault, told
 from fxwidth.frontends.own_modes import OwnModes, own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, one_call, symbolic_graph
@@ -126,8 +127,15 @@ class _Attempts:
 
     def failure(self) -> FxwidthError:
         """Return the error that says why no front end can trace the model."""
+        fault = own_fault(self.model, self.call)
         if self.unusable is not None:
-            return self.unusable
+            if fault is None or fault.place is None:
+                return self.unusable
+            placed = FxwidthError(f"{self.unusable} The model itself fails so: {fault.place}.")
+            placed.__cause__ = self.unusable
+            return placed
+        if fault is not None:
+            return told(fault, self.model, self.call)
         error = _untraceable(self.model, self.reasons, self.call)
         error.__cause__ = list(self.reasons.values())[-1]
         return error

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import copy_context
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
-from fxwidth.frontends.untraceable import refuse_scripts, refuse_unmade
+from fxwidth.frontends.untraceable import refuse_packed, refuse_scripts, refuse_unmade
 from fxwidth.recording.graph_meta import CALL, note_original, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
@@ -55,7 +57,9 @@ def trace(
         torch.Size([5, 4])
     """
     if not isinstance(model, nn.Module):
-        raise FxwidthError(f"trace takes an nn.Module or a GraphModule, but received {type(model).__name__}.")
+        raise FxwidthError(
+            f"trace takes an nn.Module or a GraphModule, but received {_kind(model)}.{_instead_of(model)}"
+        )
     call = call_of(example_inputs, example_kwargs)
     # The exporter's settings are context variables: they end with the context.
     return copy_context().run(Transaction(model).run, partial(_trace, model, call))
@@ -64,6 +68,7 @@ def trace(
 def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
     refuse_scripts(model)
     refuse_unmade(model)
+    refuse_packed(model)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else traced(model, call)
@@ -79,6 +84,23 @@ def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
             node.meta["tensor_meta"] = _metadata(value)
     note_original(module)
     return module
+
+
+def _kind(given: Any) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+
+
+def _instead_of(given: Any) -> str:
+    """Return what to pass in the place of something that is often taken for a model."""
+    if isinstance(given, ExportedProgram):
+        return " Pass the model that it was exported from; a file of fxwidth.save is read by fxwidth.load."
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        return f" Make one: {given.__name__}(...)."
+    if isinstance(given, (str, Path)):
+        return " A file is read by fxwidth.load(path)."
+    if isinstance(given, Mapping):
+        return " A state dict belongs into a model: model.load_state_dict(state)."
+    return " Put a function into the forward of an nn.Module." if callable(given) else ""
 
 
 def _drop_postponed_annotations(module: fx.GraphModule) -> None:

@@ -24,7 +24,7 @@ from fxwidth.training.interrupts import StopRequest
 from fxwidth.training.loop import State, evaluate, fit
 from fxwidth.training.networks import SEED_RESNET, build_network, input_channels
 from fxwidth.training.outputs import CHECKPOINT_FILE, output_folder, write_outputs
-from fxwidth.training.run_checkpoint import Job, read_checkpoint, write_checkpoint
+from fxwidth.training.run_checkpoint import Job, read_checkpoint, read_graph, write_checkpoint
 from fxwidth.training.runs import TrainingConfig, TrainingResult
 from fxwidth.untying.untie_copies import untie_copies
 
@@ -83,8 +83,8 @@ def train(
         place = _choose_device(device)
         if resume is not None:
             options.refuse_beside_resume(context)
-            job, gm, state = read_checkpoint(resume)
-            status = _train(replace(job, device=str(place)), lambda _: resume, (gm, state))
+            job, state = read_checkpoint(resume)
+            status = _train(replace(job, device=str(place)), lambda _: resume, (resume, state))
         else:
             config = TrainingConfig(
                 batch_size=batch_size,
@@ -127,19 +127,20 @@ def _choose_device(device: options.Device) -> torch.device:
     return torch.device("cuda" if has_cuda and device is not options.Device.cpu else "cpu")
 
 
-def _train(job: Job, folder_of: Callable[[str], Path], before: tuple[GraphModule, State] | None = None) -> int:
+def _train(job: Job, folder_of: Callable[[str], Path], before: tuple[Path, State] | None = None) -> int:
     """Train, write the outputs, tell of the result, and return the exit status.
 
     Args:
         job: what is trained on what.
         folder_of: makes the output folder of a run, given its name.
-        before: the graph and the state of a run that goes on.
+        before: the folder of a run that goes on, and its state.
     """
     torch.manual_seed(job.config.seed)
     device = torch.device(job.device)
     images = load_dataset(job.dataset, None if job.data is None else Path(job.data), job.image_size).to(device)
     images = images.with_channels(input_channels(job.model, images.channels))
-    gm = _first_graph(job.model, images) if before is None else before[0].to(device)
+    first = partial(_first_graph, job.model, images)
+    gm = first() if before is None else read_graph(before[0], first)
     # Before the first step: hours of training are not to end at a folder that cannot be written to.
     folder = folder_of(f"{job.model}-{Path(job.dataset).name}")
     with StopRequest() as stop:

@@ -34,7 +34,7 @@ _OUT_HELP = (
 )
 _RESUME_HELP = (
     "Go on with the run in this folder from its last epoch, to the result that it would have had; takes no other "
-    "option but --device and --threads. Its checkpoint is read as a pickle: only for folders that you trust."
+    "option but --device and --threads. Its checkpoint is data alone, of which no code is run."
 )
 _THRESHOLDS_HELP = (
     "In place of a target, grow and shrink each layer by its own singular values once an epoch, as SVD-evolutive-CNN "

@@ -20,8 +20,9 @@ from fxwidth.training.runs import TrainingResult
 HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.png"
 MODEL_FILE = "model.pt"
-CHECKPOINT_FILE = "checkpoint.pt"
-_FILES = (HISTORY_FILE, CURVES_FILE, MODEL_FILE, CHECKPOINT_FILE)
+CHECKPOINT_FILE = "checkpoint.safetensors"
+EARLIER_CHECKPOINT = "checkpoint.pt"  # of earlier versions, a pickle
+_FILES = (HISTORY_FILE, CURVES_FILE, MODEL_FILE, CHECKPOINT_FILE, EARLIER_CHECKPOINT)
 
 
 def output_folder(given: Path | None, name: str, *, overwrite: bool) -> Path:

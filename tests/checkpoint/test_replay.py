@@ -132,6 +132,69 @@ def test_another_model_is_refused_and_is_as_it_was(name: str, tmp_path: Path) ->
     assert not differences(before, state_of(model))
 
 
+class Tied(nn.Module):
+    """A table and a head of the same shape, that are one tensor or two."""
+
+    def __init__(self, is_tied: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        if is_tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_tied_weights_are_not_loaded_into_two_nor_two_into_one(saved: bool, tmp_path: Path) -> None:
+    ids = torch.arange(6).view(2, 3)
+    fxwidth.save(fxwidth.trace(Tied(saved), ids), tmp_path / "a.safetensors")
+    model = Tied(not saved)
+    before = state_of(model)
+    with pytest.raises(FxwidthError, match=r"does not fit this model: head\.weight occurs in only one"):
+        fxwidth.load(tmp_path / "a.safetensors", model, ids)
+    assert not differences(before, state_of(model))
+    gm = fxwidth.load(tmp_path / "a.safetensors", Tied(saved), ids)
+    assert (gm.get_parameter("head.weight") is gm.get_parameter("table.weight")) is saved
+
+
+def test_an_expanded_buffer_is_loaded(tmp_path: Path) -> None:
+    """One place in memory for several values can take none of them; it gets places of its own."""
+
+    def model() -> nn.Module:
+        network = files.network()
+        network[4].running_mean = torch.zeros(1).expand(12)
+        return network
+
+    gm = fxwidth.trace(model(), files.inputs())
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    assert files.is_equal(fxwidth.load(tmp_path / "a.safetensors", model(), files.inputs()), gm)
+    gm.get_buffer("4.running_mean").data = torch.linspace(0, 1, 12)
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    for fresh in (model(), model):
+        assert files.is_equal(fxwidth.load(tmp_path / "a.safetensors", fresh, files.inputs()), gm)
+
+
+def test_attributes_in_dicts_are_those_of_the_file(tmp_path: Path) -> None:
+    gm = files.graph()
+    part = gm.get_submodule("1")
+    part.notes = {"scale": 0.5, "by": {3: [1.5]}}
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    model = files.network()
+    model[1].notes = {"scale": 0.7, "by": {3: [2.5]}}
+    again = fxwidth.load(tmp_path / "a.safetensors", model, files.inputs())
+    assert again.get_submodule("1").notes == part.notes
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "of_half_a\ud800letter"])
+def test_names_that_no_file_can_hold_are_refused(name: str, tmp_path: Path) -> None:
+    gm = files.graph()
+    gm.register_buffer(name, torch.zeros(2))
+    with pytest.raises(FxwidthError, match=r"no tensor in a \.safetensors file can be called .*another name"):
+        fxwidth.save(gm, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_graph_of_another_version_of_torch_is_told_of(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     fxwidth.save(files.graph(), path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -167,6 +168,14 @@ def test_plain_values_come_back(value: Any) -> None:
     again = decoded(data)
     assert again == value
     assert type(again) is type(value)
+
+
+@pytest.mark.parametrize("number", [np.float64(0.1), np.float32(0.1), np.int64(3), np.bool_(True)], ids=repr)
+def test_numbers_of_numpy_become_those_of_python(number: Any) -> None:
+    """As a schedule of learning rates has them."""
+    again = decoded(encoded(number, "it"))
+    assert again == number
+    assert type(again) in (float, int, bool)
 
 
 def test_tensors_are_written_once_each() -> None:

@@ -54,7 +54,7 @@ def test_costs_go_to_the_target_and_breathe_there(
     first: int, target: int, rounds: int, overshoot: float, breath: float
 ) -> None:
     schedule = Schedule({"params": first}, {"params": target}, rounds, overshoot, breath)
-    costs = [schedule.due(event).bounds["params"] for event in range(1, schedule.lead + 5)]
+    costs = [schedule.budget_after(event).bounds["params"] for event in range(1, schedule.lead + 5)]
     way, at_it = costs[: schedule.lead], costs[schedule.lead :]
     assert way[-1] == target
     steps = way[:rounds]

@@ -107,9 +107,13 @@ def test_the_state_of_what_stays_is_the_old_one(name: str, options: dict[str, An
             assert torch.equal(value.narrow(dim, 0, common), before.index_select(dim, kept)), key
             new = value.narrow(dim, common, width - common)
             if bool((before > 0).all()):
-                # It divides, or is a length of steps.
-                assert bool((new >= before.min() * (1 - 1e-12)).all()), key
-                assert bool((new <= before.max() * (1 + 1e-12)).all()), key
+                # It divides, as if by the smaller gradients of new channels, or is a length of steps.
+                power = {"step_size": 0.0, "acc_delta": 0.0, "exp_inf": 0.5, "row_var": 0.5, "col_var": 0.5}.get(
+                    key, 1.0
+                )
+                share = 0.1**power
+                assert bool((new >= before.min() * share * (1 - 1e-12)).all()), key
+                assert bool((new <= before.max() * share * (1 + 1e-12)).all()), key
             else:
                 parameter = gm.get_parameter(path).detach().narrow(dim, common, width - common)
                 assert torch.equal(new, parameter if key == "ax" else torch.zeros_like(new)), key
@@ -268,7 +272,7 @@ def test_state_in_lists_follows() -> None:
     assert torch.equal(copied[:8], weight)
     assert not copied[8:].any()
     assert inner["scale"] == 2.0
-    assert torch.allclose(inner["exp_avg_sq"][8:], (weight.abs() + 1).mean(0))
+    assert torch.allclose(inner["exp_avg_sq"][8:], 0.1 * (weight.abs() + 1).mean(0))
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -103,6 +103,19 @@ def test_garbage_is_found_when_the_memory_has_grown(
     assert is_found(monkeypatch, measure, amounts) == found
 
 
+def test_what_was_freed_is_handed_back_before_all_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_back: list[bool] = []
+    monkeypatch.setattr(memory_in_use, "give_back_free_memory", lambda: handed_back.append(True))
+    amounts = iter((GIB, 2 * GIB, GIB))
+    monkeypatch.setattr(memory_in_use, "resident_bytes", lambda: next(amounts))
+    with without_collections():
+        pass
+    with without_collections():
+        one = weakref.ref(Cycle())
+    assert handed_back == [True]
+    assert one() is not None
+
+
 def test_large_garbage_is_found_by_itself() -> None:
     """Cycles with 64 MiB each, of which a loop may not leave more than a few alive."""
     alive: weakref.WeakSet[Cycle] = weakref.WeakSet()

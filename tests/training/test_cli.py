@@ -174,7 +174,7 @@ def test_resuming_takes_the_options_of_the_run(tmp_path: Path) -> None:
     assert output == "Error: --resume goes on with the options of the run; leave out --lr, --compile\n"
     code, output = run("train", "--resume", str(tmp_path))
     assert code == 1
-    assert "there is no checkpoint.pt" in output
+    assert "there is no checkpoint.safetensors" in output
 
 
 def test_a_run_is_not_overwritten_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_a_run_is_not_overwritten_in_silence(tmp_path: Path, monkeypatch: pytest
     options = ["train", *SHORT, "--target-params", "0.3", "--out", str(tmp_path)]
     assert run(*options)[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert before.keys() == {"model.pt", "history.json", "curves.png", "checkpoint.pt"}
+    assert before.keys() == {"model.pt", "history.json", "curves.png", "checkpoint.safetensors"}
     code, output = run(*options, "--seed", "1")
     assert code == 1
     assert f"--out {tmp_path} holds a run already (history.json, " in output

@@ -14,6 +14,7 @@ from PIL import Image
 
 import fxwidth
 from fxwidth import FxwidthError
+from fxwidth.checkpoint.saving import save_tensors
 from fxwidth.evolution.evolver import parameter_count
 from fxwidth.training.curves import save_curves
 from fxwidth.training.datasets import load_dataset
@@ -21,8 +22,9 @@ from fxwidth.training.images import ImageData
 from fxwidth.training.interrupts import StopRequest
 from fxwidth.training.loop import all_widths, evaluate, fit, one_cycle
 from fxwidth.training.networks import build_network, input_channels, seed_resnet
-from fxwidth.training.run_checkpoint import Job, read_checkpoint, write_checkpoint
+from fxwidth.training.run_checkpoint import Job, read_checkpoint, read_graph, write_checkpoint
 from fxwidth.training.runs import TrainingConfig, TrainingObserver, TrainingResult
+from tests.oracles import files
 from tests.zoo.small_network import small_network
 
 
@@ -241,8 +243,9 @@ def test_a_run_goes_on_from_each_epoch_to_the_same_result(
 
     wanted = fit(gm, digits, config, keep=keep)
     torch.manual_seed(5)
-    read, again, state = read_checkpoint(tmp_path)
+    read, state = read_checkpoint(tmp_path)
     assert read == job
+    again = read_graph(tmp_path, lambda: fxwidth.trace(small_network(), digits.normalize(digits.test.images[:2])))
     result = fit(again, digits, config, state=state)
     assert replace(result, seconds=0.0, epochs=()) == replace(wanted, seconds=0.0, epochs=())
     assert [replace(one, seconds=0.0) for one in result.epochs] == [replace(one, seconds=0.0) for one in wanted.epochs]
@@ -250,18 +253,38 @@ def test_a_run_goes_on_from_each_epoch_to_the_same_result(
         assert torch.equal(one, other), name
 
 
-def test_a_checkpoint_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_used_is_refused(digits: ImageData, tmp_path: Path) -> None:
+    path, gm = tmp_path / "checkpoint.safetensors", traced_network(digits)
     with pytest.raises(
-        FxwidthError, match=r"--resume .*: there is no checkpoint\.pt; a run writes it after each epoch"
+        FxwidthError, match=r"--resume .*: there is no checkpoint\.safetensors; a run writes it after each epoch"
     ):
         read_checkpoint(tmp_path)
-    for content, message in ((b"nothing", "cannot be read"), (None, "is of another version")):
-        if content is None:
-            torch.save({"version": 0}, tmp_path / "checkpoint.pt")
-        else:
-            (tmp_path / "checkpoint.pt").write_bytes(content)
+    path.write_bytes(b"nothing")
+    with pytest.raises(FxwidthError, match=r"--resume .*checkpoint\.safetensors is damaged"):
+        read_checkpoint(tmp_path)
+    for further, message in (
+        (None, "or no run at all"),
+        ({"version": 0}, "is of another version"),
+        ({"version": 2, "job": {"model": "small"}, "state": {}}, "tells of no run"),
+    ):
+        save_tensors(gm, path, further=further)
         with pytest.raises(FxwidthError, match=message):
             read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_runs_no_code(digits: ImageData, tmp_path: Path) -> None:
+    """It is data alone; the pickle of an earlier version is refused unread, with what to do."""
+    job = Job("small", "digits", None, None, "cpu", EVOLVING)
+    gm = traced_network(digits)
+    fit(gm, digits, replace(EVOLVING, epochs=1), keep=lambda state: write_checkpoint(tmp_path, job, gm, state))
+    with files.watching_code() as seen:
+        read_checkpoint(tmp_path)
+        read_graph(tmp_path, lambda: traced_network(digits))
+        (tmp_path / "checkpoint.safetensors").unlink()
+        (tmp_path / "checkpoint.pt").write_bytes(files.pickle_bomb())
+        with pytest.raises(FxwidthError, match=r"checkpoint\.pt is a pickle of an earlier fxwidth.*train anew"):
+            read_checkpoint(tmp_path)
+    assert not seen
 
 
 @pytest.mark.parametrize("target", [None, 0.3])

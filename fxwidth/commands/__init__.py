@@ -1,0 +1,1 @@
+"""The `fxwidth` command but for `train`: each command parses, calls public functions, and prints."""

@@ -1,0 +1,66 @@
+"""The public names, each from where it is; importing this fills the tables of rules, costs and directions."""
+
+from __future__ import annotations
+
+from fxwidth import rules  # noqa: F401  (fills the table of op rules)
+from fxwidth.axes.polynomials import Polynomial
+from fxwidth.checkpoint.loading import load
+from fxwidth.checkpoint.saving import save
+from fxwidth.costs.budget import Budget
+from fxwidth.costs.layers import LayerCosts, cost
+from fxwidth.costs.registry import cost_polynomial
+from fxwidth.errors import FxwidthError, FxwidthWarning
+from fxwidth.evolution.evolve import evolve
+from fxwidth.evolution.evolver import Evolver
+from fxwidth.group_spectra import GroupSpectrum, Spectra, spectrum
+from fxwidth.groups.channel_group import ChannelGroup, Site
+from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.growth import informed_directions  # noqa: F401  (fills the table of directions)
+from fxwidth.growth.directions import TaskMoments, growth_direction
+from fxwidth.modules.write_back import write_back
+from fxwidth.penalties.growing_penalty import GrowingPenalty
+from fxwidth.penalties.spectral_penalty import spectral_penalty
+from fxwidth.planning.planner import Plan, plan
+from fxwidth.reporting import Report, report
+from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
+from fxwidth.resizing.resize import resize
+from fxwidth.selection.registry import selection_method
+from fxwidth.tracing.analyze import analyze
+from fxwidth.tracing.trace import trace
+from fxwidth.untying.untie_copies import untie_copies
+
+__all__ = [
+    "Budget",
+    "ChannelGroup",
+    "Evolver",
+    "FxwidthError",
+    "FxwidthWarning",
+    "GroupSpectrum",
+    "GrowingPenalty",
+    "LayerCosts",
+    "Plan",
+    "Polynomial",
+    "Replacement",
+    "Report",
+    "Site",
+    "Spectra",
+    "TaskMoments",
+    "WidthGraph",
+    "analyze",
+    "cost",
+    "cost_polynomial",
+    "evolve",
+    "growth_direction",
+    "load",
+    "optimizer_state_rule",
+    "plan",
+    "report",
+    "resize",
+    "save",
+    "selection_method",
+    "spectral_penalty",
+    "spectrum",
+    "trace",
+    "untie_copies",
+    "write_back",
+]

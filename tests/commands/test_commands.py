@@ -1,0 +1,182 @@
+"""Each command does what its help says: its own examples run, and models come from wherever they may."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import fxwidth
+from fxwidth.commands import changing, looking
+from fxwidth.commands.app import app
+
+OWN = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+def with_inputs():
+    return net(), torch.randn(2, 8)
+
+def batches():
+    return [torch.randn(32, 8) for _ in range(2)]
+"""
+EXAMPLES = [
+    example
+    for module in (looking, changing)
+    for name, examples in vars(module).items()
+    if name.endswith("_EXAMPLES")
+    for example in examples
+]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def data(*arguments: str) -> Any:
+    return json.loads(run(*arguments, "--json"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.delitem(__import__("sys").modules, "own_models", raising=False)
+    return tmp_path
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_every_command_has_examples() -> None:
+    commands = {example.split()[1] for example in EXAMPLES}
+    assert commands == {info.callback.__name__ for info in app.registered_commands if info.callback is not None}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_runs(example: str, folder: Path) -> None:
+    pytest.importorskip("torchvision")
+    (folder / "plan.json").write_text('{"classifier.0": 500}')
+    if "--out plan.json" in example:
+        (folder / "plan.json").unlink()
+    if example.split()[1] == "report":
+        gm = fxwidth.resize(fxwidth.trace(small_net(), torch.randn(2, 8)), {"0": 10})
+        fxwidth.save(gm, folder / "small.pt2")
+    output = run(*shlex.split(example)[1:])
+    assert output.strip()
+    if "--json" in example:
+        json.loads(output)
+
+
+def test_inspect_tells_groups_kinds_reasons_and_costs(folder: Path) -> None:
+    found = data("inspect", "own_models:net", "--input", "2x8")
+    assert (found["params"], found["flops"]) == (212, 768)
+    groups = {group["name"]: (group["width"], group["kind"], bool(group["pinned"])) for group in found["groups"]}
+    assert groups == {"0": (16, "hidden", False), "0:1": (8, "input", True), "2": (4, "output", True)}
+    assert len(found["spectra"]["0"]["singular_values"]) == 16
+    text = run("inspect", "own_models:with_inputs")
+    assert "own_models:with_inputs: 212 parameters, 768 flops, 1 of 3 groups are free" in text
+    assert "the size of the model's output" in text
+    assert "effective rank" in text
+
+
+def test_sizes_alone_need_no_weights() -> None:
+    pytest.importorskip("torchvision")
+    assert "spectra" not in data("inspect", "torchvision:squeezenet1_1", "--input", "1x3x64x64")
+
+
+def test_from_a_plan_to_a_file_and_back(folder: Path) -> None:
+    model = ["own_models:net", "--input", "2x8"]
+    run("plan", *model, "--params", "0.5", "--out", "plan.json", "--data", "own_models:batches")
+    plan = fxwidth.Plan.from_json((folder / "plan.json").read_text())
+    assert plan.notes["cost"]["params"][1] <= 106
+    assert str(plan.notes["evidence"]).startswith("data")
+    told = data("evolve", *model, "--plan", "plan.json", "--out", "small.pt2")
+    assert told["resizes"][0]["widths"] == {"0": [16, plan["0"]]}
+    gm = fxwidth.load("small.pt2")
+    assert gm.get_parameter("0.weight").shape == (plan["0"], 8)
+    # What has become of the model that was traced is no matter of the file.
+    kept = [{**one, "original": None} for one in (*data("report", "small.pt2")["resizes"], *told["resizes"])]
+    assert kept[0] == kept[1]
+    # A graph from a file can be inspected, and resized again.
+    assert data("inspect", "small.pt2")["groups"][0]["width"] == plan["0"]
+    run("evolve", "small.pt2", "--params", "0.5", "--out", "smaller.pt2")
+    assert fxwidth.load("smaller.pt2").get_parameter("0.weight").shape[0] < plan["0"]
+
+
+def test_a_file_of_tensors_needs_its_architecture(folder: Path) -> None:
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.safetensors")
+    found = data("report", "small.safetensors", "--architecture", "own_models:with_inputs")
+    assert len(found["resizes"]) == 1
+
+
+def test_weights_are_read_from_a_file(folder: Path) -> None:
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in small_net().state_dict().items()}
+    torch.save(state, folder / "w.pt")
+    save_file(state, folder / "w.safetensors")
+    ranks = [
+        data("inspect", "own_models:with_inputs", "--weights", name)["spectra"]["0"]["effective_rank"]
+        for name in ("w.pt", "w.safetensors")
+    ]
+    assert ranks == [pytest.approx(1.0, abs=1e-3)] * 2
+
+
+def test_compare_tells_costs_times_and_outputs(folder: Path) -> None:
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.pt2")
+    found = data("compare", "own_models:with_inputs", "small.pt2")
+    assert found["params"][0] == 212
+    assert found["params"][1] <= 106
+    assert all(seconds > 0 for seconds in found["seconds"])
+    assert 0 < found["output_difference"] < 1
+    assert data("compare", "own_models:with_inputs", "own_models:with_inputs")["output_difference"] == 0
+    assert "outputs: differ by" in run("compare", "own_models:with_inputs", "small.pt2")
+
+
+def test_a_folder_of_images_is_data(folder: Path) -> None:
+    pytest.importorskip("torchvision")
+    images = pytest.importorskip("PIL.Image")
+    for name in ("a", "b"):
+        (folder / "images" / name).mkdir(parents=True)
+        images.new("RGB", (50, 40), "teal").save(folder / "images" / name / "1.png")
+    (folder / "own_images.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))\n"
+    )
+    found = data("plan", "own_images:net", "--input", "1x3x16x16", "--params", "0.6", "--data", "images")
+    assert found["notes"]["evidence"].startswith("data")
+
+
+# Of one on the meta device a trace says that its two modes differ, which of one with values it does not.
+@pytest.mark.filterwarnings("ignore::fxwidth.errors.FxwidthWarning")
+def test_a_configuration_of_transformers_is_a_model(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=99, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder / "llama")
+    for name in ("hf:llama", "hf:llama/config.json"):
+        found = data("inspect", name)
+        kinds = {group["kind"] for group in found["groups"]}
+        assert {"heads", "head dim", "residual stream", "hidden", "entries looked up"} <= kinds
+    assert "model.layers.0..2.mlp" in run("inspect", "hf:llama")
+
+
+def test_a_model_of_timm() -> None:
+    pytest.importorskip("timm")
+    assert data("inspect", "timm:test_vit")["params"] > 0

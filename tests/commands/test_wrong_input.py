@@ -1,0 +1,110 @@
+"""Wrong input is one message that names what was typed and what helps, without a traceback, and status 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fxwidth.commands.app import app
+
+OWN = """
+import torch
+from torch import nn
+net = nn.Linear(8, 4)
+number = 3
+def nothing():
+    return None
+def fails():
+    raise ValueError("no such layer")
+"""
+PLAIN = ["own_wrong:net", "--input", "2x8"]
+CASES: dict[str, tuple[list[str], str]] = {
+    "no zoo": (["inspect", "resnet18"], "did you mean torchvision:resnet18,"),
+    "misspelt zoo": (["inspect", "torchvison:resnet18"], "did you mean torchvision?"),
+    "misspelt model": (
+        ["inspect", "torchvision:resnet81"],
+        "no model 'resnet81'; did you mean resnet18",
+    ),
+    "misspelt timm model": (["inspect", "timm:vit_tiny_patch16_225"], "did you mean vit_tiny_patch16_224"),
+    "int8 model": (["inspect", "torchvision:quantized_resnet18"], "take torchvision:resnet18"),
+    "package that is not there": (["inspect", "ultralytics:yolo11n.yaml"], "pip install ultralytics"),
+    "no configuration": (["inspect", "hf:no/config.json"], "there is no file no/config.json"),
+    "no file": (["inspect", "missing.pt2"], "there is no file missing.pt2"),
+    "no module": (["inspect", "no_such_module:net"], "there is no library or module 'no_such_module'"),
+    "no function": (["inspect", "own_wrong:nett"], "own_wrong has no 'nett'; did you mean net?"),
+    "no model": (["inspect", "own_wrong:number"], "own_wrong:number is int; it must be a model or a function"),
+    "nothing returned": (["inspect", "own_wrong:nothing"], "own_wrong:nothing returns NoneType"),
+    "failing function": (["inspect", "own_wrong:fails"], "fails: ValueError: no such layer ("),
+    "unknown inputs": (["inspect", "own_wrong:net"], "give its shape, as in --input 1x3x224x224"),
+    "bad shape": (["inspect", "own_wrong:net", "--input", "2,8"], "--input 2,8: an input is a shape"),
+    "size zero": (["inspect", "own_wrong:net", "--input", "0x8"], "--input 0x8: an input is a shape"),
+    "bad dtype": (["inspect", "own_wrong:net", "--input", "2x8:floaty"], "--input 2x8:floaty: an input is"),
+    "half named": (["inspect", "own_wrong:net", "--input", "a=2x8", "--input", "2x8"], "give every input a name"),
+    "no weights": (["inspect", *PLAIN, "--weights", "missing.pt"], "--weights missing.pt: there is no such file"),
+    "other weights": (["inspect", *PLAIN, "--weights", "other.pt"], "does not hold the state dict of this model"),
+    "weights of no library": (["inspect", *PLAIN, "--weights", "default"], "is of no library; give --weights a file"),
+    "bad bound": (["plan", *PLAIN, "--params", "half"], "--params half: a bound is a whole number"),
+    "no data": (["plan", *PLAIN, "--params", "0.5", "--data", "missing"], "--data missing: there is no such file"),
+    "no data file": (["plan", *PLAIN, "--params", "0.5", "--data", "no.pt"], "--data no.pt: there is no such file"),
+    "no folder": (["plan", *PLAIN, "--params", "0.5", "--out", "no/plan.json"], "there is no folder no; make"),
+    "file is there": (["plan", *PLAIN, "--params", "0.5", "--out", "other.pt"], "replace it with --overwrite"),
+    "no plan": (["evolve", *PLAIN, "--plan", "no.json", "--out", "x.pt2"], "--plan no.json cannot be read"),
+    "bad plan": (
+        ["evolve", *PLAIN, "--plan", "own_wrong.py", "--out", "x.pt2"],
+        "own_wrong.py: this is no JSON",
+    ),
+    "no budget": (["evolve", *PLAIN, "--out", "x.pt2"], "evolve takes either --plan or a budget"),
+    "bad file name": (["evolve", *PLAIN, "--params", "0.5", "--out", "x.onnx"], "ends in .pt2, .safetensors, .pt"),
+    "unknown group": (
+        ["explain", *PLAIN, "wieght", "weight"],
+        "no channel group 'wieght'; did you mean 'weight'",
+    ),
+    "report of a model": (
+        ["report", "torchvision:resnet18"],
+        "is no file; a report is of what fxwidth.save",
+    ),
+    "needless architecture": (["inspect", *PLAIN, "--architecture", "x:y"], "is no such file"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_wrong.py").write_text(OWN)
+    torch.save({"weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    monkeypatch.delitem(sys.modules, "own_wrong", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input(name: str, folder: Path) -> None:
+    if name == "package that is not there" and "ultralytics" in sys.modules:
+        pytest.skip("it is there")
+    arguments, message = CASES[name]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("Error: ")
+    assert message in result.output
+    assert result.output.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["other.pt", "own_wrong.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", *PLAIN, "--params", "1"], "params=1 is out of reach"),
+        (["plan", *PLAIN, "--params", "0.5", "--only", "weight"], "leaves no group that may change"),
+        (["inspect", "own_wrong:net", "--input", "2x9"], "Error: "),
+    ],
+)
+def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: str, folder: Path) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert message in result.output
