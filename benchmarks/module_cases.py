@@ -1,4 +1,10 @@
-"""The models of the sweep of modules: which of torchvision and timm, and tiny configurations of transformers."""
+"""The models of the sweep of modules: which of torchvision and timm, and tiny configurations of transformers.
+
+The tiny ones have the proportions of the real ones, or what no resize can change would hold most of their parameters:
+feed-forward layers are four times as wide as the model, a projection that is an output is no wider than it, tables of
+positions are no longer than what is looked up, and models that return what their encoder gives, whose size is fixed by
+that, have four layers on each side, as the smallest Whisper has.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +42,8 @@ _GROUPED = {**_TEXT, "num_key_value_heads": 2}
 _GPT = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
 _BART = {
     "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 256,
@@ -70,7 +76,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bart": ("BartForConditionalGeneration", _BART, "two texts"),
     "bert": ("BertForMaskedLM", _TEXT, "tokens"),
     "bloom": ("BloomForCausalLM", {**_GPT, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "tokens"),
-    "clip_vision": ("CLIPVisionModelWithProjection", _VISION, "images"),
+    "clip_vision": ("CLIPVisionModelWithProjection", {**_VISION, "projection_dim": 64}, "images"),
     "convnext": ("ConvNextForImageClassification", {"hidden_sizes": [16, 32, 48, 64], "depths": [1] * 4}, "images"),
     "deit": ("DeiTForImageClassification", _VISION, "images"),
     "dinov2": ("Dinov2ForImageClassification", _VISION, "images"),
@@ -108,7 +114,11 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "t5": ("T5ForConditionalGeneration", _T5, "two texts"),
     "vit": ("ViTForImageClassification", _VISION, "images"),
     "wav2vec2": ("Wav2Vec2ForCTC", _SPEECH, "audio"),
-    "whisper": ("WhisperForConditionalGeneration", {**_BART, "max_source_positions": 16}, "mel"),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {**_BART, "max_source_positions": 16, "max_target_positions": 32},
+        "mel",
+    ),
 }
 
 

@@ -152,15 +152,27 @@ def growth_factor(bounds: Iterable[Bound], groups: Iterable[ChannelGroup]) -> fl
 
 
 def out_of_reach(
-    width_graph: WidthGraph, free: Iterable[ChannelGroup], smallest: Mapping[Factor, int], bound: Bound
+    width_graph: WidthGraph,
+    free: Iterable[ChannelGroup],
+    smallest: Mapping[Factor, int],
+    bound: Bound,
+    why: Mapping[str, str],
 ) -> str:
-    """Tell how far down a cost can go and which groups that stay hold it up."""
+    """Tell how far down a cost can go and which groups that stay hold it up.
+
+    Args:
+        width_graph: the groups.
+        free: those that may change.
+        smallest: the least widths that they may get.
+        bound: what cannot be met.
+        why: by group name, why it stays, of groups that are neither pinned nor left out by an option.
+    """
     chosen = {group.factor for group in free}
     staying = [group for group in width_graph.groups if group.factor not in chosen]
     held = sorted(((_presence(width_graph, group, smallest, bound), group) for group in staying), key=lambda e: -e[0])
     texts = []
     for presence, group in held[:3]:
-        reason = f"pinned: {group.pinned}" if group.pinned else "left out by only= or keep="
+        reason = f"pinned: {group.pinned}" if group.pinned else why.get(group.name, "left out by only= or keep=")
         where = "of them" if bound.name in _COUNTED else "flops"
         texts.append(f"{group.name!r} is in {presence:.0f} {where} ({reason})")
     detail = f" Groups that stay: {'; '.join(texts)}." if texts else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,19 @@ class Holdings:
     staying: dict[str, str] = field(default_factory=dict)
     entries: list[str] | None = None
     settle: Callable[[Mapping[str, int]], dict[str, int]] = dict
+
+    def bound(self, names: Set[str]) -> dict[str, str]:
+        """Return the groups that stay as one does that they go together with, and why.
+
+        Args:
+            names: those of the groups that may change.
+        """
+        found: dict[str, str] = {}
+        for tie in self.ties:
+            other = next((name for name in tie.units if name not in names), None)
+            if other is not None:
+                found |= dict.fromkeys(tie.units, f"{tie.why}, and {other!r} stays")
+        return found
 
     def told(self) -> dict[str, Any]:
         """Return it as plain data, for the notes of a plan."""

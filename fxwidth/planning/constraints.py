@@ -186,11 +186,10 @@ def tied_classes(
     """
     chosen = [group for group in free if group.name not in held.staying]
     names = {group.name for group in chosen}
-    # Where one of them must stay, so do all.
-    bound = {name for tie in held.ties if not tie.units.keys() <= names for name in tie.units}
+    bound = held.bound(names)
     result = classes(width_graph, [group for group in chosen if group.name not in bound], same_width)
     for tie in held.ties:
-        if tie.units.keys() & bound:
+        if tie.units.keys() & bound.keys():
             continue
         touched = [unit for unit in result if any(group.name in tie.units for group in unit.groups)]
         others = [group.name for unit in touched for group in unit.groups if group.name not in tie.units]

@@ -150,6 +150,17 @@ def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:
     return tied_classes(width_graph, chosen, options.same_width, held)
 
 
+def _held_by_module(width_graph: WidthGraph, options: PlanOptions) -> dict[str, str]:
+    """Return the groups that may change but for the module which is to hold the widths, and why they stay there."""
+    if options.for_module is None:
+        return {}
+    held = module_holdings(width_graph, options.for_module)
+    chosen = {group.name for group in chosen_groups(width_graph, options.only, options.keep)}
+    told = {name: f"{type(options.for_module).__name__} holds it: {why}" for name, why in held.staying.items()}
+    found = {**held.bound(chosen - held.staying.keys()), **told}
+    return {name: why for name, why in found.items() if name in chosen}
+
+
 class _BudgetProblem:
     """Widths to be found for groups, some of them together, within bounds on costs."""
 
@@ -158,6 +169,7 @@ class _BudgetProblem:
         self._width_graph = width_graph
         self.bounds = bounds_of(width_graph, options.target)
         self._groups = [group for unit in units for group in unit.groups]
+        self._why = _held_by_module(width_graph, options)
         limits, growing = Limits.of(options), self._may_grow(units, options)
         factor = growth_factor(self.bounds, [group for unit in growing for group in unit.groups])
         self._allowed = {unit: unit.widths(limits, factor if unit in growing else 1.0) for unit in units}
@@ -216,7 +228,7 @@ class _BudgetProblem:
         smallest = _by_factor(self._smallest)
         for bound in self.bounds:
             if not bound.met(smallest):
-                raise FxwidthError(out_of_reach(self._width_graph, self._groups, smallest, bound))
+                raise FxwidthError(out_of_reach(self._width_graph, self._groups, smallest, bound, self._why))
 
     @property
     def _smallest(self) -> dict[ChannelGroup, int]:
