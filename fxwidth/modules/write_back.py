@@ -43,6 +43,8 @@ def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
     with the graph from then on, so that an optimizer of the graph goes on with it, and is resized with it where it can
     be; where the model that was traced is another one that is resized with the graph, it gets copies.
 
+    What the forward does not read, such as `num_features` of timm, stays: no trial tells that it is such a size.
+
     A model of Hugging Face transformers gets a configuration from which `from_pretrained` builds the same sizes.
 
     Args:
