@@ -137,6 +137,6 @@ def test_dims_that_do_not_exist(block, name):
 
 def test_the_table(block):
     lines = str(block).splitlines()
-    assert lines[0].split() == ["group", "width", "writers", "readers", "notes"]
-    assert next(line for line in lines if line.startswith("expand")).split() == ["expand", "12", "1", "1"]
+    assert lines[0].split() == ["group", "width", "kind", "writers", "readers", "notes"]
+    assert next(line for line in lines if line.startswith("expand")).split() == ["expand", "12", "hidden", "1", "1"]
     assert any("pinned: the size of the model's output" in line for line in lines)
