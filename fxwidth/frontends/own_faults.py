@@ -13,6 +13,7 @@ from fxwidth.frontends.call_signature import Call
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.runtime.code_places import fault_place
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
+from fxwidth.runtime.trace_guards import UntraceableError
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ def own_fault(model: nn.Module, call: Call | None) -> OwnFault | None:
     if any(tensor.is_meta != (device.type == "meta") for tensor in deep_tensors(call.value)):
         return None  # it could not run as it is
     args, kwargs = copies([map_leaves(lambda leaf: leaf.detach().to(device), value) for value in call.value])
-    with looking_on(model):
+    with looking_on(model), torch.enable_grad():
         try:
             model(*args, **kwargs)
+        except UntraceableError:
+            return None  # what is watched here may not be done: the model would do it
         except Exception as error:
             return OwnFault(error, fault_place(error))
     return None
