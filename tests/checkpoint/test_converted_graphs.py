@@ -49,8 +49,14 @@ CONVERSIONS: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", [network, program])
-@pytest.mark.parametrize("name", CONVERSIONS)
+# A program is read in seconds: one conversion that has all of it, and the others where there is time.
+_ALL = "bfloat16, channels last"
+_CASES = [(name, network) for name in CONVERSIONS] + [
+    pytest.param(name, program, marks=() if name == _ALL else pytest.mark.slow) for name in CONVERSIONS
+]
+
+
+@pytest.mark.parametrize(("name", "source"), _CASES)
 def test_a_converted_graph_is_planned_resized_and_saved(
     name: str, source: Callable[[], nn.Module], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from fxwidth.runtime.gc_pause import without_collections
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
     monkeypatch.setattr(gc_pause, "_last_look", gc_pause._LastLook())
+    monkeypatch.setattr(gc_pause, "_REST", 0)  # what is in use is asked at the end of each pause
     yield
     gc.unfreeze()
     gc.enable()
@@ -114,6 +115,21 @@ def test_what_was_freed_is_handed_back_before_all_is_looked_at(monkeypatch: pyte
         one = weakref.ref(Cycle())
     assert handed_back == [True]
     assert one() is not None
+
+
+def test_what_is_in_use_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would take as long as the analysis of a small network."""
+    monkeypatch.setattr(gc_pause, "_REST", 1e6)
+    asked: list[bool] = []
+    monkeypatch.setattr(memory_in_use, "resident_bytes", lambda: len(asked.append(True) or asked))
+    for _ in range(3):
+        with without_collections():
+            pass
+    assert asked == [True]
+    gc_pause._last_look.rests_until = 0.0
+    with without_collections():
+        pass
+    assert asked == [True, True]
 
 
 def test_large_garbage_is_found_by_itself() -> None:
