@@ -50,6 +50,7 @@ def plan(
     import fxwidth
     from fxwidth.commands.calibration import batches
     from fxwidth.commands.models import open_model
+    from fxwidth.runtime.atomic_files import replacing
 
     options.refuse_unwritable(out, overwrite=overwrite)
     target = options.budget(params, flops, activation_memory, latency)
@@ -59,7 +60,8 @@ def plan(
     evidence: dict[str, Any] = {} if data is None else {"data": batches(data, opened.inputs)}
     found = fxwidth.plan(graph, **_planning(target, min_width, align, only, keep), **evidence)
     if out is not None:
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
+        with replacing(out) as beside:
+            beside.write_text(found.to_json() + "\n", encoding="utf-8")
     if as_json:
         typer.echo(found.to_json())
         return

@@ -28,6 +28,10 @@ def net():
 def with_inputs():
     return net(), torch.randn(2, 8)
 
+def wider():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(2, 8)
+
 def batches():
     return [torch.randn(32, 8) for _ in range(2)]
 """
@@ -144,21 +148,22 @@ def test_weights_are_read_from_a_file(folder: Path) -> None:
     assert ranks == [pytest.approx(1.0, abs=1e-3)] * 2
 
 
-def test_a_network_is_compared_with_itself(folder: Path) -> None:
-    found = data("compare", "own_models:with_inputs", "own_models:with_inputs")
-    assert found["output_difference"] == 0
-    assert found["params"] == [212, 212]
+def test_compare_tells_costs_times_and_outputs(folder: Path) -> None:
+    found = data("compare", "own_models:wider", "own_models:with_inputs")
+    assert found["params"] == [420, 212]
+    assert all(seconds > 0 for seconds in found["seconds"])
+    assert found["output_difference"] > 0
+    assert data("compare", "own_models:with_inputs", "own_models:with_inputs")["output_difference"] == 0
+    assert "outputs: differ by" in run("compare", "own_models:wider", "own_models:with_inputs")
 
 
 @pytest.mark.slow
-def test_compare_tells_costs_times_and_outputs(folder: Path) -> None:
+def test_a_model_is_compared_with_a_file(folder: Path) -> None:
     run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.pt2")
     found = data("compare", "own_models:with_inputs", "small.pt2")
     assert found["params"][0] == 212
     assert found["params"][1] <= 106
-    assert all(seconds > 0 for seconds in found["seconds"])
     assert 0 < found["output_difference"] < 1
-    assert "outputs: differ by" in run("compare", "own_models:with_inputs", "small.pt2")
 
 
 def test_a_folder_of_images_is_data(folder: Path) -> None:

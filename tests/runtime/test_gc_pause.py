@@ -20,7 +20,6 @@ from fxwidth.runtime.gc_pause import without_collections
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
     monkeypatch.setattr(gc_pause, "_last_look", gc_pause._LastLook())
-    monkeypatch.setattr(gc_pause, "_REST", 0)  # what is in use is asked at the end of each pause
     yield
     gc.unfreeze()
     gc.enable()
@@ -75,6 +74,7 @@ MEASURES = ("resident_bytes", "cuda_bytes")
 
 def is_found(monkeypatch: pytest.MonkeyPatch, measure: str, amounts: Sequence[int]) -> list[bool]:
     """Whether a cycle that is left in each of several pauses is found by its end, with so many bytes in use there."""
+    monkeypatch.setattr(gc_pause, "_REST", 0)  # the pauses follow each other at once
     for name in MEASURES:
         monkeypatch.setattr(memory_in_use, name, lambda: 0)
     result = []
@@ -106,6 +106,7 @@ def test_garbage_is_found_when_the_memory_has_grown(
 
 def test_what_was_freed_is_handed_back_before_all_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     handed_back: list[bool] = []
+    monkeypatch.setattr(gc_pause, "_REST", 0)  # the pauses follow each other at once
     monkeypatch.setattr(memory_in_use, "give_back_free_memory", lambda: handed_back.append(True))
     amounts = iter((GIB, 2 * GIB, GIB))
     monkeypatch.setattr(memory_in_use, "resident_bytes", lambda: next(amounts))
