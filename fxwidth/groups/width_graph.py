@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
-from functools import cache, cached_property, partial
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
-from torch import Tensor, nn
+from torch import nn
 
-from fxwidth.analysis.least_widths import Least, least_widths
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role, Roles, find_roles
-from fxwidth.axes.factors import Factor, find, term_size
+from fxwidth.axes.factors import Factor, term_size
 from fxwidth.axes.index_maps import NEW, IndexMaps
-from fxwidth.axes.pins import BATCH, STRUCTURAL, UNUSED, Pin
-from fxwidth.axes.positions import positions_by_channel
 from fxwidth.errors import FxwidthError
-from fxwidth.groups.channel_group import ChannelGroup, Site
+from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.drawing import draw
 from fxwidth.groups.explanations import describe_pin
+from fxwidth.groups.group_building import build_groups, lost_groups, pin_of, pin_unused
 from fxwidth.groups.group_kinds import Kind, group_kinds
 from fxwidth.groups.repeated_blocks import folded, without_numbers
-from fxwidth.growth.recipes import Growth, find_growth
+from fxwidth.growth.recipes import Growth
 from fxwidth.rules.copies import channel_copies
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.tables import Table
@@ -50,9 +48,9 @@ class WidthGraph:
         self.analysis = analysis
         self.memo: dict[Any, Any] = {}
         self.roles: Roles = find_roles(analysis)
-        _pin_unused(analysis)
-        self.groups: list[ChannelGroup] = list(_build_groups(analysis, self.roles))
-        self.groups += _lost_groups(analysis, {group.name for group in self.groups})
+        pin_unused(analysis)
+        self.groups: list[ChannelGroup] = list(build_groups(analysis, self.roles))
+        self.groups += lost_groups(analysis, {group.name for group in self.groups})
 
     def __getitem__(self, name: str) -> ChannelGroup:
         """Return a group by name.
@@ -172,7 +170,7 @@ class WidthGraph:
                     )
 
     def _told(self, name: str, leaf: Factor) -> str:
-        pin = _pin_of(leaf)
+        pin = pin_of(leaf)
         if pin is None:
             return f"{name!r} is free: its width of {leaf.size} can change."
         origins = ((path, entry.origins) for path, entry in self.analysis.parameters.items())
@@ -237,90 +235,6 @@ class WidthGraph:
         notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
         counts = (str(len({site.parameter for site in group.sites_as(role)})) for role in (Role.WRITER, Role.READER))
         return str(group.width), self.kinds[group.name], *counts, "; ".join(notes)
-
-
-def _pin_unused(analysis: Analysis) -> None:
-    # A parameter the tape never touches looks free, but nothing says what depends on its shape.
-    in_training = (call for calls in analysis.training_calls.values() for call in calls)
-    used = set[Tensor]().union(*(call.axes for call in analysis.calls), *(call.inputs for call in in_training))
-    for entry in analysis.parameters.values():
-        if entry.fake not in used:
-            analysis.space.context = ""
-            for axis in entry.axes:
-                analysis.space.pin(axis, UNUSED)
-
-
-def _build_groups(analysis: Analysis, roles: Roles) -> Iterator[ChannelGroup]:
-    sites: dict[Factor, list[Site]] = {}
-    names: dict[Factor, str] = {}
-    shared = _group_factors(analysis, roles)
-    leaves_of = cache(lambda root: tuple(dict.fromkeys(analysis.space.leaves(root))))
-    for parameter, entry in analysis.parameters.items():
-        for dim, origin in enumerate(entry.origins):
-            if origin is None:
-                continue
-            leaves = leaves_of(find(origin))
-            role = roles.by_dim.get((parameter, dim), Role.PER_CHANNEL)
-            for number, leaf in enumerate(leaves):
-                own_role = Role.PER_CHANNEL if (parameter, dim, leaf) in shared else role
-                positions = partial(positions_by_channel, entry.axes[dim], leaf)
-                sites.setdefault(leaf, []).append(Site(parameter, dim, own_role, positions))
-                if role == Role.WRITER and leaf not in names:
-                    names[leaf] = _name(parameter, dim, number if len(leaves) > 1 else None)
-    taken: set[str] = set()
-    least = least_widths(analysis)
-    for leaf, places in sites.items():
-        if leaf.pinned is not None and leaf.pinned.reason in STRUCTURAL:
-            continue
-        name = names.get(leaf) or _name(places[0].parameter, places[0].dim, None)
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        pin = _pin_of(leaf)
-        pinned = None if pin is None else str(pin)
-        recipe = partial(Growth, inexact=f"pinned: {pinned}") if pinned else partial(find_growth, analysis, roles, leaf)
-        yield ChannelGroup(
-            name, leaf.size, tuple(places), pinned, leaf.mixed, leaf, recipe, least.get(leaf, Least(1, ""))
-        )
-
-
-def _lost_groups(analysis: Analysis, taken: Collection[str]) -> Iterator[ChannelGroup]:
-    for lost in analysis.lost:
-        name = lost.name
-        while name in taken:
-            name += "'"
-        factor = Factor(1, name)
-        factor.pinned = Pin(lost.why)
-        sites = tuple(Site(parameter, dim, Role.PER_CHANNEL) for parameter, dim in lost.dims)
-        recipe = partial(Growth, inexact=f"pinned: {lost.why}")
-        yield ChannelGroup(name, 1, sites, lost.why, None, factor, recipe, Least(1, ""))
-
-
-def _pin_of(leaf: Factor) -> Pin | None:
-    return Pin(BATCH) if leaf.is_batch else leaf.pinned
-
-
-def _group_factors(analysis: Analysis, roles: Roles) -> set[tuple[str, int, Factor]]:
-    """Return the occurrences of convolution groups in writers: such a factor is in the channels read and written."""
-    result = set()
-    for reading in roles.readings:
-        signal_axis = reading.call.axes[reading.activation][reading.activation_dim]
-        entry = analysis.parameters[reading.parameter]
-        own_axis = entry.axes[reading.parameter_dim]
-        if analysis.space.normalise(signal_axis) == analysis.space.normalise(own_axis):
-            continue
-        through = set(analysis.space.factors(signal_axis)) - set(analysis.space.factors(own_axis))
-        for dim, axis in enumerate(entry.axes):
-            if dim != reading.parameter_dim:
-                result |= {
-                    (reading.parameter, dim, factor) for factor in analysis.space.factors(axis) if factor in through
-                }
-    return result
-
-
-def _name(parameter: str, dim: int, number: int | None) -> str:
-    name = parameter.removesuffix(".weight") + (f":{dim}" if dim else "")
-    return name if number is None else f"{name}#{number}"
 
 
 def refuse_other_than_groups(value: object) -> None:
