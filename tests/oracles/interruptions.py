@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fxwidth
+from fxwidth.runtime import gc_pause
 
 _PACKAGE = str(Path(fxwidth.__file__).parent)
 # The tracers of torch put functions in the place of others too.
@@ -112,16 +113,28 @@ def counted(
     """Run a piece of work, interrupted at its n-th call or not at all, and return what was counted."""
     counter = Counter(at, since, places)
     before = sys.gettrace()
-    sys.settrace(counter)
-    try:
-        work()
-    except KeyboardInterrupt:
-        assert at is not None
-    else:
-        assert at is None, f"call {at} was not interrupted, of {counter.count}"
-    finally:
-        sys.settrace(before)
+    with _without_rests():
+        sys.settrace(counter)
+        try:
+            work()
+        except KeyboardInterrupt:
+            assert at is not None
+        else:
+            assert at is None, f"call {at} was not interrupted, of {counter.count}"
+        finally:
+            sys.settrace(before)
     return counter
+
+
+@contextlib.contextmanager
+def _without_rests() -> Iterator[None]:
+    """Ask for the memory in use at each pause of the collector, and not by the clock: calls keep their numbers."""
+    rest, gc_pause._REST = gc_pause._REST, 0
+    gc_pause._last_look.rests_until = 0.0
+    try:
+        yield
+    finally:
+        gc_pause._REST = rest
 
 
 @dataclass
