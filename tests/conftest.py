@@ -6,11 +6,18 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from fxwidth.costs.registry import COSTS
+from fxwidth.growth.directions import DIRECTIONS
+from fxwidth.resizing import optimizer_state
+from fxwidth.rules.registry import RULES
+from fxwidth.selection.registry import METHODS
 
 torch.set_num_threads(1)
 
@@ -50,3 +57,14 @@ def _collected(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("slow"):
         gc.collect()
+
+
+@pytest.fixture
+def tables_as_before() -> Iterator[None]:
+    """Leave the tables of what users register as they are."""
+    tables: tuple[dict[Any, Any], ...] = (METHODS, COSTS, DIRECTIONS, RULES, optimizer_state._RULES)
+    before = [(table, dict(table)) for table in tables]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)

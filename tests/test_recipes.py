@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,20 +11,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import fxwidth
-from fxwidth.costs.registry import COSTS
-from fxwidth.growth.directions import DIRECTIONS
 from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
-from fxwidth.selection.registry import METHODS
 
-
-@pytest.fixture(autouse=True)
-def _tables_as_before() -> Iterator[None]:
-    """Leave the tables as they are."""
-    before = [(table, dict(table)) for table in (METHODS, COSTS, DIRECTIONS)]
-    yield
-    for table, entries in before:
-        table.clear()  # type: ignore[attr-defined]
-        table.update(entries)  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("tables_as_before")
 
 
 def net() -> tuple[nn.Module, Tensor]:

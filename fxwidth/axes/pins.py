@@ -175,7 +175,8 @@ def remedy(pin: Pin) -> str:
         return "Nothing is known of the other dimension but its size; please report this text to fxwidth."
     if root.reason == NO_RULE:
         op = root.context.partition(" at node ")[0]
-        return f'A rule, which says of what axes the op\'s results are made (README, "Custom ops"):\n{_rule_for(op)}'
+        page = 'documentation, "A rule for an op of your own"'
+        return f"A rule, which says of what axes the op's results are made ({page}):\n{_rule_for(op)}"
     found = next((text for reason, text in REMEDIES.items() if root.reason.startswith(reason)), None)
     return found or "What the op's rule says: change the model at that node."
 

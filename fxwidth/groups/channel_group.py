@@ -38,7 +38,7 @@ class Site:
 
     @cached_property
     def positions(self) -> tuple[Indices, ...]:
-        """The positions of each channel in the dim, ascending, [channels][positions each].
+        """The positions of each channel in the dim, one tuple a channel, ascending.
 
         A flattened feature map has several positions for each channel, a concatenation has positions of other groups in
         between, and where a dim holds pairs of channels a position is of both. A resize drops all positions of the

@@ -84,7 +84,7 @@ take it with slices, split or chunk: these follow a resize; constant indices do 
     "unknown": """\
 'parts.unknown' keeps its width of 24 (parts.unknown.weight dim 0, parts.unknown.bias dim 0)
 reason: no rule for this op, in fxwidth_tests::halves_swapped at node halves_swapped_default
-to free it: A rule, which says of what axes the op's results are made (README, "Custom ops"):
+to free it: A rule, which says of what axes the op's results are made (documentation, "A rule for an op of your own"):
     @fxwidth.rules.registry.rule('fxwidth_tests::halves_swapped')
     def its_axes(c):
         return [c.axes(...)]  # if the result has the axes of this operand""",

@@ -275,15 +275,14 @@ def test_state_in_lists_follows() -> None:
     assert torch.allclose(inner["exp_avg_sq"][8:], 0.1 * (weight.abs() + 1).mean(0))
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## Optimizers of your own\n", 1)[1].split("\n## ", 1)[0]
+PAGE = (Path(__file__).parents[2] / "docs/guides/optimizer-state.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("width", [4, 11])
-def test_a_rule_as_in_the_readme(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_as_in_the_documentation(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_state, "_RULES", {})
     defined: dict[str, Any] = {}
-    first, second = (part.split("```", 1)[0] for part in SECTION.split("```python\n")[1:3])
+    first, second = (part.split("```", 1)[0] for part in PAGE.split("```python\n")[1:3])
     exec(first, defined)
     gm, x = graph()
     optimizer = defined["Shampoo"](gm.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""README's section on custom ops, run as it stands."""
+"""The documentation's page on custom ops, run as it stands."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.rules.registry import RULES
 from tests.oracles.judges import analysed, assert_replays, assert_rewrites
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## Custom ops\n", 1)[1].split("\n## ", 1)[0]
-THE_OP, THE_RULE = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+PAGE = (Path(__file__).parents[2] / "docs/guides/op-rule.md").read_text(encoding="utf-8")
+THE_OP, _, THE_RULE, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 INPUTS = [torch.randn(4, 6, dtype=torch.float64)]
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """What README's first snippet defines."""
+    """What the page's first block defines."""
     defined: dict[str, Any] = {}
     exec(THE_OP, defined)
     return defined
