@@ -90,6 +90,9 @@ class Report:
 def report(gm: fx.GraphModule) -> Report:
     """Return what `resize`, `evolve` and `Evolver` have done to a graph.
 
+    Args:
+        gm: the graph.
+
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))

@@ -17,7 +17,9 @@ GROUPS = "fxwidth_groups"
 class AnalyzeWidths(PassBase):
     """Writes the channel groups of a graph, as plain data, to `gm.meta["fxwidth_groups"]`; the graph stays.
 
-    Requires a graph that carries shapes, or `example_inputs`.
+    Args:
+        example_inputs: as for `fxwidth.analyze`; needless when the graph carries shapes.
+        example_kwargs: arguments by name, beside positional ones in `example_inputs`.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -32,7 +34,14 @@ class AnalyzeWidths(PassBase):
         self._example_kwargs = example_kwargs
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Analyse a graph."""
+        """Analyse a graph.
+
+        Args:
+            graph_module: the graph; it stays as it is but for its `meta`.
+
+        Raises:
+            FxwidthError: no shapes are known, or the graph does not run on them.
+        """
         width_graph = WidthGraph(analyze_module(graph_module, self._example_inputs, self._example_kwargs))
         graph_module.meta[GROUPS] = {
             group.name: {"width": group.width, "pinned": group.pinned} for group in width_graph.groups

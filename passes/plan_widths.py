@@ -21,6 +21,9 @@ class PlanWidths(PassBase):
 
     What the plan costs and is predicted to lose goes to `gm.meta["fxwidth_plan_notes"]`.
 
+    Args:
+        options: those of `fxwidth.plan`.
+
     Raises:
         FxwidthError: an option is none, or out of range.
 
@@ -37,7 +40,14 @@ class PlanWidths(PassBase):
         self._options = options_from(PlanOptions, options)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Plan widths for a graph."""
+        """Plan widths for a graph.
+
+        Args:
+            graph_module: the graph; it stays as it is but for its `meta`.
+
+        Raises:
+            FxwidthError: the graph cannot be analysed, or its budget is out of reach.
+        """
         chosen, _ = plan_with_evidence(WidthGraph(analyze_module(graph_module)), self._options)
         # In one step: nothing can come between the two.
         graph_module.meta.update({PLAN: dict(chosen), PLAN_NOTES: chosen.notes})

@@ -19,7 +19,9 @@ from fxwidth.rewriting.optimizers import Optimizers
 class ResizeWidths(PassBase):
     """Resizes a graph by a given plan, or by the one that `PlanWidths` has left in `gm.meta["fxwidth_plan"]`.
 
-    The plan and the options are those of `fxwidth.resize`.
+    Args:
+        plan: as for `fxwidth.resize`; None for the one in `gm.meta`.
+        options: those of `fxwidth.resize`, `optimizer` among them.
 
     Raises:
         FxwidthError: the plan names no widths or channels, or an option is none, or out of range.
@@ -46,7 +48,14 @@ class ResizeWidths(PassBase):
         self._options = options_from(ResizeOptions, {"optimizer": optimizer, **options})
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Resize a graph in place."""
+        """Resize a graph in place.
+
+        Args:
+            graph_module: the graph.
+
+        Raises:
+            FxwidthError: there is no plan, or it cannot be carried out; nothing has changed.
+        """
         plan = self._plan
         if plan is None and PLAN in graph_module.meta:
             plan = Plan(graph_module.meta[PLAN], graph_module.meta.get(PLAN_NOTES))

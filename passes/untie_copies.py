@@ -27,7 +27,14 @@ class UntieCopies(PassBase):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite a graph in place."""
+        """Rewrite a graph in place.
+
+        Args:
+            graph_module: the graph.
+
+        Raises:
+            FxwidthError: the graph cannot be analysed; nothing has changed.
+        """
         before = graph_module.graph
         untie_copies(graph_module)
         return PassResult(graph_module, graph_module.graph is not before)

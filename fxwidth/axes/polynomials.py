@@ -77,7 +77,12 @@ class Polynomial:
         return sum(coefficient * _product(monomial, widths) for monomial, coefficient in self.terms.items())
 
     def along(self, factor: Factor, widths: Mapping[Factor, int]) -> list[float]:
-        """Return the coefficients, by degree, of the part that one factor's width changes, the others given."""
+        """Return the coefficients, by degree, of the part that one factor's width changes.
+
+        Args:
+            factor: that of a group.
+            widths: those of the others, by factor; what is not named stays as it is.
+        """
         parts = self._by_factor.get(factor, [])
         result: list[float] = [0] * (1 + max((degree for _, _, degree in parts), default=0))
         for rest, coefficient, degree in parts:
@@ -85,11 +90,19 @@ class Polynomial:
         return result
 
     def neighbours(self, factor: Factor) -> set[Factor]:
-        """Return the factors whose part depends on the width of this one."""
+        """Return the factors whose part depends on the width of this one.
+
+        Args:
+            factor: that of a group.
+        """
         return {other for rest, _, _ in self._by_factor.get(factor, []) for other in rest} - {factor}
 
     def containing(self, factor: Factor) -> Polynomial:
-        """Return the terms in which a factor occurs."""
+        """Return the terms in which a factor occurs.
+
+        Args:
+            factor: that of a group.
+        """
         return Polynomial({monomial: value for monomial, value in self.terms.items() if factor in monomial})
 
     def replaced(

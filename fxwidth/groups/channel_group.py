@@ -22,6 +22,7 @@ class Site:
         parameter: the name of the parameter or buffer.
         dim: the dim.
         role: what the group does there.
+        find_positions: finds the positions of each channel in the dim, when they are asked for.
 
     Example:
         >>> site = fxwidth.analyze(fxwidth.trace(torch.nn.Linear(8, 4), torch.randn(2, 8))).groups[0].sites[0]
@@ -56,6 +57,8 @@ class ChannelGroup:
         width: the number of channels.
         sites: where the group occurs in parameters and buffers.
         pinned: why the width must stay, or None.
+        factor: what stands for the group in axes and costs.
+        find_growth: finds what growing asks of each op, when it is asked for.
         mixed: the op that reduces over the channels (norm, softmax, mean), so that removing some changes the others.
         least: below which width no resize goes, and why: a variance, a norm or a softmax over fewer tells nothing.
 
@@ -99,5 +102,9 @@ class ChannelGroup:
         return self.growth.inexact
 
     def sites_as(self, role: Role) -> list[Site]:
-        """Return the sites of one role."""
+        """Return the sites of one role.
+
+        Args:
+            role: what the group does there, such as `Role.WRITER`.
+        """
         return [site for site in self.sites if site.role == role]

@@ -31,7 +31,16 @@ _COLUMNS = ("group", "width", "kind", "writers", "readers", "notes")
 
 
 class WidthGraph:
-    """The channel groups of a graph, and the reasons for them.
+    """The channel groups of a graph, and the reasons for them; `fxwidth.analyze` makes one.
+
+    Args:
+        analysis: the axes of the graph's parameters.
+
+    Attributes:
+        analysis: the same.
+        groups: all groups, pinned ones among them.
+        roles: what each parameter's dims do, by name and dim.
+        memo: what is found once of the graph and kept with it.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -74,7 +83,11 @@ class WidthGraph:
         return [group for group in self.groups if group.pinned is None]
 
     def growths(self, maps: IndexMaps) -> dict[Factor, Growth]:
-        """Return what growing does, by the factors of the groups that get new channels."""
+        """Return what growing does, by the factors of the groups that get new channels.
+
+        Args:
+            maps: the old channel of each new one, by factor.
+        """
         return {group.factor: group.growth for group in self.groups if (maps.of(group.factor) == NEW).any()}
 
     @cached_property
@@ -129,7 +142,10 @@ class WidthGraph:
         return "\n\n".join(self._told(name, leaf) for leaf in dict.fromkeys(leaves))
 
     def draw(self, path: str | Path) -> None:
-        """Draw the groups over the graph, as SVG or PNG by the suffix of `path`; this needs matplotlib.
+        """Draw the groups over the graph; this needs matplotlib.
+
+        Args:
+            path: the file to write, .svg or .png.
 
         Raises:
             FxwidthError: the suffix is another, the folder does not exist, matplotlib is not installed, or the graph

@@ -127,6 +127,9 @@ class GrowingPenalty:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one was.
 
+        Args:
+            state: what `state_dict` has returned.
+
         Raises:
             FxwidthError: it is no such state, or is one of other groups; nothing has changed.
         """
