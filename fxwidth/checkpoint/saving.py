@@ -70,7 +70,10 @@ def save(
     """
     path = path_of(path)
     if not isinstance(gm, fx.GraphModule):
-        raise FxwidthError(f"save takes a torch.fx.GraphModule, but received {type(gm).__name__}; trace it first.")
+        raise FxwidthError(
+            f"save takes a torch.fx.GraphModule, but received {type(gm).__name__}; pass what fxwidth.trace or "
+            "fxwidth.evolve returned."
+        )
     form = path.suffix.lower()
     if form == TENSORS:
         save_tensors(gm, path, optimizer, evolver)

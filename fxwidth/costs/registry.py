@@ -109,7 +109,9 @@ def _first_dims(values: Sequence[Any], kind: type) -> list[int]:
 
 def _known(name: str) -> Cost:
     if name not in COSTS:
-        raise FxwidthError(f"there is no cost {name!r}; they are {', '.join(map(repr, COSTS))}.")
+        raise FxwidthError(
+            f"there is no cost {name!r}; they are {', '.join(map(repr, COSTS))}; fxwidth.cost registers another."
+        )
     return COSTS[name]
 
 

@@ -149,7 +149,7 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
         except TypeError as error:
             raise FxwidthError(
                 f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
-                f"example_inputs has {len(call.args) + len(call.kwargs)}: {error}; {CALL_FORMS}.{_of_shape(call.args)}"
+                f"example_inputs has {_given(call)}: {error}; {CALL_FORMS}.{_of_shape(call.args)}"
             ) from error
     result: list[Argument] = []
     for parameter in _taken_by_graph(signature, bound):
@@ -172,6 +172,12 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
         else:
             result.append(take(name, Passing.LEFT_OUT, parameter.default))
     return result
+
+
+def _given(call: Call) -> str:
+    """Return how many arguments a call has, with the names of those that have one."""
+    names = ", ".join(call.kwargs)
+    return f"{len(call.args) + len(call.kwargs)}{f' ({names})' if names else ''}"
 
 
 def _of_shape(given: Sequence[Any]) -> str:

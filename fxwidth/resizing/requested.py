@@ -62,7 +62,9 @@ def requested(width_graph: WidthGraph, plan: Mapping[str, int | Sequence[int]], 
         FxwidthError: a name, a width, a channel, a pinned group or an inexact growth makes the plan unusable.
     """
     if not isinstance(plan, Mapping):
-        raise FxwidthError(f"a plan maps group names to widths, but received {type(plan).__name__}.")
+        raise FxwidthError(
+            f"a plan maps group names to widths, but received {plan!r:.80}; fxwidth.plan(wg, params=0.5) makes one."
+        )
     whole = Plan(dict(plan))
     widths, channels = {}, {}
     for name, width in whole.widths.items():

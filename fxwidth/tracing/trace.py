@@ -93,7 +93,8 @@ def _kind(given: Any) -> str:
 def _instead_of(given: Any) -> str:
     """Return what to pass in the place of something that is often taken for a model."""
     if isinstance(given, ExportedProgram):
-        return " Pass the model that it was exported from; a file of fxwidth.save is read by fxwidth.load."
+        own = "the model that it was exported from, or exported.module()"
+        return f" Pass {own}; a file of fxwidth.save is read by fxwidth.load."
     if isinstance(given, type) and issubclass(given, nn.Module):
         return f" Make one: {given.__name__}(...)."
     if isinstance(given, (str, Path)):

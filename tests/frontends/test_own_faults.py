@@ -88,7 +88,10 @@ def exported() -> Any:
 
 MODELS: dict[str, tuple[Any, str]] = {
     "class": (lambda: nn.Identity, r"received the class Identity\. Make one: Identity\(\.\.\.\)"),
-    "program": (exported, r"received ExportedProgram\. Pass the model that it was exported from"),
+    "program": (
+        exported,
+        r"received ExportedProgram\. Pass the model that it was exported from, or exported\.module\(\)",
+    ),
     "path": (lambda: "model.pt2", r"received str\. A file is read by fxwidth\.load\(path\)"),
     "state": (lambda: plain().state_dict(), r"received OrderedDict\. A state dict belongs into a model"),
     "array": (lambda: np.zeros(3), r"received ndarray\.$"),

@@ -26,7 +26,7 @@ def network() -> nn.Module:
         ({"0": True}, r"group '0'.* True"),
         ({"4": 2}, r"group '4' must keep its width 3: the size of the model's output.*Remove it from the plan"),
         ({"2": 9}, r"growing group '2' from 6 to 9 would change the function: .*softmax.*Pass exact=False"),
-        (["0"], "a plan maps group names to widths, but received list"),
+        (["0"], r"a plan maps group names to widths, but received \['0'\]; fxwidth\.plan"),
     ],
 )
 def test_bad_plans_are_refused_and_nothing_changes(plan: Any, words: str) -> None:
