@@ -157,7 +157,7 @@ def test_numbers_that_are_given_stay_inputs() -> None:
     [
         ({"x": 1}, {"x": 1}, "example_inputs is a dict, which means arguments by name, and so does example_kwargs"),
         ({3: 1}, None, "the names of arguments are strings, but received .*wrap a dict that is itself an argument"),
-        ({"y": 1}, None, r"the model takes 4 inputs \(x, mask, scale, flag\), but example_inputs has 1: missing"),
+        ({"y": 1}, None, r"the model takes 4 inputs \(x, mask, scale, flag\), but example_inputs has 1 \(y\): missing"),
         ((1, 2, 3), None, r"the model takes 4 inputs .* has 3: too many positional arguments; pass a tensor, a tuple"),
     ],
 )
