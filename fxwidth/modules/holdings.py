@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
+
+from fxwidth.errors import FxwidthError
+
+Widths = Mapping[str, int]
+# How many widths are tried near those that are planned.
+_MOST_TRIED = 6
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,44 @@ class Holdings:
         ties: the groups that go together.
         staying: the groups that must keep their widths, and why.
         entries: the entries of a configuration that hold widths; None for a module that has none.
-        settle: makes widths by group name somewhat smaller where the class cannot be built of them, as where a number
-            of heads must divide another size.
+        narrower: yields widths, by group name, of which the class can be built: those given first, then somewhat
+            smaller ones, as where a number of heads must divide another size.
+        problem: tells why widths would be refused by `write_back`, or None.
     """
 
     ties: list[Tie] = field(default_factory=list)
     staying: dict[str, str] = field(default_factory=dict)
     entries: list[str] | None = None
-    settle: Callable[[Mapping[str, int]], dict[str, int]] = dict
+    narrower: Callable[[Widths], Iterable[dict[str, int]]] = lambda widths: (dict(widths),)
+    problem: Callable[[Widths], str | None] = lambda _: None
+
+    def settled(self, widths: Widths, allows: Callable[[str, int], bool]) -> dict[str, int]:
+        """Return widths that `write_back` does not refuse: those given, or somewhat smaller ones.
+
+        Args:
+            widths: those that are planned, by group name.
+            allows: tells whether a group may get another width.
+
+        Raises:
+            FxwidthError: it refuses all of these.
+        """
+        first = None
+        for tried in islice(self._allowed(widths, allows), _MOST_TRIED):
+            problem = self.problem(tried)
+            if problem is None:
+                return tried
+            first = first or problem
+        listed = ", ".join(f"{name!r} to {width}" for name, width in list(widths.items())[:6])
+        raise FxwidthError(
+            f"for_module: the module cannot hold the widths that were planned ({listed}), nor somewhat smaller ones: "
+            f"{first or 'its class cannot be built of any'}. Ask for another budget, or keep some of these groups by "
+            "keep=[...]."
+        )
+
+    def _allowed(self, widths: Widths, allows: Callable[[str, int], bool]) -> Iterator[dict[str, int]]:
+        for tried in self.narrower(widths):
+            if all(width == widths[name] or allows(name, width) for name, width in tried.items()):
+                yield tried
 
     def bound(self, names: Set[str]) -> dict[str, str]:
         """Return the groups that stay as one does that they go together with, and why.

@@ -39,8 +39,10 @@ def training_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
 
     A graph may do there the same by other ops: where there are values, these are compared later.
     """
-    graph = ClassRuns(runs.analysis, runs.analysis.module, arguments_of_graph(runs.analysis.module))
-    ops, error = graph.seen(maps, mode=training(graph.model))
+    analysis = runs.analysis
+    graph = ClassRuns(analysis, analysis.module, arguments_of_graph(analysis.module))
+    # Before a resize the graph has its present widths alone.
+    ops, error = graph.seen(IndexMaps(analysis.space, {}), mode=training(graph.model))
     if error is not None:
         return None
     own, own_error = runs.seen(maps, mode=training(runs.model))
@@ -50,7 +52,10 @@ def training_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
         return None
     if own_error is not None:
         return f"in training it fails: {str(own_error).strip().partition(chr(10))[0]}"
-    if not any(tensor.is_meta for tensor, _ in tensor_slots(graph.model).values()):
+    is_resized = all(
+        tuple(map(maps.size, entry.axes)) == tuple(entry.fake.shape) for entry in analysis.parameters.values()
+    )
+    if not (is_resized and any(tensor.is_meta for tensor, _ in tensor_slots(graph.model).values())):
         return None
     # A graph of both modes may do the ops of one in another order.
     wanted, found = (Counter(op.signature for op in some if op.signature[0] not in _AS_MADE) for some in (ops, own))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fxwidth
+from fxwidth.modules import class_fit
 from fxwidth.modules import write_back as write_back_module
 from fxwidth.runtime.tensor_slots import tensor_slots
 
@@ -111,7 +112,7 @@ def test_a_head_count_that_is_wrong_but_gives_the_same_shapes_is_refused(monkeyp
     def by_shape_alone(runs, run, known, edits):
         edits.apply(runs.model.attention, {"_a": 4, "_b": 2})  # every shape fits
 
-    monkeypatch.setattr(write_back_module, "fit_sizes", by_shape_alone)
+    monkeypatch.setattr(class_fit, "fit_sizes", by_shape_alone)
     before = _state(model)
     with pytest.raises(fxwidth.FxwidthError, match=r"attention \(.*test_write_back.py:\d+\): it does .* is needed"):
         fxwidth.write_back(gm, model)
@@ -194,13 +195,14 @@ def test_a_plan_for_a_module_ties_what_its_code_has_one_number_for():
 def test_whatever_ends_it_leaves_the_module_as_it_was(monkeypatch, step, error):
     model, fresh = _block(), _block(1)
     gm = _narrowed(model)
-    original = getattr(write_back_module, step)
+    place = class_fit if step == "_otherwise" else write_back_module
+    original = getattr(place, step)
 
     def ended(*arguments):
         original(*arguments)
         raise error
 
-    monkeypatch.setattr(write_back_module, step, ended)
+    monkeypatch.setattr(place, step, ended)
     before = _state(fresh), _state(gm)
     with pytest.raises(error):
         fxwidth.write_back(gm, fresh)
