@@ -17,6 +17,7 @@ from fxwidth.analysis.op_signatures import Signature, is_silent, observed_signat
 from fxwidth.analysis.result import Analysis, ParameterAxes
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import Argument
+from fxwidth.modules.split_attention import with_whole_attention
 from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.batch_checks import enlarged
 from fxwidth.rewriting.model_runs import Signals, run_model
@@ -132,7 +133,9 @@ class ClassRuns:
     def calls(self) -> list[OpCall]:
         """The ops of the tape that are compared: those that work on the inputs, or on tensors that the model has."""
         held = [self.analysis.parameters[name].fake for name in self.entries.values()]
-        own = filter(Signals([*self._leaves(self.analysis.inputs), *held]), self.analysis.calls)
+        own_parts = frozenset(self.paths.values())
+        calls = with_whole_attention(self.analysis.calls, self.analysis.module.graph, own_parts)
+        own = filter(Signals([*self._leaves(self.analysis.inputs), *held]), calls)
         return [call for call in own if not (is_silent(call.func) or _is_idle(call))]
 
     def failure(

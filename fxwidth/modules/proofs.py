@@ -19,6 +19,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import invoke
 from fxwidth.modules.class_runs import ClassRuns
 from fxwidth.modules.graph_calls import arguments_of_graph
+from fxwidth.modules.split_attention import attention_in_parts
 from fxwidth.recording.data_dependent import VALUE_ERRORS
 from fxwidth.recording.graph_meta import EXAMPLES, notes_of
 from fxwidth.runtime.contexts import evaluating, quiet, training
@@ -42,10 +43,12 @@ def training_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
     analysis = runs.analysis
     graph = ClassRuns(analysis, analysis.module, arguments_of_graph(analysis.module))
     # Before a resize the graph has its present widths alone.
-    ops, error = graph.seen(IndexMaps(analysis.space, {}), mode=training(graph.model))
+    with attention_in_parts():
+        ops, error = graph.seen(IndexMaps(analysis.space, {}), mode=training(graph.model))
     if error is not None:
         return None
-    own, own_error = runs.seen(maps, mode=training(runs.model))
+    with attention_in_parts():
+        own, own_error = runs.seen(maps, mode=training(runs.model))
     if isinstance(own_error, VALUE_ERRORS):
         # It looks at values there: it is run on some later.
         runs.looks_at_values_in_training = True
