@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxwidth.analysis.op_signatures import Signature, is_silent, observed_signat
 from fxwidth.analysis.result import Analysis, ParameterAxes
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import Argument
+from fxwidth.modules.exported_answers import answering_as_exported
 from fxwidth.modules.split_attention import with_whole_attention
 from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.batch_checks import enlarged
@@ -75,11 +77,37 @@ class ClassRuns:
         self.analysis = analysis
         self.model = model
         self._arguments = arguments
+        self._surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.looks_at_values_in_training = False
 
     def of(self, model: nn.Module) -> ClassRuns:
         """Return the runs of another model of the class."""
         return ClassRuns(self.analysis, model, self._arguments)
+
+    @property
+    def goes_as_exported(self) -> bool:
+        """Whether the model's code goes the way here that it goes when it is exported."""
+        return self._surroundings is answering_as_exported
+
+    def go_as_graph(self, other: ClassRuns | None = None) -> None:
+        """Have the model's code go the way of the graph from now on: as it is exported, where that is what was traced.
+
+        That is told by the ops which it runs at its own sizes, or another of its class.
+        """
+        if other is not None:
+            other.go_as_graph()
+            self._surroundings = other._surroundings
+            return
+        wanted = self.wanted(IndexMaps(self.analysis.space, {}))
+        done: dict[Callable[[], AbstractContextManager[Any]], int] = {}
+        for way in (nullcontext, answering_as_exported):
+            self._surroundings = way
+            found, _ = self.seen(IndexMaps(self.analysis.space, {}), self.own_fakes())
+            alike = (op.signature[0] == needed[0] for op, needed in zip(found, wanted, strict=False))
+            done[way] = sum(takewhile(bool, alike))
+            if done[way] == len(wanted):
+                break
+        self._surroundings = max(done, key=lambda way: done[way])
 
     @cached_property
     def slots(self) -> Slots:
@@ -209,6 +237,7 @@ class ClassRuns:
             evaluating(model) if mode is None else mode,
             analysis.mode,
             quiet(),
+            self._surroundings(),
         ):
             try:
                 run_model(analysis, model, self._arguments, see, inputs)

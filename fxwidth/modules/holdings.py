@@ -12,7 +12,9 @@ from fxwidth.errors import FxwidthError
 
 Widths = Mapping[str, int]
 # How many widths are tried near those that are planned.
-_MOST_TRIED = 6
+_MOST_TRIED = 10
+# To multiples of what widths are rounded down.
+_STEPS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,15 @@ class Holdings:
         staying: the groups that must keep their widths, and why.
         entries: the entries of a configuration that hold widths; None for a module that has none.
         narrower: yields widths, by group name, of which the class can be built: those given first, then somewhat
-            smaller ones, as where a number of heads must divide another size.
+            smaller ones, as where a number of heads must divide another size. None where that is not known: then they
+            are rounded down.
         problem: tells why widths would be refused by `write_back`, or None.
     """
 
     ties: list[Tie] = field(default_factory=list)
     staying: dict[str, str] = field(default_factory=dict)
     entries: list[str] | None = None
-    narrower: Callable[[Widths], Iterable[dict[str, int]]] = lambda widths: (dict(widths),)
+    narrower: Callable[[Widths], Iterable[dict[str, int]]] | None = None
     problem: Callable[[Widths], str | None] = lambda _: None
 
     def settled(self, widths: Widths, allows: Callable[[str, int], bool]) -> dict[str, int]:
@@ -71,9 +74,19 @@ class Holdings:
         )
 
     def _allowed(self, widths: Widths, allows: Callable[[str, int], bool]) -> Iterator[dict[str, int]]:
-        for tried in self.narrower(widths):
+        for tried in (self._rounded if self.narrower is None else self.narrower)(widths):
             if all(width == widths[name] or allows(name, width) for name, width in tried.items()):
                 yield tried
+
+    def _rounded(self, widths: Widths) -> Iterator[dict[str, int]]:
+        """Yield widths, as given and rounded down: what code asks of sizes is mostly that something divides them."""
+        units = {name: unit for tie in self.ties for name, unit in tie.units.items()}
+        yield dict(widths)
+        for step in _STEPS:
+            steps = {name: step * units.get(name, 1) for name in widths}
+            yield {
+                name: max(width // steps[name] * steps[name], min(width, steps[name])) for name, width in widths.items()
+            }
 
     def bound(self, names: Set[str]) -> dict[str, str]:
         """Return the groups that stay as one does that they go together with, and why.

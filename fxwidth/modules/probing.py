@@ -43,6 +43,7 @@ def module_holdings(width_graph: WidthGraph, model: nn.Module) -> Holdings:
 
 def holdings_of(width_graph: WidthGraph, runs: ClassRuns) -> Holdings:
     """Return which widths of a graph's groups a module can hold; it is left as it was."""
+    runs.go_as_graph()
     trials = Trials(width_graph, runs)
     failure = runs.failure(trials.maps({}))
     if failure is not None:

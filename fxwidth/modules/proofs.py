@@ -71,6 +71,29 @@ def training_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
 _AS_MADE = frozenset({"lift_fresh", "empty_like", "zeros_like", "ones_like", "bernoulli", "copy"})
 
 
+def eager_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
+    """Return why a model cannot run at some widths, on tensors of these sizes with values; None where it has none.
+
+    It is asked of models of which stand-ins show another way than the one that they go: kernels have conditions of
+    their own.
+    """
+    analysis, slots = runs.analysis, runs.slots
+    tensors = copies_of(slots)
+    if not runs.goes_as_exported or any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    for name, in_graph in runs.entries.items():
+        entry = analysis.parameters[in_graph]
+        old = tensors[name]
+        sizes = tuple(map(maps.size, entry.axes))
+        tensors[name] = old if sizes == tuple(old.shape) else torch.zeros(sizes, dtype=old.dtype, device=old.device)
+    with substituted(runs.model, tensors, slots, restored), evaluating(runs.model), torch.no_grad(), quiet():
+        try:
+            invoke(runs.model, arguments_of_graph(analysis.module), _inputs(analysis.module))
+        except Exception as error:
+            return f"it fails at these sizes: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
 def refuse_other_values(gm: fx.GraphModule, model: nn.Module, runs: ClassRuns) -> None:
     """Check that outputs are equal on real inputs: as traced, of another batch size and of another length.
 

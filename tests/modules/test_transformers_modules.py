@@ -34,7 +34,7 @@ def test_half_of_a_model_is_saved_and_loaded_in_a_new_process(name, tmp_path):
     assert sum(p.numel() for p in model.parameters()) <= before / 2
     model.save_pretrained(tmp_path)
     text = "found = model(**call).logits"
-    if name != "bert":
+    if model.can_generate():
         text = "found = model.generate(given, max_new_tokens=4, do_sample=False)"
     if name == "whisper":
         text += "; found = torch.cat([found.flatten(), model.model.encoder(given).last_hidden_state.flatten()])"
@@ -107,6 +107,20 @@ def test_a_wrong_number_of_heads_of_the_same_shapes_is_refused(monkeypatch):
     fxwidth.write_back(gm, model)
     assert model.config.num_attention_heads < heads
     assert torch.equal(model(_TOKENS).logits, gm(input_ids=_TOKENS).logits)
+
+
+def test_sizes_that_change_at_once_are_found_and_heads_told_from_their_sizes():
+    """T5's bias has a column for each head, and its projections one for each entry of each head."""
+    transformers_t5 = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=99, decoder_start_token_id=0
+    )
+    model = transformers.T5EncoderModel(transformers_t5).eval()
+    gm = fxwidth.trace(model, {"input_ids": _TOKENS})
+    heads = {g.name: 2 for g in fxwidth.analyze(gm).free if g.width == 4}
+    assert heads
+    fxwidth.write_back(fxwidth.resize(gm, heads), model)
+    assert (model.config.num_heads, model.config.d_kv) == (2, 8)
+    assert torch.equal(model(_TOKENS).last_hidden_state, gm(input_ids=_TOKENS).last_hidden_state)
 
 
 def test_it_is_compiled_and_trained_as_before():

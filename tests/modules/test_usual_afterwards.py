@@ -24,7 +24,7 @@ def _halved(name: str) -> nn.Module:
 
 def _loss_of(model: nn.Module, name: str) -> torch.Tensor:
     given = call_of(name)
-    labels = given.pop("decoder_input_ids", TOKENS)
+    labels = given.pop("decoder_input_ids", TOKENS).contiguous()
     return model(**given, labels=labels).loss
 
 
