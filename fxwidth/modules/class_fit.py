@@ -87,12 +87,12 @@ def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits, rebuilding:
 
 
 def _shapes(runs: ClassRuns, maps: IndexMaps) -> Shapes:
-    """Return the shapes of the graph's parameters at some widths, by the model's names for them."""
+    """Return the shapes of the graph's parameters at some widths, by the model's names for them; not of dead ones."""
     names = named_tensors(runs.analysis.module)
     entries = {id(entry.tensor): entry for entry in runs.analysis.parameters.values()}
     found: Shapes = {}
     for name, _ in runs.model.named_parameters(remove_duplicate=False):
-        if name in names:
+        if name in names and name not in runs.dead:
             entry = entries.get(id(names[name]))
             found[name] = tuple(names[name].shape if entry is None else map(maps.size, entry.axes))
     return found

@@ -24,7 +24,7 @@ from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.batch_checks import enlarged
 from fxwidth.rewriting.model_runs import Signals, run_model
 from fxwidth.runtime.code_places import LIBRARIES
-from fxwidth.runtime.contexts import evaluating, quiet
+from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
@@ -92,11 +92,12 @@ class ClassRuns:
     def go_as_graph(self, other: ClassRuns | None = None) -> None:
         """Have the model's code go the way of the graph from now on: as it is exported, where that is what was traced.
 
-        That is told by the ops which it runs at its own sizes, or another of its class.
+        That is told by the ops which it runs at its own sizes, or, where it may have others by now, another model of
+        its class, which tells too what its code does not use.
         """
         if other is not None:
             other.go_as_graph()
-            self._surroundings = other._surroundings
+            self._surroundings, self.dead = other._surroundings, other.dead
             return
         wanted = self.wanted(IndexMaps(self.analysis.space, {}))
         done: dict[Callable[[], AbstractContextManager[Any]], int] = {}
@@ -210,6 +211,31 @@ class ClassRuns:
         error = self._run(maps, fakes, mode, found, lambda _: None, with_parts=True)
         return found, error
 
+    @cached_property
+    def dead(self) -> frozenset[str]:
+        """The names of the parameters that neither the graph nor the model's own code uses, in any mode.
+
+        Their sizes and values make no difference to what the model does.
+        """
+        calls = [*self.analysis.calls, *(one for some in self.analysis.training_calls.values() for one in some)]
+        used = {id(tensor) for call in calls for tensor in call.inputs}
+        entries = {name: self.analysis.parameters[in_graph] for name, in_graph in self.entries.items()}
+        waiting = {
+            name
+            for name, entry in entries.items()
+            if id(entry.fake) not in used and isinstance(self.slots[name][0], nn.Parameter)
+        }
+        fakes = self.own_fakes()
+        names = {id(fakes[name]): name for name in waiting}
+        for mode in (evaluating, training) if waiting else ():
+            read: set[str] = set()
+            look = lambda call, read=read: read.update(names.get(id(one), "") for one in call.inputs)  # noqa: E731
+            error = self._run(
+                IndexMaps(self.analysis.space, {}), fakes, mode(self.model), [], lambda _: None, look=look
+            )
+            waiting = set() if error is not None else waiting - read
+        return frozenset(waiting)
+
     def _run(
         self,
         maps: IndexMaps,
@@ -218,6 +244,7 @@ class ClassRuns:
         seen: list[SeenOp],
         judge: Callable[[SeenOp], None],
         with_parts: bool = False,
+        look: Callable[[OpCall], None] = lambda _: None,
     ) -> Exception | None:
         analysis, model = self.analysis, self.model
         fakes = self.fakes(maps) if fakes is None else fakes
@@ -225,6 +252,7 @@ class ClassRuns:
         signals = Signals([*self._leaves(inputs), *fakes.values()])
 
         def see(call: OpCall) -> None:
+            look(call)
             if not signals(call) or is_silent(call.func) or _is_idle(call):
                 return
             shapes = tuple(tuple(one.shape) for one in call.inputs) if with_parts else ()

@@ -15,7 +15,7 @@ from fxwidth.modules.rebuilding import Entry, Rebuilding, Shapes, shapes_of
 
 Judge = Callable[[nn.Module], Failure | None]
 # How many ways to come by the shapes are tried, and how many models are built in search of them.
-_MOST_SOLUTIONS, _MOST_BUILT = 12, 600
+_MOST_SOLUTIONS, _MOST_BUILT = 12, 300
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class _Fit:
         self._base = shapes_of(rebuilding.base)
         self._shapes = {name: shape for name, shape in shapes.items() if name in self._base}
         self._known = known
-        self._joined: list[Entry] = []
         self._places = self._sensitive()
         self._left = 0
         self.nearest: Mapping[Entry, int] = {}
@@ -136,9 +135,11 @@ class _Fit:
             for place in places:
                 if place in by_place:
                     by_place[place].append(entry)
-        # What no entry changes alone may be changed by those with which other parameters come, or that need another.
-        found = [entries or self._joined for entries in by_place.values()]
-        return min(([entry for entry in entries if entry not in changes] for entries in found), key=len)
+        # What no other entry changes alone may be changed by one that matters beside others: with which parameters come
+        # or go, or that rounds a size off where it does not divide it.
+        silent = [entry for entry in self._values if entry not in self._places and entry not in changes]
+        found = ([entry for entry in entries if entry not in changes] for entries in by_place.values())
+        return min((entries or silent for entries in found), key=len)
 
     @staticmethod
     def _is_none(wrong: Sequence[tuple[str, int]]) -> bool:
@@ -178,10 +179,7 @@ class _Fit:
         return [size for size in found if size != value and size > 0]
 
     def _sensitive(self) -> dict[Entry, list[tuple[str, int]]]:
-        """Return the dims that change with each entry, of those that change the shapes and not which there are.
-
-        The other entries are noted.
-        """
+        """Return the dims that change with each entry, of those that change the shapes and not which there are."""
         found: dict[Entry, list[tuple[str, int]]] = {}
         for entry, value in self._values.items():
             for other in (2 * value, value // 2, value + 1) if value > 0 else ():
@@ -198,6 +196,4 @@ class _Fit:
                 if places:
                     found[entry] = places
                 break
-            else:
-                self._joined.append(entry)
         return found

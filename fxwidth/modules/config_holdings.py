@@ -147,9 +147,10 @@ class InConfig:
         # Parameters of one kind are alike.
         for name, shape in {kind_of(name): (name, shape) for name, shape in reversed(shapes.items())}.values():
             found = self._entry_of(name)
-            for axis, old, new in zip(found.axes if found else (), self._base[name], shape, strict=False):
-                cost = entries_polynomial(graph.analysis.space, [[axis]])
-                inside = [group for group in graph.groups if len(cost.along(group.factor, {})) > 1]
+            for dim, (old, new) in enumerate(zip(self._base[name], shape, strict=True)):
+                if found is None or name in self._trials.runs.dead:
+                    continue
+                inside = [g for g in graph.groups if any((s.parameter, s.dim) == (found.name, dim) for s in g.sites)]
                 free = [group.name for group in inside if group.name in self._groups]
                 if new != old and not free:
                     pins = [f", as {group.name!r} is pinned there: {group.pinned}" for group in inside if group.pinned]
@@ -179,7 +180,7 @@ class InConfig:
         for name, tensor_shape in self._base.items():
             entry = self._entry_of(name)
             shape = shapes.get(name, tensor_shape)
-            if entry is not None:
+            if entry is not None and name not in self._trials.runs.dead:
                 wanted += [(entries_polynomial(space, [[axis]]), n) for axis, n in zip(entry.axes, shape, strict=True)]
         yield from islice(self._solved(wanted, {}, 0), _MOST_SOLUTIONS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor, fx, nn
@@ -35,6 +36,8 @@ def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
     be; where the model that was traced is another one that is resized with the graph, it gets copies.
 
     What the forward does not read, such as `num_features` of timm, stays: no trial tells that it is such a size.
+    Parameters that it reads in no mode, such as the mask token of a classifier, get the size that the configuration
+    gives them, with their first entries.
 
     A model of Hugging Face transformers gets a configuration from which `from_pretrained` builds the same sizes.
 
@@ -111,7 +114,9 @@ def _put_in_place(gm: fx.GraphModule, runs: ClassRuns, built: nn.Module | None) 
     shares = original is None or original is runs.model
     anew = {} if built is None else named_tensors(built)
     for name, (tensor, places) in runs.slots.items():
-        if name in runs.entries:
+        if name in runs.dead and name in anew and anew[name].shape != tensor.shape:
+            new = _cut(tensor, anew[name].shape)
+        elif name in runs.entries:
             entry: Tensor = runs.analysis.parameters[runs.entries[name]].tensor
             new = entry if shares else twin(entry, entry)
         elif tensor.is_meta and name in anew and not anew[name].is_meta:
@@ -122,6 +127,14 @@ def _put_in_place(gm: fx.GraphModule, runs: ClassRuns, built: nn.Module | None) 
             set_slot(holder, attribute, new)
     if shares:
         remember_original(gm, runs.model, arguments_of_graph(gm))
+
+
+def _cut(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a parameter of another shape that nothing uses: with the first entries, and zeros beyond."""
+    new = tensor.detach().new_zeros(tuple(shape))
+    both = tuple(slice(min(one, other)) for one, other in zip(tensor.shape, shape, strict=True))
+    new[both] = tensor.detach()[both]
+    return nn.Parameter(new, tensor.requires_grad)
 
 
 def _refusal(analysis: Analysis, model: nn.Module, problem: Failure | str) -> str:

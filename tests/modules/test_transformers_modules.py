@@ -123,6 +123,27 @@ def test_sizes_that_change_at_once_are_found_and_heads_told_from_their_sizes():
     assert torch.equal(model(_TOKENS).last_hidden_state, gm(input_ids=_TOKENS).last_hidden_state)
 
 
+@pytest.mark.slow
+def test_a_parameter_that_nothing_uses_goes_with_the_configuration(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, mlp_ratio=2, image_size=8, patch_size=4
+    )
+    model = transformers.Dinov2ForImageClassification(config).eval()
+    images = torch.randn(2, 3, 8, 8)
+    gm = fxwidth.trace(model, images)
+    for heads in (2, 1):
+        plan = fxwidth.plan(fxwidth.analyze(gm), params=0.7, for_module=model)
+        fxwidth.write_back(fxwidth.resize(gm, plan), model)
+        assert model.dinov2.embeddings.mask_token.shape == (1, model.config.hidden_size)
+        assert model.config.num_attention_heads <= heads + 1
+        assert torch.equal(model(images).logits, gm(images).logits)
+    model.save_pretrained(tmp_path)
+    again = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert torch.equal(again.dinov2.embeddings.mask_token, model.dinov2.embeddings.mask_token)
+
+
 def test_it_is_compiled_and_trained_as_before():
     model = fxwidth.evolve(_model("llama"), {"input_ids": _TOKENS}, params=0.5, output="module")
     compiled = torch.compile(model, backend="eager")
