@@ -39,8 +39,7 @@ class Holdings:
         staying: the groups that must keep their widths, and why.
         entries: the entries of a configuration that hold widths; None for a module that has none.
         narrower: yields widths, by group name, of which the class can be built: those given first, then somewhat
-            smaller ones, as where a number of heads must divide another size. None where that is not known: then they
-            are rounded down.
+            smaller ones, as where a number of heads must divide another size. None where that is not known.
         problem: tells why widths would be refused by `write_back`, or None.
     """
 
@@ -74,14 +73,24 @@ class Holdings:
         )
 
     def _allowed(self, widths: Widths, allows: Callable[[str, int], bool]) -> Iterator[dict[str, int]]:
-        for tried in (self._rounded if self.narrower is None else self.narrower)(widths):
+        seen: list[Widths] = []
+        for tried in self._near(widths):
+            if tried in seen:
+                continue
+            seen.append(tried)
             if all(width == widths[name] or allows(name, width) for name, width in tried.items()):
                 yield tried
 
+    def _near(self, widths: Widths) -> Iterator[dict[str, int]]:
+        """Yield widths of which the class can perhaps be built: those given first, if it can be of them."""
+        narrower = iter((dict(widths),) if self.narrower is None else self.narrower(widths))
+        yield from islice(narrower, 1)
+        yield from self._rounded(widths)
+        yield from narrower
+
     def _rounded(self, widths: Widths) -> Iterator[dict[str, int]]:
-        """Yield widths, as given and rounded down: what code asks of sizes is mostly that something divides them."""
+        """Yield widths, rounded down: what code asks of sizes is mostly that something divides them."""
         units = {name: unit for tie in self.ties for name, unit in tie.units.items()}
-        yield dict(widths)
         for step in _STEPS:
             steps = {name: step * units.get(name, 1) for name in widths}
             yield {

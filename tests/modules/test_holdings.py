@@ -19,6 +19,13 @@ def test_the_first_widths_that_are_not_refused_are_taken():
     assert held.settled({"a": 7}, lambda name, width: width % 4 == 0) == {"a": 4}
 
 
+def test_groups_are_rounded_down_at_once_before_one_is_made_narrower_step_by_step():
+    one_by_one = lambda widths: ({**widths, "a": widths["a"] - less} for less in range(9))  # noqa: E731
+    held = Holdings(narrower=one_by_one, problem=lambda widths: "odd" if widths["b"] % 4 else None)
+    assert held.settled({"a": 32, "b": 23}, lambda name, width: True) == {"a": 32, "b": 20}
+    assert held.settled({"a": 31, "b": 24}, lambda name, width: True) == {"a": 31, "b": 24}
+
+
 def test_that_all_are_refused_is_told_with_the_first_reason():
     held = Holdings(narrower=_near, problem=lambda widths: f"not {widths['a']}")
     with pytest.raises(fxwidth.FxwidthError, match=r"'a' to 7.*: not 7\. Ask for another budget, or keep"):
