@@ -13,6 +13,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    # Of peft itself, where experts are no linear layers.
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
 ]
 _ROWS = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(8, 1)]
 
