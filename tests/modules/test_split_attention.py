@@ -42,6 +42,16 @@ class Decoder(nn.Module):
         return self.layers(x, x.flip(1))
 
 
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, **_LAYER), 1, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x, mask=self.mask, is_causal=True)
+
+
 # Dropout is 0.1 by default.
 _CASES = {
     "attention": Attention,
@@ -53,6 +63,7 @@ _CASES = {
         nn.TransformerEncoderLayer(32, 4, **_LAYER), 2, enable_nested_tensor=False
     ),
     "decoder": Decoder,
+    "causal": Causal,
 }
 
 
@@ -82,7 +93,7 @@ def test_the_class_holds_it_as_one_op_and_drops_out_as_before(name, is_training)
     assert not torch.equal(model(_X), model(_X))
 
 
-@pytest.mark.parametrize("name", ["attention", "decoder", "with a mask of places"])
+@pytest.mark.parametrize("name", ["attention", "decoder", "with a mask of places", "causal"])
 def test_it_is_held_where_there_are_no_values(name):
     model, gm = _planned(_CASES[name], device="meta")
     assert fxwidth.write_back(gm, model).first.out_features < 32
