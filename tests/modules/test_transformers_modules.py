@@ -56,6 +56,24 @@ assert torch.equal(found, more)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _CASES)
+def test_what_is_planned_for_a_module_is_never_refused_when_it_is_written_back(name):
+    model = _model(name)
+    gm = fxwidth.trace(model, _call(name))
+    reached = []
+    # Each from where the one before has ended: by then heads no longer divide what they did.
+    for share in (0.9, 0.85, 0.7, 0.6):
+        try:
+            plan = fxwidth.plan(fxwidth.analyze(gm), params=share, for_module=model)
+        except fxwidth.FxwidthError:
+            continue
+        fxwidth.write_back(fxwidth.resize(gm, plan), model)
+        reached.append(share)
+        assert torch.allclose(_logits(model, name), gm(**_call(name)).logits, atol=1e-5)
+    assert reached
+
+
 def test_generation_with_a_cache_gives_the_tokens_of_the_graph():
     model = _model("llama").double()
     gm = fxwidth.trace(model, {"input_ids": _TOKENS})
