@@ -94,8 +94,11 @@ def _refuse_other_names(runs: ClassRuns) -> None:
     """Check that graph and model have the same tensors, by their names."""
     model, graph = runs.model, runs.analysis.module
     own = named_tensors(model)
-    for name, tensor in named_tensors(graph).items():
-        if isinstance(tensor, nn.Parameter) and name not in own:
+    # Where a model cannot be taken apart, the graph has it as a part, and each parameter by two names.
+    of_graph = named_tensors(graph)
+    known = {id(tensor) for name, tensor in of_graph.items() if name in own}
+    for name, tensor in of_graph.items():
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in known:
             raise FxwidthError(
                 f"{name} of the graph is none of {type(model).__name__}; pass a module of the class that was traced, "
                 "built as that was."

@@ -190,6 +190,67 @@ def test_a_plan_for_a_module_ties_what_its_code_has_one_number_for():
     assert torch.equal(model(x), gm(x))
 
 
+class Auxiliary(nn.Module):
+    """In training its code reads a hidden layer by one that nothing else uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.auxiliary = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        aside = self.auxiliary(x) if self.training else None
+        x = self.last(self.second(x).relu())
+        return x if aside is None else x + 0.0 * aside
+
+
+def test_a_plan_for_a_module_keeps_what_its_code_reads_in_training_alone():
+    torch.manual_seed(0)
+    model = Auxiliary().double().eval()
+    x = _inputs()[:, 0]
+    with pytest.warns(fxwidth.FxwidthWarning, match="in training it runs auxiliary"):
+        gm = fxwidth.trace(model, x)
+    graph = fxwidth.analyze(gm)
+    plan = fxwidth.plan(graph, params=0.8, for_module=model)
+    assert "in training" in plan.notes["for_module"]["staying"]["first"]
+    assert "first" not in plan.widths
+    fxwidth.write_back(fxwidth.resize(gm, plan), model)
+    assert (model.first.out_features, model.second.out_features) == (16, plan.widths["second"])
+    assert torch.equal(model(x), gm(x))
+
+
+class Detector(nn.Module):
+    """What it gives depends on values: its graph has it as a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for image in images:
+            x = self.second(self.first(image).relu()).relu()
+            chosen = torch.nonzero(x.sum(-1) > x.mean()).squeeze(1)
+            found.append({"boxes": self.last(x[chosen])[: int(chosen.numel())]})
+        return found
+
+
+@pytest.mark.parametrize("target", ["itself", "fresh"])
+def test_a_model_that_looks_at_values_holds_a_planned_graph(target):
+    torch.manual_seed(0)
+    model = Detector().double().eval()
+    images = [_inputs()[0], _inputs(3)[0, :4]]
+    gm = fxwidth.trace(model, (images,))
+    plan = fxwidth.plan(fxwidth.analyze(gm), params=0.5, for_module=model)
+    fxwidth.resize(gm, plan)
+    if target == "fresh":
+        model = Detector().double().eval()
+    assert fxwidth.write_back(gm, model).first.out_features == plan.widths["first"] < 16
+    for own, other in zip(model(images), gm(images), strict=True):
+        assert torch.equal(own["boxes"], other["boxes"])
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", ["_put_in_place", "_otherwise", "refuse_other_values"])
 def test_whatever_ends_it_leaves_the_module_as_it_was(monkeypatch, step, error):
