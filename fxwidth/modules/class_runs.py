@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,11 +18,13 @@ from fxwidth.analysis.op_signatures import Signature, is_silent, observed_signat
 from fxwidth.analysis.result import Analysis, ParameterAxes
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.frontends.call_signature import Argument
+from fxwidth.modules.exported_answers import answering_as_exported
+from fxwidth.modules.split_attention import with_whole_attention
 from fxwidth.recording.tape import OpCall
 from fxwidth.rewriting.batch_checks import enlarged
 from fxwidth.rewriting.model_runs import Signals, run_model
 from fxwidth.runtime.code_places import LIBRARIES
-from fxwidth.runtime.contexts import evaluating, quiet
+from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
@@ -74,11 +77,38 @@ class ClassRuns:
         self.analysis = analysis
         self.model = model
         self._arguments = arguments
+        self._surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.looks_at_values_in_training = False
 
     def of(self, model: nn.Module) -> ClassRuns:
         """Return the runs of another model of the class."""
         return ClassRuns(self.analysis, model, self._arguments)
+
+    @property
+    def goes_as_exported(self) -> bool:
+        """Whether the model's code goes the way here that it goes when it is exported."""
+        return self._surroundings is answering_as_exported
+
+    def go_as_graph(self, other: ClassRuns | None = None) -> None:
+        """Have the model's code go the way of the graph from now on: as it is exported, where that is what was traced.
+
+        That is told by the ops which it runs at its own sizes, or, where it may have others by now, another model of
+        its class, which tells too what its code does not use.
+        """
+        if other is not None:
+            other.go_as_graph()
+            self._surroundings, self.dead = other._surroundings, other.dead
+            return
+        wanted = self.wanted(IndexMaps(self.analysis.space, {}))
+        done: dict[Callable[[], AbstractContextManager[Any]], int] = {}
+        for way in (nullcontext, answering_as_exported):
+            self._surroundings = way
+            found, _ = self.seen(IndexMaps(self.analysis.space, {}), self.own_fakes())
+            alike = (op.signature[0] == needed[0] for op, needed in zip(found, wanted, strict=False))
+            done[way] = sum(takewhile(bool, alike))
+            if done[way] == len(wanted):
+                break
+        self._surroundings = max(done, key=lambda way: done[way])
 
     @cached_property
     def slots(self) -> Slots:
@@ -132,7 +162,9 @@ class ClassRuns:
     def calls(self) -> list[OpCall]:
         """The ops of the tape that are compared: those that work on the inputs, or on tensors that the model has."""
         held = [self.analysis.parameters[name].fake for name in self.entries.values()]
-        own = filter(Signals([*self._leaves(self.analysis.inputs), *held]), self.analysis.calls)
+        own_parts = frozenset(self.paths.values())
+        calls = with_whole_attention(self.analysis.calls, self.analysis.module.graph, own_parts)
+        own = filter(Signals([*self._leaves(self.analysis.inputs), *held]), calls)
         return [call for call in own if not (is_silent(call.func) or _is_idle(call))]
 
     def failure(
@@ -179,6 +211,31 @@ class ClassRuns:
         error = self._run(maps, fakes, mode, found, lambda _: None, with_parts=True)
         return found, error
 
+    @cached_property
+    def dead(self) -> frozenset[str]:
+        """The names of the parameters that neither the graph nor the model's own code uses, in any mode.
+
+        Their sizes and values make no difference to what the model does.
+        """
+        calls = [*self.analysis.calls, *(one for some in self.analysis.training_calls.values() for one in some)]
+        used = {id(tensor) for call in calls for tensor in call.inputs}
+        entries = {name: self.analysis.parameters[in_graph] for name, in_graph in self.entries.items()}
+        waiting = {
+            name
+            for name, entry in entries.items()
+            if id(entry.fake) not in used and isinstance(self.slots[name][0], nn.Parameter)
+        }
+        fakes = self.own_fakes()
+        names = {id(fakes[name]): name for name in waiting}
+        for mode in (evaluating, training) if waiting else ():
+            read: set[str] = set()
+            look = lambda call, read=read: read.update(names.get(id(one), "") for one in call.inputs)  # noqa: E731
+            error = self._run(
+                IndexMaps(self.analysis.space, {}), fakes, mode(self.model), [], lambda _: None, look=look
+            )
+            waiting = set() if error is not None else waiting - read
+        return frozenset(waiting)
+
     def _run(
         self,
         maps: IndexMaps,
@@ -187,6 +244,7 @@ class ClassRuns:
         seen: list[SeenOp],
         judge: Callable[[SeenOp], None],
         with_parts: bool = False,
+        look: Callable[[OpCall], None] = lambda _: None,
     ) -> Exception | None:
         analysis, model = self.analysis, self.model
         fakes = self.fakes(maps) if fakes is None else fakes
@@ -194,6 +252,7 @@ class ClassRuns:
         signals = Signals([*self._leaves(inputs), *fakes.values()])
 
         def see(call: OpCall) -> None:
+            look(call)
             if not signals(call) or is_silent(call.func) or _is_idle(call):
                 return
             shapes = tuple(tuple(one.shape) for one in call.inputs) if with_parts else ()
@@ -206,6 +265,7 @@ class ClassRuns:
             evaluating(model) if mode is None else mode,
             analysis.mode,
             quiet(),
+            self._surroundings(),
         ):
             try:
                 run_model(analysis, model, self._arguments, see, inputs)

@@ -6,7 +6,7 @@ Groups are narrowed, alone and together, and the code is run under fake tensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.modules.class_runs import Failure
@@ -27,8 +27,17 @@ class InCode:
     def found(self) -> Holdings:
         """Return it, as far as trials tell."""
         result = Holdings()
-        if self._failure([{name: group.width} for name, group in self._groups.items()]) is None:
-            return result
+        units = [{name: group.width} for name, group in self._groups.items()]
+        if self._failure(units) is not None:
+            units = self._in_evaluation(result)
+        for unit in self._culprits(units, self._problem) if self._problem(units) is not None else ():
+            problem = str(self._problem([unit]))
+            result.staying |= dict.fromkeys(unit, problem)
+            result.ties = [tie for tie in result.ties if tie.units.keys() != unit.keys()]
+        return result
+
+    def _in_evaluation(self, result: Holdings) -> list[dict[str, int]]:
+        """Note what groups go together and which stay by what the code does in evaluation; return what may change."""
         free, waiting = self._alone()
         tied: list[dict[str, int]] = []
         known: dict[str, Failure | frozenset[str]] = {}
@@ -45,10 +54,11 @@ class InCode:
             else:
                 result.staying[name] = str(failure)
         units = [*({name: self._groups[name].width} for name in free), *tied]
-        for unit in self._culprits(units):
+        culprits = self._culprits(units, self._failure)
+        for unit in culprits:
             result.staying |= dict.fromkeys(unit, "its code cannot have it changed beside other groups")
             result.ties = [tie for tie in result.ties if tie.units.keys() != unit.keys()]
-        return result
+        return [unit for unit in units if unit not in culprits]
 
     def _alone(self) -> tuple[list[str], set[str]]:
         """Return the groups that can be narrowed by themselves, as one of their kind can, and those that cannot."""
@@ -61,20 +71,29 @@ class InCode:
 
     def _failure(self, units: Sequence[Mapping[str, int]]) -> Failure | None:
         """Return where units fail that are narrowed at once, each by a ratio of its own."""
+        return self._trials.failure(self._all_narrowed(units))
+
+    def _problem(self, units: Sequence[Mapping[str, int]]) -> str | None:
+        """Return what is in the way when they are written back, as what the code does in training alone."""
+        return self._trials.problem(self._all_narrowed(units), None) if units else None
+
+    def _all_narrowed(self, units: Sequence[Mapping[str, int]]) -> dict[str, int]:
         widths: dict[str, int] = {}
         for number, unit in enumerate(units):
             widths |= _narrowed(unit, number)
-        return self._trials.failure({n: max(w, self._groups[n].least.width) for n, w in widths.items()})
+        return {name: max(width, self._groups[name].least.width) for name, width in widths.items()}
 
-    def _culprits(self, units: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    def _culprits(
+        self, units: Sequence[dict[str, int]], fails: Callable[[Sequence[dict[str, int]]], object]
+    ) -> list[dict[str, int]]:
         """Return the units that are in the way alone, or where none is, those that are so beside the others."""
-        if not units or self._failure(units) is None:
+        if not units or fails(units) is None:
             return []
         if len(units) == 1:
             return list(units)
         half = len(units) // 2
-        found = [*self._culprits(units[:half]), *self._culprits(units[half:])]
-        while (rest := [unit for unit in units if unit not in found]) and self._failure(rest) is not None:
+        found = [*self._culprits(units[:half], fails), *self._culprits(units[half:], fails)]
+        while (rest := [unit for unit in units if unit not in found]) and fails(rest) is not None:
             found.append(rest[-1])
         return found
 

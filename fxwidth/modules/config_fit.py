@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import nn
 
@@ -13,7 +14,8 @@ from fxwidth.modules.code_sizes import Pairs
 from fxwidth.modules.rebuilding import Entry, Rebuilding, Shapes, shapes_of
 
 Judge = Callable[[nn.Module], Failure | None]
-_SWEEPS = 3
+# How many ways to come by the shapes are tried, and how many models are built in search of them.
+_MOST_SOLUTIONS, _MOST_BUILT = 12, 300
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,21 @@ def fit_config(rebuilding: Rebuilding, shapes: Shapes, known: Pairs, judge: Judg
         judge: tells where a model with the attributes of one that was built does otherwise.
     """
     fit = _Fit(rebuilding, shapes, known)
-    changes = fit.by_shapes()
-    built = rebuilding.build(changes)
-    if built is None or fit.wrong(changes):
-        return Fitted(changes, None, fit.conflict(changes))
-    failure = judge(built)
+    furthest: tuple[int, Fitted] | None = None
+    for changes in islice(fit.by_shapes(), _MOST_SOLUTIONS):
+        changes, failure = _fit_ops(fit, rebuilding, changes, judge)
+        if failure is None:
+            return Fitted(changes, rebuilding.build(changes), None)
+        if furthest is None or failure.reached > furthest[0]:
+            furthest = failure.reached, Fitted(changes, None, str(failure))
+    return Fitted(fit.nearest, None, fit.conflict(fit.nearest)) if furthest is None else furthest[1]
+
+
+def _fit_ops(
+    fit: _Fit, rebuilding: Rebuilding, changes: dict[Entry, int], judge: Judge
+) -> tuple[dict[Entry, int], Failure | None]:
+    """Change entries further that are in no shape, such as a number of heads; return where that does not succeed."""
+    failure = judge(_certain(rebuilding.build(changes)))
     while failure is not None:
         for more in fit.others(changes):
             other = rebuilding.build(more)
@@ -53,11 +65,16 @@ def fit_config(rebuilding: Rebuilding, shapes: Shapes, known: Pairs, judge: Judg
                 continue
             after = judge(other)
             if after is None or after.reached > failure.reached:
-                changes, built, failure = more, other, after
+                changes, failure = more, after
                 break
         else:
-            return Fitted(changes, None, str(failure))
-    return Fitted(changes, built, None)
+            break
+    return changes, failure
+
+
+def _certain(built: nn.Module | None) -> nn.Module:
+    assert built is not None
+    return built
 
 
 class _Fit:
@@ -68,6 +85,9 @@ class _Fit:
         self._shapes = {name: shape for name, shape in shapes.items() if name in self._base}
         self._known = known
         self._places = self._sensitive()
+        self._left = 0
+        self.nearest: Mapping[Entry, int] = {}
+        self._fewest = len(self.wrong({})) + 1
 
     def wrong(self, changes: Mapping[Entry, int]) -> list[tuple[str, int]]:
         """Return the dims that come out otherwise; one for all where nothing can be built."""
@@ -82,37 +102,48 @@ class _Fit:
             if found[name][dim] != size
         ]
 
-    def by_shapes(self) -> dict[Entry, int]:
-        """Return the entries by which the most dims come out as they must."""
-        changes: dict[Entry, int] = {}
-        left = self.wrong(changes)
-        for _ in range(_SWEEPS):
-            before = len(left)
-            for entry in self._places if left else ():
-                for value in self._candidates(entry):
-                    more = {**changes, entry: value}
-                    found = self.wrong(more)
-                    if len(found) < len(left):
-                        changes, left = more, found
-            if not left:
-                break
-            if len(left) == before:
-                changes, left = self._in_pairs(changes, left)
-        return changes
+    def by_shapes(self) -> Iterator[dict[Entry, int]]:
+        """Yield the entries by which all dims come out as they must: several ways, where heads and their size may."""
+        self._left = _MOST_BUILT
+        yield from self._extended({})
 
-    def _in_pairs(
-        self, changes: dict[Entry, int], left: list[tuple[str, int]]
-    ) -> tuple[dict[Entry, int], list[tuple[str, int]]]:
-        """Change two entries at once, where neither helps alone."""
-        for one in self._places:
-            for other in self._values:
-                for value in self._candidates(one):
-                    for second in self._candidates(other) if other is not one else ():
-                        more = {**changes, one: value, other: second}
-                        found = self.wrong(more)
-                        if len(found) < len(left):
-                            return more, found
-        return changes, left
+    def _extended(self, changes: dict[Entry, int]) -> Iterator[dict[Entry, int]]:
+        wrong = self.wrong(changes)
+        if len(wrong) < self._fewest:
+            self.nearest, self._fewest = changes, len(wrong)
+        if not wrong:
+            yield changes
+            return
+        found = []
+        for entry in self._open(changes, wrong):
+            for value in self._candidates(entry):
+                self._left -= 1
+                if self._left < 0:
+                    return
+                more = {**changes, entry: value}
+                found.append((len(self.wrong(more)), more))
+        for _, more in sorted(found, key=lambda one: one[0]):
+            yield from self._extended(more)
+
+    def _open(self, changes: Mapping[Entry, int], wrong: Sequence[tuple[str, int]]) -> list[Entry]:
+        """Return entries that may be set next: those of the dim that depends on the fewest."""
+        if self._is_none(wrong):
+            # Nothing can be built: another entry must change beside, whichever that is.
+            return [entry for entry in self._values if entry not in changes]
+        by_place: dict[tuple[str, int], list[Entry]] = {place: [] for place in wrong}
+        for entry, places in self._places.items():
+            for place in places:
+                if place in by_place:
+                    by_place[place].append(entry)
+        # What no other entry changes alone may be changed by one that matters beside others: with which parameters come
+        # or go, or that rounds a size off where it does not divide it.
+        silent = [entry for entry in self._values if entry not in self._places and entry not in changes]
+        found = ([entry for entry in entries if entry not in changes] for entries in by_place.values())
+        return min((entries or silent for entries in found), key=len)
+
+    @staticmethod
+    def _is_none(wrong: Sequence[tuple[str, int]]) -> bool:
+        return wrong[0][0] == ""
 
     def others(self, changes: Mapping[Entry, int]) -> Iterator[dict[Entry, int]]:
         """Yield more changes that may help, of entries that no shape tells of first."""

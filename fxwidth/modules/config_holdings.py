@@ -9,10 +9,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
+from torch import nn
+
+from fxwidth.analysis.result import ParameterAxes
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.modules.class_runs import ClassRuns, Failure
@@ -54,22 +57,35 @@ class InConfig:
 
     def found(self) -> Holdings:
         """Return it, as far as trials tell."""
-        shaping = [entry for entry in self._values if self._shapes({entry: self._less((entry,))})]
+        found = [move for entry in self._values if self._matters(entry) and (move := self._move(entry)) is not None]
         moves: list[_Move] = []
-        for entry in shaping:
-            move = self._move(entry)
-            if move is None:
-                continue
-            taken = {name for one in moves for name in one.tie.units}
-            if not taken & move.tie.units.keys():
+        # Where two change the same groups, such as a hidden size and a ratio to it, that which changes more is taken.
+        for move in sorted(found, key=self._left):
+            if all(not one.tie.units.keys() & move.tie.units.keys() for one in moves):
                 moves.append(move)
         moves = self._together(moves)
         entries = [str(entry) for move in moves for entry in move.entries]
-        result = Holdings([move.tie for move in moves], entries=entries, settle=partial(self._settled, moves))
+        result = Holdings([move.tie for move in moves], entries=entries, narrower=partial(self._narrower, moves))
         held = {name for move in moves for name in move.tie.units}
         why = "no entry of the configuration changes it by itself"
         result.staying |= {name: self._why.get(name, why) for name in self._groups if name not in held}
         return result
+
+    def _matters(self, entry: Entry) -> bool:
+        """Tell whether an entry changes parameters, if only beside others: alone it may bring other ones, or fail."""
+        other = self._rebuilding.build({entry: self._less((entry,))})
+        return other is None or shapes_of(other) != self._base
+
+    def _left(self, move: _Move) -> float:
+        """Return how many parameters there are after a move by half."""
+        factors = {self._groups[name].factor: self._groups[name].width // 2 for name in move.tie.units}
+        return self._parameters(factors)
+
+    @cached_property
+    def _parameters(self) -> Polynomial:
+        analysis = self._trials.width_graph.analysis
+        entries = analysis.parameters.values()
+        return entries_polynomial(analysis.space, [e.axes for e in entries if isinstance(e.tensor, nn.Parameter)])
 
     def _move(self, first: Entry) -> _Move | None:
         """Return a change of entries by one ratio that changes groups as a whole, or None."""
@@ -77,7 +93,7 @@ class InConfig:
         move, failure = self._tried(entries)
         while move is None and len(entries) < _MOST_ENTRIES:
             best = entries
-            reached = -2 if failure is None else failure.reached
+            reached = -1 if failure is None else failure.reached
             for other in self._values:
                 if other in entries or math.gcd(*(self._values[one] for one in (*entries, other))) == 1:
                     continue
@@ -106,6 +122,7 @@ class InConfig:
         worst: Failure | None = Failure(-1, "", "", "its shapes are not those of narrower groups")
         if (buffer := made_otherwise(self._rebuilding.base, other)) is not None:
             return None, Failure(-1, "", type(other).__name__, f"it makes other numbers in {buffer} itself")
+        self._tell_pinned(entries, shapes)
         for widths in self._solutions(shapes):
             failure = self._trials.failure_as(widths, self._rebuilding.base, other)
             if failure is None:
@@ -122,6 +139,30 @@ class InConfig:
                 worst = failure
         return None, worst
 
+    def _tell_pinned(self, entries: Sequence[Entry], shapes: Shapes) -> None:
+        """Note why groups stay that entries change beside a size which the graph cannot change."""
+        graph = self._trials.width_graph
+        touched: dict[str, None] = {}
+        told = ""
+        # Parameters of one kind are alike.
+        for name, shape in {kind_of(name): (name, shape) for name, shape in reversed(shapes.items())}.values():
+            found = self._entry_of(name)
+            for dim, (old, new) in enumerate(zip(self._base[name], shape, strict=True)):
+                if found is None or name in self._trials.runs.dead:
+                    continue
+                inside = [g for g in graph.groups if any((s.parameter, s.dim) == (found.name, dim) for s in g.sites)]
+                free = [group.name for group in inside if group.name in self._groups]
+                if new != old and not free:
+                    pins = [f", as {group.name!r} is pinned there: {group.pinned}" for group in inside if group.pinned]
+                    told = told or f"{name} then has {new} where the graph can have {old} alone{''.join(pins[:1])}"
+                touched |= dict.fromkeys(free if new != old else ())
+        for group in touched if told else ():
+            self._why.setdefault(group, f"changed by {', '.join(map(str, entries))} in the configuration: {told}")
+
+    def _entry_of(self, name: str) -> ParameterAxes | None:
+        runs = self._trials.runs
+        return runs.analysis.parameters.get(runs.entries.get(_first_name(runs, name), ""))
+
     def _shapes(self, changes: Mapping[Entry, int]) -> Shapes:
         """Return the shapes of those parameters that changed entries change; none where others come or go."""
         other = self._rebuilding.build(changes)
@@ -134,14 +175,12 @@ class InConfig:
 
     def _solutions(self, shapes: Shapes) -> Iterator[dict[str, int]]:
         """Yield widths of groups, all of a kind alike, by which parameters get some shapes."""
-        runs, space = self._trials.runs, self._trials.width_graph.analysis.space
-        entries = self._trials.width_graph.analysis.parameters
+        space = self._trials.width_graph.analysis.space
         wanted: list[tuple[Polynomial, int]] = []
         for name, tensor_shape in self._base.items():
-            first = _first_name(runs, name)
-            entry = entries.get(runs.entries.get(first, ""))
+            entry = self._entry_of(name)
             shape = shapes.get(name, tensor_shape)
-            if entry is not None:
+            if entry is not None and name not in self._trials.runs.dead:
                 wanted += [(entries_polynomial(space, [[axis]]), n) for axis, n in zip(entry.axes, shape, strict=True)]
         yield from islice(self._solved(wanted, {}, 0), _MOST_SOLUTIONS)
 
@@ -176,21 +215,21 @@ class InConfig:
     def _together(self, moves: list[_Move]) -> list[_Move]:
         """Return the moves that can be made at once."""
         while moves and self._joint(moves) is not None:
-            moves = moves[:-1]
+            fewer = (moves[:place] + moves[place + 1 :] for place in reversed(range(len(moves))))
+            moves = next((rest for rest in fewer if self._joint(rest) is None), moves[:-1])
         return moves
 
-    def _settled(self, moves: Sequence[_Move], widths: Mapping[str, int]) -> dict[str, int]:
-        """Return widths of which the class can be built: those given, or with one tie somewhat narrower."""
+    def _narrower(self, moves: Sequence[_Move], widths: Mapping[str, int]) -> Iterator[dict[str, int]]:
+        """Yield widths of which the class can be built: those given, and with one tie somewhat narrower."""
         multiples = [self._multiple(move, widths) for move in moves]
         if self._can_be_built(moves, multiples):
-            return dict(widths)
+            yield dict(widths)
         for place in sorted(range(len(moves)), key=lambda place: -multiples[place]):
             for less in range(multiples[place] - 1, max(0, multiples[place] - 1 - _NARROWER), -1):
                 other = [*multiples[:place], less, *multiples[place + 1 :]]
                 if self._can_be_built(moves, other):
                     units = moves[place].tie.units.items()
-                    return {**widths, **{name: unit * less for name, unit in units if name in widths}}
-        return dict(widths)
+                    yield {**widths, **{name: unit * less for name, unit in units if name in widths}}
 
     def _multiple(self, move: _Move, widths: Mapping[str, int]) -> int:
         name, unit = next(iter(move.tie.units.items()))

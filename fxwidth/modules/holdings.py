@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
+
+from fxwidth.errors import FxwidthError
+
+Widths = Mapping[str, int]
+# How many widths are tried near those that are planned.
+_MOST_TRIED = 10
+# To multiples of what widths are rounded down.
+_STEPS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -29,14 +38,64 @@ class Holdings:
         ties: the groups that go together.
         staying: the groups that must keep their widths, and why.
         entries: the entries of a configuration that hold widths; None for a module that has none.
-        settle: makes widths by group name somewhat smaller where the class cannot be built of them, as where a number
-            of heads must divide another size.
+        narrower: yields widths, by group name, of which the class can be built: those given first, then somewhat
+            smaller ones, as where a number of heads must divide another size. None where that is not known.
+        problem: tells why widths would be refused by `write_back`, or None.
     """
 
     ties: list[Tie] = field(default_factory=list)
     staying: dict[str, str] = field(default_factory=dict)
     entries: list[str] | None = None
-    settle: Callable[[Mapping[str, int]], dict[str, int]] = dict
+    narrower: Callable[[Widths], Iterable[dict[str, int]]] | None = None
+    problem: Callable[[Widths], str | None] = lambda _: None
+
+    def settled(self, widths: Widths, allows: Callable[[str, int], bool]) -> dict[str, int]:
+        """Return widths that `write_back` does not refuse: those given, or somewhat smaller ones.
+
+        Args:
+            widths: those that are planned, by group name.
+            allows: tells whether a group may get another width.
+
+        Raises:
+            FxwidthError: it refuses all of these.
+        """
+        first = None
+        for tried in islice(self._allowed(widths, allows), _MOST_TRIED):
+            problem = self.problem(tried)
+            if problem is None:
+                return tried
+            first = first or problem
+        listed = ", ".join(f"{name!r} to {width}" for name, width in list(widths.items())[:6])
+        raise FxwidthError(
+            f"for_module: the module cannot hold the widths that were planned ({listed}), nor somewhat smaller ones: "
+            f"{first or 'its class cannot be built of any'}. Ask for another budget, or keep some of these groups by "
+            "keep=[...]."
+        )
+
+    def _allowed(self, widths: Widths, allows: Callable[[str, int], bool]) -> Iterator[dict[str, int]]:
+        seen: list[Widths] = []
+        for tried in self._near(widths):
+            if tried in seen:
+                continue
+            seen.append(tried)
+            if all(width == widths[name] or allows(name, width) for name, width in tried.items()):
+                yield tried
+
+    def _near(self, widths: Widths) -> Iterator[dict[str, int]]:
+        """Yield widths of which the class can perhaps be built: those given first, if it can be of them."""
+        narrower = iter((dict(widths),) if self.narrower is None else self.narrower(widths))
+        yield from islice(narrower, 1)
+        yield from self._rounded(widths)
+        yield from narrower
+
+    def _rounded(self, widths: Widths) -> Iterator[dict[str, int]]:
+        """Yield widths, rounded down: what code asks of sizes is mostly that something divides them."""
+        units = {name: unit for tie in self.ties for name, unit in tie.units.items()}
+        for step in _STEPS:
+            steps = {name: step * units.get(name, 1) for name in widths}
+            yield {
+                name: max(width // steps[name] * steps[name], min(width, steps[name])) for name, width in widths.items()
+            }
 
     def bound(self, names: Set[str]) -> dict[str, str]:
         """Return the groups that stay as one does that they go together with, and why.

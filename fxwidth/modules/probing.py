@@ -8,6 +8,7 @@ that leads further.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
 
@@ -17,12 +18,8 @@ from fxwidth.modules.class_runs import ClassRuns
 from fxwidth.modules.code_holdings import InCode
 from fxwidth.modules.config_holdings import InConfig
 from fxwidth.modules.graph_calls import arguments_of_graph
-from fxwidth.modules.holdings import Holdings
-from fxwidth.modules.rebuilding import (
-    Rebuilding,
-    plain_objects,
-    unsaved_tensors,
-)
+from fxwidth.modules.holdings import Holdings, Widths
+from fxwidth.modules.rebuilding import Rebuilding, plain_objects, unsaved_tensors
 from fxwidth.modules.trials import Trials
 from fxwidth.rewriting.transaction import Transaction
 
@@ -46,6 +43,7 @@ def module_holdings(width_graph: WidthGraph, model: nn.Module) -> Holdings:
 
 def holdings_of(width_graph: WidthGraph, runs: ClassRuns) -> Holdings:
     """Return which widths of a graph's groups a module can hold; it is left as it was."""
+    runs.go_as_graph()
     trials = Trials(width_graph, runs)
     failure = runs.failure(trials.maps({}))
     if failure is not None:
@@ -58,7 +56,14 @@ def holdings_of(width_graph: WidthGraph, runs: ClassRuns) -> Holdings:
     rebuilding = Rebuilding.of(runs.model)
     found = InCode(trials, groups).found() if rebuilding is None else InConfig(trials, groups, rebuilding).found()
     found.staying |= staying
+    found.problem = partial(_problem, trials, rebuilding)
     return found
+
+
+def _problem(trials: Trials, rebuilding: Rebuilding | None, widths: Widths) -> str | None:
+    model = trials.runs.model
+    transaction = Transaction(model, objects=plain_objects(model))
+    return transaction.run(lambda: trials.problem(widths, rebuilding))
 
 
 def _made_anew(width_graph: WidthGraph, runs: ClassRuns) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import invoke
 from fxwidth.modules.class_runs import ClassRuns
 from fxwidth.modules.graph_calls import arguments_of_graph
+from fxwidth.modules.split_attention import attention_in_parts
 from fxwidth.recording.data_dependent import VALUE_ERRORS
 from fxwidth.recording.graph_meta import EXAMPLES, notes_of
 from fxwidth.runtime.contexts import evaluating, quiet, training
@@ -39,18 +40,25 @@ def training_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
 
     A graph may do there the same by other ops: where there are values, these are compared later.
     """
-    graph = ClassRuns(runs.analysis, runs.analysis.module, arguments_of_graph(runs.analysis.module))
-    ops, error = graph.seen(maps, mode=training(graph.model))
+    analysis = runs.analysis
+    graph = ClassRuns(analysis, analysis.module, arguments_of_graph(analysis.module))
+    # Before a resize the graph has its present widths alone.
+    with attention_in_parts():
+        ops, error = graph.seen(IndexMaps(analysis.space, {}), mode=training(graph.model))
     if error is not None:
         return None
-    own, own_error = runs.seen(maps, mode=training(runs.model))
+    with attention_in_parts():
+        own, own_error = runs.seen(maps, mode=training(runs.model))
     if isinstance(own_error, VALUE_ERRORS):
         # It looks at values there: it is run on some later.
         runs.looks_at_values_in_training = True
         return None
     if own_error is not None:
         return f"in training it fails: {str(own_error).strip().partition(chr(10))[0]}"
-    if not any(tensor.is_meta for tensor, _ in tensor_slots(graph.model).values()):
+    is_resized = all(
+        tuple(map(maps.size, entry.axes)) == tuple(entry.fake.shape) for entry in analysis.parameters.values()
+    )
+    if not (is_resized and any(tensor.is_meta for tensor, _ in tensor_slots(graph.model).values())):
         return None
     # A graph of both modes may do the ops of one in another order.
     wanted, found = (Counter(op.signature for op in some if op.signature[0] not in _AS_MADE) for some in (ops, own))
@@ -61,6 +69,29 @@ def training_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
 
 # What a constant is made by, which in a graph is there already.
 _AS_MADE = frozenset({"lift_fresh", "empty_like", "zeros_like", "ones_like", "bernoulli", "copy"})
+
+
+def eager_failure(runs: ClassRuns, maps: IndexMaps) -> str | None:
+    """Return why a model cannot run at some widths, on tensors of these sizes with values; None where it has none.
+
+    It is asked of models of which stand-ins show another way than the one that they go: kernels have conditions of
+    their own.
+    """
+    analysis, slots = runs.analysis, runs.slots
+    tensors = copies_of(slots)
+    if not runs.goes_as_exported or any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    for name, in_graph in runs.entries.items():
+        entry = analysis.parameters[in_graph]
+        old = tensors[name]
+        sizes = tuple(map(maps.size, entry.axes))
+        tensors[name] = old if sizes == tuple(old.shape) else torch.zeros(sizes, dtype=old.dtype, device=old.device)
+    with substituted(runs.model, tensors, slots, restored), evaluating(runs.model), torch.no_grad(), quiet():
+        try:
+            invoke(runs.model, arguments_of_graph(analysis.module), _inputs(analysis.module))
+        except Exception as error:
+            return f"it fails at these sizes: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 def refuse_other_values(gm: fx.GraphModule, model: nn.Module, runs: ClassRuns) -> None:

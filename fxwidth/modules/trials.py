@@ -11,12 +11,12 @@ from torch import nn
 from fxwidth.axes.factors import Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.modules.class_fit import fit_class
 from fxwidth.modules.class_runs import ClassRuns, Failure, SeenOp
 from fxwidth.modules.code_sizes import Pairs, fit_sizes, set_layer_sizes, sizes_in_ops
-from fxwidth.modules.rebuilding import take_differences
+from fxwidth.modules.holdings import Widths
+from fxwidth.modules.rebuilding import Rebuilding, take_differences
 from fxwidth.rewriting.attributes import AttributeEdits
-
-Widths = Mapping[str, int]
 
 
 class Trials:
@@ -42,6 +42,15 @@ class Trials:
             self.width_graph[name].factor: np.arange(width) for name, width in widths.items()
         }
         return IndexMaps(self.width_graph.analysis.space, kept)
+
+    def problem(self, widths: Widths, rebuilding: Rebuilding | None) -> str | None:
+        """Return why the model would be refused some widths when they are written back, or None."""
+        edits = AttributeEdits()
+        try:
+            found = fit_class(self.runs, self.maps(widths), edits, rebuilding).problem
+            return None if found is None else str(found)
+        finally:
+            edits.undo()
 
     def failure(self, widths: Widths) -> Failure | None:
         """Return where the model cannot do what is prescribed at some widths, whatever its attributes are set to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor, fx, nn
@@ -11,19 +11,11 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.modules.class_fit import fit_class
 from fxwidth.modules.class_runs import ClassRuns, Failure
-from fxwidth.modules.code_sizes import Pairs, fit_sizes, set_layer_sizes, sizes_in_ops
-from fxwidth.modules.config_fit import fit_config
 from fxwidth.modules.graph_calls import arguments_of_graph
-from fxwidth.modules.proofs import refuse_other_values, training_failure
-from fxwidth.modules.rebuilding import (
-    Rebuilding,
-    made_otherwise,
-    plain_objects,
-    take_differences,
-    unsaved_tensors,
-    write_entries,
-)
+from fxwidth.modules.proofs import refuse_other_values
+from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors, write_entries
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.originals import original_of, part_others, remember_original
 from fxwidth.rewriting.successors import twin
@@ -44,6 +36,8 @@ def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
     be; where the model that was traced is another one that is resized with the graph, it gets copies.
 
     What the forward does not read, such as `num_features` of timm, stays: no trial tells that it is such a size.
+    Parameters that it reads in no mode, such as the mask token of a classifier, get the size that the configuration
+    gives them, with their first entries.
 
     A model of Hugging Face transformers gets a configuration from which `from_pretrained` builds the same sizes.
 
@@ -87,70 +81,24 @@ def _written(gm: fx.GraphModule, model: nn.Module, transaction: Transaction) -> 
     runs = ClassRuns(analysis, model, arguments_of_graph(gm))
     _refuse_other_names(runs)
     part_others(gm, model, transaction)
-    edits = AttributeEdits()
-    maps = IndexMaps(analysis.space, {})
-    problem, built = _fitted(runs, maps, edits)
-    if problem is None:
-        problem = _otherwise(runs, maps)
-    if problem is not None:
-        raise FxwidthError(_refusal(analysis, model, problem))
-    _put_in_place(gm, runs, built)
-    refuse_other_values(gm, model, runs)
-
-
-def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits) -> tuple[Failure | str | None, nn.Module | None]:
-    """Set attributes and configuration to what the widths need; return what is in the way, and the class built anew."""
-    fakes, wanted, model = runs.fakes(maps), runs.wanted(maps), runs.model
-    rebuilding = Rebuilding.of(model)
-    # A model that has been resized with the graph has the sizes of its configuration no more.
-    old = runs if rebuilding is None else runs.of(rebuilding.base)
-    before, _ = old.seen(maps, old.own_fakes())
-    known: Mapping[str, Pairs] = sizes_in_ops(before, runs.calls, maps, wanted)
-    set_layer_sizes(runs, fakes, edits)
-    if rebuilding is None:
-        return fit_sizes(runs, lambda: runs.failure(maps, fakes, wanted=wanted), known, edits), None
-
-    def judge(built: nn.Module) -> Failure | None:
-        mark = edits.mark()
-        try:
-            take_differences(model, rebuilding.base, built, edits)
-            return runs.failure(maps, fakes, wanted=wanted)
-        finally:
-            edits.undo(mark)
-
-    names = named_tensors(runs.analysis.module)
-    shapes = {
-        name: tuple(names[name].shape) for name, _ in model.named_parameters(remove_duplicate=False) if name in names
-    }
-    fitted = fit_config(rebuilding, shapes, known.get("", {}), judge)
-    if fitted.problem is not None or fitted.built is None:
-        return fitted.problem, None
-    take_differences(model, rebuilding.base, fitted.built, edits)
+    fitted = fit_class(runs, IndexMaps(analysis.space, {}), AttributeEdits())
+    if fitted.problem is not None:
+        raise FxwidthError(_refusal(analysis, model, fitted.problem))
     if fitted.changes:
-        write_entries(rebuilding.config, fitted.changes)
-    buffer = made_otherwise(runs.analysis.module, fitted.built)
-    if buffer is not None:
-        return (
-            f"a {type(model).__name__} that is built anew would make other numbers in {buffer} than the graph has",
-            None,
-        )
-    return None, fitted.built
-
-
-def _otherwise(runs: ClassRuns, maps: IndexMaps) -> Failure | str | None:
-    """Return where the model does otherwise than the graph, at two batch sizes and in both modes."""
-    failure = runs.failure(maps)
-    if failure is None and runs.analysis.batch is not None:
-        failure = runs.failure(maps.with_larger_batch())
-    return training_failure(runs, maps) if failure is None else failure
+        write_entries(model.config, fitted.changes)
+    _put_in_place(gm, runs, fitted.built)
+    refuse_other_values(gm, model, runs)
 
 
 def _refuse_other_names(runs: ClassRuns) -> None:
     """Check that graph and model have the same tensors, by their names."""
     model, graph = runs.model, runs.analysis.module
     own = named_tensors(model)
-    for name, tensor in named_tensors(graph).items():
-        if isinstance(tensor, nn.Parameter) and name not in own:
+    # Where a model cannot be taken apart, the graph has it as a part, and each parameter by two names.
+    of_graph = named_tensors(graph)
+    known = {id(tensor) for name, tensor in of_graph.items() if name in own}
+    for name, tensor in of_graph.items():
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in known:
             raise FxwidthError(
                 f"{name} of the graph is none of {type(model).__name__}; pass a module of the class that was traced, "
                 "built as that was."
@@ -169,7 +117,9 @@ def _put_in_place(gm: fx.GraphModule, runs: ClassRuns, built: nn.Module | None) 
     shares = original is None or original is runs.model
     anew = {} if built is None else named_tensors(built)
     for name, (tensor, places) in runs.slots.items():
-        if name in runs.entries:
+        if name in runs.dead and name in anew and anew[name].shape != tensor.shape:
+            new = _cut(tensor, anew[name].shape)
+        elif name in runs.entries:
             entry: Tensor = runs.analysis.parameters[runs.entries[name]].tensor
             new = entry if shares else twin(entry, entry)
         elif tensor.is_meta and name in anew and not anew[name].is_meta:
@@ -180,6 +130,14 @@ def _put_in_place(gm: fx.GraphModule, runs: ClassRuns, built: nn.Module | None) 
             set_slot(holder, attribute, new)
     if shares:
         remember_original(gm, runs.model, arguments_of_graph(gm))
+
+
+def _cut(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a parameter of another shape that nothing uses: with the first entries, and zeros beyond."""
+    new = tensor.detach().new_zeros(tuple(shape))
+    both = tuple(slice(min(one, other)) for one, other in zip(tensor.shape, shape, strict=True))
+    new[both] = tensor.detach()[both]
+    return nn.Parameter(new, tensor.requires_grad)
 
 
 def _refusal(analysis: Analysis, model: nn.Module, problem: Failure | str) -> str:

@@ -123,11 +123,19 @@ def _planned(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evide
 def _settled(
     width_graph: WidthGraph, widths: Mapping[ChannelGroup, int], options: PlanOptions
 ) -> dict[ChannelGroup, int]:
-    """Return widths of which a module can be built for which the plan is: those given, or somewhat smaller ones."""
+    """Return widths that a module can hold for which the plan is: those given, or somewhat smaller ones.
+
+    Raises:
+        FxwidthError: it can hold none near these.
+    """
     if options.for_module is None:
         return dict(widths)
     held = module_holdings(width_graph, options.for_module)
-    settled = held.settle({group.name: width for group, width in widths.items()})
+    limits = Limits.of(options)
+    settled = held.settled(
+        {group.name: width for group, width in widths.items()},
+        lambda name, width: width in limits.allowed(width_graph[name], width),
+    )
     return {group: settled[group.name] for group in widths}
 
 

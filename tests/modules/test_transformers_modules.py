@@ -34,7 +34,7 @@ def test_half_of_a_model_is_saved_and_loaded_in_a_new_process(name, tmp_path):
     assert sum(p.numel() for p in model.parameters()) <= before / 2
     model.save_pretrained(tmp_path)
     text = "found = model(**call).logits"
-    if name != "bert":
+    if model.can_generate():
         text = "found = model.generate(given, max_new_tokens=4, do_sample=False)"
     if name == "whisper":
         text += "; found = torch.cat([found.flatten(), model.model.encoder(given).last_hidden_state.flatten()])"
@@ -54,6 +54,24 @@ assert torch.equal(found, more)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd(), check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _CASES)
+def test_what_is_planned_for_a_module_is_never_refused_when_it_is_written_back(name):
+    model = _model(name)
+    gm = fxwidth.trace(model, _call(name))
+    reached = []
+    # Each from where the one before has ended: by then heads no longer divide what they did.
+    for share in (0.9, 0.85, 0.7, 0.6):
+        try:
+            plan = fxwidth.plan(fxwidth.analyze(gm), params=share, for_module=model)
+        except fxwidth.FxwidthError:
+            continue
+        fxwidth.write_back(fxwidth.resize(gm, plan), model)
+        reached.append(share)
+        assert torch.allclose(_logits(model, name), gm(**_call(name)).logits, atol=1e-5)
+    assert reached
 
 
 def test_generation_with_a_cache_gives_the_tokens_of_the_graph():
@@ -107,6 +125,41 @@ def test_a_wrong_number_of_heads_of_the_same_shapes_is_refused(monkeypatch):
     fxwidth.write_back(gm, model)
     assert model.config.num_attention_heads < heads
     assert torch.equal(model(_TOKENS).logits, gm(input_ids=_TOKENS).logits)
+
+
+def test_sizes_that_change_at_once_are_found_and_heads_told_from_their_sizes():
+    """T5's bias has a column for each head, and its projections one for each entry of each head."""
+    transformers_t5 = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=99, decoder_start_token_id=0
+    )
+    model = transformers.T5EncoderModel(transformers_t5).eval()
+    gm = fxwidth.trace(model, {"input_ids": _TOKENS})
+    heads = {g.name: 2 for g in fxwidth.analyze(gm).free if g.width == 4}
+    assert heads
+    fxwidth.write_back(fxwidth.resize(gm, heads), model)
+    assert (model.config.num_heads, model.config.d_kv) == (2, 8)
+    assert torch.equal(model(_TOKENS).last_hidden_state, gm(input_ids=_TOKENS).last_hidden_state)
+
+
+@pytest.mark.slow
+def test_a_parameter_that_nothing_uses_goes_with_the_configuration(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, mlp_ratio=2, image_size=8, patch_size=4
+    )
+    model = transformers.Dinov2ForImageClassification(config).eval()
+    images = torch.randn(2, 3, 8, 8)
+    gm = fxwidth.trace(model, images)
+    for heads in (2, 1):
+        plan = fxwidth.plan(fxwidth.analyze(gm), params=0.7, for_module=model)
+        fxwidth.write_back(fxwidth.resize(gm, plan), model)
+        assert model.dinov2.embeddings.mask_token.shape == (1, model.config.hidden_size)
+        assert model.config.num_attention_heads <= heads + 1
+        assert torch.equal(model(images).logits, gm(images).logits)
+    model.save_pretrained(tmp_path)
+    again = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert torch.equal(again.dinov2.embeddings.mask_token, model.dinov2.embeddings.mask_token)
 
 
 def test_it_is_compiled_and_trained_as_before():

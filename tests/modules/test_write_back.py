@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fxwidth
+from fxwidth.modules import class_fit
 from fxwidth.modules import write_back as write_back_module
 from fxwidth.runtime.tensor_slots import tensor_slots
 
@@ -111,7 +112,7 @@ def test_a_head_count_that_is_wrong_but_gives_the_same_shapes_is_refused(monkeyp
     def by_shape_alone(runs, run, known, edits):
         edits.apply(runs.model.attention, {"_a": 4, "_b": 2})  # every shape fits
 
-    monkeypatch.setattr(write_back_module, "fit_sizes", by_shape_alone)
+    monkeypatch.setattr(class_fit, "fit_sizes", by_shape_alone)
     before = _state(model)
     with pytest.raises(fxwidth.FxwidthError, match=r"attention \(.*test_write_back.py:\d+\): it does .* is needed"):
         fxwidth.write_back(gm, model)
@@ -189,18 +190,80 @@ def test_a_plan_for_a_module_ties_what_its_code_has_one_number_for():
     assert torch.equal(model(x), gm(x))
 
 
+class Auxiliary(nn.Module):
+    """In training its code reads a hidden layer by one that nothing else uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.auxiliary = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        aside = self.auxiliary(x) if self.training else None
+        x = self.last(self.second(x).relu())
+        return x if aside is None else x + 0.0 * aside
+
+
+def test_a_plan_for_a_module_keeps_what_its_code_reads_in_training_alone():
+    torch.manual_seed(0)
+    model = Auxiliary().double().eval()
+    x = _inputs()[:, 0]
+    with pytest.warns(fxwidth.FxwidthWarning, match="in training it runs auxiliary"):
+        gm = fxwidth.trace(model, x)
+    graph = fxwidth.analyze(gm)
+    plan = fxwidth.plan(graph, params=0.8, for_module=model)
+    assert "in training" in plan.notes["for_module"]["staying"]["first"]
+    assert "first" not in plan.widths
+    fxwidth.write_back(fxwidth.resize(gm, plan), model)
+    assert (model.first.out_features, model.second.out_features) == (16, plan.widths["second"])
+    assert torch.equal(model(x), gm(x))
+
+
+class Detector(nn.Module):
+    """What it gives depends on values: its graph has it as a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for image in images:
+            x = self.second(self.first(image).relu()).relu()
+            chosen = torch.nonzero(x.sum(-1) > x.mean()).squeeze(1)
+            found.append({"boxes": self.last(x[chosen])[: int(chosen.numel())]})
+        return found
+
+
+@pytest.mark.parametrize("target", ["itself", "fresh"])
+def test_a_model_that_looks_at_values_holds_a_planned_graph(target):
+    torch.manual_seed(0)
+    model = Detector().double().eval()
+    images = [_inputs()[0], _inputs(3)[0, :4]]
+    gm = fxwidth.trace(model, (images,))
+    plan = fxwidth.plan(fxwidth.analyze(gm), params=0.5, for_module=model)
+    fxwidth.resize(gm, plan)
+    if target == "fresh":
+        model = Detector().double().eval()
+    assert fxwidth.write_back(gm, model).first.out_features == plan.widths["first"] < 16
+    for own, other in zip(model(images), gm(images), strict=True):
+        assert torch.equal(own["boxes"], other["boxes"])
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", ["_put_in_place", "_otherwise", "refuse_other_values"])
 def test_whatever_ends_it_leaves_the_module_as_it_was(monkeypatch, step, error):
     model, fresh = _block(), _block(1)
     gm = _narrowed(model)
-    original = getattr(write_back_module, step)
+    place = class_fit if step == "_otherwise" else write_back_module
+    original = getattr(place, step)
 
     def ended(*arguments):
         original(*arguments)
         raise error
 
-    monkeypatch.setattr(write_back_module, step, ended)
+    monkeypatch.setattr(place, step, ended)
     before = _state(fresh), _state(gm)
     with pytest.raises(error):
         fxwidth.write_back(gm, fresh)

@@ -56,6 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = {
     "gemma": ("GemmaForCausalLM", {**_GROUPED, "intermediate_size": 128}, {"input_ids": TOKENS}),
     "gpt2": ("GPT2LMHeadModel", _GPT2, {"input_ids": TOKENS}),
     "bert": ("BertForMaskedLM", _TEXT, {"input_ids": TOKENS}),
+    # With an embedding of another size than the layers' it has more parameters: both sizes change at once.
+    "electra": ("ElectraForMaskedLM", {**_TEXT, "embedding_size": 32}, {"input_ids": TOKENS}),
+    # It is traced as it is exported.
+    "mixtral": ("MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4}, {"input_ids": TOKENS}),
     "t5": ("T5ForConditionalGeneration", _T5, {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :5]}),
     "whisper": (
         "WhisperForConditionalGeneration",
