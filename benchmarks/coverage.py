@@ -12,6 +12,7 @@ and a markdown table to benchmarks/results/; a model that was right in the last 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import importlib.metadata
 import json
@@ -154,11 +155,20 @@ def _known(suite: str) -> dict[str, Row]:
 
 def _write(suite: str, rows: dict[str, Row]) -> None:
     packages = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
-    versions = {package: importlib.metadata.version(package) for package in packages}
+    # Of a tool that is not installed the rows are the earlier ones, and so is its version.
+    known = (read_record(f"coverage-{suite}") or {}).get("versions", {})
+    found = {package: _version(package) or known.get(package) for package in packages}
+    versions = {package: version for package, version in found.items() if version is not None}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, 1 thread per model"
     content = {"machine": machine, "versions": versions, "rows": rows}
     write_record(f"coverage-{suite}", content)
     (RESULTS / f"coverage-{suite}.md").write_text(_markdown(suite, rows, machine, versions))
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def _markdown(suite: str, rows: dict[str, Row], machine: str, versions: dict[str, str]) -> str:
