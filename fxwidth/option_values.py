@@ -18,14 +18,15 @@ _DEEPEST = 4
 HOW_TO_COPY = "Make it from the graph: copy.deepcopy(gm), or torch.optim.swa_utils.AveragedModel(gm)."
 
 
-def check_budget(budget: Any, params: Any) -> None:
-    """Check that there is one budget at most, and that it is one."""
+def check_budget(budget: Any, shorthands: Mapping[str, Any]) -> None:
+    """Check that there is one budget at most, as such or by short forms of its bounds, and that it is one."""
     if budget is not None and not isinstance(budget, Budget):
         raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
-    if params is not None and budget is not None:
-        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
-    if params is not None:
-        Budget(params=params)
+    if shorthands and budget is not None:
+        given = ", ".join(f"{name}={bound}" for name, bound in shorthands.items())
+        raise FxwidthError(f"{given} is short for a budget; put it into budget={budget}.")
+    if shorthands:
+        Budget(**shorthands)
 
 
 def check_module(module: Any, option: str) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from inspect import Parameter, signature
 from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor, fx, nn
 
-from fxwidth.costs.budget import Budget
+from fxwidth.costs.budget import SHORTHANDS, Budget
 from fxwidth.costs.registry import COSTS
 from fxwidth.errors import FxwidthError
 from fxwidth.growth.directions import Direction, check_directions, needs_of
@@ -37,7 +37,7 @@ Loss = Callable[..., Tensor]
 # What a plan looks at without a budget alone, and under one alone.
 _THRESHOLDS = ("shrink_energy", "grow_energy", "grow_step")
 _UNDER_BUDGET = ("data", "selection", "rotate")
-_NUMBERS = ("params", "shrink_energy", "grow_energy", "grow_step", "min_width", "max_width", "align")
+_NUMBERS = (*SHORTHANDS, "shrink_energy", "grow_energy", "grow_step", "min_width", "max_width", "align")
 # What other libraries call a target.
 _RATIOS = frozenset({"ratio", "sparsity", "pruning_ratio", "amount", "size"})
 # One pattern, or several, each a pattern or a list of them, whose groups get one width.
@@ -52,11 +52,9 @@ class _CommonKeywords(TypedDict, total=False):
     loss: Loss | None
 
 
-class PlanKeywords(_CommonKeywords, total=False):
-    """The keywords of `fxwidth.plan`, for type checkers: the fields of `PlanOptions`."""
+class PlanKeywordsBesideBudget(_CommonKeywords, total=False):
+    """The keywords of `fxwidth.plan` but for budgets, for type checkers."""
 
-    budget: Budget | None
-    params: int | float | None
     shrink_energy: float
     grow_energy: float
     grow_step: int
@@ -67,6 +65,16 @@ class PlanKeywords(_CommonKeywords, total=False):
     only: str | Sequence[str] | None
     keep: str | Sequence[str] | None
     for_module: nn.Module | None
+
+
+class PlanKeywords(PlanKeywordsBesideBudget, total=False):
+    """The keywords of `fxwidth.plan`, for type checkers: the fields of `PlanOptions`."""
+
+    budget: Budget | None
+    params: int | float | None
+    flops: int | float | None
+    activation_memory: int | float | None
+    latency: int | float | None
 
 
 class ResizeKeywords(_CommonKeywords, total=False):
@@ -93,6 +101,9 @@ class PlanOptions:
 
     budget: Budget | None = None
     params: int | float | None = None
+    flops: int | float | None = None
+    activation_memory: int | float | None = None
+    latency: int | float | None = None
     data: Iterable[Any] | None = None
     loss: Loss | None = None
     selection: Selection = "greedy"
@@ -122,7 +133,7 @@ class PlanOptions:
         for name in ("only", "keep"):
             object.__setattr__(self, name, patterns(getattr(self, name), name))
         object.__setattr__(self, "same_width", width_classes(self.same_width))
-        check_budget(self.budget, self.params)
+        check_budget(self.budget, self._shorthands)
         if self.target is not None:
             self._refuse_given(_THRESHOLDS, "decides without a budget; under one, widths go by what readers miss")
         elif not self.grow_step and self.grow_energy != type(self).grow_energy:
@@ -137,7 +148,17 @@ class PlanOptions:
     @property
     def target(self) -> Budget | None:
         """The budget that is given as such or by its short form, if one is."""
-        return self.budget if self.params is None else Budget(params=self.params)
+        return Budget(**self._shorthands) if self._shorthands else self.budget
+
+    def to(self, budget: Budget | None, **changes: Any) -> PlanOptions:
+        """Return the same options with another budget, or without one, and other changes."""
+        shorthands: dict[str, Any] = dict.fromkeys(SHORTHANDS)
+        return replace(self, **shorthands, budget=budget, **changes)
+
+    @property
+    def _shorthands(self) -> dict[str, Any]:
+        """The bounds that are given in the place of a budget."""
+        return {name: getattr(self, name) for name in SHORTHANDS if getattr(self, name) is not None}
 
     def refuse_unused(self) -> None:
         """Check that a plan by itself, with which no resize goes along, uses all that is given.
@@ -283,12 +304,16 @@ def both_options(
         {name: value for name, value in given.items() if name in _names(kind)} for kind in (PlanOptions, ResizeOptions)
     )
     if given.get("loss") is not None:
-        is_weighing = given.get("budget") is not None or given.get("params") is not None
-        if grows_by_task and not is_weighing:
+        if grows_by_task and not has_target(given):
             del planning["loss"]
         elif not grows_by_task:
             del resizing["loss"]
     return PlanOptions(**planning), ResizeOptions(optimizer=optimizer, **resizing)
+
+
+def has_target(given: Mapping[str, Any]) -> bool:
+    """Tell whether some keywords give a budget, as such or by a short form."""
+    return any(given.get(name) is not None for name in ("budget", *SHORTHANDS))
 
 
 def tells_options(*kinds: type) -> Callable[[_Function], _Function]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxwidth import rules  # noqa: F401  (fills the table of op rules)
 from fxwidth.axes.polynomials import Polynomial
+from fxwidth.budget_frontier import Frontier, frontier
 from fxwidth.checkpoint.loading import load
 from fxwidth.checkpoint.saving import save
 from fxwidth.costs.budget import Budget
@@ -33,6 +34,7 @@ __all__ = [
     "Budget",
     "ChannelGroup",
     "Evolver",
+    "Frontier",
     "FxwidthError",
     "FxwidthWarning",
     "GroupSpectrum",
@@ -50,6 +52,7 @@ __all__ = [
     "cost",
     "cost_polynomial",
     "evolve",
+    "frontier",
     "growth_direction",
     "load",
     "optimizer_state_rule",

@@ -24,7 +24,8 @@ from tests.zoo.nets import conv, images, trained_like
 
 # What each public function takes: keywords and defaults, as they are written in calls of users.
 PLAN = {
-    "budget": None, "params": None, "data": None, "loss": None, "selection": "greedy", "shrink_energy": 0.05,
+    "budget": None, "params": None, "flops": None, "activation_memory": None, "latency": None,
+    "data": None, "loss": None, "selection": "greedy", "shrink_energy": 0.05,
     "grow_energy": 0.5, "grow_step": 0, "min_width": 1, "max_width": None, "align": 1, "same_width": None,
     "only": None, "keep": None, "exact": True, "rotate": True, "for_module": None,
 }  # fmt: skip

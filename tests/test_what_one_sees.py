@@ -44,6 +44,7 @@ SHOWN: dict[type, Callable[[], Any]] = {
     fxwidth.Budget: lambda: fxwidth.Budget(params=0.5),
     fxwidth.ChannelGroup: lambda: groups()["0"],
     fxwidth.Evolver: evolver,
+    fxwidth.Frontier: lambda: fxwidth.frontier(groups(), params=[0.75, 0.5]),
     fxwidth.GroupSpectrum: lambda: fxwidth.spectrum(groups())["0"],
     fxwidth.GrowingPenalty: lambda: fxwidth.GrowingPenalty(traced(), {"0": 4}),
     fxwidth.LayerCosts: lambda: fxwidth.cost(groups()),
@@ -100,6 +101,7 @@ class Balanced(HTMLParser):
         (fxwidth.Spectra, 3),
         (fxwidth.Report, 5),
         (fxwidth.LayerCosts, 5),
+        (fxwidth.Frontier, 3),
     ],
     ids=lambda kind: getattr(kind, "__name__", str(kind)),
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PLAN_EXAMPLES = (
     "fxwidth plan torchvision:mobilenet_v3_small --input 1x3x64x64 --params 0.5 --out plan.json",
     "fxwidth plan torchvision:squeezenet1_1 --params 0.7 --flops 0.5 --min-width 8 --json",
+    "fxwidth plan torchvision:squeezenet1_1 --input 1x3x64x64 --frontier --params 0.9,0.75,0.5",
 )
 EVOLVE_EXAMPLES = (
     "fxwidth evolve torchvision:mobilenet_v3_small --input 1x3x64x64 --plan plan.json --out small.pt2",
@@ -33,6 +34,7 @@ def plan(
     flops: options.Flops = None,
     activation_memory: options.ActivationMemory = None,
     latency: options.Latency = None,
+    frontier: options.Frontier = False,
     data: options.Data = None,
     min_width: options.MinWidth = 1,
     align: options.Align = 1,
@@ -46,19 +48,21 @@ def plan(
     trusted: options.Trusted = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose new widths under a budget, or by the spectra of the weights without one."""
+    """Choose new widths under a budget, for a frontier of many, or by the spectra of the weights without one."""
     import fxwidth
     from fxwidth.commands.calibration import batches
     from fxwidth.commands.models import open_model
     from fxwidth.runtime.atomic_files import replacing
 
     options.refuse_unwritable(out, overwrite=overwrite)
-    target = options.budget(params, flops, activation_memory, latency)
+    bounds = (params, flops, activation_memory, latency)
+    target: dict[str, Any] = options.frontier_bounds(*bounds) if frontier else _within(options.budget(*bounds))
     source = options.source(model, input_, weights, architecture, trusted)
     opened = open_model(source, for_values=data is not None or latency is not None)
     graph = fxwidth.analyze(opened.trace())
     evidence: dict[str, Any] = {} if data is None else {"data": batches(data, opened.inputs)}
-    found = fxwidth.plan(graph, **_planning(target, min_width, align, only, keep), **evidence)
+    chosen = {**target, **_planning(min_width, align, only, keep), **evidence}
+    found = fxwidth.frontier(graph, **chosen) if frontier else fxwidth.plan(graph, **chosen)
     if out is not None:
         with replacing(out) as beside:
             beside.write_text(found.to_json() + "\n", encoding="utf-8")
@@ -66,7 +70,7 @@ def plan(
         typer.echo(found.to_json())
         return
     _tell_of_missing_weights(opened)
-    show(f"Plan for {opened.name}", found.table())
+    show(f"{'Frontier of' if frontier else 'Plan for'} {opened.name}", found.table())
     if out is not None:
         typer.echo(f"written to {out}")
 
@@ -108,7 +112,7 @@ def evolve(
     evidence: dict[str, Any] = {} if data is None else {"data": batches(data, opened.inputs)}
     gm = opened.trace()
     if chosen is None:
-        gm = fxwidth.evolve(gm, **_planning(target, min_width, align, only, keep), **evidence)
+        gm = fxwidth.evolve(gm, **_within(target), **_planning(min_width, align, only, keep), **evidence)
     else:
         gm = fxwidth.resize(gm, chosen, **evidence)
     fxwidth.save(gm, out)
@@ -121,12 +125,13 @@ def evolve(
     typer.echo(f"written to {out}")
 
 
-def _planning(
-    target: fxwidth.Budget | None, min_width: int, align: int, only: list[str] | None, keep: list[str] | None
-) -> dict[str, Any]:
-    """Return the options of a plan that are given."""
+def _within(target: fxwidth.Budget | None) -> dict[str, Any]:
+    return {} if target is None else {"budget": target}
+
+
+def _planning(min_width: int, align: int, only: list[str] | None, keep: list[str] | None) -> dict[str, Any]:
+    """Return the options of a plan that are given, but for budgets."""
     found: dict[str, Any] = {"min_width": min_width, "align": align}
-    found |= {} if target is None else {"budget": target}
     return found | {name: value for name, value in (("only", only), ("keep", keep)) if value}
 
 

@@ -45,7 +45,13 @@ Only = Annotated[list[str] | None, typer.Option(help="Names or patterns of the g
 Keep = Annotated[list[str] | None, typer.Option(help="Names or patterns of groups that must not.")]
 MinWidth = Annotated[int, typer.Option(help="No group gets below this.")]
 Align = Annotated[int, typer.Option(help="Widths are multiples of this.")]
+Frontier = Annotated[
+    bool,
+    typer.Option("--frontier", help="Plan for many budgets at once: bounds are lists, as --params 0.9,0.75,0.5,0.25."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
+# The parts of the parameters that a frontier is of where nothing else is typed.
+_SHARES = (0.9, 0.75, 0.5, 0.25)
 
 
 def epilog(examples: Sequence[str]) -> str:
@@ -69,10 +75,34 @@ def budget(params: str | None, flops: str | None, memory: str | None, latency: s
     """
     import fxwidth
 
-    texts = {"params": params, "flops": flops, "activation_memory": memory, "latency": latency}
-    bounds = {name: bound(f"--{name.replace('_', '-')}", text) for name, text in texts.items()}
+    texts = _texts(params, flops, memory, latency)
+    bounds = {name: bound(_option(name), text) for name, text in texts.items()}
     given: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
     return fxwidth.Budget(**given) if given else None
+
+
+def frontier_bounds(
+    params: str | None, flops: str | None, memory: str | None, latency: str | None
+) -> dict[str, int | float | list[int | float]]:
+    """Return the bounds of a frontier: those typed with commas are lists, and others are for all plans.
+
+    Raises:
+        InputError: one is no number.
+    """
+    found: dict[str, int | float | list[int | float]] = {}
+    for name, text in _texts(params, flops, memory, latency).items():
+        if text is not None:
+            numbers = [number for part in text.split(",") if (number := bound(_option(name), part)) is not None]
+            found[name] = numbers if "," in text else numbers[0]
+    return found or {"params": list(_SHARES)}
+
+
+def _texts(params: str | None, flops: str | None, memory: str | None, latency: str | None) -> dict[str, str | None]:
+    return {"params": params, "flops": flops, "activation_memory": memory, "latency": latency}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def refuse_unwritable(path: Path | None, *, overwrite: bool) -> None:

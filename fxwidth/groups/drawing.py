@@ -13,9 +13,9 @@ from torch import fx
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Factor
-from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.graph_layout import Layout, Point, lay_out
+from fxwidth.matplotlib_figures import figure_class, refuse_other_pictures
 from fxwidth.recording.tape import Axes as TensorAxes
 from fxwidth.runtime.pytrees import deep_tensors
 
@@ -67,15 +67,10 @@ def draw(analysis: Analysis, groups: Sequence[ChannelGroup], path: str | Path) -
         FxwidthError: the suffix is another, the folder does not exist, or matplotlib is not installed.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise FxwidthError(f"groups are drawn as SVG or PNG, not as {path.name!r}. End the path in .svg or .png.")
-    if not path.parent.is_dir():
-        raise FxwidthError(f"there is no folder {str(path.parent)!r} to draw {path.name!r} in. Make it first.")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FxwidthError("drawing needs matplotlib. Run pip install 'fxwidth[draw]'.") from None
+    refuse_other_pictures(path, "groups", (".svg", ".png"))
+    new_figure = figure_class()
+    from matplotlib import rc_context
+
     free = [group for group in groups if group.pinned is None]
     flow = _flow(analysis, free)
     layout = lay_out(flow, {vertex: flow.nodes[vertex]["box"].width for vertex in flow})
@@ -87,7 +82,7 @@ def draw(analysis: Analysis, groups: Sequence[ChannelGroup], path: str | Path) -
     width = right - left + legend_width + 3 * _MARGIN
     # The texts of an SVG stay texts: they can be searched.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fxwidth", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, height))
+        figure = new_figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(left - _MARGIN, left - _MARGIN + width)

@@ -197,3 +197,21 @@ def test_a_configuration_of_transformers_is_a_model(folder: Path) -> None:
 def test_a_model_of_timm() -> None:
     pytest.importorskip("timm")
     assert data("inspect", "timm:test_vit")["params"] > 0
+
+
+def test_a_frontier_is_one_plan_for_each_bound(folder: Path) -> None:
+    model = ["own_models:net", "--input", "2x8", "--weights", "w.pt"]
+    torch.save(small_net().state_dict(), folder / "w.pt")
+    found = data("plan", *model, "--frontier", "--params", "0.75,0.5", "--flops", "0.9", "--out", "frontier.json")
+    assert found == json.loads((folder / "frontier.json").read_text())
+    assert [row["budget"] for row in found["frontier"]] == [
+        {"params": 0.75, "flops": 0.9},
+        {"params": 0.5, "flops": 0.9},
+    ]
+    for row in found["frontier"]:
+        alone = data("plan", *model, "--params", str(row["budget"]["params"]), "--flops", "0.9")
+        assert row["plan"] == alone
+    lines = run("plan", *model, "--frontier").splitlines()
+    assert [line.split()[0] for line in lines if "params=" in line] == [
+        f"params={share}" for share in (0.9, 0.75, 0.5, 0.25)
+    ]

@@ -15,6 +15,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
 import fxwidth
+from fxwidth.costs.registry import COSTS, Cost
+from fxwidth.options import has_target
 from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
 from tests.zoo.nets import images, trained_like
 
@@ -98,6 +100,9 @@ def _of(value: Any) -> Callable[[fx.GraphModule], Any]:
 ROWS: dict[str, Row] = {
     "budget": Row(_of(fxwidth.Budget(flops=0.5)), dict),
     "params": Row(_of(0.5), dict),
+    "flops": Row(_of(0.5), dict),
+    "activation_memory": Row(_of(0.7), dict),
+    "latency": Row(_of(0.8), dict),
     "data": Row(_of(labelled())),
     "loss": Row(_of(F.cross_entropy), lambda: {"params": 0.45, "data": labelled()}),
     "selection": Row(_of("magnitude")),
@@ -122,6 +127,12 @@ ROWS: dict[str, Row] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _same_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all graphs take the same time: what is measured differs each time, and with it the widths."""
+    monkeypatch.setitem(COSTS, "latency", Cost("latency", "microseconds", COSTS["params"].polynomial))
+
+
 def test_every_option_has_a_row() -> None:
     assert set(ROWS) == {*PLAN, *RESIZE}
 
@@ -133,8 +144,7 @@ def _some(options: Options, names: list[str]) -> dict[str, Any]:
 def _for_plan(options: Options) -> dict[str, Any]:
     # What a resize does not turn a plan must not count on.
     turns = options.get("rotate", True) and options.get("fold", True) and not {"optimizer", "also"} & options.keys()
-    targets = options.get("params") is not None or options.get("budget") is not None
-    if targets:
+    if has_target(options):
         return {**_some(options, PLAN), "rotate": turns}
     # Refused where they would be ignored.
     return {name: value for name, value in _some(options, PLAN).items() if name not in ("data", "loss", "selection")}
@@ -156,8 +166,7 @@ def _evolve(gm: fx.GraphModule, options: Options) -> None:
 
 
 def _evolver(gm: fx.GraphModule, options: Options) -> None:
-    targets = options.get("params") is not None or options.get("budget") is not None
-    rounds = {"rounds": 1} if targets else {}
+    rounds = {"rounds": 1} if has_target(options) else {}
     assert fxwidth.Evolver(gm, every=1, **rounds, **options).step() is not None
 
 
