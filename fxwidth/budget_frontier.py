@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,6 +26,7 @@ from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.tables import Table
 from fxwidth.tracing.analyze import analyze_module
+from fxwidth.work_progress import Progress, each, listening
 
 Bounds = Sequence[int | float] | int | float
 Evaluate = Callable[[fx.GraphModule], Any]
@@ -151,6 +153,7 @@ def frontier(
     latency: Bounds | None = None,
     budget: Budget | Sequence[Budget] | None = None,
     evaluate: Evaluate | None = None,
+    progress: Progress = True,
     **options: Unpack[PlanKeywordsBesideBudget],
 ) -> Frontier:
     """Plan for many budgets from one look at a network: each plan is that of `fxwidth.plan` for its budget.
@@ -167,6 +170,8 @@ def frontier(
         evaluate: called with a copy of the graph for each plan, resized by it as `fxwidth.resize` does with the same
             data, in the mode that the graph is in, and with one as it is; returns a number, such as the accuracy. It
             may train the copy.
+        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
+            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
         options: those of `fxwidth.plan`.
 
     Raises:
@@ -189,16 +194,28 @@ def frontier(
     if evaluate is not None and not callable(evaluate):
         raise FxwidthError(f"evaluate={evaluate!r} must be a function of the resized graph that returns a number.")
     options["data"] = replayed(options.get("data"))
-    each = [options_from(PlanOptions, {**options, "budget": one}) for one in budgets]
+    asked = [options_from(PlanOptions, {**options, "budget": one}) for one in budgets]
     refuse_other_than_groups(width_graph)
-    found = plans_with_evidence(width_graph, each)
-    plans = tuple(plan for plan, _ in found)
-    if evaluate is None:
-        return Frontier(tuple(budgets), plans)
-    module = width_graph.analysis.module
-    present = _number(evaluate(copy.deepcopy(module)))
-    measured = tuple(_number(evaluate(_resized(module, plan, each[0], known))) for plan, known in found)
-    return Frontier(tuple(budgets), plans, measured, present)
+
+    def work() -> Frontier:
+        found = plans_with_evidence(width_graph, asked)
+        plans = tuple(plan for plan, _ in found)
+        if evaluate is None:
+            return Frontier(tuple(budgets), plans)
+        present, *measured = _measured(width_graph.analysis.module, found, asked[0], evaluate)
+        return Frontier(tuple(budgets), plans, tuple(measured), present)
+
+    return listening(progress, work)
+
+
+def _measured(
+    module: fx.GraphModule, found: Sequence[tuple[Plan, Evidence | None]], planning: PlanOptions, evaluate: Evaluate
+) -> Iterator[float]:
+    """Yield what a function gives of a graph as it is, and resized by each plan."""
+    for made in each([None, *found], "measuring"):
+        own = copy.deepcopy(module) if made is None else _resized(module, *made, planning)
+        # What the function does is not a part of this work.
+        yield _number(listening(False, partial(evaluate, own)))
 
 
 def _budgets(short: Mapping[str, Bounds | None], given: Budget | Sequence[Budget] | None) -> list[Budget]:
@@ -235,7 +252,7 @@ def _listed(value: Any) -> Any:
     return list(plain) if isinstance(plain, Iterable) and not isinstance(plain, (str, bytes)) else plain
 
 
-def _resized(module: fx.GraphModule, plan: Plan, planning: PlanOptions, evidence: Evidence | None) -> fx.GraphModule:
+def _resized(module: fx.GraphModule, plan: Plan, evidence: Evidence | None, planning: PlanOptions) -> fx.GraphModule:
     """Return a copy of a graph, resized by a plan from the evidence that this was made from."""
     own = copy.deepcopy(module)
     graph = WidthGraph(analyze_module(own))

@@ -21,6 +21,7 @@ from fxwidth.statistics.moments import has_values
 from fxwidth.tables import Table
 from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.weights.writer_spectra import singular_values, writer_columns
+from fxwidth.work_progress import Progress, each, listening
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def spectrum(
     only: str | Sequence[str] | None = None,
     keep: str | Sequence[str] | None = None,
     errors: bool = True,
+    progress: Progress = True,
 ) -> Spectra:
     """Return the spectrum, the ranks and the width curve of every free group, by its name.
 
@@ -126,6 +128,8 @@ def spectrum(
         keep: names or patterns of groups to leave out.
         errors: whether to predict what each width loses; without, which is fast, the spectra are those of the weights
             alone, and `errors` are empty.
+        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
+            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Raises:
         FxwidthError: a pattern matches no group, there is no such method, or the data or the loss cannot be used.
@@ -147,12 +151,13 @@ def spectrum(
 
     def look() -> Spectra:
         if not errors:
-            return Spectra({group.name: _of(width_graph, group, (), None, False) for group in groups})
+            alone = each(groups, "looking at spectra")
+            return Spectra({group.name: _of(width_graph, group, (), None, False) for group in alone})
         evidence, curves = calibrated(width_graph, groups, data, loss, selection)
         found = {g.name: _of(width_graph, g, curves[g], evidence.source(g), loss is not None) for g in groups}
         return Spectra(found)
 
-    return looking_at(width_graph.analysis.module, look)
+    return listening(progress, lambda: looking_at(width_graph.analysis.module, look))
 
 
 def _of(graph: WidthGraph, group: ChannelGroup, errors: Any, source: str | None, is_calibrated: bool) -> GroupSpectrum:

@@ -29,6 +29,7 @@ from fxwidth.selection.registry import selection_method
 from fxwidth.tracing.analyze import analyze
 from fxwidth.tracing.trace import trace
 from fxwidth.untying.untie_copies import untie_copies
+from fxwidth.work_progress import ProgressUpdate
 
 __all__ = [
     "Budget",
@@ -42,6 +43,7 @@ __all__ = [
     "LayerCosts",
     "Plan",
     "Polynomial",
+    "ProgressUpdate",
     "Replacement",
     "Report",
     "Site",

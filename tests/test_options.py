@@ -38,15 +38,17 @@ EVOLVER: dict[str, Any] = {
     "patience": None, "cooldown": 2, "policy": None,
 }  # fmt: skip
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
-    fxwidth.plan: PLAN,
-    fxwidth.resize: RESIZE,
-    fxwidth.evolve: PLAN | RESIZE | {"output": "graph"},
+    fxwidth.plan: PLAN | {"progress": True},
+    fxwidth.frontier: PLAN | {"progress": True, "evaluate": None},
+    fxwidth.resize: RESIZE | {"progress": True},
+    fxwidth.evolve: PLAN | RESIZE | {"output": "graph", "progress": True},
     fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,
 }
 POSITIONAL: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: {"width_graph": Parameter.empty},
+    fxwidth.frontier: {"width_graph": Parameter.empty},
     fxwidth.resize: {"gm": Parameter.empty, "plan": Parameter.empty},
     fxwidth.evolve: {"model": Parameter.empty, "example_inputs": None, "example_kwargs": None},
     fxwidth.Evolver: {"gm": Parameter.empty, "optimizer": None},

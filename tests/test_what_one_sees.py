@@ -50,6 +50,7 @@ SHOWN: dict[type, Callable[[], Any]] = {
     fxwidth.LayerCosts: lambda: fxwidth.cost(groups()),
     fxwidth.Plan: lambda: fxwidth.plan(groups(), params=0.5),
     fxwidth.Polynomial: lambda: fxwidth.cost_polynomial(groups(), "params"),
+    fxwidth.ProgressUpdate: lambda: fxwidth.ProgressUpdate("tracing", 0, None),
     fxwidth.Replacement: lambda: fxwidth.Replacement(
         "0.weight", torch.zeros(160, 160), torch.zeros(80, 160), [np.arange(80), None]
     ),

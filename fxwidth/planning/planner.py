@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -20,12 +21,15 @@ from fxwidth.plans import BEFORE, FOR_MODULE, Plan
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.selection.error_curves import Errors
+from fxwidth.work_progress import Progress, each, listening, tell
 
 __all__ = ["Plan", "plan"]
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @tells_options(PlanOptions)
-def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
+def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpack[PlanKeywords]) -> Plan:
     """Choose new widths.
 
     Under a budget, all widths are chosen together such that its bounds are met, and readers keep as much of what they
@@ -65,6 +69,8 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
         exact: whether groups that cannot grow without changing the function are left alone, or may but shrink.
         rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
             `fxwidth.resize` does by default; their errors are smaller then.
+        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
+            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Returns:
         A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,
@@ -84,7 +90,8 @@ def plan(width_graph: WidthGraph, **options: Unpack[PlanKeywords]) -> Plan:
         >>> dict(fxwidth.plan(fxwidth.analyze(gm), params=0.5))
         {'0': 7}
     """
-    return plan_with_evidence(width_graph, options_from(PlanOptions, options))[0]
+    checked = options_from(PlanOptions, options)
+    return listening(progress, lambda: plan_with_evidence(width_graph, checked)[0])
 
 
 def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[Plan, Evidence | None]:
@@ -96,7 +103,7 @@ def plan_with_evidence(width_graph: WidthGraph, options: PlanOptions) -> tuple[P
     return plans_with_evidence(width_graph, [options])[0]
 
 
-def plans_with_evidence(width_graph: WidthGraph, each: Sequence[PlanOptions]) -> list[tuple[Plan, Evidence | None]]:
+def plans_with_evidence(width_graph: WidthGraph, asked: Sequence[PlanOptions]) -> list[tuple[Plan, Evidence | None]]:
     """Return the plans of options that differ in their budgets alone, from one look at the graph.
 
     Raises:
@@ -104,42 +111,47 @@ def plans_with_evidence(width_graph: WidthGraph, each: Sequence[PlanOptions]) ->
     """
     refuse_other_than_groups(width_graph)
     refuse_nan(width_graph.analysis.module)
-    found = looking_at(width_graph.analysis.module, lambda: _planned(width_graph, each))
-    for (made, _), options in zip(found, each, strict=True):
+    found = looking_at(width_graph.analysis.module, lambda: _planned(width_graph, asked))
+    for (made, _), options in zip(found, asked, strict=True):
         if options.for_module is not None:
             made.notes[FOR_MODULE] = module_holdings(width_graph, options.for_module).told()
+        before, after = made.notes["parameters"]
+        _LOGGER.info("planned new widths for %d groups: %d -> %d parameters", len(made), before, after)
     return found
 
 
-def _planned(width_graph: WidthGraph, each: Sequence[PlanOptions]) -> list[tuple[Plan, Evidence | None]]:
-    units = _units(width_graph, each[0])
-    if each[0].target is not None:
-        return _under_budgets(width_graph, units, each)
-    return [(_by_spectra(width_graph, units, options), None) for options in each]
+def _planned(width_graph: WidthGraph, asked: Sequence[PlanOptions]) -> list[tuple[Plan, Evidence | None]]:
+    units = _units(width_graph, asked[0])
+    if asked[0].target is not None:
+        return _under_budgets(width_graph, units, asked)
+    return [(_by_spectra(width_graph, units, options), None) for options in asked]
 
 
 def _by_spectra(width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions) -> Plan:
-    widths = {group: width for unit in units for group, width in by_thresholds(width_graph, unit, options).items()}
+    widths: dict[ChannelGroup, int] = {}
+    for unit in each(units, "looking at spectra"):
+        widths |= by_thresholds(width_graph, unit, options)
     widths = _settled(width_graph, widths, options)
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None)
 
 
 def _under_budgets(
-    width_graph: WidthGraph, units: Sequence[Class], each: Sequence[PlanOptions]
+    width_graph: WidthGraph, units: Sequence[Class], asked: Sequence[PlanOptions]
 ) -> list[tuple[Plan, Evidence | None]]:
-    problems = [_problem(width_graph, units, options) for options in each]
+    problems = [_problem(width_graph, units, options) for options in asked]
     # What is out of reach is refused before the data are looked at.
     at_hand = [problem.at_hand() for problem in problems]
     known: tuple[Evidence, dict[ChannelGroup, Errors]] | None = None
+    if None in at_hand:
+        groups, first = [group for unit in units for group in unit.groups], asked[0]
+        known = calibrated(width_graph, groups, first.data, first.loss, first.selection, first.rotate)
     result: list[tuple[Plan, Evidence | None]] = []
-    for problem, ready, options in zip(problems, at_hand, each, strict=True):
+    for problem, ready, options in each(list(zip(problems, at_hand, asked, strict=True)), "choosing widths"):
         if ready is not None:
             widths, errors, evidence = *ready, None
         else:
-            if known is None:
-                groups = [group for unit in units for group in unit.groups]
-                known = calibrated(width_graph, groups, options.data, options.loss, options.selection, options.rotate)
+            assert known is not None
             evidence, errors = known
             widths = problem.chosen(evidence, errors)
         settled = _settled(width_graph, widths, options)
@@ -177,6 +189,7 @@ def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:
     chosen = chosen_groups(width_graph, options.only, options.keep)
     if options.for_module is None:
         return classes(width_graph, chosen, options.same_width)
+    tell("probing the module")
     held = module_holdings(width_graph, options.for_module)
     return tied_classes(width_graph, chosen, options.same_width, held)
 

@@ -20,8 +20,9 @@ from fxwidth.options import has_target
 from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
 from tests.zoo.nets import images, trained_like
 
-PLAN = [name for name in signature(fxwidth.plan).parameters if name != "width_graph"]
-RESIZE = [name for name in signature(fxwidth.resize).parameters if name not in ("gm", "plan")]
+# What is shown meanwhile makes no difference to what is done.
+PLAN = [name for name in signature(fxwidth.plan).parameters if name not in ("width_graph", "progress")]
+RESIZE = [name for name in signature(fxwidth.resize).parameters if name not in ("gm", "plan", "progress")]
 
 
 class Network(nn.Module):
