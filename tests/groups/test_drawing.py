@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxwidth
 from fxwidth.errors import FxwidthError
+from fxwidth.groups.flow_boxes import colours_of, flow_of, folded_flow, folded_groups
 from fxwidth.groups.graph_layout import lay_out
 from fxwidth.groups.width_graph import WidthGraph
 from tests.groups.test_groups import Block, width_graph
@@ -154,3 +155,59 @@ def _fills(graph: WidthGraph, folder: Path) -> dict[str, list[str]]:
 
 def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+class Blocks(nn.Module):
+    """Blocks that are alike but for one, around a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6)) for width in (8, 8, 5, 8)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_repeated_blocks_are_drawn_once(tmp_path):
+    graph = fxwidth.analyze(fxwidth.trace(Blocks(), torch.randn(2, 4)))
+    graph.draw(tmp_path / "blocks.svg")
+    texts = _texts(tmp_path / "blocks.svg")
+    assert texts.count("blocks.0..1,3.0") == 1
+    assert {"blocks.2.0", "Linear · ReLU, 3 times", "blocks.0..3.2", "blocks.0..1,3.0  8", "blocks.2.0  5"} <= set(
+        texts
+    )
+    flow = flow_of(graph.analysis, graph.free)
+    whole = folded_flow(flow)
+    boxes, all_boxes = ([box for _, box in one.nodes(data="box")] for one in (whole, flow))
+    # Nothing is lost, and arrows go down.
+    assert sum(box.count for box in boxes) == len(all_boxes)
+    assert sorted(name for box in boxes for name in box.nodes) == sorted(
+        name for box in all_boxes for name in box.nodes
+    )
+    assert nx.is_directed_acyclic_graph(whole)
+    assert len({box.title for box in all_boxes}) == len(all_boxes)
+
+
+def test_groups_of_one_dim_are_no_blocks():
+    block = nn.TransformerEncoderLayer(16, 4, 4, batch_first=True)  # as many heads as dims of each
+    graph = fxwidth.analyze(fxwidth.trace(block, torch.randn(2, 3, 16)))
+    entries = folded_groups(graph.free)
+    assert [own for _, own in entries] == [(group,) for group in graph.free]
+    assert len(set(colours_of(entries).values())) == len(graph.free)
+
+
+def test_boxes_have_the_names_of_modules_and_not_of_nodes(tmp_path):
+    block = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=False
+    )
+    graph = fxwidth.analyze(fxwidth.trace(block, torch.randn(2, 3, 16)))
+    titles = [box.title for _, box in flow_of(graph.analysis, graph.free).nodes(data="box")]
+    assert any(title.startswith("layers.0") for title in titles)
+    assert not any(title.endswith(("_1", "_2", "_3")) for title in titles), titles
