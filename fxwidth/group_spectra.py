@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.loss_sensitivity import calibrated
+from fxwidth.matplotlib_figures import MOST_IN_LEGEND, new_axes, refuse_other_pictures, save_figure
 from fxwidth.option_values import check_switches
 from fxwidth.options import Loss, PlanOptions, refuse_loss_without_data
 from fxwidth.planning.constraints import chosen_groups
@@ -62,6 +64,30 @@ class GroupSpectrum:
         """Return the spectrum as a dict of numbers, lists and strings, fit for JSON."""
         return asdict(self)
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the singular values, and how many of them are worth keeping.
+
+        Args:
+            path: a file to draw to: .svg, .png or .pdf.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure`.
+
+        Raises:
+            FxwidthError: there are no values, the path cannot be drawn to, or matplotlib is not installed.
+        """
+        refuse_other_pictures(path)
+        if self.singular_values is None:
+            raise FxwidthError("there are no singular values to draw: the weights of this group have no values.")
+        figure, axes = new_axes()
+        axes.plot(range(1, self.width + 1), self.singular_values)
+        if self.gavish_donoho_rank is not None:
+            axes.axvline(self.gavish_donoho_rank, color="0.4", linestyle="--", label="worth keeping")
+            axes.legend()
+        axes.set(xlabel="channel", ylabel="singular value")
+        axes.set_ylim(bottom=0)
+        return save_figure(figure, path)
+
 
 class Spectra(dict[str, GroupSpectrum]):
     """The spectra of groups by their names; `print` it for a table.
@@ -90,6 +116,33 @@ class Spectra(dict[str, GroupSpectrum]):
         sources = {found.evidence for found in self.values() if found.evidence}
         below = (f"errors predicted from {', '.join(sorted(sources))}",) if sources else ()
         return Table(_COLUMNS, tuple(rows), () if rows else ("no group is free",), below)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the singular values of all groups, each relative to its largest, over the share of its channels.
+
+        Args:
+            path: a file to draw to: .svg, .png or .pdf.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure`.
+
+        Raises:
+            FxwidthError: there are no values, the path cannot be drawn to, or matplotlib is not installed.
+        """
+        refuse_other_pictures(path)
+        known = {name: values for name, found in self.items() if (values := found.singular_values) and values[0] > 0}
+        if not known:
+            raise FxwidthError("there are no singular values to draw: no group is free, or weights have no values.")
+        figure, axes = new_axes()
+        for name, values in known.items():
+            count = len(values)
+            shares = [(place + 1) / count for place in range(count)]
+            axes.plot(shares, [value / values[0] for value in values], label=name, linewidth=1)
+        axes.set(xlabel="share of the channels", ylabel="singular value, of the largest")
+        axes.set_ylim(bottom=0)
+        if len(known) <= MOST_IN_LEGEND:
+            axes.legend(fontsize="x-small")
+        return save_figure(figure, path)
 
 
 _SHARES = (0.75, 0.5, 0.25)

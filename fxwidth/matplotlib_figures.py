@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 120
+# Of more lines a plot has no legend.
+MOST_IN_LEGEND = 16
 
 
 def figure_class() -> type[Figure]:

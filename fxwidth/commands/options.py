@@ -105,7 +105,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def refuse_unwritable(path: Path | None, *, overwrite: bool) -> None:
+def refuse_unwritable(path: Path | None, *, overwrite: bool, option: str = "--out") -> None:
     """Check that a file can be written, before the work.
 
     Raises:
@@ -114,6 +114,6 @@ def refuse_unwritable(path: Path | None, *, overwrite: bool) -> None:
     if path is None:
         return
     if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first.")
+        raise InputError(f"{option} {path}: there is no folder {path.parent}; make it first.")
     if path.exists() and not overwrite:
-        raise InputError(f"--out {path} is there already; choose another name, or replace it with --overwrite.")
+        raise InputError(f"{option} {path} is there already; choose another name, or replace it with --overwrite.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import networkx as nx
 from fxwidth.analysis.result import Analysis
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.flow_boxes import Box, Colour, colours_of, darker, flow_of, folded_flow, folded_groups
+from fxwidth.groups.flow_geometry import BAR, GREY, HEIGHT, LETTER, arrow_stops, box_width, centre_of, extent
 from fxwidth.groups.graph_layout import Layout, Point, lay_out
 from fxwidth.matplotlib_figures import figure_class, refuse_other_pictures
 
@@ -19,17 +20,10 @@ if TYPE_CHECKING:
 
 
 # All lengths are in inches.
-_PITCH, _HEIGHT, _MARGIN = 0.66, 0.36, 0.35
-_LETTER, _PADDING = 0.072, 0.26
+_MARGIN = 0.35
 _ENTRY, _LEGEND_ENTRIES = 0.24, 60
 _DPI, _MOST_PIXELS = 144, 2**15
-_INK, _FAINT, _GREY = (0.13, 0.14, 0.17), (0.42, 0.44, 0.48), (0.87, 0.88, 0.89)
-_BAR = 0.05
-
-
-def box_width(box: Box) -> float:
-    """Return how wide a box is for its texts, in inches."""
-    return max(len(box.shown) * _LETTER, len(box.subtitle) * _LETTER * 0.84) + _PADDING
+_INK, _FAINT = (0.13, 0.14, 0.17), (0.42, 0.44, 0.48)
 
 
 def draw(analysis: Analysis, groups: Sequence[ChannelGroup], path: str | Path) -> None:
@@ -53,8 +47,8 @@ def draw(analysis: Analysis, groups: Sequence[ChannelGroup], path: str | Path) -
     shown = folded_groups(free)
     colours = colours_of(shown)
     entries = _legend(groups, shown, colours)
-    left, right, bottom = _extent(flow, layout)
-    legend_width = max(len(text) for _, text in entries) * _LETTER + 0.6
+    left, right, bottom = extent(flow, layout)
+    legend_width = max(len(text) for _, text in entries) * LETTER + 0.6
     height = max(bottom, len(entries) * _ENTRY) + 2 * _MARGIN
     width = right - left + legend_width + 3 * _MARGIN
     # The texts of an SVG stay texts: they can be searched.
@@ -66,7 +60,7 @@ def draw(analysis: Analysis, groups: Sequence[ChannelGroup], path: str | Path) -
         axes.set_ylim(height - _MARGIN, -_MARGIN)
         _draw_edges(axes, flow, layout, colours)
         for vertex in flow:
-            _draw_box(axes, _centre(layout.places[vertex]), flow.nodes[vertex]["box"], colours)
+            _draw_box(axes, centre_of(layout.places[vertex]), flow.nodes[vertex]["box"], colours)
         _draw_legend(axes, right + _MARGIN, entries)
         dpi = min(_DPI, _MOST_PIXELS / max(width, height))
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
@@ -86,38 +80,25 @@ def _legend(
     entries += [(colours[own[0]], f"{name}  {own[0].width}") for name, own in shown[:_LEGEND_ENTRIES]]
     if len(shown) > _LEGEND_ENTRIES:
         entries.append((None, f"and {len(shown) - _LEGEND_ENTRIES} more"))
-    return [*entries, (_GREY, "pinned")]
+    return [*entries, (GREY, "pinned")]
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
-
-
-def _centre(place: Point) -> Point:
-    return place[0], place[1] * _PITCH + _HEIGHT / 2
-
-
-def _extent(flow: nx.DiGraph, layout: Layout) -> tuple[float, float, float]:
-    """Return the left, the right and the lower end of what is drawn."""
-    sides = [(layout.places[vertex][0], box_width(flow.nodes[vertex]["box"]) / 2) for vertex in flow]
-    sides += [(x, 0.0) for bends in layout.bends.values() for x, _ in bends]
-    last = max((row for _, row in layout.places.values()), default=0.0)
-    left, right = min(x - half for x, half in sides), max(x + half for x, half in sides)
-    return left, right, last * _PITCH + _HEIGHT
 
 
 def _draw_box(axes: Axes, centre: Point, box: Box, colours: Mapping[ChannelGroup, Colour]) -> None:
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
     width = box_width(box)
-    left, top = centre[0] - width / 2, centre[1] - _HEIGHT / 2
-    fills = [colours[group] for group in box.groups] or [_GREY]
+    left, top = centre[0] - width / 2, centre[1] - HEIGHT / 2
+    fills = [colours[group] for group in box.groups] or [GREY]
     style = "round,pad=0,rounding_size=0.09"
-    edge = darker(fills[0] if len(fills) == 1 else _GREY)
-    shape = FancyBboxPatch((left, top), width, _HEIGHT, boxstyle=style, facecolor="none", edgecolor=edge)
+    edge = darker(fills[0] if len(fills) == 1 else GREY)
+    shape = FancyBboxPatch((left, top), width, HEIGHT, boxstyle=style, facecolor="none", edgecolor=edge)
     shape.set(linewidth=1.0, zorder=4)
-    rows = [(fills, top, _HEIGHT)]
+    rows = [(fills, top, HEIGHT)]
     if box.inner:
-        rows.append(([colours[group] for group in box.inner], top + _HEIGHT - _BAR, _BAR))
+        rows.append(([colours[group] for group in box.inner], top + HEIGHT - BAR, BAR))
     for row, upper, height in rows:
         stripe = width / len(row)
         for i, fill in enumerate(row):
@@ -137,32 +118,20 @@ def _draw_edges(axes: Axes, flow: nx.DiGraph, layout: Layout, colours: Mapping[C
     from matplotlib.path import Path as Line
 
     for first, last in flow.edges:
-        points = list(_stops(layout, first, last))
+        points = list(arrow_stops(layout, first, last))
         vertices, codes = [points[0]], [Line.MOVETO]
         for (x, y), (to_x, to_y) in nx.utils.pairwise(points):
             middle = (y + to_y) / 2
             vertices += [(x, middle), (to_x, middle), (to_x, to_y)]
             codes += [Line.CURVE4] * 3
         groups = flow.nodes[first]["box"].groups
-        colour = darker(colours[groups[0]] if groups else _GREY)
+        colour = darker(colours[groups[0]] if groups else GREY)
         line = Line(vertices, codes)
         axes.add_patch(
             FancyArrowPatch(
                 path=line, arrowstyle="-|>,head_length=3,head_width=1.7", color=colour, linewidth=1.2, zorder=2
             )
         )
-
-
-def _stops(layout: Layout, first: Hashable, last: Hashable) -> Iterator[Point]:
-    """Yield the points of an edge: down from a box, straight past the rows that it crosses, down to a box."""
-    x, y = _centre(layout.places[first])
-    yield x, y + _HEIGHT / 2
-    for bend in layout.bends[first, last]:
-        x, y = _centre(bend)
-        yield x, y - _HEIGHT / 2
-        yield x, y + _HEIGHT / 2
-    x, y = _centre(layout.places[last])
-    yield x, y - _HEIGHT / 2
 
 
 def _draw_legend(axes: Axes, left: float, entries: Sequence[tuple[Colour | None, str]]) -> None:

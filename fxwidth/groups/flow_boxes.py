@@ -34,6 +34,7 @@ class Box:
         inner: those inside of them.
         count: how many boxes of repeated blocks it stands for.
         nodes: the names of the nodes, of all of these.
+        block: the innermost numbered part of the network that it is in; none where that is empty.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Box:
     inner: tuple[ChannelGroup, ...]
     count: int = 1
     nodes: tuple[str, ...] = ()
+    block: str = ""
 
     @property
     def shown(self) -> str:
@@ -88,20 +90,23 @@ def flow_of(analysis: Analysis, free: Sequence[ChannelGroup]) -> nx.DiGraph:
                 title += _AGAIN
             titles.add(title)
             names = tuple(part.name for part in run)
-            flow.add_node(node, box=Box(title, kinds, carried[node], tuple(dict.fromkeys(inner)), 1, names))
+            flow.add_node(
+                node, box=Box(title, kinds, carried[node], tuple(dict.fromkeys(inner)), 1, names, _block(node))
+            )
         flow.add_edges_from((runs[source][0], run[0]) for source in sources[node] if runs[source] is not run)
     return flow
 
 
 def folded_flow(flow: nx.DiGraph) -> nx.DiGraph:
-    """Return a flow in which boxes of repeated blocks that are alike are one.
+    """Return a flow in which the boxes of blocks that follow each other and are alike are one.
 
-    What goes from one block to the next would go up, and is left out; the boxes tell how often they are there.
+    What goes from one such block to the next would go up, and is left out; the boxes tell how often they are there.
     """
     boxes: dict[str, tuple[fx.Node, Box]] = {
         flow.nodes[node]["box"].title: (node, flow.nodes[node]["box"]) for node in flow
     }
-    rows = ((title, (box.kinds, _widths(box.groups), _widths(box.inner))) for title, (_, box) in boxes.items())
+    runs = _runs_of_blocks([box for _, box in boxes.values()])
+    rows = ((title, (runs.get(box.block, title), _likeness(box))) for title, (_, box) in boxes.items())
     result = nx.DiGraph()
     place: dict[fx.Node, fx.Node] = {}
     for title, _, titles in folded(rows):
@@ -115,6 +120,27 @@ def folded_flow(flow: nx.DiGraph) -> nx.DiGraph:
         if order[ends[0]] < order[ends[1]]:
             result.add_edge(*ends)
     return result
+
+
+def _runs_of_blocks(boxes: Sequence[Box]) -> dict[str, str]:
+    """Return for each block the first of those before it, itself among them, that are alike without another between."""
+    contents: dict[str, list[object]] = {}
+    for box in boxes:
+        if box.block:
+            contents.setdefault(box.block, []).append(_likeness(box))
+    runs: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for block, own in contents.items():
+        kind = NUMBER.sub("#", block)
+        before = last.get(kind)
+        runs[block] = runs[before] if before is not None and contents[before] == own else block
+        last[kind] = block
+    return runs
+
+
+def _likeness(box: Box) -> tuple[object, ...]:
+    """Return all by which boxes of two blocks are alike."""
+    return NUMBER.sub("#", box.title), box.kinds, _widths(box.groups), _widths(box.inner)
 
 
 def folded_groups(groups: Sequence[ChannelGroup]) -> list[tuple[str, tuple[ChannelGroup, ...]]]:

@@ -215,3 +215,17 @@ def test_a_frontier_is_one_plan_for_each_bound(folder: Path) -> None:
     assert [line.split()[0] for line in lines if "params=" in line] == [
         f"params={share}" for share in (0.9, 0.75, 0.5, 0.25)
     ]
+
+
+def test_a_report_is_a_page_of_any_model(folder: Path) -> None:
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.pt2")
+    told = run("report", "small.pt2", "--html", "small.html")
+    assert "written to small.html" in told
+    page = (folder / "small.html").read_text()
+    assert "Nothing was resized" not in page
+    assert "readers refitted" in page
+    run("report", "own_models:with_inputs", "--html", "whole.html")
+    assert "Nothing was resized" in (folder / "whole.html").read_text()
+    result = CliRunner().invoke(app, ["report", "own_models:with_inputs", "--html", "whole.html"])
+    assert (result.exit_code, "--html whole.html is there already" in result.output) == (2, True)
+    run("report", "own_models:with_inputs", "--html", "whole.html", "--overwrite")
