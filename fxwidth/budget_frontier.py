@@ -18,7 +18,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence
 from fxwidth.matplotlib_figures import new_axes, refuse_other_pictures, save_figure
-from fxwidth.options import PlanKeywordsBesideBudget, PlanOptions, ResizeOptions, options_from, tells_options
+from fxwidth.option_keywords import PlanKeywordsBesideBudget
+from fxwidth.options import PlanOptions, ResizeOptions, options_from, tells_options
 from fxwidth.plain_numbers import plain_number
 from fxwidth.planning.planner import plans_with_evidence
 from fxwidth.plans import Plan

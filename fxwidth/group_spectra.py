@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.loss_sensitivity import calibrated
 from fxwidth.matplotlib_figures import MOST_IN_LEGEND, new_axes, refuse_other_pictures, save_figure
+from fxwidth.option_keywords import Chosen, Loss
 from fxwidth.option_values import check_switches
-from fxwidth.options import Loss, PlanOptions, refuse_loss_without_data
-from fxwidth.planning.constraints import chosen_groups
+from fxwidth.options import PlanOptions, refuse_loss_without_data
+from fxwidth.planning.group_choice import chosen_groups
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.selection.registry import Selection
 from fxwidth.statistics.moments import has_values
@@ -164,8 +165,8 @@ def spectrum(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     selection: Selection = "greedy",
-    only: str | Sequence[str] | None = None,
-    keep: str | Sequence[str] | None = None,
+    only: Chosen | None = None,
+    keep: Chosen | None = None,
     errors: bool = True,
     progress: Progress = True,
 ) -> Spectra:
@@ -177,8 +178,8 @@ def spectrum(
             estimated from the weights and batch norm statistics.
         loss: called with the output and what follows the inputs in a batch; brings errors to the unit of the loss.
         selection: the method whose choices the errors are of, as for `fxwidth.plan`.
-        only: names or patterns of the groups to look at.
-        keep: names or patterns of groups to leave out.
+        only: names or patterns of the groups to look at, or modules, as for `fxwidth.plan`.
+        keep: likewise of groups to leave out.
         errors: whether to predict what each width loses; without, which is fast, the spectra are those of the weights
             alone, and `errors` are empty.
         progress: whether to show in a terminal, after a second, how far the work has come; or a function that is

@@ -9,6 +9,7 @@ import typer
 
 from fxwidth.commands import options
 from fxwidth.commands.faults import InputError, telling
+from fxwidth.commands.input_texts import number
 from fxwidth.commands.printing import show, show_json
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ def plan(
     latency: options.Latency = None,
     frontier: options.Frontier = False,
     data: options.Data = None,
-    min_width: options.MinWidth = 1,
+    ratio: options.Ratio = None,
+    min_width: options.MinWidth = "1",
     align: options.Align = 1,
     only: options.Only = None,
     keep: options.Keep = None,
+    within: options.Within = None,
     out: Annotated[Path | None, typer.Option(help="File to write the plan to, as JSON.")] = None,
     overwrite: options.Overwrite = False,
     input_: options.Inputs = None,
@@ -61,7 +64,7 @@ def plan(
     opened = open_model(source, for_values=data is not None or latency is not None)
     graph = fxwidth.analyze(opened.trace())
     evidence: dict[str, Any] = {} if data is None else {"data": batches(data, opened.inputs)}
-    chosen = {**target, **_planning(min_width, align, only, keep), **evidence}
+    chosen = {**target, **_planning(ratio, min_width, align, only, keep, within), **evidence}
     found = fxwidth.frontier(graph, **chosen) if frontier else fxwidth.plan(graph, **chosen)
     if out is not None:
         with replacing(out) as beside:
@@ -85,10 +88,12 @@ def evolve(
     activation_memory: options.ActivationMemory = None,
     latency: options.Latency = None,
     data: options.Data = None,
-    min_width: options.MinWidth = 1,
+    ratio: options.Ratio = None,
+    min_width: options.MinWidth = "1",
     align: options.Align = 1,
     only: options.Only = None,
     keep: options.Keep = None,
+    within: options.Within = None,
     overwrite: options.Overwrite = False,
     input_: options.Inputs = None,
     weights: options.Weights = None,
@@ -105,14 +110,14 @@ def evolve(
         raise InputError(f"--out {out}: a graph is saved in a file that ends in {', '.join(_SAVED)}.")
     options.refuse_unwritable(out, overwrite=overwrite)
     target = options.budget(params, flops, activation_memory, latency)
-    if (plan_file is None) == (target is None):
-        raise InputError("evolve takes either --plan or a budget, such as --params 0.5.")
+    if (plan_file is None) == (target is None and ratio is None):
+        raise InputError("evolve takes either --plan or a budget, such as --params 0.5, or --ratio.")
     chosen = None if plan_file is None else _read_plan(plan_file)
     opened = open_model(options.source(model, input_, weights, architecture, trusted), for_values=True)
     evidence: dict[str, Any] = {} if data is None else {"data": batches(data, opened.inputs)}
     gm = opened.trace()
     if chosen is None:
-        gm = fxwidth.evolve(gm, **_within(target), **_planning(min_width, align, only, keep), **evidence)
+        gm = fxwidth.evolve(gm, **_within(target), **_planning(ratio, min_width, align, only, keep, within), **evidence)
     else:
         gm = fxwidth.resize(gm, chosen, **evidence)
     fxwidth.save(gm, out)
@@ -129,10 +134,18 @@ def _within(target: fxwidth.Budget | None) -> dict[str, Any]:
     return {} if target is None else {"budget": target}
 
 
-def _planning(min_width: int, align: int, only: list[str] | None, keep: list[str] | None) -> dict[str, Any]:
+def _planning(
+    ratio: float | None,
+    min_width: str,
+    align: int,
+    only: list[str] | None,
+    keep: list[str] | None,
+    within: list[str] | None,
+) -> dict[str, Any]:
     """Return the options of a plan that are given, but for budgets."""
-    found: dict[str, Any] = {"min_width": min_width, "align": align}
-    return found | {name: value for name, value in (("only", only), ("keep", keep)) if value}
+    found: dict[str, Any] = {"min_width": number("--min-width", min_width, options.WIDTHS), "align": align}
+    given = {"ratio": ratio, "only": only, "keep": keep, "within": within}
+    return found | {name: value for name, value in given.items() if value not in (None, [])}
 
 
 def _read_plan(path: Path) -> fxwidth.Plan:

@@ -43,7 +43,10 @@ Data = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option(help="Names or patterns of the groups that may change.")]
 Keep = Annotated[list[str] | None, typer.Option(help="Names or patterns of groups that must not.")]
-MinWidth = Annotated[int, typer.Option(help="No group gets below this.")]
+WIDTHS = "a whole number, such as 8, or one with a point for a part of the first width, such as 0.1"
+MinWidth = Annotated[str, typer.Option(help="No group gets below this: a width, or a part of the first, as 0.1.")]
+Ratio = Annotated[float | None, typer.Option(help="The part of its channels that every group keeps, as 0.5.")]
+Within = Annotated[list[str] | None, typer.Option(help="Paths or patterns of modules: nothing outside changes.")]
 Align = Annotated[int, typer.Option(help="Widths are multiples of this.")]
 Frontier = Annotated[
     bool,

@@ -12,7 +12,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.rebuilding import plain_objects
 from fxwidth.modules.write_back import written_back
-from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.option_keywords import EvolveKeywords
+from fxwidth.options import PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer

@@ -22,7 +22,7 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.importance.sensitivity_fit import Rise, rates_of
-from fxwidth.options import Loss
+from fxwidth.option_keywords import Loss
 from fxwidth.reconstruction.folding import fold
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
 from fxwidth.runtime.pytrees import sample_count

@@ -44,7 +44,7 @@ class BudgetProblem:
         self._why = why
         self.bounds = bounds_of(width_graph, options.target)
         self._groups = [group for unit in units for group in unit.groups]
-        limits, growing = Limits.of(options), self._may_grow(units, options)
+        limits, growing = Limits.of(options, width_graph), self._may_grow(units, options)
         factor = growth_factor(self.bounds, [group for unit in growing for group in unit.groups])
         self._allowed = {unit: unit.widths(limits, factor if unit in growing else 1.0) for unit in units}
         # Groups that go together are one to the solver: the first stands for all.

@@ -13,10 +13,13 @@ from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
 from fxwidth.importance.loss_sensitivity import calibrated
 from fxwidth.modules.probing import module_holdings
-from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
+from fxwidth.option_keywords import PlanKeywords
+from fxwidth.options import PlanOptions, options_from, tells_options
 from fxwidth.planning.budget_problem import BudgetProblem, by_factor
-from fxwidth.planning.constraints import Class, chosen_groups, classes, tied_classes
+from fxwidth.planning.constraints import Class, classes, tied_classes
+from fxwidth.planning.group_choice import chosen_groups
 from fxwidth.planning.thresholds import by_thresholds
+from fxwidth.planning.uniform_ratio import by_ratio
 from fxwidth.plans import BEFORE, FOR_MODULE, Plan
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
@@ -35,9 +38,9 @@ def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpac
     Under a budget, all widths are chosen together such that its bounds are met, and readers keep as much of what they
     read as can be found. Where it allows more than the present cost, all groups grow by one factor; where it leaves no
     room for that, channels that bring next to nothing make room for others, by what the last ones of each group bring.
-    Without one, each group goes by the singular spectrum of its writers: it shrinks while the tail of the singular
-    values holds less than `shrink_energy` of their sum, and grows by `grow_step` when the smallest one times the width
-    exceeds `grow_energy` of the sum.
+    With a ratio, each group keeps that part of its channels. Without either, each group goes by the singular spectrum
+    of its writers: it shrinks while the tail of the singular values holds less than `shrink_energy` of their sum, and
+    grows by `grow_step` when the smallest one times the width exceeds `grow_energy` of the sum.
 
     Args:
         width_graph: the groups, from `fxwidth.analyze`.
@@ -55,13 +58,19 @@ def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpac
         shrink_energy: in [0, 1); 0 for no shrinking.
         grow_energy: in [0, 1]; a flat spectrum has 1, one with a zero singular value 0.
         grow_step: channels to add; 0 for no growing.
-        min_width: no group shrinks below this.
+        ratio: in the place of a budget, the part of its channels that every group keeps, as near as limits allow; above
+            1 groups grow.
+        min_width: no group shrinks below this; a float, such as 0.1, is a part of the width that the group had before
+            all resizes.
         max_width: no group stays or grows above this.
         align: new widths are rounded up to multiples of this.
         same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
             patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
-        only: names or patterns of the groups that may change.
-        keep: names or patterns of groups that must not.
+        only: names or patterns of the groups that may change; or modules, of the model or the graph, which stand for
+            the groups that they write.
+        keep: likewise of groups that must not.
+        within: paths or patterns of modules, such as "layer3" or "blocks.1?", or modules: groups may change that occur
+            in these alone, so that what is outside stays as it is.
         for_module: a module of the class that was traced, which is to hold the new widths (`fxwidth.write_back`): the
             model itself, a fresh one, or one on the meta device. Groups for which its code or its configuration has one
             number get widths that this can tell, and those that it cannot hold otherwise stay; that is learnt by
@@ -129,8 +138,9 @@ def _planned(width_graph: WidthGraph, asked: Sequence[PlanOptions]) -> list[tupl
 
 def _by_spectra(width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions) -> Plan:
     widths: dict[ChannelGroup, int] = {}
+    way = by_thresholds if options.ratio is None else by_ratio
     for unit in each(units, "looking at spectra"):
-        widths |= by_thresholds(width_graph, unit, options)
+        widths |= way(width_graph, unit, options)
     widths = _settled(width_graph, widths, options)
     errors = {g: spectral_errors(width_graph, g) for g, width in widths.items() if width < g.width}
     return _noted(width_graph, widths, [], errors, None)
@@ -185,8 +195,12 @@ def refuse_impossible(width_graph: WidthGraph, options: PlanOptions) -> None:
         _problem(width_graph, units, options).refuse_out_of_reach()
 
 
+def _chosen(width_graph: WidthGraph, options: PlanOptions) -> list[ChannelGroup]:
+    return chosen_groups(width_graph, options.only, options.keep, options.within)
+
+
 def _units(width_graph: WidthGraph, options: PlanOptions) -> list[Class]:
-    chosen = chosen_groups(width_graph, options.only, options.keep)
+    chosen = _chosen(width_graph, options)
     if options.for_module is None:
         return classes(width_graph, chosen, options.same_width)
     tell("probing the module")
@@ -199,7 +213,7 @@ def _held_by_module(width_graph: WidthGraph, options: PlanOptions) -> dict[str, 
     if options.for_module is None:
         return {}
     held = module_holdings(width_graph, options.for_module)
-    chosen = {group.name for group in chosen_groups(width_graph, options.only, options.keep)}
+    chosen = {group.name for group in _chosen(width_graph, options)}
     told = {name: f"{type(options.for_module).__name__} holds it: {why}" for name, why in held.staying.items()}
     found = {**held.bound(chosen - held.staying.keys()), **told}
     return {name: why for name, why in found.items() if name in chosen}

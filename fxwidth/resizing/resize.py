@@ -12,7 +12,8 @@ from torch import fx
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
+from fxwidth.option_keywords import ResizeKeywords
+from fxwidth.options import ResizeOptions, options_from, tells_options
 from fxwidth.plans import FOR_MODULE, Plan
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
 from fxwidth.recording.graph_meta import AXES, HISTORY, note_original, notes_of

@@ -229,3 +229,19 @@ def test_a_report_is_a_page_of_any_model(folder: Path) -> None:
     result = CliRunner().invoke(app, ["report", "own_models:with_inputs", "--html", "whole.html"])
     assert (result.exit_code, "--html whole.html is there already" in result.output) == (2, True)
     run("report", "own_models:with_inputs", "--html", "whole.html", "--overwrite")
+
+
+def test_limits_are_typed_as_they_are_written_in_python(folder: Path) -> None:
+    model = ["own_models:net", "--input", "2x8", "--weights", "w.pt"]
+    torch.save(small_net().state_dict(), folder / "w.pt")
+    assert data("plan", *model, "--ratio", "0.5")["widths"] == {"0": 8}
+    assert data("plan", *model, "--ratio", "0.1", "--min-width", "0.25")["widths"] == {"0": 4}
+    assert data("plan", *model, "--ratio", "0.1", "--min-width", "3")["widths"] == {"0": 3}
+    assert data("evolve", *model, "--ratio", "0.5", "--out", "a.pt2")["resizes"][0]["widths"] == {"0": [16, 8]}
+    result = CliRunner().invoke(app, ["plan", *model, "--within", "0"])
+    assert (result.exit_code, "within=['0'] leaves no group that may change: '0' is in 2.weight" in result.output) == (
+        1,
+        True,
+    )
+    result = CliRunner().invoke(app, ["plan", *model, "--min-width", "few"])
+    assert (result.exit_code, "--min-width few: a whole number, such as 8, or" in result.output) == (2, True)
