@@ -41,6 +41,7 @@ class Report:
             others because the method's moments could not be taken there, with the reason), reader_step (the loss_before
             and loss_after on batches held out, and the length of the step in units of the present columns, 0 for none;
             None where none was asked for).
+        graph: the graph, for `to_html`; copies and pickles of a report leave it out.
 
     Example:
         >>> fxwidth.Report(()).resizes
@@ -51,6 +52,9 @@ class Report:
 
     resizes: tuple[dict[str, Any], ...]
     graph: fx.GraphModule | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"resizes": self.resizes, "graph": None}
 
     def __str__(self) -> str:
         """Return a paragraph per resize."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import shutil
 import subprocess
@@ -178,6 +179,14 @@ def test_a_page_only_looks(tmp_path: Path) -> None:
     page_of(gm, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
     assert fxwidth.report(gm).resizes == history
+
+
+def test_a_report_is_kept_without_its_graph() -> None:
+    report = fxwidth.report(resized())
+    for again in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        assert again == report
+        assert again.graph is None
+    assert report.graph is not None
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
