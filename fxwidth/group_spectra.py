@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,13 +205,17 @@ def spectrum(
 
     def look() -> Spectra:
         if not errors:
-            alone = each(groups, "looking at spectra")
-            return Spectra({group.name: _of(width_graph, group, (), None, False) for group in alone})
+            return spectra_of_weights(width_graph, groups)
         evidence, curves = calibrated(width_graph, groups, data, loss, selection)
         found = {g.name: _of(width_graph, g, curves[g], evidence.source(g), loss is not None) for g in groups}
         return Spectra(found)
 
     return listening(progress, lambda: looking_at(width_graph.analysis.module, look))
+
+
+def spectra_of_weights(width_graph: WidthGraph, groups: Sequence[ChannelGroup]) -> Spectra:
+    """Return the spectra of some groups without errors of widths."""
+    return Spectra({g.name: _of(width_graph, g, (), None, False) for g in each(groups, "looking at spectra")})
 
 
 def _of(graph: WidthGraph, group: ChannelGroup, errors: Any, source: str | None, is_calibrated: bool) -> GroupSpectrum:

@@ -17,6 +17,7 @@ from fxwidth.report_page.page import report_page
 from fxwidth.runtime.atomic_files import path_of, replacing
 from fxwidth.selection.registry import reads_moments
 from fxwidth.tables import Table
+from fxwidth.work_progress import Progress, listening
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class Report:
             axes.legend(fontsize="x-small")
         return save_figure(figure, path)
 
-    def to_html(self, path: str | Path, *, spectra: Mapping[str, GroupSpectrum] | None = None) -> Path:
+    def to_html(
+        self, path: str | Path, *, spectra: Mapping[str, GroupSpectrum] | None = None, progress: Progress = True
+    ) -> Path:
         """Write all that is known of the graph as one page of HTML, which needs no network.
 
         It has the cost before and now, the widths over time, spectra with their cut, the pinned groups with their
@@ -124,6 +127,7 @@ class Report:
             path: the file to write; one that is there is replaced as a whole.
             spectra: those to show in the place of the present ones, as `fxwidth.spectrum` gave them before the graph
                 was resized: the cut then lies in them.
+            progress: as for `fxwidth.spectrum`.
 
         Returns:
             The path.
@@ -139,7 +143,8 @@ class Report:
             raise FxwidthError("spectra= takes what fxwidth.spectrum(width_graph) returns.")
         place = path_of(path)
         paragraphs = [_paragraph(number, record) for number, record in enumerate(self.resizes, 1)]
-        text = report_page(self.graph, f"Report of {_name(self.graph)}", paragraphs, spectra)
+        graph, title = self.graph, f"Report of {type(self.graph).__name__}"
+        text = listening(progress, lambda: report_page(graph, title, paragraphs, spectra))
         with replacing(place) as beside:
             beside.write_text(text, encoding="utf-8")
         return place
@@ -157,10 +162,6 @@ def report(gm: fx.GraphModule) -> Report:
           0: 16 -> 10
     """
     return Report(resizes_of(gm), gm)
-
-
-def _name(gm: fx.GraphModule) -> str:
-    return type(gm).__name__
 
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:

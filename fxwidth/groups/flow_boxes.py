@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,6 @@ class Box:
         inner: those inside of them.
         count: how many boxes of repeated blocks it stands for.
         nodes: the names of the nodes, of all of these.
-        block: the innermost numbered part of the network that it is in; none where that is empty.
     """
 
     title: str
@@ -43,7 +43,6 @@ class Box:
     inner: tuple[ChannelGroup, ...]
     count: int = 1
     nodes: tuple[str, ...] = ()
-    block: str = ""
 
     @property
     def shown(self) -> str:
@@ -90,9 +89,7 @@ def flow_of(analysis: Analysis, free: Sequence[ChannelGroup]) -> nx.DiGraph:
                 title += _AGAIN
             titles.add(title)
             names = tuple(part.name for part in run)
-            flow.add_node(
-                node, box=Box(title, kinds, carried[node], tuple(dict.fromkeys(inner)), 1, names, _block(node))
-            )
+            flow.add_node(node, box=Box(title, kinds, carried[node], tuple(dict.fromkeys(inner)), 1, names))
         flow.add_edges_from((runs[source][0], run[0]) for source in sources[node] if runs[source] is not run)
     return flow
 
@@ -105,8 +102,8 @@ def folded_flow(flow: nx.DiGraph) -> nx.DiGraph:
     boxes: dict[str, tuple[fx.Node, Box]] = {
         flow.nodes[node]["box"].title: (node, flow.nodes[node]["box"]) for node in flow
     }
-    runs = _runs_of_blocks([box for _, box in boxes.values()])
-    rows = ((title, (runs.get(box.block, title), _likeness(box))) for title, (_, box) in boxes.items())
+    keys = _block_keys([box for _, box in boxes.values()])
+    rows = ((title, keys[title]) for title in boxes)
     result = nx.DiGraph()
     place: dict[fx.Node, fx.Node] = {}
     for title, _, titles in folded(rows):
@@ -122,25 +119,42 @@ def folded_flow(flow: nx.DiGraph) -> nx.DiGraph:
     return result
 
 
-def _runs_of_blocks(boxes: Sequence[Box]) -> dict[str, str]:
-    """Return for each block the first of those before it, itself among them, that are alike without another between."""
+def _block_keys(boxes: Sequence[Box]) -> dict[str, tuple[str, str]]:
+    """Return for each box, by title, what those share that are drawn as one: a run of blocks, and a place in them.
+
+    Blocks are a run that follow each other and are alike in all that is in them, blocks within blocks included.
+    """
     contents: dict[str, list[object]] = {}
     for box in boxes:
-        if box.block:
-            contents.setdefault(box.block, []).append(_likeness(box))
+        for block in _blocks_around(box.title):
+            contents.setdefault(block, []).append((_within(box.title, block), box.kinds, _widths(box)))
     runs: dict[str, str] = {}
     last: dict[str, str] = {}
     for block, own in contents.items():
-        kind = NUMBER.sub("#", block)
+        kind = block.rpartition(".")[0] + NUMBER.sub("#", block.rpartition(".")[2])
         before = last.get(kind)
         runs[block] = runs[before] if before is not None and contents[before] == own else block
         last[kind] = block
-    return runs
+    sizes = Counter(runs.values())
+    keys = {}
+    for box in boxes:
+        # Of blocks within blocks the outer ones go first.
+        repeated = [block for block in _blocks_around(box.title) if sizes[runs[block]] > 1]
+        outer = repeated[0] if repeated else None
+        keys[box.title] = ("", box.title) if outer is None else (runs[outer], _within(box.title, outer))
+    return keys
 
 
-def _likeness(box: Box) -> tuple[object, ...]:
-    """Return all by which boxes of two blocks are alike."""
-    return NUMBER.sub("#", box.title), box.kinds, _widths(box.groups), _widths(box.inner)
+def _blocks_around(title: str) -> list[str]:
+    """Return the paths of the numbered parts of a network that a box is in, the outermost first."""
+    path, _, op = title.partition(" ")
+    # An op is in the module that it names; a module is in those around it.
+    parts = path.split(".") if op else path.split(".")[:-1]
+    return [".".join(parts[:place]) for place, part in enumerate(parts, 1) if NUMBER.search(part)]
+
+
+def _within(title: str, block: str) -> str:
+    return title[len(block) :]
 
 
 def folded_groups(groups: Sequence[ChannelGroup]) -> list[tuple[str, tuple[ChannelGroup, ...]]]:
@@ -191,8 +205,8 @@ def _path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def _widths(groups: Iterable[ChannelGroup]) -> tuple[int, ...]:
-    return tuple(group.width for group in groups)
+def _widths(box: Box) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(group.width for group in box.groups), tuple(group.width for group in box.inner)
 
 
 def _carried(

@@ -11,7 +11,7 @@ from torch import fx
 from fxwidth.costs.layers import cost
 from fxwidth.costs.registry import cost_polynomial, cost_unit
 from fxwidth.errors import FxwidthError
-from fxwidth.group_spectra import GroupSpectrum, spectrum
+from fxwidth.group_spectra import GroupSpectrum, spectra_of_weights
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.flow_boxes import Colour, colours_of, folded_groups
 from fxwidth.groups.width_graph import WidthGraph
@@ -20,6 +20,7 @@ from fxwidth.report_page.charts import course_chart, spectrum_chart
 from fxwidth.report_page.elements import as_html, element, html_table
 from fxwidth.report_page.flow_picture import flow_picture, hex_of
 from fxwidth.report_page.style import STYLE
+from fxwidth.rewriting.looks import looking_at
 from fxwidth.statistics.moments import has_values
 from fxwidth.tables import Table
 from fxwidth.tracing.analyze import analyze_module
@@ -31,7 +32,7 @@ _OPEN = 24
 
 
 def report_page(
-    gm: fx.GraphModule, title: str, paragraphs: Sequence[str], spectra: Mapping[str, GroupSpectrum] | None = None
+    gm: fx.GraphModule, title: str, paragraphs: Sequence[str], spectra: Mapping[str, GroupSpectrum] | None
 ) -> str:
     """Return the page as text.
 
@@ -39,7 +40,7 @@ def report_page(
         gm: the graph.
         title: what the page is of.
         paragraphs: what is told of each resize.
-        spectra: those to show, such as of the graph before it was resized; by default those of the graph as it is.
+        spectra: those to show, such as of the graph before it was resized; None for those of the graph as it is.
 
     Raises:
         FxwidthError: the graph cannot be analysed.
@@ -64,10 +65,14 @@ def report_page(
         element("title", title),
         element("style", STYLE),
     )
-    told = f"{len(graph.groups)} channel groups, {len(graph.free)} of them free; {len(resizes)} resizes."
+    told = f"{len(graph.groups)} channel groups, {len(graph.free)} of them free; resized {_times(len(resizes))}."
     foot = element("footer", _faint(f"Made by fxwidth {__version__}."))
     body = element("body", element("h1", title), _faint(told), *sections, foot)
     return f"<!DOCTYPE html>\n{as_html(element('html', head, body, lang='en'))}\n"
+
+
+def _times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _section(title: str, parts: Sequence[Element]) -> Element:
@@ -129,7 +134,9 @@ def _history(resizes: Sequence[Mapping[str, Any]], colours: Mapping[ChannelGroup
 
 
 def _present_spectra(graph: WidthGraph) -> Mapping[str, GroupSpectrum]:
-    return spectrum(graph, errors=False, progress=False) if has_values(graph.analysis) else {}
+    if not has_values(graph.analysis):
+        return {}
+    return looking_at(graph.analysis.module, lambda: spectra_of_weights(graph, graph.free))
 
 
 def _spectra(

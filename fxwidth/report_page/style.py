@@ -22,8 +22,10 @@ td:not(.number):not(:first-child):last-child { min-width: 13rem; }
 th { color: var(--faint); font-weight: 600; }
 .number { text-align: right; white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); gap: 1rem; }
-.grid.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; break-inside: avoid; }
+figcaption { font-size: 0.85em; }
+figcaption b { display: block; }
 svg { display: block; }
 svg.chart { width: 100%; height: auto; background: var(--soft); border-radius: 4px; }
 svg text { font-family: system-ui, sans-serif; fill: var(--faint); }

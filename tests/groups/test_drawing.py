@@ -216,3 +216,32 @@ def test_boxes_have_the_names_of_modules_and_not_of_nodes(tmp_path):
     titles = [box.title for _, box in flow_of(graph.analysis, graph.free).nodes(data="box")]
     assert any(title.startswith("layers.0") for title in titles)
     assert not any(title.endswith(("_1", "_2", "_3")) for title in titles), titles
+
+
+class Nested(nn.Module):
+    """Blocks within blocks, of which the inner ones are alike everywhere, and the last outer one is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(count))
+            for count in (2, 2, 3)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage:
+                x = x + block(x)
+        return self.head(x)
+
+
+def test_blocks_within_blocks_are_folded_as_a_whole_or_not_at_all():
+    graph = fxwidth.analyze(fxwidth.trace(nn.Sequential(nn.Linear(4, 6), Nested()), torch.randn(2, 4)))
+    flow = folded_flow(flow_of(graph.analysis, graph.free))
+    counts = {box.title: box.count for _, box in flow.nodes(data="box")}
+    assert counts["1.stages.0..1.0.0"] == counts["1.stages.0..1.1.0"] == 2
+    assert counts["1.stages.2.0..2.0"] == 3
+    # Each box is on a way from the input to the output.
+    first, last = (node for node in flow if node.op in ("placeholder", "output"))
+    assert set(flow) == nx.descendants(flow, first) | {first} == nx.ancestors(flow, last) | {last}
