@@ -59,6 +59,8 @@ def plan(
 
     options.refuse_unwritable(out, overwrite=overwrite)
     bounds = (params, flops, activation_memory, latency)
+    if not frontier:
+        options.refuse_lists(*bounds)
     target: dict[str, Any] = options.frontier_bounds(*bounds) if frontier else _within(options.budget(*bounds))
     source = options.source(model, input_, weights, architecture, trusted)
     opened = open_model(source, for_values=data is not None or latency is not None)

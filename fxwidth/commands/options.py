@@ -84,6 +84,17 @@ def budget(params: str | None, flops: str | None, memory: str | None, latency: s
     return fxwidth.Budget(**given) if given else None
 
 
+def refuse_lists(*texts: str | None) -> None:
+    """Check that no bound is a list, where there is one plan.
+
+    Raises:
+        InputError: one is.
+    """
+    for text in texts:
+        if text is not None and "," in text:
+            raise InputError(f"{text} are bounds for several plans; add --frontier for one plan for each.")
+
+
 def frontier_bounds(
     params: str | None, flops: str | None, memory: str | None, latency: str | None
 ) -> dict[str, int | float | list[int | float]]:
@@ -95,7 +106,7 @@ def frontier_bounds(
     found: dict[str, int | float | list[int | float]] = {}
     for name, text in _texts(params, flops, memory, latency).items():
         if text is not None:
-            numbers = [number for part in text.split(",") if (number := bound(_option(name), part)) is not None]
+            numbers = [one for part in text.split(",") if part and (one := bound(_option(name), part)) is not None]
             found[name] = numbers if "," in text else numbers[0]
     return found or {"params": list(_SHARES)}
 

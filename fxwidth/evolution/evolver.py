@@ -22,7 +22,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_keywords import EvolveKeywords, Loss
 from fxwidth.options import PlanOptions, ResizeOptions, both_options, has_target, tells_options
 from fxwidth.plain_numbers import floor_of
-from fxwidth.planning.group_choice import by_names, chosen_groups
+from fxwidth.planning.group_choice import without_modules
 from fxwidth.planning.planner import Plan, refuse_impossible
 from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
@@ -134,7 +134,7 @@ class Evolver:
         width_graph = WidthGraph(analyze_module(gm))
         companions_of(width_graph, self._resizing)
         # A resize may give the model other parameters, by which its modules are known.
-        self._planning = _without_modules(width_graph, self._planning)
+        self._planning = without_modules(width_graph, self._planning)
         target = self._planning.target
         bounds = target.bounds if target is not None else {}
         first = {name: int(cost_polynomial(width_graph, name)({})) for name in bounds}
@@ -363,16 +363,6 @@ class Evolver:
             best=loss if is_better else known.best,
             breaths_without=0 if is_better else known.breaths_without + 1,
         )
-
-
-def _without_modules(width_graph: WidthGraph, planning: PlanOptions) -> PlanOptions:
-    """Return options that name groups where they were given modules."""
-    within = planning.within
-    if isinstance(within, nn.Module) or (within is not None and any(isinstance(one, nn.Module) for one in within)):
-        inside = chosen_groups(width_graph, planning.only, planning.keep, within)
-        return replace(planning, only=[group.name for group in inside], keep=None, within=None)
-    only, keep = (by_names(width_graph, getattr(planning, name), name) for name in ("only", "keep"))
-    return replace(planning, only=only, keep=keep)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +15,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_keywords import Chosen
+from fxwidth.options import PlanOptions
 
 
 def chosen_groups(
@@ -60,15 +63,24 @@ def matching(width_graph: WidthGraph, chosen: Chosen, option: str) -> list[Chann
     return [group for group in width_graph.groups if group.name in found]
 
 
-def by_names(width_graph: WidthGraph, chosen: Chosen | None, option: str) -> Chosen | None:
-    """Return what stands for groups without modules, whose parameters a resize may replace: by the names of the groups.
+def without_modules(width_graph: WidthGraph, options: PlanOptions) -> PlanOptions:
+    """Return options that name groups where they were given modules, whose parameters a resize may replace.
 
     Raises:
         FxwidthError: a pattern or a module stands for no group.
     """
-    if chosen is None or not any(isinstance(one, nn.Module) for one in _each(chosen)):
-        return chosen
-    return [group.name for group in matching(width_graph, chosen, option)]
+    if options.within is not None and _has_modules(options.within):
+        inside = chosen_groups(width_graph, options.only, options.keep, options.within)
+        return replace(options, only=[group.name for group in inside], keep=None, within=None)
+    found: dict[str, Any] = {}
+    for name, chosen in (("only", options.only), ("keep", options.keep)):
+        if chosen is not None and _has_modules(chosen):
+            found[name] = [group.name for group in matching(width_graph, chosen, name)]
+    return replace(options, **found)
+
+
+def _has_modules(chosen: Chosen) -> bool:
+    return any(isinstance(one, nn.Module) for one in _each(chosen))
 
 
 def _inside(width_graph: WidthGraph, groups: Sequence[ChannelGroup], within: Chosen) -> list[ChannelGroup]:

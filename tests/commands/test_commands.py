@@ -211,6 +211,15 @@ def test_a_frontier_is_one_plan_for_each_bound(folder: Path) -> None:
     for row in found["frontier"]:
         alone = data("plan", *model, "--params", str(row["budget"]["params"]), "--flops", "0.9")
         assert row["plan"] == alone
+    for typed, words in (
+        (["--params", "0.9,0.5"], "0.9,0.5 are bounds for several plans; add --frontier"),
+        (["--frontier", "--params", "0.9,few"], "--params few: a bound is a whole number"),
+        (["--frontier", "--params", ","], "a frontier needs bounds for each plan"),
+        (["--frontier", "--params", "0.9"], "a frontier needs bounds for each plan"),
+    ):
+        result = CliRunner().invoke(app, ["plan", *model, *typed])
+        assert result.exit_code in (1, 2)
+        assert words in result.output
     lines = run("plan", *model, "--frontier").splitlines()
     assert [line.split()[0] for line in lines if "params=" in line] == [
         f"params={share}" for share in (0.9, 0.75, 0.5, 0.25)
