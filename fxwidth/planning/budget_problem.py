@@ -12,8 +12,8 @@ from fxwidth.costs.budget import Bound, bounds_of, growth_factor, out_of_reach
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.importance.estimates import Evidence, spectral_errors
-from fxwidth.importance.plan_simulation import has_inputs, output_errors
+from fxwidth.importance.estimates import spectral_errors
+from fxwidth.importance.plan_simulation import Rehearsals
 from fxwidth.options import PlanOptions
 from fxwidth.planning.allocation import Choice, allocate
 from fxwidth.planning.constraints import Class, Limits
@@ -85,14 +85,14 @@ class BudgetProblem:
         self.refuse_out_of_reach()
         return None
 
-    def chosen(self, evidence: Evidence, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
+    def chosen(self, errors: Mapping[ChannelGroup, Errors], rehearsals: Rehearsals | None) -> dict[ChannelGroup, int]:
         """Return the widths of least summed error.
 
         Args:
-            evidence: what is known of the channels.
             errors: of every width of each group.
+            rehearsals: where plans can be tried out; None where there is nothing to try them on.
         """
-        widths = self._rehearsed(evidence, errors)
+        widths = self._rehearsed(errors, rehearsals)
         if all(bound.met({}) for bound in self.bounds) and all(width <= g.width for g, width in widths.items()):
             # Channels go only to make room for others.
             return {group: group.width for group in widths}
@@ -131,13 +131,15 @@ class BudgetProblem:
             for group, width in unit.of_groups(result[unit.groups[0].factor]).items()
         }
 
-    def _rehearsed(self, evidence: Evidence, errors: Mapping[ChannelGroup, Errors]) -> dict[ChannelGroup, int]:
+    def _rehearsed(
+        self, errors: Mapping[ChannelGroup, Errors], rehearsals: Rehearsals | None
+    ) -> dict[ChannelGroup, int]:
         """Return the widths of least summed error, or those of another sum if they do far better on noise.
 
         What the readers of one group miss is the same, and in some networks it adds up; no reader's error tells.
         """
         widths = self._allocated(errors)
-        if not has_inputs(evidence):
+        if rehearsals is None:
             return widths
         weighted_fan_out = wiring_of(self._width_graph).weighted_fan_out
         weighted = {
@@ -146,7 +148,7 @@ class BudgetProblem:
         other = self._allocated(weighted)
         if other == widths:
             return widths
-        error, other_error = output_errors(evidence, [widths, other])
+        error, other_error = rehearsals.output_errors([widths, other])
         return other if other_error < _CLEARLY * error else widths
 
     def _joined(self, bound: Bound) -> Polynomial:

@@ -12,6 +12,7 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.estimates import Evidence, gather_evidence, spectral_errors
 from fxwidth.importance.loss_sensitivity import calibrated
+from fxwidth.importance.plan_simulation import Rehearsals, has_inputs
 from fxwidth.modules.probing import module_holdings
 from fxwidth.option_keywords import PlanKeywords
 from fxwidth.options import PlanOptions, options_from, tells_options
@@ -153,9 +154,11 @@ def _under_budgets(
     # What is out of reach is refused before the data are looked at.
     at_hand = [problem.at_hand() for problem in problems]
     known: tuple[Evidence, dict[ChannelGroup, Errors]] | None = None
+    rehearsals: Rehearsals | None = None
     if None in at_hand:
         groups, first = [group for unit in units for group in unit.groups], asked[0]
         known = calibrated(width_graph, groups, first.data, first.loss, first.selection, first.rotate)
+        rehearsals = Rehearsals(known[0]) if has_inputs(known[0]) else None
     result: list[tuple[Plan, Evidence | None]] = []
     for problem, ready, options in each(list(zip(problems, at_hand, asked, strict=True)), "choosing widths"):
         if ready is not None:
@@ -163,7 +166,7 @@ def _under_budgets(
         else:
             assert known is not None
             evidence, errors = known
-            widths = problem.chosen(evidence, errors)
+            widths = problem.chosen(errors, rehearsals)
         settled = _settled(width_graph, widths, options)
         result.append((_noted(width_graph, settled, problem.bounds, errors, evidence), evidence))
     return result

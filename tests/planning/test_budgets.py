@@ -102,7 +102,7 @@ class TestPlans:
             targets[kind] = min(int(smallest + share * (full - smallest)) + 1, full - 1)
         with pytest.MonkeyPatch.context() as patch:
             # What is tried out on noise may be preferred with a larger sum of errors: here it is that sum alone.
-            patch.setattr("fxwidth.planning.budget_problem.has_inputs", lambda _: False)
+            patch.setattr("fxwidth.planning.planner.has_inputs", lambda _: False)
             # All may go as far down, whether the others need it or not.
             together = plan(graph, budget=Budget(**targets), min_width=1)
             alone = [plan(graph, budget=Budget(**{kind: target}), min_width=1) for kind, target in targets.items()]

@@ -55,8 +55,10 @@ def outputs(gm: fx.GraphModule) -> Tensor:
         {"data": [labelled()], "loss": F.cross_entropy},
         {"data": [labelled()], "selection": "backward", "min_width": 2, "align": 2},
         {"keep": "0"},
+        {"same_width": [["0", "2"]], "min_width": 0.2},
+        {"for_module": conv()},
     ],
-    ids=["noise", "data", "loss", "limits", "keep"],
+    ids=["noise", "data", "loss", "limits", "keep", "together", "module"],
 )
 def test_each_plan_is_that_of_plan_for_its_budget(options: dict[str, Any]) -> None:
     found = fxwidth.frontier(graph(), params=SHARES, **options)
@@ -97,7 +99,7 @@ def test_data_are_gone_through_once(loss: Any, monkeypatch: pytest.MonkeyPatch) 
     fxwidth.frontier(graph(), params=SHARES, data=data, loss=loss)
     assert data.passes == 1
     assert len(looks) == 1
-    # Four budgets by themselves look four times.
+    # Budgets by themselves look each time.
     for share in SHARES:
         fxwidth.plan(graph(), params=share, data=data, loss=loss)
     assert data.passes == 1 + len(SHARES)
