@@ -159,7 +159,8 @@ def frontier(
 ) -> Frontier:
     """Plan for many budgets from one look at a network: each plan is that of `fxwidth.plan` for its budget.
 
-    The data are gone through once, and moments, spectra and sensitivities are taken once for all budgets.
+    The data are gone through once, and moments, spectra and sensitivities are taken once for all budgets. Without data,
+    two runs of the network on noise are made for each budget besides, as `fxwidth.plan` makes them.
 
     Args:
         width_graph: the groups, from `fxwidth.analyze`.
