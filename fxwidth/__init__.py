@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ __all__ = [
     "Budget",
     "ChannelGroup",
     "Evolver",
+    "Frontier",
     "FxwidthError",
     "FxwidthWarning",
     "GroupSpectrum",
@@ -22,6 +24,7 @@ __all__ = [
     "LayerCosts",
     "Plan",
     "Polynomial",
+    "ProgressUpdate",
     "Replacement",
     "Report",
     "Site",
@@ -32,6 +35,7 @@ __all__ = [
     "cost",
     "cost_polynomial",
     "evolve",
+    "frontier",
     "growth_direction",
     "load",
     "optimizer_state_rule",
@@ -46,6 +50,8 @@ __all__ = [
     "untie_copies",
     "write_back",
 ]
+# A library is silent until whoever uses it says where its messages go.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,18 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.loss_sensitivity import calibrated
+from fxwidth.matplotlib_figures import MOST_IN_LEGEND, new_axes, refuse_other_pictures, save_figure
+from fxwidth.option_keywords import Chosen, Loss
 from fxwidth.option_values import check_switches
-from fxwidth.options import Loss, PlanOptions, refuse_loss_without_data
-from fxwidth.planning.constraints import chosen_groups
+from fxwidth.options import PlanOptions, refuse_loss_without_data
+from fxwidth.planning.group_choice import chosen_groups
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.selection.registry import Selection
 from fxwidth.statistics.moments import has_values
 from fxwidth.tables import Table
 from fxwidth.weights.rank_estimates import effective_rank, gavish_donoho_rank, marchenko_pastur_rank, stable_rank
 from fxwidth.weights.writer_spectra import singular_values, writer_columns
+from fxwidth.work_progress import Progress, each, listening
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,30 @@ class GroupSpectrum:
         """Return the spectrum as a dict of numbers, lists and strings, fit for JSON."""
         return asdict(self)
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the singular values, and how many of them are worth keeping.
+
+        Args:
+            path: a file to draw to: .svg, .png or .pdf.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure`.
+
+        Raises:
+            FxwidthError: there are no values, the path cannot be drawn to, or matplotlib is not installed.
+        """
+        refuse_other_pictures(path)
+        if self.singular_values is None:
+            raise FxwidthError("there are no singular values to draw: the weights of this group have no values.")
+        figure, axes = new_axes()
+        axes.plot(range(1, self.width + 1), self.singular_values)
+        if self.gavish_donoho_rank is not None:
+            axes.axvline(self.gavish_donoho_rank, color="0.4", linestyle="--", label="worth keeping")
+            axes.legend()
+        axes.set(xlabel="channel", ylabel="singular value")
+        axes.set_ylim(bottom=0)
+        return save_figure(figure, path)
+
 
 class Spectra(dict[str, GroupSpectrum]):
     """The spectra of groups by their names; `print` it for a table.
@@ -90,6 +118,33 @@ class Spectra(dict[str, GroupSpectrum]):
         below = (f"errors predicted from {', '.join(sorted(sources))}",) if sources else ()
         return Table(_COLUMNS, tuple(rows), () if rows else ("no group is free",), below)
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the singular values of all groups, each relative to its largest, over the share of its channels.
+
+        Args:
+            path: a file to draw to: .svg, .png or .pdf.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure`.
+
+        Raises:
+            FxwidthError: there are no values, the path cannot be drawn to, or matplotlib is not installed.
+        """
+        refuse_other_pictures(path)
+        known = {name: values for name, found in self.items() if (values := found.singular_values) and values[0] > 0}
+        if not known:
+            raise FxwidthError("there are no singular values to draw: no group is free, or weights have no values.")
+        figure, axes = new_axes()
+        for name, values in known.items():
+            count = len(values)
+            shares = [(place + 1) / count for place in range(count)]
+            axes.plot(shares, [value / values[0] for value in values], label=name, linewidth=1)
+        axes.set(xlabel="share of the channels", ylabel="singular value, of the largest")
+        axes.set_ylim(bottom=0)
+        if len(known) <= MOST_IN_LEGEND:
+            axes.legend(fontsize="x-small")
+        return save_figure(figure, path)
+
 
 _SHARES = (0.75, 0.5, 0.25)
 _COLUMNS = ("group", "width", "effective rank", "stable rank", "worth keeping", "error at 75 %", "at 50 %", "at 25 %")
@@ -110,9 +165,10 @@ def spectrum(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     selection: Selection = "greedy",
-    only: str | Sequence[str] | None = None,
-    keep: str | Sequence[str] | None = None,
+    only: Chosen | None = None,
+    keep: Chosen | None = None,
     errors: bool = True,
+    progress: Progress = True,
 ) -> Spectra:
     """Return the spectrum, the ranks and the width curve of every free group, by its name.
 
@@ -122,10 +178,12 @@ def spectrum(
             estimated from the weights and batch norm statistics.
         loss: called with the output and what follows the inputs in a batch; brings errors to the unit of the loss.
         selection: the method whose choices the errors are of, as for `fxwidth.plan`.
-        only: names or patterns of the groups to look at.
-        keep: names or patterns of groups to leave out.
+        only: names or patterns of the groups to look at, or modules, as for `fxwidth.plan`.
+        keep: likewise of groups to leave out.
         errors: whether to predict what each width loses; without, which is fast, the spectra are those of the weights
             alone, and `errors` are empty.
+        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
+            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Raises:
         FxwidthError: a pattern matches no group, there is no such method, or the data or the loss cannot be used.
@@ -147,12 +205,17 @@ def spectrum(
 
     def look() -> Spectra:
         if not errors:
-            return Spectra({group.name: _of(width_graph, group, (), None, False) for group in groups})
+            return spectra_of_weights(width_graph, groups)
         evidence, curves = calibrated(width_graph, groups, data, loss, selection)
         found = {g.name: _of(width_graph, g, curves[g], evidence.source(g), loss is not None) for g in groups}
         return Spectra(found)
 
-    return looking_at(width_graph.analysis.module, look)
+    return listening(progress, lambda: looking_at(width_graph.analysis.module, look))
+
+
+def spectra_of_weights(width_graph: WidthGraph, groups: Sequence[ChannelGroup]) -> Spectra:
+    """Return the spectra of some groups without errors of widths."""
+    return Spectra({g.name: _of(width_graph, g, (), None, False) for g in each(groups, "looking at spectra")})
 
 
 def _of(graph: WidthGraph, group: ChannelGroup, errors: Any, source: str | None, is_calibrated: bool) -> GroupSpectrum:

@@ -13,19 +13,33 @@ from fxwidth.costs.budget import Budget
 from fxwidth.errors import FxwidthError
 from fxwidth.plain_numbers import is_integer
 
+_LARGEST_RATIO = 100
 # How deep in wrappers a graph may be.
 _DEEPEST = 4
 HOW_TO_COPY = "Make it from the graph: copy.deepcopy(gm), or torch.optim.swa_utils.AveragedModel(gm)."
 
 
-def check_budget(budget: Any, params: Any) -> None:
-    """Check that there is one budget at most, and that it is one."""
+def check_budget(budget: Any, shorthands: Mapping[str, Any]) -> None:
+    """Check that there is one budget at most, as such or by short forms of its bounds, and that it is one."""
     if budget is not None and not isinstance(budget, Budget):
         raise FxwidthError(f"budget={budget!r} must be a fxwidth.Budget, such as Budget(params=0.5).")
-    if params is not None and budget is not None:
-        raise FxwidthError(f"params={params} is short for a budget; put it into budget={budget}.")
-    if params is not None:
-        Budget(params=params)
+    if shorthands and budget is not None:
+        given = ", ".join(f"{name}={bound}" for name, bound in shorthands.items())
+        raise FxwidthError(f"{given} is short for a budget; put it into budget={budget}.")
+    if shorthands:
+        Budget(**shorthands)
+
+
+def check_ratio(ratio: Any, target: Budget | None) -> None:
+    """Check that a ratio of widths, if there is one, is one, and is given without a budget."""
+    if ratio is None:
+        return
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= _LARGEST_RATIO:
+        raise FxwidthError(
+            f"ratio={ratio!r} must be a number in (0, {_LARGEST_RATIO}]: the part of its channels that a group keeps."
+        )
+    if target is not None:
+        raise FxwidthError(f"ratio={ratio} sets all widths, and leaves nothing to {target}; give one of them.")
 
 
 def check_module(module: Any, option: str) -> None:
@@ -39,10 +53,16 @@ def check_module(module: Any, option: str) -> None:
 def check_limits(least: Any, most: Any, align: Any) -> None:
     """Check bounds of widths."""
     above = () if most is None else (("max_width", most),)
-    for name, value in (("min_width", least), ("align", align), *above):
+    is_share = isinstance(least, float)
+    if is_share and not 0 < least <= 1:
+        raise FxwidthError(
+            f"min_width={least!r} must be an integer of at least 1, or a float in (0, 1]: a part of the width that a "
+            "group had first."
+        )
+    for name, value in (("align", align), *above, *(() if is_share else (("min_width", least),))):
         if not is_integer(value) or value < 1:
             raise FxwidthError(f"{name}={value!r} must be an integer of at least 1.")
-    if most is not None and most < -(-least // align) * align:
+    if most is not None and not is_share and most < -(-least // align) * align:
         raise FxwidthError(
             f"no width lies between min_width={least} and max_width={most} with align={align}; "
             "widen the range or lower align."
@@ -66,16 +86,18 @@ def check_switches(switches: Mapping[str, Any]) -> None:
             raise FxwidthError(f"{name}={value!r} must be True or False.")
 
 
-def patterns(given: Any, option: str) -> str | list[str] | None:
-    """Return one pattern, or several as a list."""
-    if given is None or isinstance(given, str):
+def patterns(given: Any, option: str, *, modules: bool = True) -> Any:
+    """Return one pattern or module, or several as a list."""
+    # Some modules can be gone through themselves.
+    if given is None or isinstance(given, str) or (modules and isinstance(given, nn.Module)):
         return given
+    what = "names or patterns of groups, or modules" if modules else "names or patterns of groups"
     if not isinstance(given, Iterable):
-        raise FxwidthError(f"{option}= takes names or patterns of groups, but received {given!r}.")
+        raise FxwidthError(f"{option}= takes {what}, but received {given!r}.")
     found = list(given)
-    for pattern in found:
-        if not isinstance(pattern, str):
-            raise FxwidthError(f"{option}= takes names or patterns of groups, but received {pattern!r}.")
+    for one in found:
+        if not isinstance(one, str) and not (modules and isinstance(one, nn.Module)):
+            raise FxwidthError(f"{option}= takes {what}, but received {one!r}.")
     return found
 
 
@@ -85,7 +107,7 @@ def width_classes(given: Any) -> str | list[Any] | None:
         return given
     if not isinstance(given, Iterable):
         raise FxwidthError(f"same_width= takes patterns of groups, but received {given!r}.")
-    return list(map(partial(patterns, option="same_width"), given))
+    return list(map(partial(patterns, option="same_width", modules=False), given))
 
 
 def graphs_in(given: Any, option: str) -> tuple[fx.GraphModule, ...]:

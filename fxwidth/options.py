@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from inspect import Parameter, signature
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fxwidth.costs.budget import Budget
+from fxwidth.costs.budget import SHORTHANDS, Budget
 from fxwidth.costs.registry import COSTS
 from fxwidth.errors import FxwidthError
 from fxwidth.growth.directions import Direction, check_directions, needs_of
+from fxwidth.option_keywords import Chosen, Loss, SameWidth
 from fxwidth.option_values import (
     check_budget,
     check_limits,
     check_module,
+    check_ratio,
     check_switches,
     check_thresholds,
     graphs_in,
@@ -33,54 +35,13 @@ from fxwidth.rewriting.optimizers import Optimizers, refuse_other_than_optimizer
 from fxwidth.selection.registry import Selection, check_selection
 from fxwidth.statistics.calibration_data import refuse_other_than_batches, replayed
 
-Loss = Callable[..., Tensor]
 # What a plan looks at without a budget alone, and under one alone.
 _THRESHOLDS = ("shrink_energy", "grow_energy", "grow_step")
 _UNDER_BUDGET = ("data", "selection", "rotate")
-_NUMBERS = ("params", "shrink_energy", "grow_energy", "grow_step", "min_width", "max_width", "align")
+_NUMBERS = (*SHORTHANDS, "ratio", "shrink_energy", "grow_energy", "grow_step", "min_width", "max_width", "align")
+_SHARES = "for a part of the present parameters, give params=0.5, and for one of all groups' channels, ratio=0.5. "
 # What other libraries call a target.
-_RATIOS = frozenset({"ratio", "sparsity", "pruning_ratio", "amount", "size"})
-# One pattern, or several, each a pattern or a list of them, whose groups get one width.
-SameWidth = str | Sequence[str | Sequence[str]]
-
-
-class _CommonKeywords(TypedDict, total=False):
-    data: Iterable[Any] | None
-    selection: Selection
-    exact: bool
-    rotate: bool
-    loss: Loss | None
-
-
-class PlanKeywords(_CommonKeywords, total=False):
-    """The keywords of `fxwidth.plan`, for type checkers: the fields of `PlanOptions`."""
-
-    budget: Budget | None
-    params: int | float | None
-    shrink_energy: float
-    grow_energy: float
-    grow_step: int
-    min_width: int
-    max_width: int | None
-    align: int
-    same_width: SameWidth | None
-    only: str | Sequence[str] | None
-    keep: str | Sequence[str] | None
-    for_module: nn.Module | None
-
-
-class ResizeKeywords(_CommonKeywords, total=False):
-    """The keywords of `fxwidth.resize` beside `optimizer`, for type checkers: the fields of `ResizeOptions`."""
-
-    recalibrate: bool | None
-    fold: bool
-    directions: Direction
-    reader_step: bool
-    also: Sequence[nn.Module]
-
-
-class EvolveKeywords(PlanKeywords, ResizeKeywords, total=False):
-    """The keywords of both."""
+_RATIOS = frozenset({"sparsity", "pruning_ratio", "amount", "size"})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,18 +54,23 @@ class PlanOptions:
 
     budget: Budget | None = None
     params: int | float | None = None
+    flops: int | float | None = None
+    activation_memory: int | float | None = None
+    latency: int | float | None = None
     data: Iterable[Any] | None = None
     loss: Loss | None = None
     selection: Selection = "greedy"
     shrink_energy: float = 0.05
     grow_energy: float = 0.5
     grow_step: int = 0
-    min_width: int = 1
+    ratio: float | None = None
+    min_width: int | float = 1
     max_width: int | None = None
     align: int = 1
     same_width: SameWidth | None = None
-    only: str | Sequence[str] | None = None
-    keep: str | Sequence[str] | None = None
+    only: Chosen | None = None
+    keep: Chosen | None = None
+    within: Chosen | None = None
     for_module: nn.Module | None = None
     exact: bool = True
     rotate: bool = True
@@ -119,12 +85,15 @@ class PlanOptions:
         check_thresholds(self.shrink_energy, self.grow_energy, self.grow_step)
         check_switches({"exact": self.exact, "rotate": self.rotate})
         # Patterns are gone through more than once.
-        for name in ("only", "keep"):
+        for name in ("only", "keep", "within"):
             object.__setattr__(self, name, patterns(getattr(self, name), name))
         object.__setattr__(self, "same_width", width_classes(self.same_width))
-        check_budget(self.budget, self.params)
+        check_budget(self.budget, self._shorthands)
+        check_ratio(self.ratio, self.target)
         if self.target is not None:
             self._refuse_given(_THRESHOLDS, "decides without a budget; under one, widths go by what readers miss")
+        elif self.ratio is not None:
+            self._refuse_given(_THRESHOLDS, "decides where widths go by spectra; ratio= sets them")
         elif not self.grow_step and self.grow_energy != type(self).grow_energy:
             raise FxwidthError(
                 f"grow_energy={self.grow_energy} says where channels are added, but grow_step=0 adds none. "
@@ -137,7 +106,17 @@ class PlanOptions:
     @property
     def target(self) -> Budget | None:
         """The budget that is given as such or by its short form, if one is."""
-        return self.budget if self.params is None else Budget(params=self.params)
+        return Budget(**self._shorthands) if self._shorthands else self.budget
+
+    def to(self, budget: Budget | None, **changes: Any) -> PlanOptions:
+        """Return the same options with another budget, or without one, and other changes."""
+        shorthands: dict[str, Any] = dict.fromkeys(SHORTHANDS)
+        return replace(self, **shorthands, budget=budget, **changes)
+
+    @property
+    def _shorthands(self) -> dict[str, Any]:
+        """The bounds that are given in the place of a budget."""
+        return {name: getattr(self, name) for name in SHORTHANDS if getattr(self, name) is not None}
 
     def refuse_unused(self) -> None:
         """Check that a plan by itself, with which no resize goes along, uses all that is given.
@@ -146,7 +125,8 @@ class PlanOptions:
             FxwidthError: something makes a difference under a budget alone, and there is none.
         """
         if self.target is None:
-            told = "makes a difference under a budget alone; without one, widths go by the spectrum of the weights"
+            by = "a ratio sets widths by itself" if self.ratio else "widths go by the spectrum of the weights"
+            told = f"makes a difference under a budget alone; without one, {by}"
             self._refuse_given(_UNDER_BUDGET, told)
 
     def _refuse_given(self, names: Sequence[str], why: str) -> None:
@@ -155,11 +135,10 @@ class PlanOptions:
             value = getattr(self, name)
             is_default = value is defaults[name] or (isinstance(value, (str, int, float)) and value == defaults[name])
             if not is_default:
-                remedy = (
-                    "Leave it out, or params= and budget=."
-                    if self.target
-                    else "Leave it out, or give params= or budget=."
+                others = (
+                    "params= and budget=" if self.target else "ratio=" if self.ratio and name in _THRESHOLDS else None
                 )
+                remedy = f"Leave it out, or {others}." if others else "Leave it out, or give params= or budget=."
                 raise FxwidthError(f"{name}= {why}. {remedy}")
 
 
@@ -283,12 +262,16 @@ def both_options(
         {name: value for name, value in given.items() if name in _names(kind)} for kind in (PlanOptions, ResizeOptions)
     )
     if given.get("loss") is not None:
-        is_weighing = given.get("budget") is not None or given.get("params") is not None
-        if grows_by_task and not is_weighing:
+        if grows_by_task and not has_target(given):
             del planning["loss"]
         elif not grows_by_task:
             del resizing["loss"]
     return PlanOptions(**planning), ResizeOptions(optimizer=optimizer, **resizing)
+
+
+def has_target(given: Mapping[str, Any]) -> bool:
+    """Tell whether some keywords give a budget, as such or by a short form."""
+    return any(given.get(name) is not None for name in ("budget", *SHORTHANDS))
 
 
 def tells_options(*kinds: type) -> Callable[[_Function], _Function]:
@@ -323,5 +306,5 @@ def _refuse_unknown(given: Iterable[str], kinds: Sequence[type]) -> None:
             if PlanOptions in kinds and name in COSTS:
                 kind, hint = PlanOptions, f"a bound on it is budget=fxwidth.Budget({name}=...). "
             elif PlanOptions in kinds and name in _RATIOS:
-                kind, hint = PlanOptions, "for a part of the present parameters, give params=0.5. "
+                kind, hint = PlanOptions, _SHARES
             raise FxwidthError(f"{name}= is no option of {_OWNERS[kind]}; {hint}They are {', '.join(_names(kind))}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxwidth import rules  # noqa: F401  (fills the table of op rules)
 from fxwidth.axes.polynomials import Polynomial
+from fxwidth.budget_frontier import Frontier, frontier
 from fxwidth.checkpoint.loading import load
 from fxwidth.checkpoint.saving import save
 from fxwidth.costs.budget import Budget
@@ -28,11 +29,13 @@ from fxwidth.selection.registry import selection_method
 from fxwidth.tracing.analyze import analyze
 from fxwidth.tracing.trace import trace
 from fxwidth.untying.untie_copies import untie_copies
+from fxwidth.work_progress import ProgressUpdate
 
 __all__ = [
     "Budget",
     "ChannelGroup",
     "Evolver",
+    "Frontier",
     "FxwidthError",
     "FxwidthWarning",
     "GroupSpectrum",
@@ -40,6 +43,7 @@ __all__ = [
     "LayerCosts",
     "Plan",
     "Polynomial",
+    "ProgressUpdate",
     "Replacement",
     "Report",
     "Site",
@@ -50,6 +54,7 @@ __all__ = [
     "cost",
     "cost_polynomial",
     "evolve",
+    "frontier",
     "growth_direction",
     "load",
     "optimizer_state_rule",

@@ -1,15 +1,23 @@
-"""What has been done to a graph, as text."""
+"""What has been done to a graph, as text, table, plot and page."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from fxwidth.recording.graph_meta import HISTORY, notes_of
+from fxwidth.errors import FxwidthError
+from fxwidth.group_spectra import GroupSpectrum
+from fxwidth.matplotlib_figures import MOST_IN_LEGEND, new_axes, refuse_other_pictures, save_figure
+from fxwidth.recording.width_history import courses, resizes_of
+from fxwidth.report_page.page import report_page
+from fxwidth.runtime.atomic_files import path_of, replacing
 from fxwidth.selection.registry import reads_moments
 from fxwidth.tables import Table
+from fxwidth.work_progress import Progress, listening
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Report:
             others because the method's moments could not be taken there, with the reason), reader_step (the loss_before
             and loss_after on batches held out, and the length of the step in units of the present columns, 0 for none;
             None where none was asked for).
+        graph: the graph, for `to_html`; copies and pickles of a report leave it out.
 
     Example:
         >>> fxwidth.Report(()).resizes
@@ -43,6 +52,10 @@ class Report:
     """
 
     resizes: tuple[dict[str, Any], ...]
+    graph: fx.GraphModule | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"resizes": self.resizes, "graph": None}
 
     def __str__(self) -> str:
         """Return a paragraph per resize."""
@@ -72,19 +85,69 @@ class Report:
         """Return a table of the groups' widths, first and after each resize, with the parameters below."""
         if not self.resizes:
             return Table(("group",), (), ("nothing was resized",))
-        names = dict.fromkeys(name for record in self.resizes for name in record["widths"])
-        rows = [(name, *map(str, self._course(name))) for name in names]
+        rows = [(name, *map(str, widths)) for name, widths in courses(self.resizes).items()]
         counts = [f"{self.resizes[0]['parameters'][0]:,}", *(f"{record['parameters'][1]:,}" for record in self.resizes)]
         columns = ("group", "first", *(f"resize {number}" for number in range(1, len(self.resizes) + 1)))
         return Table(columns, (*rows, ("parameters", *counts)))
 
-    def _course(self, name: str) -> list[int]:
-        """Return the widths of a group, first and after each resize."""
-        changes = [record["widths"].get(name) for record in self.resizes]
-        course = [next(change[0] for change in changes if change is not None)]
-        for change in changes:
-            course.append(course[-1] if change is None else change[1])
-        return course
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the widths of groups, first and after each resize.
+
+        Args:
+            path: a file to draw to: .svg, .png or .pdf.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure`.
+
+        Raises:
+            FxwidthError: nothing was resized, the path cannot be drawn to, or matplotlib is not installed.
+        """
+        refuse_other_pictures(path)
+        if not self.resizes:
+            raise FxwidthError("nothing was resized, so there are no widths over time to draw; resize the graph first.")
+        figure, axes = new_axes()
+        found = courses(self.resizes)
+        for name, widths in found.items():
+            axes.step(range(len(widths)), widths, where="post", label=name, linewidth=1)
+        axes.set(xlabel="resizes", ylabel="width", yscale="log")
+        axes.set_xticks(range(len(self.resizes) + 1))
+        if len(found) <= MOST_IN_LEGEND:
+            axes.legend(fontsize="x-small")
+        return save_figure(figure, path)
+
+    def to_html(
+        self, path: str | Path, *, spectra: Mapping[str, GroupSpectrum] | None = None, progress: Progress = True
+    ) -> Path:
+        """Write all that is known of the graph as one page of HTML, which needs no network.
+
+        It has the cost before and now, the widths over time, spectra with their cut, the pinned groups with their
+        reasons, the layers, a picture of the groups with repeated blocks folded, and what was done.
+
+        Args:
+            path: the file to write; one that is there is replaced as a whole.
+            spectra: those to show in the place of the present ones, as `fxwidth.spectrum` gave them before the graph
+                was resized: the cut then lies in them.
+            progress: as for `fxwidth.spectrum`.
+
+        Returns:
+            The path.
+
+        Raises:
+            FxwidthError: the report was not made by `fxwidth.report`, the graph cannot be analysed, spectra are others,
+                or the file cannot be written.
+        """
+        if self.graph is None:
+            raise FxwidthError("this report has no graph to tell of; take the one that fxwidth.report(gm) returns.")
+        given = [] if spectra is None else list(spectra.values()) if isinstance(spectra, Mapping) else [spectra]
+        if not all(isinstance(one, GroupSpectrum) for one in given):
+            raise FxwidthError("spectra= takes what fxwidth.spectrum(width_graph) returns.")
+        place = path_of(path)
+        paragraphs = [_paragraph(number, record) for number, record in enumerate(self.resizes, 1)]
+        graph, title = self.graph, f"Report of {type(self.graph).__name__}"
+        text = listening(progress, lambda: report_page(graph, title, paragraphs, spectra))
+        with replacing(place) as beside:
+            beside.write_text(text, encoding="utf-8")
+        return place
 
 
 def report(gm: fx.GraphModule) -> Report:
@@ -101,7 +164,7 @@ def report(gm: fx.GraphModule) -> Report:
         resize 1: 212 -> 134 parameters (63.2%), channels chosen by magnitude, readers not refitted...
           0: 16 -> 10
     """
-    return Report(tuple(notes_of(gm).get(HISTORY, ())))
+    return Report(resizes_of(gm), gm)
 
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.options import PlanKeywords, PlanOptions, options_from, tells_options
+from fxwidth.option_keywords import PlanKeywords
+from fxwidth.options import PlanOptions, options_from, tells_options
 from fxwidth.planning.planner import plan_with_evidence
 from fxwidth.tracing.analyze import analyze_module
 

@@ -9,7 +9,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.errors import FxwidthError
-from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
+from fxwidth.option_keywords import ResizeKeywords
+from fxwidth.options import ResizeOptions, options_from, tells_options
 from fxwidth.passes.plan_widths import PLAN, PLAN_NOTES
 from fxwidth.plans import Plan
 from fxwidth.resizing.resize import resize_with

@@ -18,15 +18,17 @@ from torch.nn import functional as F
 
 import fxwidth
 from fxwidth import FxwidthError
-from fxwidth.options import EvolveKeywords, PlanKeywords, PlanOptions, ResizeKeywords, ResizeOptions
+from fxwidth.option_keywords import EvolveKeywords, PlanKeywords, ResizeKeywords
+from fxwidth.options import PlanOptions, ResizeOptions
 from fxwidth.passes import PlanWidths, ResizeWidths
 from tests.zoo.nets import conv, images, trained_like
 
 # What each public function takes: keywords and defaults, as they are written in calls of users.
 PLAN = {
-    "budget": None, "params": None, "data": None, "loss": None, "selection": "greedy", "shrink_energy": 0.05,
-    "grow_energy": 0.5, "grow_step": 0, "min_width": 1, "max_width": None, "align": 1, "same_width": None,
-    "only": None, "keep": None, "exact": True, "rotate": True, "for_module": None,
+    "budget": None, "params": None, "flops": None, "activation_memory": None, "latency": None,
+    "data": None, "loss": None, "selection": "greedy", "shrink_energy": 0.05,
+    "grow_energy": 0.5, "grow_step": 0, "ratio": None, "min_width": 1, "max_width": None, "align": 1,
+    "same_width": None, "only": None, "keep": None, "within": None, "exact": True, "rotate": True, "for_module": None,
 }  # fmt: skip
 RESIZE = {
     "optimizer": None, "data": None, "selection": "greedy", "recalibrate": None, "rotate": True, "fold": True,
@@ -37,15 +39,17 @@ EVOLVER: dict[str, Any] = {
     "patience": None, "cooldown": 2, "policy": None,
 }  # fmt: skip
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
-    fxwidth.plan: PLAN,
-    fxwidth.resize: RESIZE,
-    fxwidth.evolve: PLAN | RESIZE | {"output": "graph"},
+    fxwidth.plan: PLAN | {"progress": True},
+    fxwidth.frontier: PLAN | {"progress": True, "evaluate": None},
+    fxwidth.resize: RESIZE | {"progress": True},
+    fxwidth.evolve: PLAN | RESIZE | {"output": "graph", "progress": True},
     fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,
 }
 POSITIONAL: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: {"width_graph": Parameter.empty},
+    fxwidth.frontier: {"width_graph": Parameter.empty},
     fxwidth.resize: {"gm": Parameter.empty, "plan": Parameter.empty},
     fxwidth.evolve: {"model": Parameter.empty, "example_inputs": None, "example_kwargs": None},
     fxwidth.Evolver: {"gm": Parameter.empty, "optimizer": None},
@@ -136,8 +140,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"grow_energy": 2}, "plan", "grow_energy=2 must lie in"),
     ({"grow_energy": 0.1}, "plan", "grow_energy=0.1 says where channels are added, but grow_step=0 adds none"),
     ({"grow_step": True}, "plan", "grow_step=True must be an integer of at least 0"),
-    ({"only": 3}, "plan", "only= takes names or patterns of groups, but received 3"),
-    ({"keep": ["0", 3]}, "plan", "keep= takes names or patterns of groups, but received 3"),
+    ({"only": 3}, "plan", "only= takes names or patterns of groups, or modules, but received 3"),
+    ({"keep": ["0", 3]}, "plan", "keep= takes names or patterns of groups, or modules, but received 3"),
     ({"same_width": 3}, "plan", "same_width= takes patterns of groups, but received 3"),
     ({"same_width": [["0", 3]]}, "plan", "same_width= takes names or patterns of groups, but received 3"),
     ({"loss": F.mse_loss, "data": [X]}, "plan", "loss= weighs groups against each other under a budget"),

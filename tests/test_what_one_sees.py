@@ -44,11 +44,13 @@ SHOWN: dict[type, Callable[[], Any]] = {
     fxwidth.Budget: lambda: fxwidth.Budget(params=0.5),
     fxwidth.ChannelGroup: lambda: groups()["0"],
     fxwidth.Evolver: evolver,
+    fxwidth.Frontier: lambda: fxwidth.frontier(groups(), params=[0.75, 0.5]),
     fxwidth.GroupSpectrum: lambda: fxwidth.spectrum(groups())["0"],
     fxwidth.GrowingPenalty: lambda: fxwidth.GrowingPenalty(traced(), {"0": 4}),
     fxwidth.LayerCosts: lambda: fxwidth.cost(groups()),
     fxwidth.Plan: lambda: fxwidth.plan(groups(), params=0.5),
     fxwidth.Polynomial: lambda: fxwidth.cost_polynomial(groups(), "params"),
+    fxwidth.ProgressUpdate: lambda: fxwidth.ProgressUpdate("tracing", 0, None),
     fxwidth.Replacement: lambda: fxwidth.Replacement(
         "0.weight", torch.zeros(160, 160), torch.zeros(80, 160), [np.arange(80), None]
     ),
@@ -100,6 +102,7 @@ class Balanced(HTMLParser):
         (fxwidth.Spectra, 3),
         (fxwidth.Report, 5),
         (fxwidth.LayerCosts, 5),
+        (fxwidth.Frontier, 3),
     ],
     ids=lambda kind: getattr(kind, "__name__", str(kind)),
 )

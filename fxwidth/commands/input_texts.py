@@ -49,13 +49,25 @@ def bound(option: str, text: str | None) -> int | float | None:
     Raises:
         InputError: it is no number.
     """
-    if text is None:
-        return None
+    return None if text is None else number(option, text, f"a bound is {_NUMBER}")
+
+
+def number(option: str, text: str, form: str) -> int | float:
+    """Return the number that a text is, a whole one as an int.
+
+    Args:
+        option: what it was typed for.
+        text: what was typed.
+        form: what it should be, for the error.
+
+    Raises:
+        InputError: it is none.
+    """
     for kind in (int, float):
         try:
-            number: int | float = kind(text)
+            found: int | float = kind(text)
         except ValueError:
             continue
         # 1e6 is a count that was written as a float.
-        return int(number) if "e" in text.lower() and number == int(number) >= 1 else number
-    raise InputError(f"{option} {text}: a bound is {_NUMBER}.")
+        return int(found) if "e" in text.lower() and found == int(found) >= 1 else found
+    raise InputError(f"{option} {text}: {form}.")

@@ -27,7 +27,10 @@ COMPARE_EXAMPLES = (
     "fxwidth compare torchvision:mobilenet_v3_small torchvision:squeezenet1_1 --input 1x3x64x64",
     "fxwidth compare torchvision:resnet18 torchvision:resnet34 --no-run",
 )
-REPORT_EXAMPLES = ("fxwidth report small.pt2",)
+REPORT_EXAMPLES = (
+    "fxwidth report small.pt2 --html small.html",
+    "fxwidth report torchvision:squeezenet1_1 --input 1x3x64x64 --html squeezenet.html",
+)
 
 
 @telling
@@ -133,24 +136,35 @@ def compare(
 
 @telling
 def report(
-    model: Annotated[str, typer.Argument(help="A file of fxwidth.save.", show_default=False)],
+    model: options.Model,
+    html: Annotated[Path | None, typer.Option(help="File to write a page to: costs, spectra, groups, layers.")] = None,
+    overwrite: options.Overwrite = False,
     input_: options.Inputs = None,
+    weights: options.Weights = None,
     architecture: options.Architecture = None,
     trusted: options.Trusted = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Tell what has been done to a graph that was saved."""
+    """Tell what has been done to a graph that was saved; with --html, show all that is known of any model."""
     import fxwidth
     from fxwidth.commands.models import open_model
 
-    if ":" in model or not Path(model).suffix:
-        raise InputError(f"{model!r} is no file; a report is of what fxwidth.save has written, such as small.pt2.")
-    gm = open_model(options.source(model, input_, None, architecture, trusted)).trace()
+    if html is None and (":" in model or not Path(model).suffix):
+        raise InputError(
+            f"{model!r} is no file; a report is of what fxwidth.save has written, such as small.pt2, or, with --html, "
+            "a page on any model."
+        )
+    options.refuse_unwritable(html, overwrite=overwrite, option="--html")
+    gm = open_model(options.source(model, input_, weights, architecture, trusted)).trace()
     found = fxwidth.report(gm)
+    if html is not None:
+        found.to_html(html)
     if as_json:
         show_json({"file": model, "resizes": list(found.resizes)})
         return
     typer.echo(f"{found}\n")
+    if html is not None:
+        typer.echo(f"written to {html}")
     if found.resizes:
         show("Widths", found.table())
 

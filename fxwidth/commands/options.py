@@ -43,9 +43,18 @@ Data = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option(help="Names or patterns of the groups that may change.")]
 Keep = Annotated[list[str] | None, typer.Option(help="Names or patterns of groups that must not.")]
-MinWidth = Annotated[int, typer.Option(help="No group gets below this.")]
+WIDTHS = "a whole number, such as 8, or one with a point for a part of the first width, such as 0.1"
+MinWidth = Annotated[str, typer.Option(help="No group gets below this: a width, or a part of the first, as 0.1.")]
+Ratio = Annotated[float | None, typer.Option(help="The part of its channels that every group keeps, as 0.5.")]
+Within = Annotated[list[str] | None, typer.Option(help="Paths or patterns of modules: nothing outside changes.")]
 Align = Annotated[int, typer.Option(help="Widths are multiples of this.")]
+Frontier = Annotated[
+    bool,
+    typer.Option("--frontier", help="Plan for many budgets at once: bounds are lists, as --params 0.9,0.75,0.5,0.25."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
+# The parts of the parameters that a frontier is of where nothing else is typed.
+_SHARES = (0.9, 0.75, 0.5, 0.25)
 
 
 def epilog(examples: Sequence[str]) -> str:
@@ -69,13 +78,48 @@ def budget(params: str | None, flops: str | None, memory: str | None, latency: s
     """
     import fxwidth
 
-    texts = {"params": params, "flops": flops, "activation_memory": memory, "latency": latency}
-    bounds = {name: bound(f"--{name.replace('_', '-')}", text) for name, text in texts.items()}
+    texts = _texts(params, flops, memory, latency)
+    bounds = {name: bound(_option(name), text) for name, text in texts.items()}
     given: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
     return fxwidth.Budget(**given) if given else None
 
 
-def refuse_unwritable(path: Path | None, *, overwrite: bool) -> None:
+def refuse_lists(*texts: str | None) -> None:
+    """Check that no bound is a list, where there is one plan.
+
+    Raises:
+        InputError: one is.
+    """
+    for text in texts:
+        if text is not None and "," in text:
+            raise InputError(f"{text} are bounds for several plans; add --frontier for one plan for each.")
+
+
+def frontier_bounds(
+    params: str | None, flops: str | None, memory: str | None, latency: str | None
+) -> dict[str, int | float | list[int | float]]:
+    """Return the bounds of a frontier: those typed with commas are lists, and others are for all plans.
+
+    Raises:
+        InputError: one is no number.
+    """
+    found: dict[str, int | float | list[int | float]] = {}
+    for name, text in _texts(params, flops, memory, latency).items():
+        if text is not None:
+            numbers = [one for part in text.split(",") if part and (one := bound(_option(name), part)) is not None]
+            found[name] = numbers if "," in text else numbers[0]
+    return found or {"params": list(_SHARES)}
+
+
+def _texts(params: str | None, flops: str | None, memory: str | None, latency: str | None) -> dict[str, str | None]:
+    return {"params": params, "flops": flops, "activation_memory": memory, "latency": latency}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_unwritable(path: Path | None, *, overwrite: bool, option: str = "--out") -> None:
     """Check that a file can be written, before the work.
 
     Raises:
@@ -84,6 +128,6 @@ def refuse_unwritable(path: Path | None, *, overwrite: bool) -> None:
     if path is None:
         return
     if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first.")
+        raise InputError(f"{option} {path}: there is no folder {path.parent}; make it first.")
     if path.exists() and not overwrite:
-        raise InputError(f"--out {path} is there already; choose another name, or replace it with --overwrite.")
+        raise InputError(f"{option} {path} is there already; choose another name, or replace it with --overwrite.")

@@ -19,8 +19,8 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.plain_numbers import plain_number
 from fxwidth.weights.readers import wiring_of
 
-# Those that are fields of a budget.
-_FIELDS = ("params", "flops", "activation_memory", "latency")
+# Those that are fields of a budget, and options of their own where a budget goes.
+SHORTHANDS = ("params", "flops", "activation_memory", "latency")
 # A float beyond this is a count that was meant to be an int.
 _LARGEST_RATIO = 100
 
@@ -60,7 +60,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         _check_own(self.costs)
-        for name in _FIELDS:
+        for name in SHORTHANDS:
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         object.__setattr__(self, "costs", {name: plain_number(bound) for name, bound in self.costs.items()})
         if not self.bounds:
@@ -80,8 +80,8 @@ class Budget:
     @classmethod
     def of(cls, bounds: Mapping[str, int | float]) -> Budget:
         """Return the budget of some bounds, by the names of costs."""
-        own = {name: bound for name, bound in bounds.items() if name not in _FIELDS}
-        return cls(**{name: bound for name, bound in bounds.items() if name in _FIELDS}, costs=own)
+        own = {name: bound for name, bound in bounds.items() if name not in SHORTHANDS}
+        return cls(**{name: bound for name, bound in bounds.items() if name in SHORTHANDS}, costs=own)
 
     @property
     def bounds(self) -> dict[str, int | float]:
@@ -116,7 +116,7 @@ def _check_own(costs: Any) -> None:
         raise FxwidthError(f"costs={costs!r} must be a dict of bounds by the names of costs.")
     for name in costs:
         cost_unit(name)
-        if name in _FIELDS:
+        if name in SHORTHANDS:
             raise FxwidthError(f"costs={dict(costs)!r}: write Budget({name}=...) for {name!r}.")
 
 

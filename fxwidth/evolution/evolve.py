@@ -12,7 +12,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.rebuilding import plain_objects
 from fxwidth.modules.write_back import written_back
-from fxwidth.options import EvolveKeywords, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.option_keywords import EvolveKeywords
+from fxwidth.options import PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
@@ -20,6 +21,7 @@ from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
+from fxwidth.work_progress import Progress, listening, tell
 
 _OUTPUTS = ("graph", "module")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -32,6 +34,7 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    progress: Progress = True,
     output: Literal["graph"] = "graph",
     **options: Unpack[EvolveKeywords],
 ) -> fx.GraphModule: ...
@@ -42,6 +45,7 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    progress: Progress = True,
     output: Literal["module"],
     **options: Unpack[EvolveKeywords],
 ) -> _Model: ...
@@ -52,6 +56,7 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    progress: Progress = True,
     output: Literal["graph", "module"] = "graph",
     **options: Unpack[EvolveKeywords],
 ) -> nn.Module:
@@ -66,6 +71,8 @@ def evolve(
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
         output: "graph" for the resized graph, or "module" for the model itself: the plan is then one that its class can
             hold (`for_module=model`), and its widths are written back to it (`fxwidth.write_back`).
+        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
+            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
         options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
             `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
 
@@ -102,11 +109,16 @@ def evolve(
     transaction = resize_transaction(*modules, *resizing.graphs_beside, optimizer=optimizer, objects=objects)
 
     def work() -> nn.Module:
+        tell("tracing")
         module = trace(model, example_inputs, example_kwargs)
+        tell("analysing")
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
-        return written_back(module, model, transaction) if to_module else module
+        if to_module:
+            tell("writing back")
+            return written_back(module, model, transaction)
+        return module
 
-    return transaction.run(work)
+    return listening(progress, lambda: transaction.run(work))
 
 
 def planned_and_resized(

@@ -19,8 +19,10 @@ from fxwidth.evolution.settings import Settings
 from fxwidth.gradients.informed_rows import labelled_batches
 from fxwidth.gradients.reader_step import mean_loss
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.options import EvolveKeywords, Loss, PlanOptions, ResizeOptions, both_options, tells_options
+from fxwidth.option_keywords import EvolveKeywords, Loss
+from fxwidth.options import PlanOptions, ResizeOptions, both_options, has_target, tells_options
 from fxwidth.plain_numbers import floor_of
+from fxwidth.planning.group_choice import without_modules
 from fxwidth.planning.planner import Plan, refuse_impossible
 from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
@@ -105,10 +107,14 @@ class Evolver:
         policy: Literal["budget", "thresholds"] | None = None,
         **options: Unpack[EvolveKeywords],
     ) -> None:
-        has_target = options.get("params") is not None or options.get("budget") is not None
         self._settings = Settings(
-            every, start, rounds, overshoot, breath, breaths, stop, patience, cooldown, policy, has_target
+            every, start, rounds, overshoot, breath, breaths, stop, patience, cooldown, policy, has_target(options)
         )
+        if options.get("ratio") is not None:
+            raise FxwidthError(
+                f"ratio={options['ratio']} sets widths once, and an Evolver resizes again and again; give params= or "
+                "budget= to go to, or call fxwidth.evolve."
+            )
         recalibrate = options.pop("recalibrate", None)
         self._gathered = Gathered()
         self._gathers = options.get("data") is None
@@ -127,6 +133,8 @@ class Evolver:
         # A graph without shapes, or one that does not run, is refused now and not in mid-training.
         width_graph = WidthGraph(analyze_module(gm))
         companions_of(width_graph, self._resizing)
+        # A resize may give the model other parameters, by which its modules are known.
+        self._planning = without_modules(width_graph, self._planning)
         target = self._planning.target
         bounds = target.bounds if target is not None else {}
         first = {name: int(cost_polynomial(width_graph, name)({})) for name in bounds}
@@ -279,7 +287,7 @@ class Evolver:
 
     def _refuse_impossible(self, width_graph: WidthGraph, target: Mapping[str, int]) -> None:
         budget = Budget.of(dict(target)) if target else None
-        refuse_impossible(width_graph, replace(self._planning, budget=budget, params=None))
+        refuse_impossible(width_graph, self._planning.to(budget))
 
     def _as_a_whole(self, due: bool, work: Any) -> Plan | None:
         together = [self.gm, *self._resizing.graphs_beside]
@@ -300,12 +308,12 @@ class Evolver:
 
     def _resize(self, transaction: Transaction) -> Plan:
         width_graph, known, data = WidthGraph(analyze_module(self.gm)), self._progress, self._data()
-        before, has_target = parameter_count(self.gm), bool(known.target)
-        phase = self._schedule.phase(known.event) if has_target else Phase.THRESHOLDS
-        budget = self._schedule.budget_after(known.event) if has_target else None
-        planning = replace(self._planning, budget=budget, params=None, data=data)
+        before, is_bounded = parameter_count(self.gm), bool(known.target)
+        phase = self._schedule.phase(known.event) if is_bounded else Phase.THRESHOLDS
+        budget = self._schedule.budget_after(known.event) if is_bounded else None
+        planning = self._planning.to(budget, data=data)
         resizing = replace(self._resizing, optimizer=self.optimizer, data=data)
-        revise = None if has_target else partial(self._without_reversals, width_graph)
+        revise = None if is_bounded else partial(self._without_reversals, width_graph)
         chosen, _ = planned_and_resized(width_graph, planning, resizing, transaction, revise)
         changes = {name: [width_graph[name].width, width] for name, width in chosen.widths.items()}
         record = {

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
-from fxwidth.options import Loss
+from fxwidth.option_keywords import Loss
 from fxwidth.recording import whole_op_gradients  # noqa: F401  (whole ops have gradients by it)
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import OpCall, TapeRecorder

@@ -19,7 +19,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.directions import Direction, mean_norm, needs_of, new_rows
 from fxwidth.growth.new_entries import new_positions
 from fxwidth.growth.tape_index import Slot
-from fxwidth.options import Loss
+from fxwidth.option_keywords import Loss
 from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.statistics.calibration_data import batches_from, targets_of
 from fxwidth.weights.reparametrised import weight_values

@@ -18,7 +18,7 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.recipes import Fill
 from fxwidth.growth.tape_index import Slot
-from fxwidth.options import Loss
+from fxwidth.option_keywords import Loss
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
 from fxwidth.runtime.pytrees import sample_count
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots

@@ -18,7 +18,7 @@ from fxwidth.gradients.weight_inputs import applied, input_rows, output_sums, pl
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.growth.directions import TaskMoments
-from fxwidth.options import Loss
+from fxwidth.option_keywords import Loss
 from fxwidth.rules.family_table import family_of
 from fxwidth.rules.op_names import rule_name
 from fxwidth.rules.registry import POINTWISE

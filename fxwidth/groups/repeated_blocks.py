@@ -10,7 +10,7 @@ from typing import TypeVar
 _Rest = TypeVar("_Rest", bound=Hashable)
 
 # A number that is a part of a path by itself, as in "layers.3.up" or "encoder_layer_3", and not as in "conv1".
-_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 _ANY_NUMBER = re.compile(r"\d+")
 
 
@@ -32,7 +32,7 @@ def folded(rows: Iterable[tuple[str, _Rest]]) -> list[tuple[str, _Rest, tuple[st
     order = []
     for name, rest in rows:
         order.append(name)
-        alike[_NUMBER.sub("#", name), rest].append(name)
+        alike[NUMBER.sub("#", name), rest].append(name)
     blocks = [(block, rest) for (_, rest), names in alike.items() for block in _blocks(names)]
     found = {block[0]: (_name(block), rest, tuple(block)) for block, rest in blocks}
     return [found[name] for name in order if name in found]
@@ -45,7 +45,7 @@ def without_numbers(text: str) -> str:
 
 def _blocks(names: Sequence[str]) -> list[list[str]]:
     """Divide names of one form into those that differ in one of their numbers: that of which there are most."""
-    numbers = {name: tuple(map(int, _NUMBER.findall(name))) for name in names}
+    numbers = {name: tuple(map(int, NUMBER.findall(name))) for name in names}
     if len(names) == 1 or not numbers[names[0]]:
         return [list(names)]
     columns = list(zip(*numbers.values(), strict=True))
@@ -61,9 +61,9 @@ def _name(names: Sequence[str]) -> str:
     first = names[0]
     if len(names) == 1:
         return first
-    found = [[match.group() for match in _NUMBER.finditer(name)] for name in names]
+    found = [[match.group() for match in NUMBER.finditer(name)] for name in names]
     varying = next(i for i, column in enumerate(zip(*found, strict=True)) if len(set(column)) > 1)
-    match = list(_NUMBER.finditer(first))[varying]
+    match = list(NUMBER.finditer(first))[varying]
     shown = _range([int(own[varying]) for own in found])
     return first[: match.start()] + shown + first[match.end() :]
 

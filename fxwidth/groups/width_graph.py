@@ -239,12 +239,16 @@ class WidthGraph:
         """
         change = self.outdated
         above = () if change is None else (f"outdated: {change}; call fxwidth.analyze(gm) again",)
+        if folds:
+            return Table(_COLUMNS, tuple((name, *cells) for name, cells, _ in self.folded_rows()), above)
+        return Table(_COLUMNS, tuple((group.name, *self._cells(group)) for group in self.groups), above)
+
+    def folded_rows(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+        """Return for groups of repeated blocks that are alike their folded name, their cells, and their names."""
         cells = {group.name: self._cells(group) for group in self.groups}
-        if not folds:
-            return Table(_COLUMNS, tuple((name, *own) for name, own in cells.items()), above)
         # Reasons name nodes, and these have numbers of their own.
         rows = folded((name, (*own[:-1], without_numbers(own[-1]))) for name, own in cells.items())
-        return Table(_COLUMNS, tuple((name, *cells[names[0]]) for name, _, names in rows), above)
+        return [(name, cells[names[0]], names) for name, _, names in rows]
 
     def _cells(self, group: ChannelGroup) -> tuple[str, ...]:
         notes = [f"pinned: {group.pinned}"] if group.pinned else []

@@ -22,7 +22,7 @@ from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import Evidence, gather_evidence
 from fxwidth.importance.sensitivity_fit import Rise, rates_of
-from fxwidth.options import Loss
+from fxwidth.option_keywords import Loss
 from fxwidth.reconstruction.folding import fold
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
 from fxwidth.runtime.pytrees import sample_count
@@ -30,9 +30,11 @@ from fxwidth.runtime.tensor_slots import substituted
 from fxwidth.selection.error_curves import Errors, share_of
 from fxwidth.selection.registry import Selection
 from fxwidth.statistics.calibration_data import batches_from, targets_of
+from fxwidth.work_progress import each
 
 # The shares of what readers read that are taken away by probes: with less, noise exceeds the rise of the loss.
 _PROBED_SHARES = (0.2, 0.4)
+_WEIGHING = "weighing groups"
 # Into how many parts a batch is divided to see how much the rise differs between samples.
 _PARTS = 16
 
@@ -74,7 +76,7 @@ def calibrated(
     """
     if loss is None:
         evidence = gather_evidence(width_graph, data, selection, rotates)
-        return evidence, {group: evidence.errors(group) for group in groups}
+        return evidence, {group: evidence.errors(group) for group in each(groups, _WEIGHING)}
     assert data is not None
     if isinstance(data, Tensor):
         data = list(batches_from(width_graph.analysis, data, None))
@@ -84,7 +86,7 @@ def calibrated(
     if not seen.batches:
         collections.deque(itertools.islice(seen, 1), 0)
     rates = loss_rates(evidence.unrotated(), groups, seen.batches, loss)
-    return evidence, {group: rates[group] * evidence.errors(group) for group in groups}
+    return evidence, {group: rates[group] * evidence.errors(group) for group in each(groups, _WEIGHING)}
 
 
 def loss_rates(
@@ -116,7 +118,8 @@ def loss_rates(
         return _rise(sum(float(evidence.errors(group)[width]) for group, width in widths.items()), losses - base, sizes)
 
     probed = {group: _probed_widths(evidence.errors(group)) for group in groups}
-    rises = {group: [rise({group: width}) for width in widths] for group, widths in probed.items()}
+    probes = each(list(probed.items()), "probing the loss")
+    rises = {group: [rise({group: width}) for width in widths] for group, widths in probes}
     smallest = {group: widths[0] for group, widths in probed.items() if widths}
     return rates_of(rises, rise(smallest).mean if len(smallest) > 1 else None)
 

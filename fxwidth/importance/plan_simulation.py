@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,7 @@ from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import substituted
 from fxwidth.statistics.moments import statistics_of_noise
+from fxwidth.work_progress import each
 
 
 def has_inputs(evidence: Evidence) -> bool:
@@ -22,21 +24,32 @@ def has_inputs(evidence: Evidence) -> bool:
     return evidence.moments is not None and bool(evidence.moments.inputs)
 
 
-def output_errors(evidence: Evidence, plans: Sequence[Mapping[ChannelGroup, int]]) -> list[float]:
-    """Return how far outputs go, squared, in units of their variance between samples, summed over outputs, by plan.
-
-    Groups keep their bases, and batch norms normalise by what they see, before and after.
+class Rehearsals:
+    """Plans tried out on the inputs of some evidence; the network as it is is run once for all of them.
 
     Args:
         evidence: what widths were chosen by; it has inputs.
-        plans: widths of groups, all of which shrink at once; the others stay.
     """
-    as_it_is = evidence.unrotated()
-    before = _outputs(as_it_is, {})
-    return [
-        sum(map(_distance, before, _outputs(as_it_is, {group: k for group, k in plan.items() if k < group.width})))
-        for plan in plans
-    ]
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._evidence = evidence.unrotated()
+
+    def output_errors(self, plans: Sequence[Mapping[ChannelGroup, int]]) -> list[float]:
+        """Return how far outputs go, squared, in units of their variance between samples, summed over outputs, by plan.
+
+        Groups keep their bases, and batch norms normalise by what they see, before and after.
+
+        Args:
+            plans: widths of groups, all of which shrink at once; the others stay.
+        """
+        shrinking = [{group: k for group, k in plan.items() if k < group.width} for plan in plans]
+        return [
+            sum(map(_distance, self._before, _outputs(self._evidence, one))) for one in each(shrinking, "trying plans")
+        ]
+
+    @cached_property
+    def _before(self) -> list[Tensor]:
+        return _outputs(self._evidence, {})
 
 
 def _distance(before: Tensor, after: Tensor) -> float:

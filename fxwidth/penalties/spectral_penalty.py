@@ -13,13 +13,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
+from fxwidth.option_keywords import Chosen
 from fxwidth.option_values import patterns
 from fxwidth.penalties.channel_norms import channel_lengths, gain_sizes
 from fxwidth.penalties.known_graphs import known_groups
 from fxwidth.penalties.singular_values import spectral_term
 from fxwidth.penalties.sums import total
 from fxwidth.plain_numbers import plain_number
-from fxwidth.planning.constraints import chosen_groups
+from fxwidth.planning.group_choice import chosen_groups
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.weights.writers import writer_matrices
 
@@ -43,8 +44,8 @@ def spectral_penalty(
     kind: str = "spectral",
     sparsity: str | None = _SPARSITY,
     orthogonality: float = _ORTHOGONALITY,
-    only: str | Sequence[str] | None = None,
-    keep: str | Sequence[str] | None = None,
+    only: Chosen | None = None,
+    keep: Chosen | None = None,
 ) -> Tensor:
     """Return a term to add to the loss, which makes the channel groups of a graph such that less is lost in a resize.
 
@@ -76,8 +77,8 @@ def spectral_penalty(
             "batch_norm", the sum of the sizes of the batch norm gains of channels.
         sparsity: "l1", "hoyer", or None for orthogonality alone.
         orthogonality: the factor of that part, at least 0.
-        only: names or patterns of the groups that count, as for `fxwidth.plan`.
-        keep: names or patterns of groups to leave out.
+        only: names or patterns of the groups that count, or modules, as for `fxwidth.plan`.
+        keep: likewise of groups to leave out.
 
     Returns:
         A number, shape [], that is differentiable by all parameters which it counts; zero where no group is free.

@@ -1,32 +1,42 @@
-"""Which groups may change, and to which widths: names, ranges, grids and groups that go together."""
+"""To which widths groups may change: ranges, grids and groups that go together."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.holdings import Holdings
-from fxwidth.options import PlanOptions, SameWidth
+from fxwidth.option_keywords import SameWidth
+from fxwidth.options import PlanOptions
+from fxwidth.planning.group_choice import matching
+from fxwidth.recording.width_history import first_widths
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What widths a group may take."""
+    """What widths a group may take.
 
-    least: int
+    Attributes:
+        least: the smallest, or as a float its part of the width that the group had first.
+        most: the largest, if there is one.
+        align: of what widths are multiples.
+        first: the widths that groups had before all resizes, by name, of those that were resized.
+    """
+
+    least: int | float
     most: int | None
     align: int
+    first: Mapping[str, int]
 
     @classmethod
-    def of(cls, options: PlanOptions) -> Limits:
+    def of(cls, options: PlanOptions, width_graph: WidthGraph) -> Limits:
         """Return those that options set."""
-        return cls(options.min_width, options.max_width, options.align)
+        first = first_widths(width_graph.analysis.module)
+        return cls(options.min_width, options.max_width, options.align, first)
 
     def nearest(self, group: ChannelGroup, width: int) -> int:
         """Return the allowed width for a group that is to have some width: rounded up, and never across its own."""
@@ -49,7 +59,10 @@ class Limits:
         return self.smaller(group) + list(range(self._up(group.width + 1), top + 1, self.align))
 
     def _least_of(self, group: ChannelGroup) -> int:
-        return max(self.least, group.least.width)
+        least = self.least
+        if isinstance(least, float):
+            least = math.ceil(least * self.first.get(group.name, group.width) * (1 - 1e-12))
+        return max(least, group.least.width)
 
     def _up(self, width: int) -> int:
         return -(-width // self.align) * self.align
@@ -58,42 +71,6 @@ class Limits:
     def _widest(self) -> int:
         assert self.most is not None
         return self.most // self.align * self.align
-
-
-def chosen_groups(
-    width_graph: WidthGraph, only: str | Sequence[str] | None, keep: str | Sequence[str] | None
-) -> list[ChannelGroup]:
-    """Return the groups that may change.
-
-    Raises:
-        FxwidthError: a pattern matches no group, or no group is left of those that `only` names.
-    """
-    wanted = None if only is None else set(matching(width_graph, only, "only"))
-    kept = set() if keep is None else set(matching(width_graph, keep, "keep"))
-    found = [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]
-    if wanted and not found:
-        pinned = [group for group in width_graph.groups if group in wanted and group.pinned]
-        reason = f"{pinned[0].name!r} is pinned: {pinned[0].pinned}" if pinned else "keep= names them too"
-        raise FxwidthError(f"only={only!r} leaves no group that may change: {reason}")
-    return found
-
-
-def matching(width_graph: WidthGraph, patterns: str | Sequence[str], option: str) -> list[ChannelGroup]:
-    """Return the groups whose names are, or match (fnmatch), one of some patterns.
-
-    Raises:
-        FxwidthError: a pattern matches no group.
-    """
-    names = [group.name for group in width_graph.groups]
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
-        if not matches:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
-            raise FxwidthError(f"{option}={pattern!r} matches no group; {hint}print(width_graph) lists all groups.")
-        found |= matches
-    return [group for group in width_graph.groups if group.name in found]
 
 
 @dataclass(frozen=True)

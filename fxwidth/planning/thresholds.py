@@ -14,7 +14,7 @@ from fxwidth.weights.writers import writer_matrices
 
 def by_thresholds(width_graph: WidthGraph, unit: Class, options: PlanOptions) -> dict[ChannelGroup, int]:
     """Return the widths that the groups' own spectra ask for; of groups that go together, the widest."""
-    limits = Limits.of(options)
+    limits = Limits.of(options, width_graph)
     wanted = {group: _by_threshold(width_graph, group, options) for group in unit.groups}
     if len(unit.groups) == 1 and unit.fixed is None:
         return wanted
@@ -28,7 +28,7 @@ def by_thresholds(width_graph: WidthGraph, unit: Class, options: PlanOptions) ->
 
 def _by_threshold(width_graph: WidthGraph, group: ChannelGroup, options: PlanOptions) -> int:
     """Return the width that a group's own spectrum asks for."""
-    width, limits = group.width, Limits.of(options)
+    width, limits = group.width, Limits.of(options, width_graph)
     if next(writer_matrices(width_graph, group), None) is not None:
         values = singular_values(width_graph, group)
         tails = tail_share(values)

@@ -18,6 +18,7 @@ from fxwidth.resizing.requested import Known, Requested
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.statistics.moments import Moments
 from fxwidth.weights.readers import wiring_of
+from fxwidth.work_progress import each
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def select_channels(
     if asked.drops and not known.blind:
         refuse_negative_variances(width_graph.analysis)
     evidence = _evidence(width_graph, asked, data, options, known)
-    kept = {group: _kept(evidence, group, width, asked) for group, width in asked.widths.items()}
+    groups = each(list(asked.widths), "choosing channels")
+    kept = {group: _kept(evidence, group, asked.widths[group], asked) for group in groups}
     # All bases are found before any weight changes: readers of one group write another.
     shrinking = (group for group, width in asked.widths.items() if width < group.width and group not in asked.channels)
     bases = {group: basis for group in shrinking if (basis := evidence.rotation(group)) is not None}

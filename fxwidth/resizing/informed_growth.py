@@ -13,7 +13,8 @@ from fxwidth.gradients.gradient_run import Batch
 from fxwidth.gradients.informed_rows import InformedRows, informed_rows, labelled_batches
 from fxwidth.gradients.reader_step import held_out, silent_columns, stepped_readers
 from fxwidth.growth.directions import needs_of
-from fxwidth.options import Loss, ResizeOptions
+from fxwidth.option_keywords import Loss
+from fxwidth.options import ResizeOptions
 from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.requested import Known
 from fxwidth.rewriting.transaction import Transaction

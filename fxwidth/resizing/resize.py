@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
@@ -11,7 +12,8 @@ from torch import fx
 
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.options import ResizeKeywords, ResizeOptions, options_from, tells_options
+from fxwidth.option_keywords import ResizeKeywords
+from fxwidth.options import ResizeOptions, options_from, tells_options
 from fxwidth.plans import FOR_MODULE, Plan
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
 from fxwidth.recording.graph_meta import AXES, HISTORY, note_original, notes_of
@@ -35,6 +37,9 @@ from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
+from fxwidth.work_progress import Progress, listening, tell
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @tells_options(ResizeOptions)
@@ -43,6 +48,7 @@ def resize(
     plan: Mapping[str, int | Sequence[int]],
     *,
     optimizer: Optimizers | None = None,
+    progress: Progress = True,
     **options: Unpack[ResizeKeywords],
 ) -> fx.GraphModule:
     """Give channel groups new widths, in place.
@@ -89,6 +95,8 @@ def resize(
             copies of it, made by `copy.deepcopy(gm)`, or wrappers that hold one as their `module`, as
             `torch.optim.swa_utils.AveragedModel` does. New channels begin in them with what they are in the graph, so
             that averaging goes on; bases stay as they are.
+        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
+            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Raises:
         FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other
@@ -106,7 +114,8 @@ def resize(
         >>> fxwidth.report(gm).resizes[-1]["kept"]
         {'0': [1, 2]}
     """
-    resize_with(gm, plan, options_from(ResizeOptions, {"optimizer": optimizer, **options}))
+    checked = options_from(ResizeOptions, {"optimizer": optimizer, **options})
+    listening(progress, lambda: resize_with(gm, plan, checked))
     return gm
 
 
@@ -177,9 +186,11 @@ def _resize(
         recalibration, elsewhere = _recalibration(width_graph, asked, data, options, known)
         companions = companions_of(width_graph, options)
         informed = InformedGrowth.of(selection, data, options, known)
+        tell("computing new tensors")
         edits = prepare_edits(selection, moments, options, known, informed.rows)
         edits.put_in_place(module, transaction)
         if recalibration is not None:
+            tell("recalibrating batch norms")
             edits.recalibrate(module, recalibration, transaction)
             edits.record["not_refitted"] |= elsewhere
         informed.step(module, edits.record, transaction)
@@ -190,6 +201,8 @@ def _resize(
         if edits.update is not None:
             edits.update.commit()
         forget_noise(module)
+        before, after = edits.record["parameters"]
+        _LOGGER.info("resized %d groups: %d -> %d parameters", len(asked.widths), before, after)
         notes = notes_of(module)
         # In one step: nothing can come between the two.
         notes |= {HISTORY: [*notes.get(HISTORY, ()), edits.record], AXES: edits.axes}

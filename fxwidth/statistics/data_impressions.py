@@ -15,6 +15,7 @@ from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 from fxwidth.statistics.synthetic_inputs import Draw, products_per_sample
+from fxwidth.work_progress import each
 
 # How far noise is moved, in its standard deviations, in how many steps at most and at least.
 _DISTANCE, _STEPS, _FEWEST = 0.5, 5, 2
@@ -56,7 +57,7 @@ def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generato
         white = [leaf.clone() for leaf in draw.white]
         moving = [leaf.requires_grad_() for leaf, moves in zip(white, draw.moving, strict=True) if moves]
         optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
-        for _ in range(steps):
+        for _ in each(range(steps), "drawing inputs"):
             with torch.enable_grad():
                 values = draw.batch(white)
                 gradients = _gradients(analysis, values, moving, ways)

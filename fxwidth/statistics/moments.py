@@ -32,6 +32,7 @@ from fxwidth.statistics.observation_points import Key, find_probes
 from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Observer, Walker
 from fxwidth.statistics.synthetic_inputs import noise_draws
 from fxwidth.weights.readers import Reader
+from fxwidth.work_progress import each
 
 __all__ = ["Moment", "Moments", "collect_moments", "has_values", "moments_from_data", "moments_from_noise"]
 
@@ -181,7 +182,7 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
     interpreter = Walker(analysis.module, observer, recorder)
     samples = 0
     with looking_on(analysis.module):
-        for number, values in enumerate(batches):
+        for number, values in enumerate(each(batches, f"running {source}")):
             size = analysis.samples_in(values)
             observer.samples = size
             try:

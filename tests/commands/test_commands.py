@@ -197,3 +197,60 @@ def test_a_configuration_of_transformers_is_a_model(folder: Path) -> None:
 def test_a_model_of_timm() -> None:
     pytest.importorskip("timm")
     assert data("inspect", "timm:test_vit")["params"] > 0
+
+
+def test_a_frontier_is_one_plan_for_each_bound(folder: Path) -> None:
+    model = ["own_models:net", "--input", "2x8", "--weights", "w.pt"]
+    torch.save(small_net().state_dict(), folder / "w.pt")
+    found = data("plan", *model, "--frontier", "--params", "0.75,0.5", "--flops", "0.9", "--out", "frontier.json")
+    assert found == json.loads((folder / "frontier.json").read_text())
+    assert [row["budget"] for row in found["frontier"]] == [
+        {"params": 0.75, "flops": 0.9},
+        {"params": 0.5, "flops": 0.9},
+    ]
+    for row in found["frontier"]:
+        alone = data("plan", *model, "--params", str(row["budget"]["params"]), "--flops", "0.9")
+        assert row["plan"] == alone
+    for typed, words in (
+        (["--params", "0.9,0.5"], "0.9,0.5 are bounds for several plans; add --frontier"),
+        (["--frontier", "--params", "0.9,few"], "--params few: a bound is a whole number"),
+        (["--frontier", "--params", ","], "a frontier needs bounds for each plan"),
+        (["--frontier", "--params", "0.9"], "a frontier needs bounds for each plan"),
+    ):
+        result = CliRunner().invoke(app, ["plan", *model, *typed])
+        assert result.exit_code in (1, 2)
+        assert words in result.output
+    lines = run("plan", *model, "--frontier").splitlines()
+    assert [line.split()[0] for line in lines if "params=" in line] == [
+        f"params={share}" for share in (0.9, 0.75, 0.5, 0.25)
+    ]
+
+
+def test_a_report_is_a_page_of_any_model(folder: Path) -> None:
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.pt2")
+    told = run("report", "small.pt2", "--html", "small.html")
+    assert "written to small.html" in told
+    page = (folder / "small.html").read_text()
+    assert "Nothing was resized" not in page
+    assert "readers refitted" in page
+    run("report", "own_models:with_inputs", "--html", "whole.html")
+    assert "Nothing was resized" in (folder / "whole.html").read_text()
+    result = CliRunner().invoke(app, ["report", "own_models:with_inputs", "--html", "whole.html"])
+    assert (result.exit_code, "--html whole.html is there already" in result.output) == (2, True)
+    run("report", "own_models:with_inputs", "--html", "whole.html", "--overwrite")
+
+
+def test_limits_are_typed_as_they_are_written_in_python(folder: Path) -> None:
+    model = ["own_models:net", "--input", "2x8", "--weights", "w.pt"]
+    torch.save(small_net().state_dict(), folder / "w.pt")
+    assert data("plan", *model, "--ratio", "0.5")["widths"] == {"0": 8}
+    assert data("plan", *model, "--ratio", "0.1", "--min-width", "0.25")["widths"] == {"0": 4}
+    assert data("plan", *model, "--ratio", "0.1", "--min-width", "3")["widths"] == {"0": 3}
+    assert data("evolve", *model, "--ratio", "0.5", "--out", "a.pt2")["resizes"][0]["widths"] == {"0": [16, 8]}
+    result = CliRunner().invoke(app, ["plan", *model, "--within", "0"])
+    assert (result.exit_code, "within=['0'] leaves no group that may change: '0' is in 2.weight" in result.output) == (
+        1,
+        True,
+    )
+    result = CliRunner().invoke(app, ["plan", *model, "--min-width", "few"])
+    assert (result.exit_code, "--min-width few: a whole number, such as 8, or" in result.output) == (2, True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxwidth
 from fxwidth.errors import FxwidthError
+from fxwidth.groups.flow_boxes import colours_of, flow_of, folded_flow, folded_groups
 from fxwidth.groups.graph_layout import lay_out
 from fxwidth.groups.width_graph import WidthGraph
 from tests.groups.test_groups import Block, width_graph
@@ -154,3 +155,93 @@ def _fills(graph: WidthGraph, folder: Path) -> dict[str, list[str]]:
 
 def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+class Blocks(nn.Module):
+    """Blocks that are alike but for one, around a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6)) for width in (8, 8, 5, 8)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_repeated_blocks_are_drawn_once(tmp_path):
+    graph = fxwidth.analyze(fxwidth.trace(Blocks(), torch.randn(2, 4)))
+    graph.draw(tmp_path / "blocks.svg")
+    texts = _texts(tmp_path / "blocks.svg")
+    assert texts.count("blocks.0..1.0") == 1
+    assert {"blocks.2.0", "blocks.3.0", "Linear · ReLU, 2 times", "blocks.0..1.2"} <= set(texts)
+    assert {"blocks.0..1,3.0  8", "blocks.2.0  5"} <= set(texts)
+    flow = flow_of(graph.analysis, graph.free)
+    whole = folded_flow(flow)
+    boxes, all_boxes = ([box for _, box in one.nodes(data="box")] for one in (whole, flow))
+    # A block that differs is between those before and after it.
+    titles = {node: box.title for node, box in whole.nodes(data="box")}
+    below = {titles[node]: {titles[reader] for reader in whole[node]} for node in whole}
+    assert below["blocks.2.0"] == {"blocks.2.2"}
+    assert below["blocks.2.2"] == {"add''"}
+    assert "blocks.3.0" in below["add''"]
+    # Nothing is lost, and arrows go down.
+    assert sum(box.count for box in boxes) == len(all_boxes)
+    assert sorted(name for box in boxes for name in box.nodes) == sorted(
+        name for box in all_boxes for name in box.nodes
+    )
+    assert nx.is_directed_acyclic_graph(whole)
+    assert len({box.title for box in all_boxes}) == len(all_boxes)
+
+
+def test_groups_of_one_dim_are_no_blocks():
+    block = nn.TransformerEncoderLayer(16, 4, 4, batch_first=True)  # as many heads as dims of each
+    graph = fxwidth.analyze(fxwidth.trace(block, torch.randn(2, 3, 16)))
+    entries = folded_groups(graph.free)
+    assert [own for _, own in entries] == [(group,) for group in graph.free]
+    assert len(set(colours_of(entries).values())) == len(graph.free)
+
+
+def test_boxes_have_the_names_of_modules_and_not_of_nodes(tmp_path):
+    block = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=False
+    )
+    graph = fxwidth.analyze(fxwidth.trace(block, torch.randn(2, 3, 16)))
+    titles = [box.title for _, box in flow_of(graph.analysis, graph.free).nodes(data="box")]
+    assert any(title.startswith("layers.0") for title in titles)
+    assert not any(title.endswith(("_1", "_2", "_3")) for title in titles), titles
+
+
+class Nested(nn.Module):
+    """Blocks within blocks, of which the inner ones are alike everywhere, and the last outer one is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(count))
+            for count in (2, 2, 3)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage:
+                x = x + block(x)
+        return self.head(x)
+
+
+def test_blocks_within_blocks_are_folded_as_a_whole_or_not_at_all():
+    graph = fxwidth.analyze(fxwidth.trace(nn.Sequential(nn.Linear(4, 6), Nested()), torch.randn(2, 4)))
+    flow = folded_flow(flow_of(graph.analysis, graph.free))
+    counts = {box.title: box.count for _, box in flow.nodes(data="box")}
+    assert counts["1.stages.0..1.0.0"] == counts["1.stages.0..1.1.0"] == 2
+    assert counts["1.stages.2.0..2.0"] == 3
+    # Each box is on a way from the input to the output.
+    first, last = (node for node in flow if node.op in ("placeholder", "output"))
+    assert set(flow) == nx.descendants(flow, first) | {first} == nx.ancestors(flow, last) | {last}

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import fxwidth
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.importance.estimates import Evidence, gather_evidence
-from fxwidth.importance.plan_simulation import has_inputs, output_errors
-from fxwidth.planning import planner
+from fxwidth.importance.plan_simulation import Rehearsals, has_inputs
 from tests.zoo.nets import images, trained_like
 
 
@@ -47,7 +46,7 @@ def test_errors_are_those_of_the_resized_network() -> None:
     assert evidence.moments is not None
     (x,) = evidence.moments.inputs
     plans = [{group: group.width // 2 for group in wg.free}, {wg.free[0]: 5}, {group: group.width for group in wg.free}]
-    found = output_errors(evidence, plans)
+    found = Rehearsals(evidence).output_errors(plans)
     module = wg.analysis.module
     before = module(x)
     for plan, error in zip(plans, found, strict=True):
@@ -70,7 +69,7 @@ def test_inputs_that_a_model_writes_to_are_the_same_for_every_plan() -> None:
     assert evidence.moments is not None
     assert float(evidence.moments.inputs[0].var()) == pytest.approx(1, rel=0.2)
     plan = {wg.free[0]: 5}
-    once, again = output_errors(evidence, [plan, plan])
+    once, again = Rehearsals(evidence).output_errors([plan, plan])
     assert once == again > 0
 
 
@@ -87,11 +86,11 @@ class TestPlans:
     def _planned(monkeypatch: pytest.MonkeyPatch, errors: list[float]) -> tuple[fxwidth.Plan, list[int]]:
         asked: list[int] = []
 
-        def fixed(evidence: Evidence, plans: Sequence[Mapping[ChannelGroup, int]]) -> list[float]:
+        def fixed(_: Rehearsals, plans: Sequence[Mapping[ChannelGroup, int]]) -> list[float]:
             asked.append(len(plans))
             return errors
 
-        monkeypatch.setattr(planner, "output_errors", fixed)
+        monkeypatch.setattr(Rehearsals, "output_errors", fixed)
         return fxwidth.plan(graph(), params=0.5), asked
 
     def test_a_plan_far_nearer_is_preferred(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +104,7 @@ class TestPlans:
             assert after <= 0.5 * before
 
     def test_with_data_nothing_is_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(planner, "output_errors", lambda *_: pytest.fail("data know better"))
+        monkeypatch.setattr(Rehearsals, "output_errors", lambda *_: pytest.fail("data know better"))
         assert fxwidth.plan(graph(), params=0.5, data=[images(64)])
 
     def test_the_model_is_left_as_it_was(self) -> None:

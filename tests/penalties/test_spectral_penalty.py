@@ -302,7 +302,7 @@ class TestBadInput:
             ({"kind": "group_lasso", "sparsity": "hoyer"}, "kind='group_lasso' ignores them"),
             ({"kind": "batch_norm", "orthogonality": 1}, "kind='batch_norm' ignores them"),
             ({"only": "9*"}, r"only='9\*' matches no group"),
-            ({"keep": 3}, "keep= takes names or patterns of groups, but received 3"),
+            ({"keep": 3}, "keep= takes names or patterns of groups, or modules, but received 3"),
             ({"only": "2", "keep": "2"}, "leaves no group that may change"),
             ({"kind": "batch_norm", "only": "0"}, "there are none in the groups '0'; choose another kind"),
         ],

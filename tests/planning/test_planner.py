@@ -194,7 +194,9 @@ class TestPatterns:
         assert str(error.value) == (
             f"{option}='boby' matches no group; did you mean 'body'? print(width_graph) lists all groups."
         ) or "did you mean" in str(error.value)
-        with pytest.raises(FxwidthError, match=f"{option}= takes names or patterns of groups, but received 3"):
+        with pytest.raises(
+            FxwidthError, match=f"{option}= takes names or patterns of groups, or modules, but received 3"
+        ):
             plan(GRAPHS["tile"], **{option: [3]})
 
 

@@ -124,7 +124,7 @@ LIMITS = [
     ({"params": 0.5, "only": []}, r"out of reach: .*'3' is in \d+ of them \(left out by only= or keep=\)"),
     ({"params": 2}, r"with every free group at its smallest width \d+ parameters remain.*'5' is in .*model's output"),
     ({"params": 0.5, "same_width": [["0", "3"]], "min_width": 7}, "have no width in common|out of reach"),
-    ({"params": 0.5, "only": 3}, "only= takes names or patterns of groups, but received 3"),
+    ({"params": 0.5, "only": 3}, "only= takes names or patterns of groups, or modules, but received 3"),
     ({"params": 0.5, "same_width": 3}, "same_width= takes patterns of groups, but received 3"),
     ({"params": 0.5, "min_widht": 3}, r"min_widht= is no option of fxwidth.plan; did you mean min_width="),
 ]

@@ -1,0 +1,38 @@
+"""The widths that groups have had, from what a graph's notes tell of its resizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxwidth.recording.graph_meta import HISTORY, notes_of
+
+
+def resizes_of(module: fx.GraphModule) -> tuple[dict[str, Any], ...]:
+    """Return what was noted of each resize of a graph, oldest first."""
+    return tuple(notes_of(module).get(HISTORY, ()))
+
+
+def courses(resizes: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return the widths of each group that was resized, first and after each resize.
+
+    Example:
+        >>> courses([{"widths": {"a": [8, 4]}}, {"widths": {"b": [6, 3]}}, {"widths": {"a": [4, 5]}}])
+        {'a': [8, 4, 4, 5], 'b': [6, 6, 3, 3]}
+    """
+    names = dict.fromkeys(name for record in resizes for name in record["widths"])
+    return {name: _course([record["widths"].get(name) for record in resizes]) for name in names}
+
+
+def first_widths(module: fx.GraphModule) -> dict[str, int]:
+    """Return the widths that groups had before all resizes, of those that were resized."""
+    return {name: widths[0] for name, widths in courses(resizes_of(module)).items()}
+
+
+def _course(changes: Sequence[Sequence[int] | None]) -> list[int]:
+    found = [next(change[0] for change in changes if change is not None)]
+    for change in changes:
+        found.append(found[-1] if change is None else change[1])
+    return found

@@ -1,0 +1,298 @@
+"""How far long work has come is told in order, shown in terminals alone, and may end the work with nothing changed."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+import fxwidth
+from fxwidth import FxwidthError, ProgressUpdate, work_progress
+from fxwidth.statistics.remembered_noise import forget_noise
+from fxwidth.work_progress import each, listening, tell
+from tests.oracles.interruptions import differences, state_of
+from tests.zoo.nets import conv, images, trained_like
+
+PACKAGE = Path(fxwidth.__file__).parent
+
+
+def traced() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return fxwidth.trace(trained_like(conv()), images(4))
+
+
+def labelled() -> Any:
+    return [(images(16), torch.arange(16) % 3)] * 2
+
+
+# The long work, on a graph, and what it goes through.
+WORK: dict[str, tuple[Callable[[fxwidth.WidthGraph, Any], Any], set[str]]] = {
+    "plan": (
+        lambda graph, progress: fxwidth.plan(graph, params=0.6, progress=progress),
+        {"drawing inputs", "running noise", "weighing groups", "choosing widths"},
+    ),
+    "plan with a loss": (
+        lambda graph, progress: fxwidth.plan(
+            graph, params=0.6, data=labelled(), loss=F.cross_entropy, progress=progress
+        ),
+        {"running data", "weighing groups", "probing the loss", "choosing widths"},
+    ),
+    "thresholds": (
+        lambda graph, progress: fxwidth.plan(graph, progress=progress),
+        {"looking at spectra"},
+    ),
+    "frontier": (
+        lambda graph, progress: fxwidth.frontier(graph, params=[0.8, 0.6], evaluate=lambda _: 0.0, progress=progress),
+        {"drawing inputs", "running noise", "weighing groups", "choosing widths", "measuring"},
+    ),
+    "spectrum": (
+        lambda graph, progress: fxwidth.spectrum(graph, progress=progress),
+        {"drawing inputs", "running noise", "weighing groups"},
+    ),
+    "page": (
+        lambda graph, progress: fxwidth.report(graph.analysis.module).to_html(os.devnull, progress=progress),
+        {"looking at spectra"},
+    ),
+    "resize": (
+        lambda graph, progress: fxwidth.resize(graph.analysis.module, {"0": 3}, data=labelled(), progress=progress),
+        {"running data", "choosing channels", "computing new tensors", "recalibrating batch norms"},
+    ),
+    "evolve": (
+        lambda graph, progress: fxwidth.evolve(graph.analysis.module, params=0.6, data=labelled(), progress=progress),
+        {"tracing", "analysing", "running data", "weighing groups", "choosing widths", "computing new tensors"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_stages_are_told_in_order(name: str) -> None:
+    run, stages = WORK[name]
+    updates: list[ProgressUpdate] = []
+    run(fxwidth.analyze(traced()), updates.append)
+    assert stages <= {update.stage for update in updates}
+    by_stage: dict[str, list[ProgressUpdate]] = {}
+    for update in updates:
+        by_stage.setdefault(update.stage, []).append(update)
+    for told in by_stage.values():
+        counted = [update for update in told if update.total is not None]
+        assert all(0 <= update.done <= (update.total or 0) for update in counted)
+        # A stage that begins ends.
+        assert not counted or counted[-1].done == counted[-1].total
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_an_exception_of_the_listener_leaves_all_as_it_was(name: str) -> None:
+    run, _ = WORK[name]
+    gm = traced()
+    updates: list[ProgressUpdate] = []
+    run(fxwidth.analyze(copy.deepcopy(gm)), updates.append)
+    graph = fxwidth.analyze(gm)
+    before = state_of(gm)
+    # Each stage's first and last, and some between.
+    places = [i for i in range(len(updates)) if i % 7 == 0 or updates[i].stage != updates[i - 1].stage]
+    for place in {*places, len(updates) - 1}:
+        seen: list[ProgressUpdate] = []
+
+        def failing(update: ProgressUpdate, seen: Any = seen, place: int = place) -> None:
+            if len(seen) == place:
+                raise ZeroDivisionError(update.stage)
+            seen.append(update)
+
+        # Known of an earlier try, the noise would be passed over.
+        forget_noise(gm)
+        with pytest.raises(ZeroDivisionError):
+            run(graph, failing)
+        # A page is of a new analysis, which notes the axes anew.
+        allowed = ["0:.meta"] if name == "page" else []
+        assert differences(before, state_of(gm)) in ([], allowed), updates[place]
+    # The graph is as good as before.
+    run(graph, False)
+
+
+def test_no_code_on_the_way_takes_the_listener_s_exception_for_its_own() -> None:
+    def work() -> int:
+        for _ in each(range(2), "trying"):
+            pass
+        return 1
+
+    def failing(_: ProgressUpdate) -> None:
+        raise ValueError("of the listener")
+
+    def swallowing() -> int:
+        try:
+            return work()
+        except ValueError:
+            return work()
+
+    with pytest.raises(ValueError, match="of the listener"):
+        listening(failing, swallowing)
+
+
+def test_an_unknown_length_is_told_as_such() -> None:
+    updates: list[ProgressUpdate] = []
+    assert listening(updates.append, lambda: list(each(iter("ab"), "reading"))) == ["a", "b"]
+    assert updates == [ProgressUpdate("reading", done, None) for done in range(3)]
+
+
+def test_work_within_work_is_told_to_its_own_listener_alone() -> None:
+    outer: list[ProgressUpdate] = []
+    inner: list[ProgressUpdate] = []
+
+    def work() -> None:
+        tell("outer")
+        listening(True, lambda: tell("shown"))
+        listening(False, lambda: tell("silent"))
+        listening(inner.append, lambda: tell("inner"))
+        tell("outer again")
+
+    listening(outer.append, work)
+    assert [update.stage for update in outer] == ["outer", "outer again"]
+    assert [update.stage for update in inner] == ["inner"]
+    tell("nobody listens")
+    assert len(outer) == 2
+
+
+@pytest.mark.parametrize("progress", [None, "yes", 1, 0.5])
+def test_other_values_are_refused(progress: Any) -> None:
+    with pytest.raises(FxwidthError, match=r"progress=.* must be True, False, or a function of a fxwidth\.Prog"):
+        fxwidth.plan(fxwidth.analyze(traced()), progress=progress)
+    assert listening(np.bool_(False), lambda: 1) == 1
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Have standard error be a terminal; in the test itself, since pytest puts its own there when that begins."""
+    pytest.importorskip("rich")
+    found = Terminal()
+    monkeypatch.setattr(sys, "stderr", found)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def _clock(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    """Have every look at the clock be so many seconds after the last."""
+    seconds = iter(i * step for i in range(10**6))
+    monkeypatch.setattr(work_progress.time, "monotonic", lambda: next(seconds))
+
+
+def test_a_terminal_shows_what_takes_longer_than_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _terminal(monkeypatch)
+    _clock(monkeypatch, 0.4)
+    gm, before = traced(), sys.stderr
+    fxwidth.evolve(gm, params=0.6)
+    assert "choosing widths" in terminal.getvalue()
+    assert "tracing" not in terminal.getvalue(), "it was over before the first second"
+    assert sys.stderr is before
+    assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") == 1  # the cursor is back
+
+
+def test_a_bar_is_taken_away_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _terminal(monkeypatch)
+    _clock(monkeypatch, 0.7)
+
+    def failing(_: Any, __: Any) -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(FxwidthError):
+        fxwidth.plan(fxwidth.analyze(traced()), params=0.6, data=labelled(), loss=failing)
+    assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") == 1
+    assert sys.stderr is terminal
+
+
+@pytest.mark.parametrize("case", ["quick", "off", "no terminal", "without rich", "listener"])
+def test_nothing_is_shown_otherwise(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _terminal(monkeypatch)
+    progress: Any = {"off": False, "listener": lambda _: None}.get(case, True)
+    if case != "quick":
+        _clock(monkeypatch, 0.7)
+    if case == "no terminal":
+        monkeypatch.setattr(terminal, "isatty", lambda: False)
+    if case == "without rich":
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    listening(progress, lambda: list(each(range(50), "counting")))
+    assert terminal.getvalue() == ""
+
+
+def test_messages_go_to_the_logger(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    with caplog.at_level(logging.INFO, logger="fxwidth"):
+        gm = fxwidth.evolve(traced(), params=0.6)
+    texts = [record.getMessage() for record in caplog.records]
+    assert all(record.name.startswith("fxwidth.") for record in caplog.records)
+    before, after = fxwidth.report(gm).resizes[0]["parameters"]
+    count = len(fxwidth.report(gm).resizes[0]["widths"])
+    assert texts == [
+        f"planned new widths for {count} groups: {before} -> {after} parameters",
+        f"resized {count} groups: {before} -> {after} parameters",
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_handlers_nothing_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("fxwidth.some_module").warning("of nobody's interest")
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("fxwidth").handlers)
+
+
+# Commands and training runs write to a terminal; a bar is drawn there too.
+_WRITING = ("commands", "training")
+
+
+def writes_in(text: str) -> list[int]:
+    """Return the lines of code that print, or write to the standard streams."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        is_print = (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint")
+        )
+        is_stream = (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("write", "writelines")
+            and isinstance(node.value, ast.Attribute)
+            and node.value.attr in ("stdout", "stderr", "__stdout__", "__stderr__")
+        )
+        if is_print or is_stream:
+            found.append(node.lineno)
+    return found
+
+
+def test_nothing_in_the_library_prints() -> None:
+    files = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in _WRITING]
+    assert len(files) > 200
+    found = {str(path.relative_to(PACKAGE)): lines for path in files if (lines := writes_in(path.read_text("utf-8")))}
+    assert not found
+    planted = ["print('x')", "import sys\nsys.stderr.write('x')", "f = lambda: print()"]
+    assert [writes_in(text) for text in planted] == [[1], [2], [1]]
+
+
+def test_every_warning_says_what_to_do() -> None:
+    """Warnings end in what helps: a sentence with a verb in the imperative, as `Trace`, `load` or `compare`."""
+    remedies = ("trace the model", "compare an output", "load it with")
+    texts = [
+        "".join(part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "warn"
+    ]
+    assert len(texts) >= 4
+    told = [text for text in texts if not any(remedy in text.lower() for remedy in remedies)]
+    # This one tells that nothing is amiss.
+    assert [text for text in told if "both gave the same" not in text] == []
