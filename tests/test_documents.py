@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import fxwidth
+from fxwidth import passes
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md", *ROOT.glob("fxwidth/*/README.md")]
@@ -36,6 +39,12 @@ def test_paths_in_documents_are_there(document: Path) -> None:
 
 def test_a_path_that_is_not_there_is_seen() -> None:
     assert missing("see `rules/registry.py` and `rules/no_such_file.py`", ROOT) == ["rules/no_such_file.py"]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md"))
+    told = set(re.findall(r"^::: fxwidth\.(?:passes\.)?(\w+)$", pages, re.MULTILINE))
+    assert not {*fxwidth.__all__, *passes.__all__} - told
 
 
 def test_every_package_has_its_row() -> None:
