@@ -304,7 +304,7 @@ def _refuse_unknown(given: Iterable[str], kinds: Sequence[type]) -> None:
             kind = known[near[0]] if near else kinds[0]
             hint = f"did you mean {near[0]}=? " if near else ""
             if PlanOptions in kinds and name in COSTS:
-                kind, hint = PlanOptions, f"a bound on it is budget=fxwidth.Budget({name}=...). "
+                kind, hint = PlanOptions, f"a bound on it is budget=fxwidth.Budget(costs={{{name!r}: ...}}). "
             elif PlanOptions in kinds and name in _RATIOS:
                 kind, hint = PlanOptions, _SHARES
             raise FxwidthError(f"{name}= is no option of {_OWNERS[kind]}; {hint}They are {', '.join(_names(kind))}.")

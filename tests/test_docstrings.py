@@ -19,6 +19,7 @@ PUBLIC = {
 }
 
 
+@pytest.mark.usefixtures("tables_as_before")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_an_example_runs(name: str) -> None:
     run_example(name, PUBLIC[name].__doc__)

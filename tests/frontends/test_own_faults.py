@@ -124,12 +124,14 @@ def test_a_sharded_parameter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         fxwidth.trace(model, X)
 
 
+@pytest.mark.usefixtures("tables_as_before")
 def test_a_target_by_another_name_is_told_how_it_is_given() -> None:
+    fxwidth.cost("watts", unit="watts")(lambda graph: fxwidth.cost_polynomial(graph, "params"))
     graph = fxwidth.analyze(fxwidth.trace(plain(), X))
-    with pytest.raises(FxwidthError, match=r"flops= is no option.*budget=fxwidth\.Budget\(flops=\.\.\.\)"):
-        fxwidth.plan(graph, flops=0.5)  # type: ignore[call-arg]
-    with pytest.raises(FxwidthError, match=r"ratio= is no option of fxwidth\.plan; for a part.*give params=0\.5"):
-        fxwidth.evolve(plain(), X, ratio=0.5)  # type: ignore[call-overload]
+    with pytest.raises(FxwidthError, match=r"watts= is no option.*budget=fxwidth\.Budget\(costs={'watts': \.\.\.}\)"):
+        fxwidth.plan(graph, watts=0.5)  # type: ignore[call-arg]
+    with pytest.raises(FxwidthError, match=r"amount= is no option of fxwidth\.plan; for a part.*give params=0\.5"):
+        fxwidth.evolve(plain(), X, amount=0.5)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("name", ["no/small.safetensors", "no/small.pt2", "no/small.pt"])
