@@ -13,7 +13,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
 from fxwidth.groups.width_graph import WidthGraph, refuse_other_than_groups
 from fxwidth.importance.loss_sensitivity import calibrated
-from fxwidth.matplotlib_figures import MOST_IN_LEGEND, new_axes, refuse_other_pictures, save_figure
+from fxwidth.matplotlib_figures import name_lines, new_axes, refuse_other_pictures, save_figure
 from fxwidth.option_keywords import Chosen, Loss
 from fxwidth.option_values import check_switches
 from fxwidth.options import PlanOptions, refuse_loss_without_data
@@ -141,8 +141,7 @@ class Spectra(dict[str, GroupSpectrum]):
             axes.plot(shares, [value / values[0] for value in values], label=name, linewidth=1)
         axes.set(xlabel="share of the channels", ylabel="singular value, of the largest")
         axes.set_ylim(bottom=0)
-        if len(known) <= MOST_IN_LEGEND:
-            axes.legend(fontsize="x-small")
+        name_lines(axes)
         return save_figure(figure, path)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _DPI = 120
 # Of more lines a plot has no legend.
-MOST_IN_LEGEND = 16
+_MOST_IN_LEGEND = 16
 
 
 def figure_class() -> type[Figure]:
@@ -42,6 +42,12 @@ def new_axes(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def name_lines(axes: Axes) -> None:
+    """Give a plot a legend of its lines, unless they are too many to be told apart."""
+    if len(axes.lines) <= _MOST_IN_LEGEND:
+        axes.legend(fontsize="x-small")
 
 
 def refuse_other_pictures(

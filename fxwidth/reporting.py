@@ -11,7 +11,7 @@ from torch import fx
 
 from fxwidth.errors import FxwidthError
 from fxwidth.group_spectra import GroupSpectrum
-from fxwidth.matplotlib_figures import MOST_IN_LEGEND, new_axes, refuse_other_pictures, save_figure
+from fxwidth.matplotlib_figures import name_lines, new_axes, refuse_other_pictures, save_figure
 from fxwidth.recording.width_history import courses, resizes_of
 from fxwidth.report_page.page import report_page
 from fxwidth.runtime.atomic_files import path_of, replacing
@@ -111,8 +111,7 @@ class Report:
             axes.step(range(len(widths)), widths, where="post", label=name, linewidth=1)
         axes.set(xlabel="resizes", ylabel="width", yscale="log")
         axes.set_xticks(range(len(self.resizes) + 1))
-        if len(found) <= MOST_IN_LEGEND:
-            axes.legend(fontsize="x-small")
+        name_lines(axes)
         return save_figure(figure, path)
 
     def to_html(
