@@ -109,7 +109,9 @@ class Report:
         found = courses(self.resizes)
         for name, widths in found.items():
             axes.step(range(len(widths)), widths, where="post", label=name, linewidth=1)
-        axes.set(xlabel="resizes", ylabel="width", yscale="log")
+        axes.set(xlabel="resizes", ylabel="width")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(range(len(self.resizes) + 1))
         name_lines(axes)
         return save_figure(figure, path)

@@ -97,8 +97,17 @@ class Analysis:
         return {entry.fake: name for name, entry in self.parameters.items()}
 
     def samples_in(self, values: Any) -> int:
-        """Return how many samples there are in one value per placeholder."""
+        """Return how many samples there are in one value per placeholder, or in a list of single ones."""
+        if self.takes_lists:
+            return next((len(value) for value in values if deep_tensors(value)), 0)
         return 1 if self.is_single else sample_count(values)
+
+    @property
+    def takes_lists(self) -> bool:
+        """Tell whether the first input is a list of single samples, as detectors take images of any sizes."""
+        if self.batch is not None or self.record is None:
+            return False
+        return isinstance(next((value for value in self.inputs if deep_tensors(value)), None), (list, tuple))
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor; one that was never seen has fixed dims."""

@@ -125,6 +125,7 @@ def run_with_gradients(
         for name, entry in analysis.parameters.items()
         if isinstance(entry.tensor, torch.nn.Parameter) and entry.tensor.is_floating_point()
     }
+    run.stand_for(run.leaves)
     recorder = TapeRecorder(keeps, run.see)
     walker = Walker(module, run, recorder)
     with looking_on(module), substituted(module, run.leaves), torch.enable_grad():

@@ -43,8 +43,16 @@ class Rehearsals:
             plans: widths of groups, all of which shrink at once; the others stay.
         """
         shrinking = [{group: k for group, k in plan.items() if k < group.width} for plan in plans]
+        outputs = [_outputs(self._evidence, one) for one in each(shrinking, "trying plans")]
+        # How many boxes a detector finds depends on their values: those of one plan are not those of another.
+        same = [len({tensor.shape for tensor in every}) == 1 for every in zip(self._before, *outputs, strict=True)]
         return [
-            sum(map(_distance, self._before, _outputs(self._evidence, one))) for one in each(shrinking, "trying plans")
+            sum(
+                _distance(*pair)
+                for pair, is_same in zip(zip(self._before, one, strict=True), same, strict=True)
+                if is_same
+            )
+            for one in outputs
         ]
 
     @cached_property

@@ -77,7 +77,7 @@ def logarithmic(lost: Errors) -> Errors:
     total = float(lost[0])
     if total <= 0:
         return np.zeros_like(lost)
-    return np.asarray(-np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total, dtype=np.float64)
+    return np.asarray(0.0 - np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total, dtype=np.float64)
 
 
 def extended(errors: Errors, width: int) -> Errors:

@@ -50,9 +50,10 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
     left = limit
     for number, batch in enumerate(data):
         values = _fitted(analysis, batch, number)
-        lengths = (len(tensor) for tensor in deep_tensors(values) if tensor.dim())
-        size = 1 if analysis.is_single else max(lengths, default=1)
-        if left is not None and size > left and not _has_bags(analysis):
+        # Lists hold whole samples: their tensors have none to be left out.
+        is_whole = analysis.takes_lists or _has_bags(analysis)
+        size = analysis.samples_in(values) if analysis.takes_lists or analysis.is_single else _longest(values)
+        if left is not None and size > left and not is_whole:
             values = [map_leaves(partial(_first, size, left), value) for value in values]
         if size:
             yield values
@@ -91,6 +92,10 @@ def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) ->
             yield from whole
             waiting = [rest]
     yield from _cut(waiting, most)
+
+
+def _longest(values: Sequence[Any]) -> int:
+    return max((len(tensor) for tensor in deep_tensors(list(values)) if tensor.dim()), default=1)
 
 
 def _has_bags(analysis: Analysis) -> bool:

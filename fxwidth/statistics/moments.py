@@ -29,7 +29,7 @@ from fxwidth.statistics.data_impressions import impressions
 from fxwidth.statistics.integer_inputs import integer_sources
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, find_probes
-from fxwidth.statistics.observers import NOT_FINITE, TOO_LARGE, Observer, Walker
+from fxwidth.statistics.observers import NOT_FINITE, OTHER_OPS, TOO_LARGE, Observer, Walker
 from fxwidth.statistics.synthetic_inputs import noise_draws
 from fxwidth.weights.readers import Reader
 from fxwidth.work_progress import each
@@ -105,6 +105,12 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
                 "the range of their precision, and no second moments can be taken. Bring the weights of the layers "
                 'before it to a common scale, scale the data down, or choose by selection="magnitude" with fold=False.'
             )
+    if source == "data" and find_probes(width_graph) and not (moments.contracted or moments.squares):
+        node, reason = next(iter(moments.missed.items()), (find_probes(width_graph)[0].call.node, OTHER_OPS))
+        raise FxwidthError(
+            f"the data show nothing of what can be resized: at node {node!r}, {reason}. "
+            "Call fxwidth.analyze(gm, example_inputs) with inputs like the data, or leave out data=."
+        )
     return moments
 
 

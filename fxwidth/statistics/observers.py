@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,11 @@ def _is_finite(values: Tensor) -> bool:
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
+def _used(call: OpCall, parameters: Mapping[int, int]) -> set[int]:
+    """Return which parameters an op takes, by what tells them from others."""
+    return {parameters[id(tensor)] for tensor in call.inputs if id(tensor) in parameters}
+
+
 def _sum_of(probe: Probe) -> object:
     """Return what tells one sum from another: probes with the same keys add to one."""
     return probe.keys if probe.measure == Measure.MOMENT else probe
@@ -128,18 +133,24 @@ class Observer:
         for probe in probes:
             self._parts.setdefault(_sum_of(probe), []).append(probe)
         self._expected: deque[OpCall] = deque()
-        self._ends: dict[str, int] = {}
+        self._is_astray = False
+        self._strayed: set[str] = set()
+        self._found: set[int] = set()
+        # Tied ones are one tensor, and so are told by what they are and not by a name.
+        self._parameters = {id(entry.tensor): id(entry.tensor) for entry in analysis.parameters.values()}
+        self._fakes = {id(entry.fake): id(entry.tensor) for entry in analysis.parameters.values()}
         self._too_large: set[object] = set()
 
     def begin(self, node: str) -> None:
         """Expect the ops of a node."""
         self.node = node
         self._expected = deque(self._analysis.calls_of(node))
+        self._is_astray = False
 
     def end(self) -> None:
         """Check that all the ops of the node have come."""
         if self._expected:
-            self._stray(self._expected[0])
+            self._stray()
 
     def see(self, call: OpCall) -> None:
         """Take in one op that has just run."""
@@ -147,22 +158,48 @@ class Observer:
         for probe in self._probes.get(expected.index, ()) if expected is not None else ():
             self._measure(probe, call.arguments[probe.argument])
 
+    def stand_for(self, leaves: Mapping[str, Tensor]) -> None:
+        """Take tensors for the parameters of these names, in whose place they are used."""
+        for name, leaf in leaves.items():
+            self._parameters[id(leaf)] = id(self._analysis.parameters[name].tensor)
+
     def matched(self, call: OpCall) -> OpCall | None:
         """Return the place on the tape of an op that has just run, or None where the run has left the tape."""
-        expected = self._expected.popleft() if self._expected else None
-        if expected is not None and expected.name == call.name:
-            return expected
-        self._stray(expected)
-        self._expected.clear()
-        return None
+        used = _used(call, self._parameters)
+        if self._is_astray:
+            self._find_again(call, used)
+        elif not self._expected or not self._is_like(self._expected[0], call, used):
+            self._stray()
+            self._find_again(call, used)
+        if self._is_astray or not self._expected:
+            return None
+        found = self._expected.popleft()
+        self._found.add(found.index)
+        return found
 
-    def _stray(self, expected: OpCall | None) -> None:
-        """Note that the run has left the tape at an op; what depends on values may, and is known up to there."""
-        calls = self._analysis.calls_of(self.node)
-        if expected is not None and any(call.recorded is not None for call in calls[: expected.index - calls[0].index]):
-            self._ends[self.node] = min(expected.index, self._ends.get(self.node, expected.index))
-        elif expected is not None or not any(call.recorded is not None for call in calls):
+    def _is_like(self, expected: OpCall, call: OpCall, used: set[int]) -> bool:
+        # Parameters that something else stands for are not known by what they are.
+        return expected.name == call.name and used <= _used(expected, self._fakes)
+
+    def _stray(self) -> None:
+        """Note that the run has left the tape; where it depends on values it may, and can be found again."""
+        if any(call.recorded is not None for call in self._analysis.calls_of(self.node)):
+            self._strayed.add(self.node)
+            self._is_astray = True
+        else:
             self.missed[self.node] = OTHER_OPS
+            self._expected.clear()
+
+    def _find_again(self, call: OpCall, used: set[int]) -> None:
+        """Go on where the tape uses the same parameters, if an op uses any: loops over samples have other lengths."""
+        if not used:
+            return
+        for skipped, expected in enumerate(self._expected):
+            if self._is_like(expected, call, used):
+                for _ in range(skipped):
+                    self._expected.popleft()
+                self._is_astray = False
+                return
 
     @property
     def expected(self) -> OpCall | None:
@@ -174,7 +211,10 @@ class Observer:
         result = Seen(missed=self.missed)
         for key, total in self._sums.items():
             probes = self._parts[key]
-            if any(self.is_unseen(probe.call) for probe in probes):
+            # Several places of one weight, as the steps of a loop, need not all be there in every run.
+            if any(probe.call.node in self.missed for probe in probes) or all(
+                self.is_unseen(probe.call) for probe in probes
+            ):
                 continue
             probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
             if not _is_finite(value.covariance if isinstance(value, Moment) else value):
@@ -192,7 +232,7 @@ class Observer:
 
     def is_unseen(self, call: OpCall) -> bool:
         """Tell whether a run has not come to an op of the tape, or has left the tape before."""
-        return call.node in self.missed or call.index >= self._ends.get(call.node, call.index + 1)
+        return call.node in self.missed or (call.node in self._strayed and call.index not in self._found)
 
     def _measure(self, probe: Probe, tensor: Tensor) -> None:
         if probe.measure == Measure.MOMENT:
