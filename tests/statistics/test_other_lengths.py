@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import fxwidth
 from fxwidth.errors import FxwidthError
+from fxwidth.importance.estimates import gather_evidence
+from fxwidth.importance.plan_simulation import Rehearsals, _outputs
 from fxwidth.statistics.calibration_data import batches_from
 from fxwidth.statistics.moments import Moments, moments_from_data
 from fxwidth.weights.readers import wiring_of
@@ -92,8 +94,21 @@ def test_readers_see_lists_of_any_length(count: int, detector: Detector) -> None
 
 def test_lists_are_never_cut(detector: Detector) -> None:
     wg = fxwidth.analyze(fxwidth.trace(detector, (images(2),)))
-    assert [len(batch[0]) for batch in batches_from(wg.analysis, [(images(2),)] * 4, 5)] == [2, 2, 2]
-    assert all(len(image) == 3 for batch in batches_from(wg.analysis, [(images(2),)] * 4, 1) for image in batch[0])
+    # As many images as an image has channels, so that the one could be taken for the other.
+    seen = list(batches_from(wg.analysis, [(images(3),)] * 4, 5))
+    assert [len(batch[0]) for batch in seen] == [3, 3]
+    assert all(len(image) == 3 for batch in seen for image in batch[0])
+
+
+def test_outputs_of_other_lengths_are_not_compared(detector: Detector) -> None:
+    wg = fxwidth.analyze(fxwidth.trace(detector, (images(2),)))
+    evidence = gather_evidence(wg, None)
+    plans = [{group: width for group in wg.free} for width in (1, 2, 4)]
+    lengths = {tuple(map(len, _outputs(evidence, plan))) for plan in ({}, *plans)}
+    assert len(lengths) > 1
+    alone = Rehearsals(evidence).output_errors([{}])
+    assert alone == [0.0]
+    assert all(error >= 0 for error in Rehearsals(evidence).output_errors(plans))
 
 
 @pytest.mark.parametrize("data", [None, 4])
