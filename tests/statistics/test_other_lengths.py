@@ -103,7 +103,7 @@ def test_lists_are_never_cut(detector: Detector) -> None:
 def test_outputs_of_other_lengths_are_not_compared(detector: Detector) -> None:
     wg = fxwidth.analyze(fxwidth.trace(detector, (images(2),)))
     evidence = gather_evidence(wg, None)
-    plans = [{group: width for group in wg.free} for width in (1, 2, 4)]
+    plans = [dict.fromkeys(wg.free, width) for width in (1, 2, 4)]
     lengths = {tuple(map(len, _outputs(evidence, plan))) for plan in ({}, *plans)}
     assert len(lengths) > 1
     alone = Rehearsals(evidence).output_errors([{}])
