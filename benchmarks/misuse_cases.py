@@ -127,9 +127,11 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse("draw to a missing folder", lambda: groups().draw("/no/such/folder/x.svg"), "/no/such/folder", "folder"),
     # Planning
     Misuse("plan a module", lambda: api.plan(network(), params=0.5), "Sequential", "fxwidth.analyze(gm)"),
+    Misuse("report a module", lambda: api.report(network()), "received Sequential", "fxwidth.report(gm)"),
     Misuse("plan a graph", lambda: api.plan(graph(), params=0.5), "received Sequential", "fxwidth.analyze(gm)"),
     Misuse("a percentage of 250", lambda: api.plan(groups(), params=250.0), "params=250.0", "ratio"),
     Misuse("a negative target", lambda: api.plan(groups(), params=-0.5), "params=-0.5", "(0, 100]"),
+    Misuse("a percentage as a whole number", lambda: api.plan(groups(), params=5), "5 is a count", "pass 0.05"),
     Misuse("a target out of reach", lambda: api.plan(groups(), params=10), "params=10", "Raise params"),
     Misuse("another library's word", lambda: api.plan(groups(), pruning_ratio=0.5), "pruning_ratio", "params="),
     Misuse("a misspelt option", lambda: api.plan(groups(), parms=0.5), "parms", "params"),

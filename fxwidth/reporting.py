@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxwidth.errors import FxwidthError
 from fxwidth.group_spectra import GroupSpectrum
 from fxwidth.matplotlib_figures import name_lines, new_axes, refuse_other_pictures, save_figure
-from fxwidth.recording.width_history import courses, resizes_of
+from fxwidth.recording.width_history import courses, resizes_of, resizes_written_back
 from fxwidth.report_page.page import report_page
 from fxwidth.runtime.atomic_files import path_of, replacing
 from fxwidth.selection.registry import reads_moments
@@ -138,7 +138,9 @@ class Report:
                 or the file cannot be written.
         """
         if self.graph is None:
-            raise FxwidthError("this report has no graph to tell of; take the one that fxwidth.report(gm) returns.")
+            raise FxwidthError(
+                "this report has no graph to tell of; take the one that fxwidth.report returns for a graph."
+            )
         given = [] if spectra is None else list(spectra.values()) if isinstance(spectra, Mapping) else [spectra]
         if not all(isinstance(one, GroupSpectrum) for one in given):
             raise FxwidthError("spectra= takes what fxwidth.spectrum(width_graph) returns.")
@@ -151,11 +153,15 @@ class Report:
         return place
 
 
-def report(gm: fx.GraphModule) -> Report:
+def report(gm: nn.Module) -> Report:
     """Return what `resize`, `evolve` and `Evolver` have done to a graph.
 
     Args:
-        gm: the graph.
+        gm: the graph; or a module that `evolve(..., output="module")` or `write_back` has returned, as long as it is
+            the same object.
+
+    Raises:
+        FxwidthError: it is none of these.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -165,7 +171,15 @@ def report(gm: fx.GraphModule) -> Report:
         resize 1: 212 -> 134 parameters (63.2%), channels chosen by magnitude, readers not refitted...
           0: 16 -> 10
     """
-    return Report(resizes_of(gm), gm)
+    if isinstance(gm, fx.GraphModule):
+        return Report(resizes_of(gm), gm)
+    resizes = resizes_written_back(gm)
+    if resizes is None:
+        raise FxwidthError(
+            f'report takes a graph, or the module that evolve(..., output="module") or write_back has returned, but '
+            f"received {type(gm).__name__}. The model that was traced is told of by the graph: fxwidth.report(gm)."
+        )
+    return Report(resizes)
 
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:

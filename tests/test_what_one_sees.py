@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import fxwidth
+from fxwidth.errors import FxwidthError
 from fxwidth.tables import Table
 
 LONGEST = 400
@@ -147,3 +149,42 @@ def test_spectra_of_the_weights_alone_predict_no_errors() -> None:
     assert (alone["0"].errors, alone["0"].evidence) == ((), None)
     with pytest.raises(fxwidth.FxwidthError, match="errors=False looks at the weights alone"):
         fxwidth.spectrum(graph, errors=False, data=[torch.randn(4, 8)])
+
+
+def test_a_report_of_a_module_is_that_of_its_graph() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    graph = fxwidth.evolve(copy.deepcopy(net), torch.randn(2, 8), params=0.5)
+    module = fxwidth.evolve(copy.deepcopy(net), torch.randn(2, 8), params=0.5, output="module")
+    assert type(module) is nn.Sequential
+    assert str(fxwidth.report(module)).split(", the traced")[0] == str(fxwidth.report(graph)).split(", the traced")[0]
+    again = fxwidth.write_back(graph, copy.deepcopy(net))
+    assert str(fxwidth.report(again)) == str(fxwidth.report(graph))
+    with pytest.raises(FxwidthError, match="no graph to tell of"):
+        fxwidth.report(module).to_html("report.html")
+
+
+CALLS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], object]] = {
+    "analyze": lambda net, _: fxwidth.analyze(net),  # type: ignore[arg-type]
+    "resize": lambda net, _: fxwidth.resize(net, {"0": 3}),  # type: ignore[arg-type]
+    "report": lambda net, _: fxwidth.report(net),
+    "save": lambda net, _: fxwidth.save(net, "x.safetensors"),  # type: ignore[arg-type]
+    "Evolver": lambda net, optimizer: fxwidth.Evolver(net, optimizer, params=0.5),  # type: ignore[arg-type]
+    "spectral_penalty": lambda net, _: fxwidth.spectral_penalty(net),  # type: ignore[arg-type]
+    "GrowingPenalty": lambda net, _: fxwidth.GrowingPenalty(net, {"0": 3}),  # type: ignore[arg-type]
+    "untie_copies": lambda net, _: fxwidth.untie_copies(net),  # type: ignore[arg-type]
+    "write_back": lambda net, _: fxwidth.write_back(net, net),  # type: ignore[arg-type]
+    "plan": lambda net, _: fxwidth.plan(net, params=0.5),  # type: ignore[arg-type]
+    "spectrum": lambda net, _: fxwidth.spectrum(net),  # type: ignore[arg-type]
+    "cost": lambda net, _: fxwidth.cost(net),  # type: ignore[arg-type, call-overload]
+    "frontier": lambda net, _: fxwidth.frontier(net, params=[0.5]),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_plain_model_is_refused_and_its_class_stays(name: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    before = dict(vars(nn.Sequential))
+    with pytest.raises(FxwidthError, match="received Sequential"):
+        CALLS[name](net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert dict(vars(nn.Sequential)) == before

@@ -59,6 +59,7 @@ class FileRecord:
         layouts: the order of dims in memory of those tensors that do not lie row by row.
         versions: of fxwidth and torch, which have written it.
         state: of optimizer and Evolver, as trees.
+        evaluates: whether the graph was in evaluation; False where a file does not tell.
     """
 
     steps: Sequence[Step]
@@ -70,6 +71,7 @@ class FileRecord:
     layouts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
+    evaluates: bool = False
 
 
 def present_versions() -> dict[str, str]:
@@ -104,6 +106,7 @@ def written(gm: fx.GraphModule, slots: Slots, state: Mapping[str, Any]) -> dict[
         "unsound": [name for name, tensor in tensors.items() if not is_finite(tensor)],
         "layouts": {name: order for name, tensor in tensors.items() if (order := _order(tensor)) is not None},
         "state": dict(state),
+        "evaluates": not gm.training,
     }
     return {_RECORD: json.dumps(record, allow_nan=False)}
 
@@ -147,6 +150,7 @@ def _present(file: TensorFile, data: Mapping[str, Any]) -> FileRecord:
         data["layouts"],
         data["versions"],
         data["state"],
+        bool(data.get("evaluates", False)),
     )
 
 

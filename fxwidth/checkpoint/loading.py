@@ -53,9 +53,9 @@ def load(
         path: the file.
         model: for ".safetensors", a fresh model of the original architecture, or a function that makes one; it is
             resized if it can be, as by `fxwidth.resize`. It may be on the meta device, and takes its values from the
-            file then. What a function makes also takes the dtypes of the file and the order of dims in memory. A graph
-            from `trace` is taken as it is; if it has been resized, the file must tell of the same resizes, and others
-            may follow.
+            file then. What a function makes also takes the dtypes of the file, the order of dims in memory, and
+            evaluation, if the graph was in `eval()`; a model that is given stays in its mode. A graph from `trace` is
+            taken as it is; if it has been resized, the file must tell of the same resizes, and others may follow.
         example_inputs: for the tracing of `model`, as for `fxwidth.trace`.
         example_kwargs: likewise.
         optimizer: takes the state that was saved with the graph: one of the same class for the same parameters, those
@@ -166,6 +166,8 @@ def _load_tensors(
         put_state(module, record.state, optimizer, evolver, lambda name: state_tensor(file, name))
 
     whole.run(work)
+    if is_fresh and record.evaluates:
+        module.eval()
     return module
 
 

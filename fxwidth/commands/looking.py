@@ -115,6 +115,7 @@ def compare(
     b: options.Model,
     input_: options.Inputs = None,
     weights: options.Weights = None,
+    architecture: options.Architecture = None,
     runs: Annotated[bool, typer.Option("--run/--no-run", help="Whether to run both, for times and outputs.")] = True,
     trusted: options.Trusted = False,
     as_json: options.AsJson = False,
@@ -123,10 +124,15 @@ def compare(
     from fxwidth.commands import comparison
     from fxwidth.commands.models import open_model
 
-    pair = [
-        open_model(options.source(name, input_, weights if ":" in name else None, None, trusted), for_values=runs)
-        for name in (a, b)
-    ]
+    def opened(name: str) -> Opened:
+        of_file = architecture if name.endswith(".safetensors") else None
+        return open_model(
+            options.source(name, input_, weights if ":" in name else None, of_file, trusted), for_values=runs
+        )
+
+    if architecture is not None and not any(name.endswith(".safetensors") for name in (a, b)):
+        raise InputError("--architecture tells what a .safetensors file belongs to, and neither model is one.")
+    pair = opened(a), opened(b)
     found = comparison.compared(*pair, runs=runs)
     if as_json:
         show_json(found)

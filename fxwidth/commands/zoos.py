@@ -174,7 +174,7 @@ def ultralytics_model(name: str) -> Found:
             raise InputError(f"ultralytics cannot make {named!r}: {error}") from error
         return made
 
-    return Found(make, lambda _: (_random(1, 3, _YOLO_IMAGE, _YOLO_IMAGE),), needs_values=is_of_weights)
+    return Found(make, lambda _: (_random(1, 3, _YOLO_IMAGE, _YOLO_IMAGE),), needs_values=True)
 
 
 def _random(*shape: int) -> Any:

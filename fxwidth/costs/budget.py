@@ -176,9 +176,12 @@ def out_of_reach(
         where = "of them" if bound.name in _COUNTED else "flops"
         texts.append(f"{group.name!r} is in {presence:.0f} {where} ({reason})")
     detail = f" Groups that stay: {'; '.join(texts)}." if texts else ""
+    # A share in percent is a likely slip, and is no share.
+    is_percent = bound.name in _COUNTED and isinstance(bound.given, int) and 1 < bound.given < 100
+    slip = f" {bound.given} is a count; for {bound.given} % pass {bound.given / 100}." if is_percent else ""
     return (
         f"{bound.name}={bound.given} is out of reach: with every free group at its smallest width "
-        f"{bound.cost(smallest):.0f} {cost_unit(bound.name)} remain.{detail} "
+        f"{bound.cost(smallest):.0f} {cost_unit(bound.name)} remain.{slip}{detail} "
         f"Raise {bound.name}, lower min_width or align, or free groups."
     )
 

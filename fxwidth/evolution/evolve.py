@@ -15,6 +15,7 @@ from fxwidth.modules.write_back import written_back
 from fxwidth.option_keywords import EvolveKeywords
 from fxwidth.options import PlanOptions, ResizeOptions, both_options, tells_options
 from fxwidth.planning.planner import Plan, plan_with_evidence
+from fxwidth.recording.width_history import note_written_back
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
@@ -108,9 +109,12 @@ def evolve(
     objects = [one for module in modules for one in plain_objects(module)] if to_module else []
     transaction = resize_transaction(*modules, *resizing.graphs_beside, optimizer=optimizer, objects=objects)
 
+    traced: fx.GraphModule | None = None
+
     def work() -> nn.Module:
+        nonlocal traced
         tell("tracing")
-        module = trace(model, example_inputs, example_kwargs)
+        traced = module = trace(model, example_inputs, example_kwargs)
         tell("analysing")
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
         if to_module:
@@ -118,7 +122,10 @@ def evolve(
             return written_back(module, model, transaction)
         return module
 
-    return listening(progress, lambda: transaction.run(work))
+    result = listening(progress, lambda: transaction.run(work))
+    if traced is not None and result is not traced:
+        note_written_back(result, traced)
+    return result
 
 
 def planned_and_resized(

@@ -16,6 +16,7 @@ from fxwidth.modules.class_runs import ClassRuns, Failure
 from fxwidth.modules.graph_calls import arguments_of_graph
 from fxwidth.modules.proofs import refuse_other_values
 from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors, write_entries
+from fxwidth.recording.width_history import note_written_back
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.originals import original_of, part_others, remember_original
 from fxwidth.rewriting.successors import twin
@@ -67,6 +68,7 @@ def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
         )
     transaction = Transaction(gm, model, objects=plain_objects(model))
     transaction.run(lambda: _written(gm, model, transaction))
+    note_written_back(model, gm)
     return model
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import fx
+from torch import fx, nn
 
 from fxwidth.recording.graph_meta import HISTORY, notes_of
 
@@ -13,6 +14,20 @@ from fxwidth.recording.graph_meta import HISTORY, notes_of
 def resizes_of(module: fx.GraphModule) -> tuple[dict[str, Any], ...]:
     """Return what was noted of each resize of a graph, oldest first."""
     return tuple(notes_of(module).get(HISTORY, ()))
+
+
+# A module keeps nothing of ours: it is of the user's class, saved and compared as such.
+_of_modules: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], ...]] = WeakKeyDictionary()
+
+
+def note_written_back(model: nn.Module, module: fx.GraphModule) -> None:
+    """Note that a module has the widths of a graph now."""
+    _of_modules[model] = resizes_of(module)
+
+
+def resizes_written_back(model: object) -> tuple[dict[str, Any], ...] | None:
+    """Return the resizes of the graph that a module was written back from; None where it was not."""
+    return _of_modules.get(model) if isinstance(model, nn.Module) else None
 
 
 def courses(resizes: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:

@@ -79,10 +79,10 @@ def _place_of(path: str | Path) -> Path:
 
 def unwritable(path: str | Path, error: Exception) -> FxwidthError:
     """Return the error that tells that a file cannot be written; an old one at that path is as it was."""
-    return FxwidthError(
-        f"{path} cannot be written ({error}); make room on the disk or choose a folder that can be written to. What "
-        "was there before is as it was."
-    )
+    # What pickle cannot write is no matter of the disk.
+    is_of_disk = isinstance(error, OSError)
+    remedy = "; make room on the disk or choose a folder that can be written to" if is_of_disk else ""
+    return FxwidthError(f"{path} cannot be written ({error}){remedy}. What was there before is as it was.")
 
 
 def unreadable(path: str | Path, error: Exception) -> FxwidthError:

@@ -91,6 +91,12 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
             if not stored or sum(info.file_size for info in infos) > os.fstat(file.fileno()).st_size:
                 raise damaged(path, "its entries are larger than the file")
             entries = {info.filename: archive.read(info) for info in infos}
+        if _RECORD not in entries:
+            raise damaged(
+                path,
+                "it is no archive of fxwidth.save, or has lost its record (torch.export.load reads what "
+                "torch.export.save has written)",
+            )
         signed = json.loads(entries.pop(_RECORD))
         if hashlib.sha256(signed["text"].encode()).hexdigest() != signed["sha256"]:
             raise damaged(path, "its record is not the one that was written")

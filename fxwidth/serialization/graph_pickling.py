@@ -25,6 +25,8 @@ _GRAPH, _COMPILED = "_graph", "_compiled_call_impl"
 def pickle_as_data(module: fx.GraphModule) -> None:
     """Have a graph pickled and copied node by node, and the graphs in it likewise when that is done."""
     kind: Any = type(module)
+    # The class of anything else is shared with what is no concern of ours.
+    assert isinstance(module, fx.GraphModule)
     if vars(kind).get("__reduce__") is not _reduced:
         kind.__reduce__, kind.__deepcopy__, kind.load_state_dict = _reduced, _deepcopied, _load_state_dict
 

@@ -129,7 +129,7 @@ def test_what_torch_cannot_export_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_program_of_someone_else_is_refused(tmp_path: Path) -> None:
     program = torch.export.export(files.network(), (files.inputs(),))
     torch.export.save(program, tmp_path / "a.pt2")
-    with pytest.raises(FxwidthError, match=r"it is no archive of fxwidth\.save"):
+    with pytest.raises(FxwidthError, match=r"it is no archive of fxwidth\.save.*[(]torch\.export\.load reads"):
         fxwidth.load(tmp_path / "a.pt2")
 
 

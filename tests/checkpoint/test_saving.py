@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 import fxwidth
 from fxwidth import FxwidthError
+from tests.oracles import files
 from tests.serialization.earlier_form import earlier_texts, tensors_in, write_earlier
 from tests.zoo.models import RMSTransformer, set_apart
 
@@ -314,3 +315,14 @@ def test_every_dtype_comes_back_or_is_refused_by_name(tmp_path: Path, dtype: tor
     saved = saved if saved.dtype == dtype else torch.view_as_complex(saved)
     assert saved.dtype == dtype
     assert torch.equal(saved.view(torch.uint8), numbers.view(torch.uint8))
+
+
+@pytest.mark.parametrize("saved", ["train", "eval"])
+@pytest.mark.parametrize("given", ["function", "train", "eval"])
+def test_what_a_function_makes_takes_evaluation_from_the_file(saved: str, given: str, tmp_path: Path) -> None:
+    net = files.network()
+    gm = fxwidth.trace(getattr(net, saved)(), files.inputs())
+    fxwidth.save(gm, tmp_path / "a.safetensors")
+    model = (lambda: files.network().train()) if given == "function" else getattr(files.network(), given)()
+    again = fxwidth.load(tmp_path / "a.safetensors", model, files.inputs())
+    assert again.training is ((saved if given == "function" else given) == "train")

@@ -164,6 +164,13 @@ def test_a_model_is_compared_with_a_file(folder: Path) -> None:
     assert found["params"][0] == 212
     assert found["params"][1] <= 106
     assert 0 < found["output_difference"] < 1
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.safetensors")
+    named = "--architecture", "own_models:with_inputs"
+    again = data("compare", "own_models:with_inputs", "small.safetensors", *named)
+    assert again["params"] == found["params"]
+    refused = CliRunner().invoke(app, ["compare", "own_models:with_inputs", "small.pt2", *named])
+    assert refused.exit_code == 2
+    assert "neither model is one" in refused.output
 
 
 def test_a_folder_of_images_is_data(folder: Path) -> None:
