@@ -175,6 +175,7 @@ class TestOutOfReach:
         ops = {"5": cost(graph, "flops", {"0": 2, "2": 2}) - 2 * 4 * 64 * 9 * 2 - 2 * 4 * 16 * 9 * 4, "8": 480}
         assert str(error.value) == (
             f"flops=10 is out of reach: with every free group at its smallest width {least} flops remain. "
+            "10 is a count; for 10 % pass 0.1. "
             f"Groups that stay: '5' is in {ops['5']} of them (left out by only= or keep=); "
             f"'8' is in {ops['8']} of them (pinned: the size of the model's output (model output)). "
             "Raise flops, lower min_width or align, or free groups."

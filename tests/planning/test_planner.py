@@ -266,6 +266,7 @@ class TestBudget:
             plan(graph, params=10, min_width=2, keep="5")
         assert str(error.value) == (
             f"params=10 is out of reach: with every free group at its smallest width {smallest} parameters remain. "
+            "10 is a count; for 10 % pass 0.1. "
             "Groups that stay: '5' is in 150 of them (left out by only= or keep=); "
             "'8' is in 63 of them (pinned: the size of the model's output (model output)). "
             "Raise params, lower min_width or align, or free groups."
