@@ -17,6 +17,7 @@ _ENTRIES = 2**26
 # How many columns of a wide matrix are worked on at a time.
 _COLUMNS = 512
 _LEAST_SHARE = 1e-12
+_TRIFLE = 1e-8
 # What more channels would bring is told by the last one in so many.
 _LAST = 8
 # Channels that bring nothing are guessed to bring this share of an average one's, so that a budget is spent.
@@ -70,6 +71,7 @@ def logarithmic(lost: Errors) -> Errors:
     """Return -log of the share that is kept, times what there is to lose; zero where nothing is read.
 
     Shares multiply from layer to layer, and so their logarithms add up; and to lose all of something has no price.
+    Where few rows cannot tell widths apart, as behind a plateau, the wider one is a trifle better.
 
     Args:
         lost: what is lost at every width from none to all, [n + 1].
@@ -77,7 +79,8 @@ def logarithmic(lost: Errors) -> Errors:
     total = float(lost[0])
     if total <= 0:
         return np.zeros_like(lost)
-    return np.asarray(0.0 - np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total, dtype=np.float64)
+    errors = 0.0 - np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total
+    return np.asarray(errors * np.linspace(1.0 + _TRIFLE, 1.0, len(lost)), dtype=np.float64)
 
 
 def extended(errors: Errors, width: int) -> Errors:

@@ -173,6 +173,11 @@ class TestCurves:
         assert (np.diff(few) <= 0).all()
         assert few[-1] == 0
 
+    def test_where_few_rows_cannot_tell_widths_apart_the_wider_is_better(self) -> None:
+        errors = logarithmic(np.array([4.0, 3.0, 3.0, 3.0, 0.0, 0.0]))
+        assert (np.diff(errors[:5]) < 0).all()
+        assert (errors[4:] == 0).all()
+
     def test_logarithms_of_what_is_kept(self) -> None:
         lost = np.array([2.0, 1.0, 0.5, 0.0])
         errors = logarithmic(lost)
