@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ head:
 """
 
 
-def small_detector() -> nn.Module:
+def small_detector(folder: Path) -> nn.Module:
     layers = [
         layer
         for read, write in ((3, 16), (16, 32), (32, 48))
@@ -35,8 +34,8 @@ def small_detector() -> nn.Module:
     return SSD(nn.Sequential(*layers), DefaultBoxGenerator([[2]], scales=[0.3, 0.6]), (96, 96), 2)
 
 
-def small_yolo() -> str:
-    file = Path(tempfile.mkdtemp()) / "small.yaml"
+def small_yolo(folder: Path) -> str:
+    file = folder / "small.yaml"
     file.write_text(YOLO)
     return str(file)
 
@@ -53,7 +52,7 @@ CASES: dict[str, tuple[int, Any]] = {
     "ultralytics_detector": (40, lambda share: share < 1),
 }
 # What stands for a network that would take minutes.
-SMALL: dict[str, tuple[Callable[[], Any], ...]] = {
+SMALL: dict[str, tuple[Callable[[Path], Any], ...]] = {
     "detector": (small_detector,),
     "ultralytics_detector": (small_yolo,),
 }
@@ -86,7 +85,7 @@ def test_it_runs(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     length, good = CASES[name]
-    assert good(module.main(length, *(small() for small in SMALL.get(name, ()))))
+    assert good(module.main(length, *(small(tmp_path) for small in SMALL.get(name, ()))))
     assert "parameters" in capsys.readouterr().out
 
 

@@ -105,8 +105,9 @@ def moments_from_data(width_graph: WidthGraph, data: Iterable[Any], limit: int |
                 "the range of their precision, and no second moments can be taken. Bring the weights of the layers "
                 'before it to a common scale, scale the data down, or choose by selection="magnitude" with fold=False.'
             )
-    if source == "data" and find_probes(width_graph) and not (moments.contracted or moments.squares):
-        node, reason = next(iter(moments.missed.items()), (find_probes(width_graph)[0].call.node, OTHER_OPS))
+    probes = find_probes(width_graph)
+    if source == "data" and probes and not (moments.contracted or moments.squares or moments.deviations):
+        node, reason = next(iter(moments.missed.items()), (probes[0].call.node, OTHER_OPS))
         raise FxwidthError(
             f"the data show nothing of what can be resized: at node {node!r}, {reason}. "
             "Call fxwidth.analyze(gm, example_inputs) with inputs like the data, or leave out data=."

@@ -107,11 +107,6 @@ def _is_finite(values: Tensor) -> bool:
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
-def _used(call: OpCall, parameters: Mapping[int, int]) -> set[int]:
-    """Return which parameters an op takes, by what tells them from others."""
-    return {parameters[id(tensor)] for tensor in call.inputs if id(tensor) in parameters}
-
-
 def _sum_of(probe: Probe) -> object:
     """Return what tells one sum from another: probes with the same keys add to one."""
     return probe.keys if probe.measure == Measure.MOMENT else probe
@@ -136,9 +131,10 @@ class Observer:
         self._is_astray = False
         self._strayed: set[str] = set()
         self._found: set[int] = set()
-        # Tied ones are one tensor, and so are told by what they are and not by a name.
-        self._parameters = {id(entry.tensor): id(entry.tensor) for entry in analysis.parameters.values()}
-        self._fakes = {id(entry.fake): id(entry.tensor) for entry in analysis.parameters.values()}
+        # By all that stands for them. Tied ones are one tensor, and so are told by what they are and not by a name.
+        self._parameters = {
+            id(one): id(entry.tensor) for entry in analysis.parameters.values() for one in (entry.tensor, entry.fake)
+        }
         self._too_large: set[object] = set()
 
     def begin(self, node: str) -> None:
@@ -165,7 +161,7 @@ class Observer:
 
     def matched(self, call: OpCall) -> OpCall | None:
         """Return the place on the tape of an op that has just run, or None where the run has left the tape."""
-        used = _used(call, self._parameters)
+        used = self._used(call)
         if self._is_astray:
             self._find_again(call, used)
         elif not self._expected or not self._is_like(self._expected[0], call, used):
@@ -177,9 +173,13 @@ class Observer:
         self._found.add(found.index)
         return found
 
+    def _used(self, call: OpCall) -> set[int]:
+        """Return which parameters an op takes, by what tells them from others."""
+        return {self._parameters[id(tensor)] for tensor in call.inputs if id(tensor) in self._parameters}
+
     def _is_like(self, expected: OpCall, call: OpCall, used: set[int]) -> bool:
         # Parameters that something else stands for are not known by what they are.
-        return expected.name == call.name and used <= _used(expected, self._fakes)
+        return expected.name == call.name and used <= self._used(expected)
 
     def _stray(self) -> None:
         """Note that the run has left the tape; where it depends on values it may, and can be found again."""
