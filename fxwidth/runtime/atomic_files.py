@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from fxwidth.errors import FxwidthError
 _LONGEST = 40
 # What a process that was killed has left beside a file is taken away by the next one, once nobody can still write it.
 _STALE = 24 * 3600.0
+# What is raised where pickle cannot write an object, whatever the disk.
+_OF_CONTENT = (pickle.PicklingError, TypeError, AttributeError, RecursionError)
 
 
 @contextmanager
@@ -79,9 +82,9 @@ def _place_of(path: str | Path) -> Path:
 
 def unwritable(path: str | Path, error: Exception) -> FxwidthError:
     """Return the error that tells that a file cannot be written; an old one at that path is as it was."""
-    # What pickle cannot write is no matter of the disk.
-    is_of_disk = isinstance(error, OSError)
-    remedy = "; make room on the disk or choose a folder that can be written to" if is_of_disk else ""
+    # Libraries tell of a full disk by errors of their own, so that what is no matter of the disk is named instead.
+    is_of_content = isinstance(error, _OF_CONTENT)
+    remedy = "" if is_of_content else "; make room on the disk or choose a folder that can be written to"
     return FxwidthError(f"{path} cannot be written ({error}){remedy}. What was there before is as it was.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import resource
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 import fxwidth
 from fxwidth import FxwidthError
-from fxwidth.runtime.atomic_files import replacing
+from fxwidth.runtime.atomic_files import replacing, unwritable
 from tests.oracles import files
 
 OLD, NEW = b"o" * 2**20, b"n" * 2**22
@@ -124,3 +125,9 @@ def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
         written(tmp_path / "a", OLD)
     with pytest.raises(FxwidthError, match="there is no folder"):
         written(tmp_path / "b" / "a", OLD)
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, pickle.PicklingError, TypeError, AttributeError])
+def test_room_is_asked_for_where_room_can_help(kind: type[Exception]) -> None:
+    asks = "make room" in str(unwritable("a", kind("why")))
+    assert asks is (kind in (OSError, RuntimeError))  # torch tells of a full disk by a RuntimeError
