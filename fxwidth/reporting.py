@@ -26,13 +26,14 @@ class Report:
 
     Attributes:
         resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels were
-            chosen and readers refitted from: "data", "training", "noise", "weights" or None), selection (the method; of
-            a function its module and name), kept {group: the channels that stayed, by their positions of then; behind
-            those grown channels lie}, of groups that kept their basis, rotated (the groups that were brought to another
-            basis first, of which the first channels stayed), named (the groups whose channels the plan named), folded
-            (whether readers were refitted), recalibrated (whether running statistics of batch norms were corrected;
-            False where there are none), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains'
-            norms have their variances multiplied), copies (what the channels of copies read since, -1 for nothing; see
+            chosen and readers refitted from: "data", "training", "data and noise" where data are few or show a part
+            alone, "training and noise", "noise", "weights" or None), selection (the method; of a function its module
+            and name), kept {group: the channels that stayed, by their positions of then; behind those grown channels
+            lie}, of groups that kept their basis, rotated (the groups that were brought to another basis first, of
+            which the first channels stayed), named (the groups whose channels the plan named), folded (whether readers
+            were refitted), recalibrated (whether running statistics of batch norms were corrected; False where there
+            are none), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
+            variances multiplied), copies (what the channels of copies read since, -1 for nothing; see
             `fxwidth.untie_copies`), not_refitted (readers that lost channels without taking over what they read from
             them, products and reductions over channels, which have no weights to do so by, and gains and running
             statistics that keep their values, with the reason), original (what has become of the model that was traced:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from fxwidth.selection.silent_channels import silent_channels, silent_last
 from fxwidth.statistics.covariance_shrinkage import shrunk
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.moments import Moments, has_values, moments_from_data
-from fxwidth.statistics.observation_points import Key
+from fxwidth.statistics.observation_points import Key, find_probes
 from fxwidth.statistics.remembered_noise import noise_moments
 from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.writer_spectra import singular_values, tail_share, writer_gram
@@ -176,8 +177,10 @@ def gather_evidence(
     refuse_negative_variances(width_graph.analysis)
     if data is not None:
         measured = moments_from_data(width_graph, data)
-        moments = None if measured is None else shrunk(measured, lambda: noise_moments(width_graph, keeps=False))
-        return Evidence(width_graph, moments, selection, rotates)
+        if measured is not None:
+            free = partial(noise_moments, width_graph, keeps=False)
+            measured = shrunk(measured, free, find_probes(width_graph))
+        return Evidence(width_graph, measured, selection, rotates)
     return Evidence(width_graph, noise_moments(width_graph), selection, rotates)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.moments import Moments
+from fxwidth.statistics.observation_points import Measure, Probe
 
 # Noise counts as much as this many rows per channel, and is left out where it would count for less than one part in:
 _WEIGHT, _NEGLIGIBLE = 1.0, 32
@@ -19,8 +20,10 @@ _PLENTY = 10**9
 _ROUNDING = 1e3
 
 
-def shrunk(measured: Moments, noise: Callable[[], Moments | None]) -> Moments:
+def shrunk(measured: Moments, noise: Callable[[], Moments | None], probes: Iterable[Probe] = ()) -> Moments:
     """Return moments in which what readers see of few inputs is drawn toward what they would see of noise.
+
+    What the data have not shown at all, where a model goes another way for them than for its example, is that of noise.
 
     S = (m S_data + m0 S_noise) / (m + m0) for m rows (pixels and tokens are rows of their own) and m0 channels, S_noise
     brought to the energy of S_data. Dependencies between channels that the data show, with rows enough to tell, are
@@ -29,11 +32,13 @@ def shrunk(measured: Moments, noise: Callable[[], Moments | None]) -> Moments:
     Args:
         measured: the moments of the data; their covariances are worked on in place, and are those of the result.
         noise: gives those of noise; called only if they count.
+        probes: what is asked for.
 
     Source: the form is that of O. Ledoit and M. Wolf, A Well-Conditioned Estimator for Large-Dimensional Covariance
         Matrices (2004), with the covariance of noise in the place of the identity, and weights found by measurement.
     """
-    if all(_weight(moment) > 1 - 1 / _NEGLIGIBLE for moment in measured.contracted.values()):
+    few = any(_weight(moment) <= 1 - 1 / _NEGLIGIBLE for moment in measured.contracted.values())
+    if not few and all(_is_known(probe, measured) for probe in probes):
         return measured
     free = noise()
     if free is None:
@@ -44,7 +49,22 @@ def shrunk(measured: Moments, noise: Callable[[], Moments | None]) -> Moments:
         if id(moment) not in done:
             done[id(moment)] = moment if other is None else _together(moment, other, _weight(moment))
     contracted = {key: done[id(moment)] for key, moment in measured.contracted.items()}
-    return replace(measured, source=f"{measured.source} and noise", contracted=contracted)
+    return replace(
+        measured,
+        source=f"{measured.source} and noise",
+        contracted={**free.contracted, **contracted},
+        squares={**free.squares, **measured.squares},
+        deviations={**free.deviations, **measured.deviations},
+        products={**free.products, **measured.products},
+        missed={node: reason for node, reason in measured.missed.items() if node in free.missed},
+    )
+
+
+def _is_known(probe: Probe, moments: Moments) -> bool:
+    if probe.measure == Measure.DEVIATIONS:
+        return probe.call.index in moments.deviations
+    known = {Measure.MOMENT: moments.contracted, Measure.SQUARES: moments.squares, Measure.PRODUCTS: moments.products}
+    return probe.keys[0] in known[probe.measure]
 
 
 def _weight(moment: Moment) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,13 @@ def test_covariances_are_weighted_by_rows_and_channels() -> None:
     assert checked >= 2
 
 
+def test_what_noise_shows_is_missed_no_more() -> None:
+    measured, free, _ = both(24)
+    measured = replace(measured, missed={"a": "other ops", "b": "other ops"})
+    free = replace(free, missed={"b": "not finite"})
+    assert shrunk(measured, lambda: free).missed == {"b": "other ops"}
+
+
 def test_plenty_of_data_stand_alone() -> None:
     measured, _, _ = both(8)
     rich = {k: Moment(m.mean, m.covariance, 10**6, 10**6, m.precision) for k, m in measured.contracted.items()}
@@ -88,7 +96,7 @@ def test_few_data_and_noise_tell_more_than_either() -> None:
             expected = gm(many)
         with pytest.MonkeyPatch.context() as patch:
             if name == "alone":
-                patch.setattr("fxwidth.importance.estimates.shrunk", lambda measured, _: measured)
+                patch.setattr("fxwidth.importance.estimates.shrunk", lambda measured, *_: measured)
             fxwidth.resize(gm, {"0": 20, "3": 15}, data=data, recalibrate=False)
         with torch.no_grad():
             errors[name] = float((gm(many) - expected).square().mean() / expected.var())

@@ -150,3 +150,39 @@ def test_data_that_show_nothing_are_refused() -> None:
     wg = fxwidth.analyze(fxwidth.trace(Switch().double(), (rows[:2],)))
     with pytest.raises(FxwidthError, match=r"other ops.*analyze"):
         fxwidth.plan(wg, params=0.7, data=[(rows,)])
+
+
+class Halfway(nn.Module):
+    """Goes through all its layers for two rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.third, self.norm, self.fourth = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, rows: list[Tensor]) -> Tensor:
+        result = self.second(self.first(torch.stack(rows)).relu())
+        if len(rows) == 2:
+            result = self.fourth(self.norm(self.third(result)).relu())
+        return result if result.sum() > 0 else result[0]
+
+
+def test_what_data_do_not_show_is_told_by_noise() -> None:
+    torch.manual_seed(0)
+    wg = fxwidth.analyze(fxwidth.trace(Halfway().double().eval(), ([torch.randn(4).double() for _ in range(2)],)))
+    data = [([torch.randn(4).double() for _ in range(3)],) for _ in range(200)]
+    measured, free, both = moments_from_data(wg, data), gather_evidence(wg, None), gather_evidence(wg, data)
+    assert measured is not None
+    assert free.moments is not None
+    assert both.moments is not None
+    known = {"second.weight"}
+    assert set(means(wg, measured)) == known
+    assert means(wg, both.moments).keys() == means(wg, free.moments).keys() > known
+    assert both.moments.deviations.keys() == free.moments.deviations.keys() > measured.deviations.keys()
+    shown, unseen = wg["first"], wg["third"]
+    assert both.source(unseen) == "data and noise"
+    assert both.errors(unseen).tolist() == free.errors(unseen).tolist()
+    assert both.errors(shown).tolist() == gather_evidence(wg, data).errors(shown).tolist()
+    assert both.errors(shown).tolist() != free.errors(shown).tolist()
+    fxwidth.resize(wg.analysis.module, {"third": 4}, data=data)
+    assert fxwidth.report(wg.analysis.module).resizes[-1]["not_refitted"] == {}
