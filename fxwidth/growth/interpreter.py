@@ -15,6 +15,7 @@ from fxwidth.growth import (  # noqa: F401  (they fill the table of transfers)
     movement,
     normalization,
     reduction,
+    writes,
 )
 from fxwidth.growth.call_view import AxisFacts, CallView
 from fxwidth.growth.lasting import written_by

@@ -127,14 +127,19 @@ def _random(c: CallView) -> Result:
     return c.everywhere(State.ANY)
 
 
-def _check_index(c: CallView, index: Tensor) -> None:
+def check_index(c: CallView, index: Tensor) -> None:
+    """Refuse an index of which new channels hold positions.
+
+    Raises:
+        RefusedError: they do.
+    """
     if any(not state & (State.ZERO | State.UNIFORM) for state in c.states(index)):
         c.refuse("new channels hold positions that it looks up")
 
 
 @transfer(aten.embedding)
 def _embedding(c: CallView) -> Result:
-    _check_index(c, c["indices"])
+    check_index(c, c["indices"])
     return [[*_looked_up(c, c["indices"]), c.states("weight")[1]]]
 
 
@@ -146,7 +151,7 @@ def _looked_up(c: CallView, index: Tensor) -> list[State]:
 def _index(c: CallView) -> Result:
     indices = [index for index in c["indices"] if index is not None]
     for index in indices:
-        _check_index(c, index)
+        check_index(c, index)
     if any(c.carrying(index) for index in indices):
         return c.everywhere(State.ANY)
     return follow(c, c["self"])
@@ -154,13 +159,13 @@ def _index(c: CallView) -> Result:
 
 @transfer(aten.index_select)
 def _index_select(c: CallView) -> Result:
-    _check_index(c, c["index"])
+    check_index(c, c["index"])
     return c.everywhere(State.ANY) if c.carrying("index") else follow(c, c["self"])
 
 
 @transfer(aten.gather)
 def _gather(c: CallView) -> Result:
-    _check_index(c, c["index"])
+    check_index(c, c["index"])
     signal, index = c.states("self"), c.states("index")
     return c.each_output(lambda dim: signal[dim] if index[dim] & State.UNIFORM else State.ANY)
 

@@ -14,4 +14,5 @@ from fxwidth.rules import (  # noqa: F401
     slicing,
     spatial,
     views,
+    writes,
 )

@@ -15,16 +15,20 @@ from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, 
 
 aten = torch.ops.aten
 
+MASKS = (torch.bool, torch.uint8)
+"""What an index holds that is a mask, and no list of numbers."""
+
 
 @rule(aten.index, aten._unsafe_index, family=LookUp("self", "indices"))
 def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, indices = c.axes("self"), list(c["indices"])
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+    if any(index is not None and index.dtype in MASKS for index in indices):
         return [_masked(c, signal, indices)]
-    return [_looked_up(c, signal, indices)]
+    return [looked_up(c, signal, indices)]
 
 
-def _looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
+def looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
+    """Return the axes of what is looked up in a tensor by lists of numbers, whose dims are pinned."""
     dims = [dim for dim, index in enumerate(indices) if index is not None]
     c.pin([signal[dim] for dim in dims], INDEXED)
     found = c.broadcast([c.axes(index) for index in indices if index is not None])
@@ -32,18 +36,6 @@ def _looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | 
     # Index dims that stand together are replaced in place, others go to the front.
     place = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
     return [*rest[:place], *found, *rest[place:]]
-
-
-@rule(aten.index_put, aten._unsafe_index_put)
-def _index_put(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    """Write values, broadcast to what a look-up by the same indices would give."""
-    signal, indices = c.axes("self"), list(c["indices"])
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        raise RuleDeclinedError("writing under a mask")
-    # Of two writes to one place the later wins, or both are summed up.
-    c.pin([axis for index in indices if index is not None for axis in c.axes(index)], INDEXED)
-    c.broadcast([_looked_up(c, signal, indices), c.axes("values")])
-    return [[c.space.normalise(axis) for axis in signal]]
 
 
 def _masked(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:

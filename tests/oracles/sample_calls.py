@@ -32,10 +32,10 @@ class Operand:
     values: tuple[int, ...] = ()
 
     def make(self) -> torch.Tensor:
+        if self.values:
+            return torch.tensor(self.values, dtype=self.dtype)
         if self.dtype == torch.bool:
             return torch.rand(self.shape) < 0.5
-        if self.values:
-            return torch.tensor(self.values)
         if self.below is not None:
             return torch.randint(self.below, self.shape, dtype=self.dtype)
         # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
@@ -56,6 +56,10 @@ def counts(*values: int) -> Operand:
 
 def mask(*shape: int) -> Operand:
     return Operand(shape, None, torch.bool)
+
+
+def marks(*values: int) -> Operand:
+    return Operand((len(values),), None, torch.bool, values)
 
 
 Arguments = Callable[[Any], list[Any]]

@@ -13,7 +13,7 @@ import torch
 import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
-from tests.oracles.sample_calls import Arguments, Sample, counts, index, mask, t
+from tests.oracles.sample_calls import Arguments, Sample, counts, index, marks, mask, t
 
 ROWS: list[Sample] = []
 
@@ -328,6 +328,31 @@ row("index.Tensor", 1, 4, lambda s: [t(s.a, s.b, s.c), [mask(s.a, s.b)]])
 row("index_put", 2, 3, lambda s: [t(s.a, s.b, s.c), [None, index(s.b, s.d)], t(s.a, s.d, s.c)])
 row("index_put", 1, 5, lambda s: [t(s.a, s.b, s.c), [index(s.a, s.d), None, index(s.c, s.d)], t(s.d, s.b), True])
 row("_unsafe_index_put", 1, 3, lambda s: [t(s.a, s.b), [index(s.a, s.d)], t(s.d, 1), True])
+row("index_put", 2, 0, lambda s: [t(s.a, s.b), [mask(s.a)], t(1, s.b)])
+row("index_put", 3, 0, lambda s: [t(s.a, s.b, s.c), [None, mask(s.b)], t(s.a, 1, s.c), True])
+row("index_put", 3, 0, lambda s: [t(s.a, s.b, s.c), [mask(s.a, s.b)], t()])
+row("index_put", 1, 3, lambda s: [t(s.b, s.c), [marks(*[1] * s.a, *[0] * (s.b - s.a))], t(s.a, s.c)])
+row("index_put", 0, 3, lambda s: [t(s.b, s.c), [mask(s.b), index(s.c, 1)], t(1)], cautious=True)
+for _name in ("index_add", "index_copy"):
+    row(_name, 2, 3, lambda s: [t(s.a, s.b, s.c), 1, index(s.b, s.d), t(s.a, s.d, s.c)])
+row("index_add", 0, 3, lambda s: [t(s.a), 0, index(s.a, s.d), t(s.d)], alpha=0.5)
+for _reduce in ("amax", "prod", "mean"):
+    row("index_reduce", 1, 3, lambda s, r=_reduce: [t(s.a, s.b), 0, index(s.a, s.d), t(s.d, s.b), r])
+row("index_fill.int_Scalar", 2, 2, lambda s: [t(s.a, s.b, s.c), -2, index(s.b, 2), 0.5])
+row("index_fill.int_Tensor", 1, 2, lambda s: [t(s.a, s.b), 1, index(s.b, 2), t()])
+_SCATTERED = lambda s: [t(s.a, s.b, s.c), 1, index(s.b, s.a, s.d, s.c)]  # noqa: E731 - a table's shorthand
+for _name in ("scatter.value", "scatter.value_reduce"):
+    row(_name, 2, 2, lambda s: [*_SCATTERED(s), 0.5], **({"reduce": "multiply"} if "reduce" in _name else {}))
+row("scatter.reduce", 2, 3, lambda s: [*_SCATTERED(s), t(s.a, s.d, s.c)], reduce="add")
+row("scatter.src", 1, 3, lambda s: [t(s.b, s.c), 0, index(s.b, s.d, s.c), t(s.d, s.c)])
+row("scatter_add", 2, 3, lambda s: [*_SCATTERED(s), t(s.a, s.d, s.c)])
+row("scatter_add", 0, 6, lambda s: [t(s.b, s.c), 0, index(s.b, s.d, s.c - 1), t(s.e, s.c)], cautious=True)
+for _reduce in ("sum", "amax", "mean", "prod"):
+    row("scatter_reduce.two", 2, 3, lambda s, r=_reduce: [*_SCATTERED(s), t(s.a, s.d, s.c), r])
+row("segment_reduce", 2, 2, lambda s: [t(7, s.c, s.d), "sum"], lengths=counts(3, 4))
+row("segment_reduce", 1, 2, lambda s: [t(7, s.c), "mean"], offsets=counts(0, 2, 7), initial=0.5)
+row("masked_scatter", 1, 3, lambda s: [t(s.a, s.b), mask(s.a, 1), t(s.a, s.b)])
+row("masked_scatter", 0, 6, lambda s: [t(s.a, s.b), mask(s.a, s.b), t(s.a, s.b)])
 row("nonzero", 0, 2, lambda s: [mask(s.a, s.b)])
 row("masked_select", 0, 4, lambda s: [t(s.a, s.b), mask(s.a, s.b)])
 row("_unique2", 0, 1, lambda s: [index(3, s.e)], cautious=True)

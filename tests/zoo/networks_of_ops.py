@@ -1,0 +1,153 @@
+"""Networks around one op each, whose hidden channels pass it: what is between two layers, and inputs of any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN = 8
+
+Inputs = Callable[[int], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """A network, inputs of a batch size, and how many of its groups are free, and can grow.
+
+    Attributes:
+        build: makes the network.
+        inputs: makes inputs of a batch size.
+        free: how many groups are free.
+        grown: how many of them can grow without changing the function.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Inputs
+    free: int = 1
+    grown: int = 1
+
+
+class Between(nn.Module):
+    """What a function makes of hidden channels, and of all other inputs, between two layers."""
+
+    def __init__(self, function: Callable[..., Tensor], into: nn.Module, out: nn.Module, **parts: Any) -> None:
+        super().__init__()
+        self.into, self.out, self.function = into, out, function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) and part.is_floating_point() else part)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        own = (self,) if next(iter(signature(self.function).parameters)) == "s" else ()
+        return self.out(self.function(*own, self.into(x), *others))
+
+
+def between(function: Callable[..., Tensor], **parts: Any) -> Callable[[], nn.Module]:
+    return lambda: Between(function, nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 3), **{k: v() for k, v in parts.items()})
+
+
+# -- message passing: nodes are the batch, and edges tell from which to which ----------------------------------------
+
+
+def graph_of(nodes: int) -> tuple[Tensor, Tensor]:
+    """Return features of nodes, [nodes, 5], and edges, [edges, 2]: more of them end in some nodes than in others."""
+    own = torch.arange(nodes)
+    edges = torch.stack([torch.cat([own, own[1:]]), torch.cat([(own + 1) % nodes, own[1:] // 2])], 1)
+    return torch.randn(nodes, 5, dtype=torch.float64), edges
+
+
+def _zeros(h: Tensor) -> Tensor:
+    return h.new_zeros(h.shape[0], h.shape[1])
+
+
+def _wide(index: Tensor, m: Tensor) -> Tensor:
+    return index.view(-1, 1).expand(-1, m.shape[1])
+
+
+_MESSAGES: dict[str, Callable[..., Tensor]] = {
+    "index_add": lambda h, e: _zeros(h).index_add_(0, e[:, 1], torch.tanh(h[e[:, 0]])),
+    "index_add, scaled": lambda h, e: torch.tanh(h).index_add(0, e[:, 1], h.index_select(0, e[:, 0]), alpha=0.5),
+    "scatter_add": lambda h, e: _zeros(h).scatter_add_(0, _wide(e[:, 1], h[e[:, 0]]), h[e[:, 0]]),
+    "scatter, added": lambda h, e: _zeros(h).scatter(0, _wide(e[:, 1], h[e[:, 0]]), h[e[:, 0]], reduce="add"),
+    "index_put": lambda h, e: _zeros(h).index_put((e[:, 1],), torch.sin(h[e[:, 0]]), accumulate=True),
+    "largest": lambda h, e: _zeros(h).scatter_reduce(
+        0, _wide(e[:, 1], h[e[:, 0]]), h[e[:, 0]], "amax", include_self=False
+    ),
+    "mean": lambda h, e: _zeros(h).scatter_reduce(
+        0, _wide(e[:, 1], h[e[:, 0]]), h[e[:, 0]], "mean", include_self=False
+    ),
+    "index_reduce": lambda h, e: torch.tanh(h).index_reduce(0, e[:, 1], h[e[:, 0]], "amin"),
+    "by columns": lambda h, e: torch.zeros_like(h.T).index_add(1, e[:, 1], h.T[:, e[:, 0]]).T,
+}
+
+
+def _attended(s: Any, h: Tensor, e: Tensor) -> Tensor:
+    """Attention along edges, with a softmax over those that end in one node."""
+    scores = torch.exp(torch.tanh(s.asked(h[e[:, 0]]) + s.told(h[e[:, 1]]))).squeeze(-1)
+    total = scores.new_zeros(h.shape[0]).index_add(0, e[:, 1], scores)
+    return torch.zeros_like(h).index_add(0, e[:, 1], h[e[:, 0]] * (scores / total[e[:, 1]]).unsqueeze(-1))
+
+
+class GraphNetwork(nn.Module):
+    """Two rounds of messages with a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.one, self.two = nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 12), nn.Linear(12, HIDDEN)
+        self.norm, self.out = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = self.into(x)
+        for _ in range(2):
+            sent = torch.relu(self.one(h))
+            messages = sent.index_select(0, edges[:, 0])
+            index = edges[:, 1].view(-1, 1).expand_as(messages)
+            h = h + self.two(torch.zeros_like(sent).scatter_add_(0, index, messages))
+        return self.out(self.norm(h))
+
+
+def rows_of(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 6, 5, dtype=torch.float64),)
+
+
+def masked_rows(batch: int) -> tuple[Tensor, Tensor]:
+    """Return rows of 6 positions each, [batch, 6, 5], and a mask of some of them, [batch, 6]."""
+    return *rows_of(batch), (torch.arange(6 * batch) % 4 == 1).view(batch, 6)
+
+
+def _set(h: Tensor, mask: Tensor, value: Tensor | float) -> Tensor:
+    h = h.clone()
+    h[mask] = value
+    return h
+
+
+_LENGTHS = torch.tensor([2, 1, 3])
+
+OP_CASES: dict[str, OpCase] = {
+    **{f"messages: {name}": OpCase(between(function), graph_of) for name, function in _MESSAGES.items()},
+    "messages: attention": OpCase(
+        between(_attended, asked=lambda: nn.Linear(HIDDEN, 1), told=lambda: nn.Linear(HIDDEN, 1, bias=False)), graph_of
+    ),
+    "messages: a residual stream": OpCase(GraphNetwork, graph_of, 2, 2),
+    "writes: copied rows": OpCase(
+        between(lambda h: torch.tanh(h).index_copy(1, torch.tensor([4, 1]), h[:, :2])), rows_of
+    ),
+    "writes: filled rows": OpCase(between(lambda h: h.index_fill(1, torch.tensor([3, 0]), 0.5)), rows_of),
+    "writes: one number": OpCase(
+        between(lambda h: h.scatter(1, (torch.arange(2).view(1, 2, 1) * 3).expand(h.shape[0], 2, h.shape[2]), 0.5)),
+        rows_of,
+    ),
+    "writes: segments": OpCase(
+        between(lambda h: torch.segment_reduce(h.transpose(0, 1), "sum", lengths=_LENGTHS, axis=0).transpose(0, 1)),
+        rows_of,
+    ),
+    "writes: segments of most": OpCase(
+        between(lambda h: torch.segment_reduce(h.transpose(0, 1), "max", lengths=_LENGTHS, axis=0).transpose(0, 1)),
+        rows_of,
+        grown=0,
+    ),
+}
