@@ -184,7 +184,7 @@ class ZeroedReplay(_Replay):
 
     def execute(self, call: OpCall) -> list[Tensor]:
         """Run one op at its old sizes, and write zeros to what is removed of its results."""
-        if self._mixes_resized_dims(call):
+        if self._mixes_resized_dims(call) or self._takes_in_order(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
             found = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
             renumbered = (self._renumbered(call, result) for result in found)
@@ -204,6 +204,11 @@ class ZeroedReplay(_Replay):
             for reduction in call.reductions
         )
 
+    def _takes_in_order(self, call: OpCall) -> bool:
+        """Tell whether an op takes one entry after the other, as many as a mask has places, which loses some."""
+        taken = call.func.overloadpacket in (torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_)
+        return taken and any(map(self.maps.changes, call.output_axes[0]))
+
     def _on_kept(self, call: OpCall) -> ResizedCall:
         """Return the call on the kept channels alone; sizes are those of its operands, no literal_rule is believed."""
         norm = as_family(call.func, Norm)
@@ -221,9 +226,9 @@ class ZeroedReplay(_Replay):
 
     def _renumbered(self, call: OpCall, result: Tensor) -> Tensor:
         """Return positions among the kept channels as what they were among all; other results as they are."""
-        tensor, dims = call.reductions[0].tensor, [reduction.dim for reduction in call.reductions]
-        if result.dtype != torch.int64 or not tensor.is_floating_point():
+        if result.dtype != torch.int64 or not call.reductions or not call.reductions[0].tensor.is_floating_point():
             return result
+        tensor, dims = call.reductions[0].tensor, [reduction.dim for reduction in call.reductions]
         axes = call.axes[tensor]
         kept = [self.places.of(axes[dim], result.device)[0] for dim in dims]
         # A position in several dims counts through all of them.

@@ -24,12 +24,14 @@ class OpCase:
         inputs: makes inputs of a batch size.
         free: how many groups are free.
         grown: how many of them can grow without changing the function.
+        copies: whether copies of channels can be dropped without a trace.
     """
 
     build: Callable[[], nn.Module]
     inputs: Inputs
     free: int = 1
     grown: int = 1
+    copies: bool = True
 
 
 class Between(nn.Module):
@@ -125,6 +127,30 @@ def _set(h: Tensor, mask: Tensor, value: Tensor | float) -> Tensor:
     return h
 
 
+def _row_set(s: Any, h: Tensor, mask: Tensor) -> Tensor:
+    return _set(torch.tanh(h), mask, s.row)
+
+
+def _set_by_method(h: Tensor, mask: Tensor) -> Tensor:
+    h = torch.sin(h)
+    h.__setitem__((slice(None), slice(0, 6)), h[:, :6] * 2)
+    h.__setitem__(mask, 1.0)
+    return h
+
+
+class MaskedNorm(nn.Module):
+    """A residual stream of which some positions are set to zero, as where there are none of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.norm, self.out = nn.Linear(5, HIDDEN), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.into(x)
+        h[mask] = 0.0
+        return self.out(self.norm(h))
+
+
 _LENGTHS = torch.tensor([2, 1, 3])
 
 OP_CASES: dict[str, OpCase] = {
@@ -150,4 +176,24 @@ OP_CASES: dict[str, OpCase] = {
         rows_of,
         grown=0,
     ),
+    "masks: zeros under one": OpCase(between(lambda h, m: _set(h, m, 0.0)), masked_rows),
+    "masks: a row under one": OpCase(between(_row_set, row=lambda: torch.randn(HIDDEN)), masked_rows),
+    "masks: by setitem": OpCase(between(_set_by_method), masked_rows),
+    "masks: a column under one": OpCase(
+        between(lambda h, m: _set(h.transpose(0, 1), m[0], 0.5).transpose(0, 1)), masked_rows
+    ),
+    "masks: added": OpCase(
+        between(lambda h, m: torch.tanh(h).index_put((m,), torch.ones(1).double(), accumulate=True)), masked_rows
+    ),
+    "masks: others under one": OpCase(between(lambda h, m: _set(h, m, torch.tanh(h)[m] * 2)), masked_rows),
+    "masks: rows scattered": OpCase(
+        between(lambda h, m: h.masked_scatter(m.unsqueeze(-1).expand_as(h), torch.sin(h).flatten(0, 1))), masked_rows
+    ),
+    "masks: rows scattered without expanding": OpCase(
+        between(lambda h, m: torch.tanh(h).masked_scatter(m.unsqueeze(-1), h)), masked_rows
+    ),
+    "masks: entries scattered": OpCase(
+        between(lambda h, m: h.masked_scatter((m.unsqueeze(-1) & (h > 0)), torch.sin(h))), masked_rows, 0, 0
+    ),
+    "masks: a norm behind": OpCase(MaskedNorm, masked_rows, copies=False),
 }
