@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from fxwidth.axes.factors import ONE, axis_size
 from fxwidth.recording.tape import Contraction, OpCall, storage_of
 from fxwidth.rules.family_table import adds, family_of
 from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
+from fxwidth.rules.views import end_of_block
 
 Provenance = tuple[frozenset[Dim], ...]
 
@@ -136,8 +138,12 @@ def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dic
         source = provenance[inputs[0]]
         if family == Movement(Move.PERMUTATION):
             return tuple(source[dim] for dim in _permuted(call, len(source)))
-        if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[inputs[0]])):
+        shape = tuple(map(axis_size, call.axes[inputs[0]]))
+        if tuple(output.shape) == shape and len(shape) == len(source):
             return source
+        is_view = family in (Movement(Move.RESHAPE), Movement(Move.UNIT_DIMS))
+        if is_view and output.numel() == prod(shape) > 0 and len(shape) == len(source):
+            return _reshaped(source, shape, tuple(output.shape))
     if isinstance(family, WeightNorm) and output.dim() == call.arguments["v"].dim():
         direction, gain = (provenance[call.arguments[part]] for part in ("v", "g"))
         axes = call.axes[call.arguments["g"]]
@@ -154,6 +160,21 @@ def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dic
         return tuple(frozenset().union(*column) for column in columns)
     everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in provenance[tensor]))
     return (everything,) * output.dim()
+
+
+def _reshaped(source: Provenance, old: tuple[int, ...], new: tuple[int, ...]) -> Provenance:
+    """Follow parameter dims through a view: what it divides or puts together goes to all dims of that block."""
+    result = [frozenset[Dim]()] * len(new)
+    own = [dim for dim, size in enumerate(old) if size > 1]
+    other = [dim for dim, size in enumerate(new) if size > 1]
+    sizes, others = [old[dim] for dim in own], [new[dim] for dim in other]
+    i = j = 0
+    while i < len(own):
+        first_i, first_j = i, j
+        i, j = end_of_block(sizes, i, others, j)
+        for dim in other[first_j:j]:
+            result[dim] = frozenset().union(*(source[k] for k in own[first_i:i]))
+    return tuple(result)
 
 
 def _permuted(call: OpCall, rank: int) -> list[int]:

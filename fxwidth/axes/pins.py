@@ -77,6 +77,8 @@ TAKEN_APART = "the dimension is taken apart into a fixed number of tensors"
 BY_STRIDES = "a view that is given by its strides"
 STRIDED = "a strided slice that does not divide the dimension"
 WINDOWS = "windows are cut along the dimension"
+TRANSFORMED = "a Fourier transform is taken along the dimension"
+COMPLEX = "it holds the real and the imaginary part"
 SHUFFLED_GROUPS = "the number of shuffled groups is a literal"
 MASKED = "the dimension is under a mask"
 FOUND = "how many results there are depends on values"
@@ -143,6 +145,8 @@ REMEDIES = {
     BY_STRIDES: "Take the view with view, transpose and slices: these follow a resize.",
     STRIDED: "Make the size of the dimension a multiple of the step.",
     WINDOWS: _BY_PLACE,
+    TRANSFORMED: _BY_PLACE,
+    COMPLEX: _BY_PLACE,
     SHUFFLED_GROUPS: "Write the shuffle as a view, a transpose and a view.",
     MASKED: _BY_PLACE,
     FOUND: _BY_PLACE,

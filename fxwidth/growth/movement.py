@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 @family_transfer(Movement)
-@transfer(aten.tril, aten.triu, aten.cumsum)
+@transfer(aten.tril, aten.triu, aten.cumsum, aten.view_as_real, aten.view_as_complex)
 def _moved(c: CallView) -> Result:
     if is_move(c.call.func, Move.PERMUTATION, Move.EXPANSION, Move.REPETITION, Move.JOIN):
         c.refuse(NO_TRANSFER)  # which dim of its result is which depends on the op

@@ -5,6 +5,7 @@ from fxwidth.rules import (  # noqa: F401
     boxes,
     contraction,
     copies,
+    fourier,
     indexing,
     movement,
     normalization,

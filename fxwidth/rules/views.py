@@ -53,7 +53,7 @@ def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
             j += 1
             continue
         first_i, first_j = i, j
-        i, j = _end_of_block(old, i, new, j)
+        i, j = end_of_block(old, i, new, j)
         block = c.space.product(*signal[first_i:i])
         large = [size for size in new[first_j:j] if size > 1]
         parts = iter([block] if len(large) == 1 else c.factored(block, *large))
@@ -61,7 +61,7 @@ def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [result]
 
 
-def _end_of_block(old: Sequence[int], i: int, new: Sequence[int], j: int) -> tuple[int, int]:
+def end_of_block(old: Sequence[int], i: int, new: Sequence[int], j: int) -> tuple[int, int]:
     """Return where the shortest runs of dims from i and j with equal products end."""
     size_i, size_j = old[i], new[j]
     i, j = i + 1, j + 1

@@ -73,7 +73,7 @@ def expand(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
         indices = torch.from_numpy(maps.indices(axis))
         tensor = tensor.index_select(dim, indices.clamp(min=0))
         new = (indices == NEW).reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
-        if tensor.dtype.is_floating_point:
+        if is_number(tensor):
             tensor = torch.where(new, torch.rand_like(tensor) * 0.8 + 0.1, tensor)
         elif tensor.dtype == torch.bool:
             tensor = torch.where(new, torch.rand(tensor.shape) < 0.5, tensor)
@@ -107,10 +107,18 @@ def old_part(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
     return tensor
 
 
+def is_number(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype.is_complex else tensor.double()
+
+
 def holds(tensor: Tensor, dim: int, state: State, places: Mapping[int, list[int]]) -> bool:
     """Tell whether new entries are what a state says."""
     rows = tensor.movedim(dim, 0)
-    tensor = rows.double()
+    tensor = precise(rows)
     for new, olds in places.items():
         if not tensor[new].isfinite().all() and tensor[olds].isfinite().all():
             return False
@@ -133,7 +141,7 @@ def combinations(probe: Probe, factor: Factor, limit: int = 12) -> Iterator[dict
     for i, (axes, operand) in enumerate(zip(probe.operand_axes, probe.operands, strict=True)):
         for dim, axis in enumerate(axes):
             if factor in probe.analysis.space.factors(axis):
-                kinds = KINDS if operand.dtype.is_floating_point else (CONSTANT, State.ANY, State.ZERO)
+                kinds = KINDS if is_number(operand) else (CONSTANT, State.ANY, State.ZERO)
                 slots.append(((f"operand{i}", dim), kinds))
     every = list(itertools.product(*(kinds for _, kinds in slots)))
     generator = np.random.default_rng(0)
@@ -175,7 +183,7 @@ def judge(probe: Probe, roles: Roles, factor: Factor, kinds: Mapping[Slot, State
     results = list(zip(probe.analysis.calls[0].outputs, actual, expected, probe.result_axes, strict=True))
     # The saved statistics of a rescaled norm are not what they were; where they are used, it refuses.
     for output, new, old, axes in results[: 1 if run.norms else None]:
-        agree &= torch.allclose(old_part(new, axes, maps).double(), old.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
+        agree &= torch.allclose(precise(old_part(new, axes, maps)), precise(old), rtol=1e-9, atol=1e-12, equal_nan=True)
         states = run.states.get(output)
         if run.refusal is not None or states is None:
             continue

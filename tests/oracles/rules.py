@@ -110,7 +110,7 @@ def take(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
         shape = [1] * tensor.dim()
         shape[dim] = -1
         new = (indices == NEW).reshape(shape)
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             tensor = torch.where(new, torch.rand_like(tensor) * 0.8 + 0.1, tensor)
     return tensor
 

@@ -38,12 +38,18 @@ class Operand:
             return torch.rand(self.shape) < 0.5
         if self.below is not None:
             return torch.randint(self.below, self.shape, dtype=self.dtype)
+        if self.dtype.is_complex:
+            return torch.rand(self.shape, dtype=self.dtype)
         # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
         return torch.rand(self.shape, dtype=torch.float64) * 0.8 + 0.1
 
 
 def t(*shape: int) -> Operand:
     return Operand(shape)
+
+
+def z(*shape: int) -> Operand:
+    return Operand(shape, None, torch.complex128)
 
 
 def index(below: int, *shape: int) -> Operand:

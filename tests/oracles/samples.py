@@ -13,7 +13,7 @@ import torch
 import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
-from tests.oracles.sample_calls import Arguments, Sample, counts, index, marks, mask, t
+from tests.oracles.sample_calls import Arguments, Sample, counts, index, marks, mask, t, z
 
 ROWS: list[Sample] = []
 
@@ -193,6 +193,23 @@ row("pixel_unshuffle", 2, 2, lambda s: [t(s.n, s.c, 4, 6), 2])
 row("im2col", 2, 2, lambda s: [t(s.n, s.c, s.h, s.w), [3, 2], [1, 1], [0, 0], [1, 1]])
 row("col2im", 2, 1, lambda s: [t(s.n, 6 * s.c, 24), [6, 5], [3, 2], [1, 1], [1, 0], [1, 1]])
 row("unfold", 1, 1, lambda s: [t(s.a, s.h), 1, 3, 1])
+
+# -- Fourier transforms, and complex numbers --
+row("_fft_r2c", 2, 1, lambda s: [t(s.a, s.b, s.c), [1], 0, True])
+row("_fft_r2c", 1, 2, lambda s: [t(s.a, s.b, s.c), [0, 2], 1, True])
+row("_fft_r2c", 2, 1, lambda s: [t(s.a, s.b, s.c), [1], 0, False])
+row("_fft_c2c", 2, 1, lambda s: [z(s.a, s.b, s.c), [1], 2, True])
+row("_fft_c2c", 1, 2, lambda s: [z(s.a, s.b, s.c), [0, 2], 0, False])
+row("_fft_c2r", 2, 1, lambda s: [z(s.a, s.b, s.c), [1], 2, 2 * s.b - 1])
+row("_fft_c2r", 1, 2, lambda s: [z(s.c, s.a, s.b), [0, 2], 2, 2 * s.b - 2])
+row("view_as_real", 2, 0, lambda s: [z(s.a, s.b)])
+row("view_as_complex", 2, 1, lambda s: [t(s.a, s.b, 2)])
+for _name in ("complex", "polar"):
+    row(_name, 2, 0, lambda s: [t(s.a, s.b), t(s.a, s.b)])
+for _name in ("_conj", "_conj_physical", "_neg_view", "abs", "angle", "exp"):
+    row(_name, 2, 0, lambda s: [z(s.a, s.b)])
+row("mul.Tensor", 2, 0, lambda s: [z(s.a, s.b), t(s.b)])
+row("bmm", 4, 0, lambda s: [z(s.n, s.a, s.b), z(s.n, s.b, s.c)])
 
 # -- attention kernels --
 _QKV = lambda s: [t(s.n, s.a, s.b, s.d), t(s.n, s.a, s.c, s.d), t(s.n, s.a, s.c, s.d)]  # noqa: E731 - as above

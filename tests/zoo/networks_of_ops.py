@@ -151,6 +151,33 @@ class MaskedNorm(nn.Module):
         return self.out(self.norm(h))
 
 
+def _turned(h: Tensor) -> Tensor:
+    """Turn pairs of positions by angles of their own."""
+    pairs = torch.view_as_complex(h.reshape(h.shape[0], 3, 2, -1).transpose(2, 3).contiguous())
+    turned = pairs * torch.polar(torch.ones(3, 1).double(), torch.arange(3).double().unsqueeze(1))
+    return torch.view_as_real(turned).transpose(2, 3).reshape(h.shape[0], 6, -1)
+
+
+class FourierOperator(nn.Module):
+    """A layer of a Fourier neural operator: complex weights multiply low frequencies of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, HIDDEN, 1), nn.Conv2d(6, 3, 1)
+        self.weight = nn.Parameter(torch.randn(HIDDEN, 6, 4, 3, dtype=torch.cdouble) / 4)
+        self.beside = nn.Conv2d(HIDDEN, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.into(x))
+        low = torch.fft.rfft2(h)[:, :, :4, :3]
+        mixed = torch.einsum("bixy,ioxy->boxy", low, self.weight)
+        return self.out(torch.tanh(torch.fft.irfft2(mixed, s=x.shape[-2:]) + self.beside(h)))
+
+
+def images_of(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 3, 8, 8, dtype=torch.float64),)
+
+
 _LENGTHS = torch.tensor([2, 1, 3])
 
 OP_CASES: dict[str, OpCase] = {
@@ -196,4 +223,23 @@ OP_CASES: dict[str, OpCase] = {
         between(lambda h, m: h.masked_scatter((m.unsqueeze(-1) & (h > 0)), torch.sin(h))), masked_rows, 0, 0
     ),
     "masks: a norm behind": OpCase(MaskedNorm, masked_rows, copies=False),
+    "fourier: frequencies weighted": OpCase(
+        between(
+            lambda s, h: torch.fft.irfft(torch.fft.rfft(h, dim=1) * s.gain[:, None], n=6, dim=1),
+            gain=lambda: torch.rand(4) + 0.5,
+        ),
+        rows_of,
+    ),
+    "fourier: a real part": OpCase(between(lambda h: torch.tanh(torch.fft.fft(h, dim=1).real)), rows_of),
+    "fourier: parts side by side": OpCase(
+        between(lambda h: torch.view_as_real(torch.fft.fft(h, dim=1)).tanh().sum(-1)), rows_of
+    ),
+    "fourier: lengths of frequencies": OpCase(between(lambda h: torch.fft.rfft(h, dim=1).abs()), rows_of),
+    "fourier: conjugated": OpCase(
+        between(lambda h: torch.fft.ifft(torch.fft.fft(h, dim=1).conj() * torch.fft.fft(h.tanh(), dim=1), dim=1).imag),
+        rows_of,
+    ),
+    "fourier: turned": OpCase(between(_turned), rows_of),
+    "fourier: an operator": OpCase(FourierOperator, images_of, 2, 2),
+    "fourier: along channels": OpCase(between(lambda h: torch.fft.fft(h, dim=-1).real), rows_of, 0, 0),
 }
