@@ -229,7 +229,7 @@ def faked_inputs(examples: Sequence[Any], mode: FakeTensorMode) -> tuple[Any, ..
 def _fake_input(mode: FakeTensorMode, value: TensorSpec | Tensor) -> Tensor:
     if isinstance(value, TensorSpec):
         with mode:
-            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
     return mode.from_tensor(value)
 
 

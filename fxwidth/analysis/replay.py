@@ -23,9 +23,9 @@ from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.layouts import for_any_layout
-from fxwidth.recording.tape import Axes, OpCall, functional_name, tensors_in, unbind
+from fxwidth.recording.tape import Axes, OpCall, functional_name, storage_of, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, channel_norm, is_move
-from fxwidth.rules.op_families import Move, Norm, NormKind
+from fxwidth.rules.op_families import FakeQuantization, Move, Norm, NormKind
 from fxwidth.rules.registry import ResizedCall, resized_call, revised
 from fxwidth.runtime.pytrees import deep_tensors
 
@@ -95,6 +95,10 @@ class _Replay(ABC):
             name: pytree.tree_map(lambda leaf: lift(leaf) if isinstance(leaf, Tensor) else self._literal(leaf), value)
             for name, value in arguments.items()
         }
+        if as_family(func, FakeQuantization) is not None:
+            # Kernels take these in single precision alone.
+            scales = {name: concrete[name] for name in ("scale", "zero_point") if isinstance(concrete[name], Tensor)}
+            concrete |= {name: own.float() for name, own in scales.items() if own.is_floating_point()}
         op, concrete = for_any_layout(func, concrete, Tensor.contiguous)
         args, kwargs = unbind(op, concrete)
         results = [self._widened(tensor) for tensor in tensors_in(op(*args, **kwargs))]
@@ -293,8 +297,8 @@ def _seeded(call: OpCall) -> Iterator[None]:
 def _is_view(call: OpCall, result: Tensor, sources: Iterable[Tensor]) -> bool:
     if call.func._schema.is_mutable:
         return False
-    place = result.untyped_storage().data_ptr()
-    return any(source.untyped_storage().data_ptr() == place for source in sources)
+    place = storage_of(result)
+    return any(storage_of(source) == place for source in sources)
 
 
 def _shapes(tensors: Iterable[Tensor]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,15 +33,16 @@ class LostGroup:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The shape, dtype and device of an input."""
+    """The shape, dtype, device and layout of an input."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout = torch.strided
 
     def with_batch(self, size: int) -> TensorSpec:
         """Return the spec for another batch size."""
-        return TensorSpec((size, *self.shape[1:]), self.dtype, self.device)
+        return replace(self, shape=(size, *self.shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fxwidth.analysis.result import Analysis, Dim
 from fxwidth.axes.factors import ONE, axis_size
 from fxwidth.recording.tape import Contraction, OpCall, storage_of
 from fxwidth.rules.family_table import adds, family_of
-from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
+from fxwidth.rules.op_families import FakeQuantization, Move, Movement, Product, WeightNorm
 from fxwidth.rules.views import end_of_block
 
 Provenance = tuple[frozenset[Dim], ...]
@@ -149,6 +149,11 @@ def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dic
         axes = call.axes[call.arguments["g"]]
         lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
         return tuple(one | other for one, other in zip(direction, lengths, strict=True))
+    if isinstance(family, FakeQuantization) and call.arguments["self"] in provenance:
+        result = list(provenance[call.arguments["self"]])
+        if family.axis and call.arguments["scale"].numel() > 1:
+            result[call.arguments[family.axis]] |= provenance[call.arguments["scale"]][0]
+        return tuple(result)
     if isinstance(family, Product) and len(inputs) == 2:
         return _of_product(family, *(provenance[call.arguments[name]] for name in (family.left, family.right)))
     # A number has no dims to give.

@@ -14,6 +14,7 @@ from fxwidth.growth import (  # noqa: F401  (they fill the table of transfers)
     contraction,
     movement,
     normalization,
+    quantization,
     reduction,
     writes,
 )

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fxwidth.growth.call_view import CallView
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, of_number
+from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, of_number, passed
 from fxwidth.growth.transfers import NO_TRANSFER, Result, family_transfer, follow, transfer
 from fxwidth.rules.family_table import as_family, is_move
-from fxwidth.rules.op_families import ChannelCopies, Move, Movement, Positions
+from fxwidth.rules.op_families import Bags, ChannelCopies, Move, Movement, Positions
 
 aten = torch.ops.aten
 
@@ -141,6 +141,13 @@ def check_index(c: CallView, index: Tensor) -> None:
 def _embedding(c: CallView) -> Result:
     check_index(c, c["indices"])
     return [[*_looked_up(c, c["indices"]), c.states("weight")[1]]]
+
+
+@family_transfer(Bags)
+def _bags(c: CallView) -> Result:
+    bags, rows = c.states("offsets")[0], c.states("weight")[1]
+    kept = passed(rows, ALL_ZERO if c["mode"] < 2 else State.ZERO)
+    return c.each_output(lambda dim: kept if dim else bags & State.ANY)[:1] + c.everywhere(State.ANY)[1:]
 
 
 def _looked_up(c: CallView, index: Tensor) -> list[State]:

@@ -107,6 +107,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def storage_of(tensor: Tensor) -> int:
     """Return what tells the memory of a tensor from that of others."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)  # it has several, and stands for them
     return int(tensor.untyped_storage()._cdata)
 
 

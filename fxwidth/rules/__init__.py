@@ -10,6 +10,7 @@ from fxwidth.rules import (  # noqa: F401
     movement,
     normalization,
     pointwise,
+    quantization,
     recurrent,
     reduction,
     slicing,

@@ -10,7 +10,7 @@ from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import FOUND, GATHERED, INDEXED, MASKED
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import LookUp
+from fxwidth.rules.op_families import Bags, LookUp
 from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, literal_rule, revised, rule
 
 aten = torch.ops.aten
@@ -70,6 +70,21 @@ def _embedding(c: RuleContext) -> Sequence[Sequence[Axis]]:
     table = c.axes("weight")
     c.pin([table[0]], INDEXED)
     return [[*c.axes("indices"), table[1]]]
+
+
+@rule(aten._embedding_bag, aten._embedding_bag_forward_only, family=Bags("weight", "indices"))
+def _embedding_bag(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Sum up rows of a table, one bag after the other; offsets tell where each begins, and may tell where all end."""
+    table, offsets, result = c.axes("weight"), c.axes("offsets"), c.outputs[0].shape
+    if c["include_last_offset"] and c.call.func.overloadpacket is aten._embedding_bag_forward_only:
+        raise RuleDeclinedError("bags whose end is told, of a table without gradient")
+    weights = c.axes("per_sample_weights") if "per_sample_weights" in c else []
+    c.pin([table[0], *c.axes("indices"), *offsets, *weights], INDEXED)
+    bags = c.fixed(result[0], INDEXED) if c["include_last_offset"] else offsets[0]
+    # The others are kept for the backward pass: of the largest entries of each bag, where they were.
+    return [
+        [bags, table[1]] if output.shape == result else [c.fixed(size) for size in output.shape] for output in c.outputs
+    ]
 
 
 @rule(aten.gather, family=LookUp("self", "index", slices=False))

@@ -74,6 +74,9 @@ def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _reduction("maximum")(c)
 
 
+rule(aten.aminmax, family=_MAXIMUM)(_reduction("maximum"))
+
+
 @rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")

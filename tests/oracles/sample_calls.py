@@ -30,6 +30,7 @@ class Operand:
     below: int | None = None
     dtype: torch.dtype = torch.float64
     values: tuple[int, ...] = ()
+    is_sparse: bool = False
 
     def make(self) -> torch.Tensor:
         if self.values:
@@ -41,7 +42,8 @@ class Operand:
         if self.dtype.is_complex:
             return torch.rand(self.shape, dtype=self.dtype)
         # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
-        return torch.rand(self.shape, dtype=torch.float64) * 0.8 + 0.1
+        made = torch.rand(self.shape, dtype=self.dtype) * 0.8 + 0.1
+        return made.to_sparse() if self.is_sparse else made
 
 
 def t(*shape: int) -> Operand:
@@ -54,6 +56,19 @@ def z(*shape: int) -> Operand:
 
 def index(below: int, *shape: int) -> Operand:
     return Operand(shape, below, torch.int64)
+
+
+def scales(*shape: int) -> Operand:
+    return Operand(shape, None, torch.float32)
+
+
+def zeros(*shape: int) -> Operand:
+    """An operand of whole numbers that are zero, of the kind that quantization takes."""
+    return Operand(shape, 1, torch.int32)
+
+
+def sparse(*shape: int) -> Operand:
+    return Operand(shape, is_sparse=True)
 
 
 def counts(*values: int) -> Operand:

@@ -13,7 +13,7 @@ import torch
 import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
-from tests.oracles.sample_calls import Arguments, Sample, counts, index, marks, mask, t, z
+from tests.oracles.sample_calls import Arguments, Sample, counts, index, marks, mask, scales, sparse, t, z, zeros
 
 ROWS: list[Sample] = []
 
@@ -159,6 +159,8 @@ row("softmax.int", 3, 0, lambda s: [t(s.a, s.b, s.c), 1])
 row("log_softmax.int", 3, 0, lambda s: [t(s.a, s.b, s.c), 0])
 for _name in ("cumsum", "cumprod", "cummax", "cummin", "sort"):
     row(_name, 2, 1, lambda s: [t(s.a, s.b, s.c), 1])
+row("aminmax", 3, 0, lambda s: [t(s.a, s.b, s.c)], dim=1)
+row("aminmax", 2, 0, lambda s: [t(s.a, s.b)])
 row("topk", 2, 1, lambda s: [t(s.a, s.b, s.c), 2, 1])
 
 # -- positions: their dims stay fixed --
@@ -210,6 +212,32 @@ for _name in ("_conj", "_conj_physical", "_neg_view", "abs", "angle", "exp"):
     row(_name, 2, 0, lambda s: [z(s.a, s.b)])
 row("mul.Tensor", 2, 0, lambda s: [z(s.a, s.b), t(s.b)])
 row("bmm", 4, 0, lambda s: [z(s.n, s.a, s.b), z(s.n, s.b, s.c)])
+
+# -- products of three, of sparse tensors and at places between positions; distances --
+row("_trilinear", 4, 0, lambda s: [t(s.n, s.a), t(s.b, s.a, s.c), t(s.n, s.c), [1, 3], [0], [1, 2], [2, 3], 1])
+row("_trilinear", 4, 0, lambda s: [t(s.n, s.a), t(s.a, s.b), t(s.n, s.c), [2, 3], [0, 3], [1, 2], [1], 1])
+row("_cdist_forward", 4, 0, lambda s: [t(s.n, s.a, s.b), t(s.n, s.c, s.b), 2.0, None])
+row("_cdist_forward", 4, 0, lambda s: [t(s.n, s.a, s.b), t(1, s.c, s.b), 1.0, 2])
+row("_sparse_addmm", 1, 4, lambda s: [t(s.a, s.c), sparse(s.a, s.b), t(s.b, s.c)], cautious=True)
+row("mm", 1, 3, lambda s: [sparse(s.a, s.b), t(s.b, s.c)], cautious=True)
+_DEFORMED = lambda s: [t(s.n, s.c, s.h, s.w), t(s.d, s.c, 3, 3), t(s.n, 18, s.h, s.w)]  # noqa: E731 - as above
+row("torchvision::deform_conv2d", 3, 10, lambda s: [*_DEFORMED(s), t(s.n, 9, s.h, s.w), t(s.d), *[1] * 8, True])
+row("torchvision::deform_conv2d", 3, 7, lambda s: [*_DEFORMED(s), t(s.n, 1), t(s.d), *[1] * 8, False])
+
+# -- fake quantization --
+_FAKE, _BITS = "fake_quantize_per", [-128, 127]
+row(_FAKE + "_tensor_affine_cachemask", 2, 0, lambda s: [t(s.a, s.b), 0.01, 3, *_BITS])
+_BY_TENSOR = lambda s: [t(s.a, s.b), scales(1), zeros(1), counts(1)]  # noqa: E731 - as above
+row(f"_{_FAKE}_tensor_affine_cachemask_tensor_qparams", 2, 0, lambda s: [*_BY_TENSOR(s), *_BITS])
+row("_fake_quantize_learnable_per_tensor_affine", 2, 0, lambda s: [t(s.a, s.b), scales(1), scales(1), *_BITS])
+row(_FAKE + "_channel_affine_cachemask", 2, 0, lambda s: [t(s.a, s.b), scales(s.b), zeros(s.b), 1, *_BITS])
+_LEARNT = lambda s: [t(s.a, s.b), scales(s.a), scales(s.a), 0]  # noqa: E731 - as above
+row("_fake_quantize_learnable_per_channel_affine", 2, 0, lambda s: [*_LEARNT(s), *_BITS])
+for _each in (True, False):
+    _observed = lambda s, e=_each: [  # noqa: E731 - as above
+        *(scales(s.a, s.b, s.c), counts(1), counts(1), *[scales(s.a if e else 1)] * 3, zeros(s.a if e else 1), 0.01)
+    ]
+    row("_fused_moving_avg_obs_fq_helper", 3, 0, lambda s, o=_observed, e=_each: [*o(s), *_BITS, 0, e])
 
 # -- attention kernels --
 _QKV = lambda s: [t(s.n, s.a, s.b, s.d), t(s.n, s.a, s.c, s.d), t(s.n, s.a, s.c, s.d)]  # noqa: E731 - as above
@@ -380,6 +408,12 @@ row("torchvision::roi_align", 2, 4, lambda s: [t(s.n, s.a, s.h, s.w), t(s.b, 5),
 row("torchvision::roi_pool", 2, 4, lambda s: [t(s.n, s.a, s.h, s.w), t(s.b, 5), 8.0, 2, 2], cautious=True)
 row("index_select", 2, 1, lambda s: [t(s.a, s.b), 1, index(s.b, s.c)])
 row("embedding", 3, 1, lambda s: [t(s.a, s.b), index(s.a, s.c, s.d)])
+_BAGS = lambda s: [t(s.a, s.b), index(s.a, 8)]  # noqa: E731 - a table's shorthand
+for _name in ("_embedding_bag", "_embedding_bag_forward_only"):
+    for _mode in (0, 1, 2):
+        row(_name, 1, 3, lambda s, m=_mode: [*_BAGS(s), counts(0, 2, 3), False, m])
+row("_embedding_bag", 1, 4, lambda s: [*_BAGS(s), counts(0, 2, 3), False, 0, False, t(8), False, 1])
+row("_embedding_bag", 1, 3, lambda s: [*_BAGS(s), counts(0, 2, 3, 8), False, 0, False, None, True])
 row("gather", 2, 1, lambda s: [t(s.a, s.b), 1, index(s.b, s.a, s.c)])
 row("gather", 1, 3, lambda s: [t(s.c, s.b), 1, index(s.b, s.c - 1, s.a)])
 for _name in ("zeros", "ones"):

@@ -59,6 +59,13 @@ FAULTS = {
     "_fft_c2c": careless("self"),
     "_fft_c2r": careless("self"),
     "view_as_complex": careless("self"),
+    "_trilinear": careless("i1"),
+    "_cdist_forward": careless("x1"),
+    "_sparse_addmm": careless("self"),
+    "torchvision::deform_conv2d": careless("input"),
+    "_embedding_bag": careless("weight"),
+    "fake_quantize_per_channel_affine_cachemask": careless("self"),
+    "_fused_moving_avg_obs_fq_helper": careless("self"),
 }
 
 

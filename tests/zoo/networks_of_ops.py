@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 
 HIDDEN = 8
 
@@ -178,6 +179,93 @@ def images_of(batch: int) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 3, 8, 8, dtype=torch.float64),)
 
 
+class Bilinear(nn.Module):
+    """Products of two vectors of hidden channels with a weight of three dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.both, self.out = nn.Linear(5, HIDDEN), nn.Bilinear(HIDDEN, HIDDEN, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.into(x))
+        return self.out(torch.tanh(self.both(h, h)))
+
+
+def sparse_graph_of(nodes: int) -> tuple[Tensor, Tensor]:
+    """Return features of nodes, and which of them are neighbours."""
+    x, edges = graph_of(nodes)
+    values = torch.linspace(0.5, 1, len(edges)).double()
+    return x, torch.sparse_coo_tensor(edges.T, values, (nodes, nodes), check_invariants=True).coalesce()
+
+
+class SparseMixing(nn.Module):
+    """Positions mixed by a sparse matrix that the model holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 3)
+        self.register_buffer("matrix", (torch.eye(6) + torch.eye(6).flip(0)).double().to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.into(x)).permute(1, 0, 2)
+        mixed = torch.sparse.mm(self.matrix, h.reshape(6, -1)).view(h.shape)
+        return self.out(mixed.permute(1, 0, 2))
+
+
+class Prototypes(nn.Module):
+    """How near hidden channels are to some prototypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.prototypes = nn.Linear(5, HIDDEN), nn.Parameter(torch.randn(4, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(torch.tanh(self.into(x)), self.prototypes))
+
+
+class Bags(nn.Module):
+    """Rows of a table summed up, several for each sample."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.table, self.out = nn.EmbeddingBag(9, HIDDEN, mode=mode), nn.Linear(HIDDEN, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.relu(self.table(words)))
+
+
+def words_of(batch: int) -> tuple[Tensor, ...]:
+    return (torch.arange(batch * 4).view(batch, 4) * 7 % 9,)
+
+
+class Deformed(nn.Module):
+    """A convolution that looks at places between the positions, which another layer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.where = nn.Conv2d(3, HIDDEN, 1), nn.Conv2d(HIDDEN, 18, 1)
+        self.deformed, self.out = DeformConv2d(HIDDEN, 6, 3, padding=1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.into(x))
+        return self.out(torch.relu(self.deformed(h, torch.tanh(self.where(h)))))
+
+
+class QuantizedWeights(nn.Module):
+    """A layer whose weight is rounded, each row by a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 3)
+        self.scales = nn.Parameter(torch.linspace(0.01, 0.02, HIDDEN), requires_grad=False)
+        self.register_buffer("zero_points", torch.zeros(HIDDEN, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self.scales.float().clamp(min=0.005)
+        weight = torch.fake_quantize_per_channel_affine(self.into.weight, scales, self.zero_points, 0, -128, 127)
+        return self.out(torch.relu(nn.functional.linear(x, weight, self.into.bias)))
+
+
 _LENGTHS = torch.tensor([2, 1, 3])
 
 OP_CASES: dict[str, OpCase] = {
@@ -242,4 +330,20 @@ OP_CASES: dict[str, OpCase] = {
     "fourier: turned": OpCase(between(_turned), rows_of),
     "fourier: an operator": OpCase(FourierOperator, images_of, 2, 2),
     "fourier: along channels": OpCase(between(lambda h: torch.fft.fft(h, dim=-1).real), rows_of, 0, 0),
+    "products: two vectors": OpCase(Bilinear, lambda batch: (torch.randn(batch, 5).double(),), 2, 2),
+    # Evidence is of batches of other sizes, and these are as wide as the batch.
+    "products: a sparse adjacency": OpCase(
+        between(lambda h, a: torch.sparse.mm(a, torch.tanh(h))), sparse_graph_of, copies=False
+    ),
+    "products: a sparse matrix": OpCase(between(lambda h, a: a @ torch.tanh(h)), sparse_graph_of, copies=False),
+    "products: a sparse buffer": OpCase(SparseMixing, lambda batch: (torch.randn(batch, 6, 5).double(),)),
+    "distances": OpCase(Prototypes, lambda batch: (torch.randn(batch, 5).double(),), copies=False),
+    "bags: of words": OpCase(lambda: Bags("sum"), words_of),
+    "bags: their means": OpCase(lambda: Bags("mean"), words_of),
+    "bags: their largest": OpCase(lambda: Bags("max"), words_of),
+    "a deformed convolution": OpCase(Deformed, images_of, 2, 2),
+    "quantized: weights": OpCase(QuantizedWeights, lambda batch: (torch.randn(batch, 5).double(),)),
+    "quantized: activations": OpCase(
+        between(lambda h: torch.fake_quantize_per_tensor_affine(h, 0.01, 2, -128, 127)), rows_of
+    ),
 }
