@@ -186,6 +186,12 @@ def _over_positions(c: CallView) -> Result:
     return follow(c, c.call.inputs[0], ALL_ZERO if family is not None and family.linear else State.ZERO)
 
 
+@transfer(aten.affine_grid_generator)
+def _affine_grid(c: CallView) -> Result:
+    samples = c.states("theta")[0]  # of which each place is a sum of products with numbers
+    return c.each_output(lambda dim: samples if dim == 0 else State.ANY)
+
+
 @transfer(aten.grid_sampler_2d, aten.grid_sampler_3d)
 def _grid_sampler(c: CallView) -> Result:
     signal, grid = c.call.inputs

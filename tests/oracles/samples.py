@@ -190,6 +190,8 @@ row("max_pool1d_with_indices", 2, 1, lambda s: [t(s.n, s.c, 8), [2], [2]])
 for _name in ("grid_sampler_2d", "grid_sampler"):
     row(_name, 2, 5, lambda s: [_x2(s), t(s.n, 4, 3, 2), 0, 0, False], cautious=True)
 row("grid_sampler_3d", 2, 7, lambda s: [t(s.n, s.c, 4, 3, 5), t(s.n, 4, 3, 6, 3), 0, 0, False], cautious=True)
+row("affine_grid_generator", 1, 2, lambda s: [t(s.a, 2, 3), [s.a, 7, 4, 5], False])
+row("affine_grid_generator", 1, 2, lambda s: [t(s.a, 3, 4), [s.a, 2, 4, 5, 3], True])
 row("pixel_shuffle", 2, 2, lambda s: [t(s.n, 4 * s.c, s.h, s.w), 2])
 row("pixel_unshuffle", 2, 2, lambda s: [t(s.n, s.c, 4, 6), 2])
 row("im2col", 2, 2, lambda s: [t(s.n, s.c, s.h, s.w), [3, 2], [1, 1], [0, 0], [1, 1]])

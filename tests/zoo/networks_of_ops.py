@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import DeformConv2d
 
 HIDDEN = 8
@@ -263,7 +264,22 @@ class QuantizedWeights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scales = self.scales.float().clamp(min=0.005)
         weight = torch.fake_quantize_per_channel_affine(self.into.weight, scales, self.zero_points, 0, -128, 127)
-        return self.out(torch.relu(nn.functional.linear(x, weight, self.into.bias)))
+        return self.out(torch.relu(F.linear(x, weight, self.into.bias)))
+
+
+class Transformer(nn.Module):
+    """Features sampled where they themselves tell by an affine map of the positions."""
+
+    def __init__(self, by_sizes: bool) -> None:
+        super().__init__()
+        self.into, self.theta, self.by_sizes = nn.Conv2d(3, HIDDEN, 3, padding=1), nn.Linear(HIDDEN, 6), by_sizes
+        self.next, self.out = nn.Conv2d(HIDDEN, 6, 3), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.into(x))
+        size = [h.size(0), h.size(1), 8, 8] if self.by_sizes else h.size()
+        grid = F.affine_grid(self.theta(h.mean((2, 3))).view(-1, 2, 3), size, align_corners=False)
+        return self.out(torch.relu(self.next(F.grid_sample(h, grid, align_corners=False))))
 
 
 _LENGTHS = torch.tensor([2, 1, 3])
@@ -346,4 +362,6 @@ OP_CASES: dict[str, OpCase] = {
     "quantized: activations": OpCase(
         between(lambda h: torch.fake_quantize_per_tensor_affine(h, 0.01, 2, -128, 127)), rows_of
     ),
+    "grids: of the size of features": OpCase(lambda: Transformer(False), images_of, 2, 2),
+    "grids: of sizes": OpCase(lambda: Transformer(True), images_of, 2, 2),
 }
