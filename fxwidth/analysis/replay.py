@@ -25,7 +25,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import Axes, OpCall, functional_name, storage_of, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, channel_norm, is_move
-from fxwidth.rules.op_families import FakeQuantization, Move, Norm, NormKind
+from fxwidth.rules.op_families import FakeQuantization, Matrices, Move, Norm, NormKind
 from fxwidth.rules.registry import ResizedCall, resized_call, revised
 from fxwidth.runtime.pytrees import deep_tensors
 
@@ -188,7 +188,7 @@ class ZeroedReplay(_Replay):
 
     def execute(self, call: OpCall) -> list[Tensor]:
         """Run one op at its old sizes, and write zeros to what is removed of its results."""
-        if self._mixes_resized_dims(call) or self._takes_in_order(call):
+        if self._mixes_resized_dims(call) or self._needs_kept_alone(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
             found = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
             renumbered = (self._renumbered(call, result) for result in found)
@@ -208,9 +208,13 @@ class ZeroedReplay(_Replay):
             for reduction in call.reductions
         )
 
-    def _takes_in_order(self, call: OpCall) -> bool:
-        """Tell whether an op takes one entry after the other, as many as a mask has places, which loses some."""
-        taken = call.func.overloadpacket in (torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_)
+    def _needs_kept_alone(self, call: OpCall) -> bool:
+        """Tell whether zeros in the place of what is removed would change what becomes of the rest.
+
+        An op takes one entry after the other, as many as a mask has places; of matrices of zeros there is no inverse.
+        """
+        in_order = call.func.overloadpacket in (torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_)
+        taken = in_order or as_family(call.func, Matrices) is not None
         return taken and any(map(self.maps.changes, call.output_axes[0]))
 
     def _on_kept(self, call: OpCall) -> ResizedCall:

@@ -78,6 +78,7 @@ BY_STRIDES = "a view that is given by its strides"
 STRIDED = "a strided slice that does not divide the dimension"
 WINDOWS = "windows are cut along the dimension"
 TRANSFORMED = "a Fourier transform is taken along the dimension"
+MATRIX = "it is a dimension of a matrix that is taken as a whole"
 SPARSE = "it is a dimension of a sparse tensor"
 COMPLEX = "it holds the real and the imaginary part"
 SHUFFLED_GROUPS = "the number of shuffled groups is a literal"
@@ -148,6 +149,7 @@ REMEDIES = {
     WINDOWS: _BY_PLACE,
     TRANSFORMED: _BY_PLACE,
     COMPLEX: _BY_PLACE,
+    MATRIX: _BY_PLACE,
     SPARSE: "Nothing: which of its entries are stored is told by their numbers.",
     SHUFFLED_GROUPS: "Write the shuffle as a view, a transpose and a view.",
     MASKED: _BY_PLACE,

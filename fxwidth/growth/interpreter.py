@@ -12,6 +12,7 @@ from fxwidth.analysis.roles import Roles
 from fxwidth.axes.factors import Factor
 from fxwidth.growth import (  # noqa: F401  (they fill the table of transfers)
     contraction,
+    matrices,
     movement,
     normalization,
     quantization,

@@ -7,6 +7,7 @@ from fxwidth.rules import (  # noqa: F401
     copies,
     fourier,
     indexing,
+    matrices,
     movement,
     normalization,
     pointwise,

@@ -243,6 +243,17 @@ class FakeQuantization:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """Linear algebra on the last two dims, for each matrix of a batch alone.
+
+    Attributes:
+        regular: whether there is no result for some matrices, such as zeros.
+    """
+
+    regular: bool = False
+
+
+@dataclass(frozen=True)
 class ChannelCopies:
     """Channels of `self` along `dim`, copied to where the numbers in `table` say; each side has a width of its own."""
 
@@ -295,6 +306,7 @@ Family = (
     | Bags
     | Distances
     | FakeQuantization
+    | Matrices
     | ChannelCopies
     | Positions
     | Elementwise

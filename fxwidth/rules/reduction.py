@@ -84,7 +84,7 @@ def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@rule(aten.cumsum, aten.cumprod, aten.sort, aten.cummax, aten.cummin)
+@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.sort, aten.cummax, aten.cummin)
 def _ordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin([signal[c.dim(c["dim"], len(signal))]], ORDER)

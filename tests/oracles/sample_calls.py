@@ -31,10 +31,11 @@ class Operand:
     dtype: torch.dtype = torch.float64
     values: tuple[int, ...] = ()
     is_sparse: bool = False
+    is_regular: bool = False
 
     def make(self) -> torch.Tensor:
         if self.values:
-            return torch.tensor(self.values, dtype=self.dtype)
+            return torch.tensor(self.values, dtype=self.dtype).expand(self.shape).clone()
         if self.dtype == torch.bool:
             return torch.rand(self.shape) < 0.5
         if self.below is not None:
@@ -43,6 +44,8 @@ class Operand:
             return torch.rand(self.shape, dtype=self.dtype)
         # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
         made = torch.rand(self.shape, dtype=self.dtype) * 0.8 + 0.1
+        if self.is_regular:
+            return made @ made.mT + torch.eye(self.shape[-1], dtype=self.dtype)
         return made.to_sparse() if self.is_sparse else made
 
 
@@ -69,6 +72,15 @@ def zeros(*shape: int) -> Operand:
 
 def sparse(*shape: int) -> Operand:
     return Operand(shape, is_sparse=True)
+
+
+def regular(*shape: int) -> Operand:
+    """Symmetric matrices of the last size, [*shape, last], whose eigenvalues are above one."""
+    return Operand((*shape, shape[-1]), is_regular=True)
+
+
+def pivots(*shape: int) -> Operand:
+    return Operand(shape, None, torch.int32, tuple(range(1, shape[-1] + 1)))
 
 
 def counts(*values: int) -> Operand:

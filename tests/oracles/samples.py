@@ -13,7 +13,21 @@ import torch
 import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
-from tests.oracles.sample_calls import Arguments, Sample, counts, index, marks, mask, scales, sparse, t, z, zeros
+from tests.oracles.sample_calls import (
+    Arguments,
+    Sample,
+    counts,
+    index,
+    marks,
+    mask,
+    pivots,
+    regular,
+    scales,
+    sparse,
+    t,
+    z,
+    zeros,
+)
 
 ROWS: list[Sample] = []
 
@@ -157,7 +171,7 @@ for _name in ("_softmax", "_log_softmax"):
 row("_safe_softmax", 3, 0, lambda s: [t(s.a, s.b, s.c), -1])
 row("softmax.int", 3, 0, lambda s: [t(s.a, s.b, s.c), 1])
 row("log_softmax.int", 3, 0, lambda s: [t(s.a, s.b, s.c), 0])
-for _name in ("cumsum", "cumprod", "cummax", "cummin", "sort"):
+for _name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort"):
     row(_name, 2, 1, lambda s: [t(s.a, s.b, s.c), 1])
 row("aminmax", 3, 0, lambda s: [t(s.a, s.b, s.c)], dim=1)
 row("aminmax", 2, 0, lambda s: [t(s.a, s.b)])
@@ -240,6 +254,33 @@ for _each in (True, False):
         *(scales(s.a, s.b, s.c), counts(1), counts(1), *[scales(s.a if e else 1)] * 3, zeros(s.a if e else 1), 0.01)
     ]
     row("_fused_moving_avg_obs_fq_helper", 3, 0, lambda s, o=_observed, e=_each: [*o(s), *_BITS, 0, e])
+
+# -- linear algebra: matrices of fixed size, and batches of any --
+_SQUARE, _TALL = lambda s: regular(s.a, s.b, 3), lambda s: t(s.a, s.b, 4, 3)
+for _name in ("linalg_inv_ex", "_linalg_det", "_linalg_slogdet", "linalg_matrix_exp", "linalg_lu_factor_ex"):
+    row(_name, 2, 2, lambda s: [_SQUARE(s)])
+for _name in ("linalg_cholesky_ex", "cholesky_inverse", "_linalg_eigh", "linalg_ldl_factor_ex"):
+    row(_name, 2, 2, lambda s: [_SQUARE(s)])
+for _name in ("linalg_eig", "_linalg_eigvals", "linalg_lu"):
+    row(_name, 2, 2, lambda s: [_SQUARE(s)])
+for _name in ("linalg_qr", "_linalg_svd", "linalg_pinv"):
+    row(_name + (".atol_rtol_tensor" if "pinv" in _name else ""), 2, 2, lambda s: [_TALL(s)])
+row("_linalg_svd", 2, 2, lambda s: [_TALL(s), False, False])
+row("_linalg_solve_ex", 3, 3, lambda s: [_SQUARE(s), t(s.a, s.b, 3, s.c)])
+row("_linalg_solve_ex", 3, 3, lambda s: [_SQUARE(s), t(s.a, s.b, s.c, 3)], left=False)
+row("_linalg_solve_ex", 2, 3, lambda s: [_SQUARE(s), t(s.a, s.b, 3)])
+row("_linalg_solve_ex", 2, 3, lambda s: [_SQUARE(s), t(3)])
+row("linalg_solve_triangular", 3, 3, lambda s: [_SQUARE(s), t(1, s.b, 3, s.c)], upper=True)
+for _name in ("cholesky_solve", "triangular_solve"):
+    row(_name, 3, 3, lambda s: [t(s.a, s.b, 3, s.c), _SQUARE(s)])
+row("linalg_householder_product", 2, 3, lambda s: [_TALL(s), t(s.a, s.b, 3)])
+row("lu_unpack", 2, 3, lambda s: [_SQUARE(s), pivots(s.a, s.b, 3)])
+row("diag_embed", 2, 0, lambda s: [t(s.a, s.b)])
+row("diag_embed", 2, 0, lambda s: [t(s.a, s.b), 0, 0, -1])
+row("diag_embed", 1, 1, lambda s: [t(s.a, s.b), -2, 2, 1])
+for _name in ("diagonal", "diagonal_copy"):
+    row(_name, 2, 0, lambda s: [t(s.b, s.a, s.b), 0, 0, -1])
+    row(_name, 1, 2, lambda s: [t(s.a, s.b, s.b), 1, 2, 1])
 
 # -- attention kernels --
 _QKV = lambda s: [t(s.n, s.a, s.b, s.d), t(s.n, s.a, s.c, s.d), t(s.n, s.a, s.c, s.d)]  # noqa: E731 - as above

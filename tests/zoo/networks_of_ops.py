@@ -282,6 +282,29 @@ class Transformer(nn.Module):
         return self.out(torch.relu(self.next(F.grid_sample(h, grid, align_corners=False))))
 
 
+def _inverses(h: Tensor) -> Tensor:
+    columns = torch.tanh(h).transpose(1, 2).unsqueeze(-1)
+    matrices = columns @ columns.mT + torch.eye(6).double()
+    return torch.linalg.inv(matrices).sum(-1).transpose(1, 2)
+
+
+def _determinants(h: Tensor) -> Tensor:
+    columns = torch.tanh(h).transpose(1, 2).unsqueeze(-1)
+    return torch.linalg.det(columns @ columns.mT + torch.eye(6).double()).unsqueeze(1)
+
+
+class Patches(nn.Module):
+    """Images cut into overlapping patches, and put together of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, HIDDEN, 1), nn.Conv2d(HIDDEN, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = torch.tanh(F.unfold(self.into(x), 3, padding=1))
+        return self.out(F.fold(patches, (8, 8), 3, padding=1))
+
+
 _LENGTHS = torch.tensor([2, 1, 3])
 
 OP_CASES: dict[str, OpCase] = {
@@ -364,4 +387,19 @@ OP_CASES: dict[str, OpCase] = {
     ),
     "grids: of the size of features": OpCase(lambda: Transformer(False), images_of, 2, 2),
     "grids: of sizes": OpCase(lambda: Transformer(True), images_of, 2, 2),
+    "matrices: equations with a column for each channel": OpCase(
+        between(lambda s, h: torch.linalg.solve(s.mixing, torch.tanh(h)), mixing=lambda: torch.eye(6) * 3 + 1), rows_of
+    ),
+    "matrices: an inverse for each channel": OpCase(between(_inverses), rows_of, grown=0),
+    "matrices: lengths by channel": OpCase(between(_determinants), rows_of),
+    "matrices: a diagonal": OpCase(
+        between(lambda s, h: torch.tanh(h) @ torch.diag_embed(s.gain), gain=lambda: torch.rand(HIDDEN)), rows_of
+    ),
+    "matrices: its diagonal": OpCase(
+        between(lambda h: torch.diagonal(h.tanh()[:, :, None] * h[:, None], 0, 1, 2).mT), rows_of
+    ),
+    "orders: sums of exponentials": OpCase(between(lambda h: torch.logcumsumexp(h, 1)), rows_of),
+    "orders: sums and products": OpCase(between(lambda h: h.cumsum(1) + torch.tanh(h).cumprod(1)), rows_of),
+    "orders: largest so far": OpCase(between(lambda h: h.cummax(1)[0]), rows_of),
+    "patches: unfolded and folded": OpCase(Patches, images_of),
 }
