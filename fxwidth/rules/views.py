@@ -185,5 +185,7 @@ def _same_strides(size: Sequence[int], first: Sequence[int], second: Sequence[in
 @literal_rule(aten.as_strided)
 def _as_alias(call: OpCall, maps: IndexMaps) -> ResizedCall:
     if not _is_alias(call, [axis_size(axis) for axis in call.axes[call.arguments["self"]]]):
-        return revised(call)
+        # Of more samples it shows the same part of each.
+        size = list(call.arguments["size"])
+        return revised(call, size=[*map(maps.size, call.output_axes[0][:1]), *size[1:]])
     return torch.ops.aten.alias.default, {"self": call.arguments["self"]}

@@ -23,6 +23,7 @@ READ_BY_PARAMETERS = (
     *("cat", "split", "chunk", "slice", "tile", "roll", "pad", "ones", "zeros", "add", "mul", "interleave", "update"),
     *("relu", "cosine", "glu", "gain", "batch norm", "same by strides", "copied part", "added part"),
     *("set part by method", "filled part", "shifted", "samples of parts", "samples of channels", "expanded"),
+    *("messages", "frequencies", "set at places"),
 )
 
 

@@ -16,7 +16,7 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.verification.replay_oracle import largest_difference, reference_outputs
-from tests.oracles.judges import ROUNDING, halved_exactly, randomise, removals
+from tests.oracles.judges import ROUNDING, as_one_node, assert_rewrites, halved_exactly, randomise, removals
 from tests.oracles.values import copy_halves
 from tests.zoo.networks_of_ops import OP_CASES
 
@@ -91,3 +91,27 @@ def test_growth_is_exact(name: str) -> None:
     assert len(exact) == OP_CASES[name].grown, [group.inexact_growth for group in fxwidth.analyze(gm).free]
     fxwidth.resize(gm, {group.name: group.width + 3 for group in exact})
     assert largest_difference(answers(gm, name), before) < ROUNDING
+
+
+class PartOfSamples(torch.nn.Module):
+    """A layer beside a view by strides of a part of each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shown = torch.tanh(x.contiguous()).as_strided((x.shape[0], 2), (x.shape[1], 1), 2)
+        return self.out(torch.relu(self.into(x)).view(-1, 2, 4).flatten(1)), shown * 2
+
+
+def test_a_view_by_strides_shows_the_same_of_more_samples() -> None:
+    """Where the whole model has to be written as ops, the batch must not be written into it as a number."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    module = assert_rewrites(as_one_node(PartOfSamples()), [x])
+    assert module.meta["fxwidth_history"][-1]["lowered"]
+    longer = torch.cat([x, x[:3]])
+    with torch.no_grad():
+        answers_to_more, answers_to_few = module(longer), module(x)
+    assert [len(y) for y in answers_to_more] == [7, 7]
+    assert largest_difference([y[:4] for y in answers_to_more], answers_to_few) < ROUNDING
