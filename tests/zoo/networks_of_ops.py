@@ -357,11 +357,11 @@ OP_CASES: dict[str, OpCase] = {
         ),
         rows_of,
     ),
-    "fourier: a real part": OpCase(between(lambda h: torch.tanh(torch.fft.fft(h, dim=1).real)), rows_of),
+    "fourier: a real part": OpCase(between(lambda h: torch.tanh(torch.fft.fft(h, dim=1).real.contiguous())), rows_of),
     "fourier: parts side by side": OpCase(
         between(lambda h: torch.view_as_real(torch.fft.fft(h, dim=1)).tanh().sum(-1)), rows_of
     ),
-    "fourier: lengths of frequencies": OpCase(between(lambda h: torch.fft.rfft(h, dim=1).abs()), rows_of),
+    "fourier: lengths of frequencies": OpCase(between(lambda h: torch.fft.rfft(h, dim=1).abs().contiguous()), rows_of),
     "fourier: conjugated": OpCase(
         between(lambda h: torch.fft.ifft(torch.fft.fft(h, dim=1).conj() * torch.fft.fft(h.tanh(), dim=1), dim=1).imag),
         rows_of,
