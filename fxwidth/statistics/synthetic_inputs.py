@@ -16,6 +16,7 @@ from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family
 from fxwidth.rules.op_families import Convolution
 from fxwidth.runtime.pytrees import Structure, flatten, rebuild
+from fxwidth.statistics.allowed_batches import AllowedBatches
 from fxwidth.statistics.integer_inputs import Between, Offsets, Rows, Source, has_batch, integer_sources, is_image
 from fxwidth.statistics.integer_uses import uses_of
 from fxwidth.statistics.observation_points import Measure, Probe
@@ -29,6 +30,8 @@ _ROWS_PER_IMAGE = 8
 # How many numbers there may be in the largest activation of a batch, and in all that is kept: the inputs, and what a
 # gradient needs of a batch.
 _LARGEST_ACTIVATION, _KEPT = 2**25, 2**27
+# How many samples a batch of noise has at least, where the graph is free to take so many.
+_LEAST_BATCH = 16
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
 
@@ -135,7 +138,9 @@ def noise_draws(
     kinds = 2 if any(places) else 1
     movable = any(leaf.is_image and leaf.levels is None for leaf in leaves) and not any(places)
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    allowed = AllowedBatches(analysis)
     is_free = bool(analysis.batch) and not guarded and not has_counts and bags is None
+    is_free = is_free and allowed.largest(_LEAST_BATCH) >= _LEAST_BATCH
     wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
     # Batches as small as the example's take long for what they tell.
     has_more = is_free and not movable
@@ -144,7 +149,10 @@ def noise_draws(
     samples = max(16, min(_MORE * wanted if has_more else wanted, affordable, held))
     most = _largest_batch(analysis) if is_free else recorded
     runs = kinds * -(-samples // (kinds * most))
-    size = max(16, -(-samples // runs)) if is_free else recorded
+    size = max(_LEAST_BATCH, -(-samples // runs)) if is_free else recorded
+    if is_free and size not in allowed:
+        size = allowed.largest(size)
+        runs = kinds * -(-samples // (kinds * size))
     generators: dict[torch.device, torch.Generator] = {}
 
     def drawn(leaf: _Leaf) -> Tensor:
