@@ -33,16 +33,16 @@ class Report:
             which the first channels stayed), named (the groups whose channels the plan named), folded (whether readers
             were refitted), recalibrated (whether running statistics of batch norms were corrected; False where there
             are none), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
-            variances multiplied), copies (what the channels of copies read since, -1 for nothing; see
-            `fxwidth.untie_copies`), not_refitted (readers that lost channels without taking over what they read from
-            them, products and reductions over channels, which have no weights to do so by, and gains and running
-            statistics that keep their values, with the reason), original (what has become of the model that was traced:
-            "resized", "untouched", or None where there is none, or none any more that shares parameters; one that
-            nobody holds any more is told of until Python has collected it), directions (the method by which new
-            channels were made; None where none were), not_informed (the weights in which they are orthogonal to the
-            others because the method's moments could not be taken there, with the reason), reader_step (the loss_before
-            and loss_after on batches held out, and the length of the step in units of the present columns, 0 for none;
-            None where none was asked for).
+            variances multiplied), outputs {dim of an output: [old size, new size]}, where outputs were free, copies
+            (what the channels of copies read since, -1 for nothing; see `fxwidth.untie_copies`), not_refitted (readers
+            that lost channels without taking over what they read from them, products and reductions over channels,
+            which have no weights to do so by, and gains and running statistics that keep their values, with the
+            reason), original (what has become of the model that was traced: "resized", "untouched", or None where there
+            is none, or none any more that shares parameters; one that nobody holds any more is told of until Python has
+            collected it), directions (the method by which new channels were made; None where none were), not_informed
+            (the weights in which they are orthogonal to the others because the method's moments could not be taken
+            there, with the reason), reader_step (the loss_before and loss_after on batches held out, and the length of
+            the step in units of the present columns, 0 for none; None where none was asked for).
         graph: the graph, for `to_html`; copies and pickles of a report leave it out.
 
     Example:
@@ -188,6 +188,8 @@ def _paragraph(number: int, record: dict[str, Any]) -> str:
     lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){_done(record)}"]
     named = dict.fromkeys(record.get("named", ()), ", channels named by the plan")
     lines += [f"  {name}: {old} -> {new}{named.get(name, '')}" for name, (old, new) in record["widths"].items()]
+    outputs = record.get("outputs", {})
+    lines += [f"  output {dim}: {old} -> {new}, which callers follow" for dim, (old, new) in outputs.items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
     lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
     return "\n".join(lines)

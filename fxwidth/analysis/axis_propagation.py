@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.analysis.data_dependent_pins import pin_other_ways
+from fxwidth.analysis.free_outputs import FreeOutputs, is_freed, output_names
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.next_calls import kept_and_read
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
@@ -106,7 +107,12 @@ class NodeInterpreter(fx.Interpreter):
 
 
 @without_collections()
-def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None = None) -> Analysis:
+def analyze_axes(
+    module: fx.GraphModule,
+    examples: Sequence[Any],
+    record: ValueRecord | None = None,
+    free: FreeOutputs = (),
+) -> Analysis:
     """Run a graph on fake tensors and return the axes of everything in it.
 
     Args:
@@ -114,14 +120,15 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
         examples: one value per placeholder: a `TensorSpec`, a tensor (used for its shape and dtype alone), a constant,
             or a nested value of these.
         record: results of ops that depend on values, from `record_values`.
+        free: the outputs whose sizes may change.
 
     Raises:
         FxwidthError: the graph does not run on these inputs.
     """
-    analysis = _analyzed(module, examples, record, is_single=False)
+    analysis = _analyzed(module, examples, record, free, is_single=False)
     # A first dim of the inputs that must have the size of a parameter is no batch.
     if analysis.space.batch_is_shared and _batch_reaches_parameters(analysis):
-        return _analyzed(module, examples, record, is_single=True)
+        return _analyzed(module, examples, record, free, is_single=True)
     return analysis
 
 
@@ -129,7 +136,9 @@ def _batch_reaches_parameters(analysis: Analysis) -> bool:
     return any(analysis.space.reaches_batch(axis) for entry in analysis.parameters.values() for axis in entry.axes)
 
 
-def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:
+def _analyzed(
+    module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, free: FreeOutputs, is_single: bool
+) -> Analysis:
     mode = fake_mode()
     space = FactorSpace()
     inputs = faked_inputs(examples, mode)
@@ -146,8 +155,9 @@ def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueReco
     _pin_what_is_used(analysis)
     pin_other_ways(analysis)
     space.context = "model output"
-    for output in analysis.outputs:
-        for axis in analysis.axes_of(output) if output not in analysis.states else ():
+    for output, name in zip(analysis.outputs, analysis.output_names, strict=True):
+        is_followed = output in analysis.states or is_freed(name, free)
+        for axis in () if is_followed else analysis.axes_of(output):
             for factor in space.factors(axis):
                 if not factor.is_batch:
                     space.pin(((factor,),), OUTPUT)
@@ -181,6 +191,8 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
         result = run_graph(interpreter, recorder, analysis.inputs, analysis.effects)
         analysis.keeping = interpreter.keeping(held)
     analysis.outputs = deep_tensors(result)
+    names = output_names(result)
+    analysis.output_names = [names.get(tensor, str(place)) for place, tensor in enumerate(analysis.outputs)]
     analysis.states = set(states_in(result))
     analysis.seen = GraphState.of(module, slots)
 

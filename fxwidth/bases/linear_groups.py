@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from fxwidth.analysis.free_outputs import output_dims
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role
 from fxwidth.axes.factors import Factor
@@ -120,6 +121,9 @@ def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
 def _is_plain(analysis: Analysis, group: ChannelGroup) -> bool:
     """Tell whether nothing but the ops on its way can keep a group from another basis."""
     if group.pinned is not None or group.mixed is not None:
+        return False
+    # Whoever reads an output can leave channels out, and knows nothing of a change of basis.
+    if any(group.factor in analysis.space.factors(axis) for _, axis in output_dims(analysis)):
         return False
     names = {site.parameter for site in group.sites}
     dtypes = {analysis.parameters[name].tensor.dtype for name in names}

@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
+from fxwidth.analysis.free_outputs import output_dims
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role, Roles, find_roles
 from fxwidth.axes.factors import Factor, term_size
@@ -219,6 +220,17 @@ class WidthGraph:
         """What the channels of each group are, by its name: hidden, heads, head dim, residual stream, input, output."""
         return group_kinds(self.analysis, self.roles, self.groups)
 
+    @cached_property
+    def followed(self) -> dict[str, tuple[str, ...]]:
+        """The dims of outputs, such as "features.0 dim 1", of which callers must follow each free group."""
+        found: dict[str, list[str]] = {}
+        names = {group.factor: group.name for group in self.free}
+        for dim, axis in output_dims(self.analysis):
+            for factor in dict.fromkeys(self.analysis.space.factors(axis)):
+                if factor in names:
+                    found.setdefault(names[factor], []).append(dim)
+        return {name: tuple(dims) for name, dims in found.items()}
+
     def __repr__(self) -> str:
         entries = self.analysis.parameters.values()
         count = sum(entry.tensor.numel() for entry in entries if isinstance(entry.tensor, nn.Parameter))
@@ -253,6 +265,8 @@ class WidthGraph:
     def _cells(self, group: ChannelGroup) -> tuple[str, ...]:
         notes = [f"pinned: {group.pinned}"] if group.pinned else []
         notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
+        if (followed := self.followed.get(group.name)) is not None:
+            notes += [f"free, and callers follow: output {', '.join(followed)}"]
         counts = (str(len({site.parameter for site in group.sites_as(role)})) for role in (Role.WRITER, Role.READER))
         return str(group.width), self.kinds[group.name], *counts, "; ".join(notes)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxwidth.analysis.free_outputs import outputs_after
 from fxwidth.analysis.known_axes import KnownAxes, known_axes
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
@@ -140,6 +141,7 @@ def prepare_edits(
         "copies": list(new.copies),
         "not_refitted": new.missed,
         "original": original,
+        "outputs": outputs_after(analysis, new.maps),
         "directions": name_of(options.directions) if selection.growing else None,
         "not_informed": dict(informed.untold),
         "reader_step": None,
