@@ -67,7 +67,8 @@ def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpac
         align: new widths are rounded up to multiples of this.
         same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
             patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
-        only: names or patterns of the groups that may change; or modules, of the model or the graph, which stand for
+        only: names of the groups that may change, patterns (fnmatch) such as "layer1.*", or folded names of repeated
+            blocks such as "layers.0..3.fc", as tables show them; or modules, of the model or the graph, which stand for
             the groups that they write.
         keep: likewise of groups that must not.
         within: paths or patterns of modules, such as "layer3" or "blocks.1?", or modules: groups may change that occur

@@ -177,7 +177,7 @@ def _spectrum(name: str, found: GroupSpectrum, course: Sequence[int] | None, gra
 def _groups(graph: WidthGraph) -> list[Element]:
     table = graph.table()
     parts = [_named(name, names, cells) for name, cells, names in graph.folded_rows()]
-    return [html_table(table.columns, parts, numeric=(1, 3, 4))]
+    return [html_table(table.columns, parts, numeric=(1, 3, 4)), *map(_faint, table.below)]
 
 
 def _named(name: str, names: Sequence[str], cells: Sequence[str]) -> list[Element | str]:

@@ -54,6 +54,7 @@ def analyze(
         0      16     hidden  2        1
         0:1    8      input   0        1        pinned: it must equal a dimension of fixed size...
         2      4      output  2        0        pinned: the size of the model's output (model output)
+        a group is named after the first layer that writes it, or else reads it...
     """
     return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
 
