@@ -21,6 +21,8 @@ from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dime
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import OUTPUTS_MODULE
+from fxwidth.frontends.input_misfits import misfit_of
+from fxwidth.frontends.labels import labels_in_list
 from fxwidth.recording.batch_dim import batch_factor
 from fxwidth.recording.composite_ops import WholeOps, calls_no_whole_op
 from fxwidth.recording.data_dependent import ValueRecord
@@ -213,6 +215,14 @@ def run_graph(
                 f"node {recorder.node!r} computes gradients in its forward pass, which fails here, where gradients are "
                 f"off ({lines[0].rstrip('.')}). Let the model turn them on for that part, by torch.enable_grad(), as "
                 "its evaluation without gradients needs too."
+            ) from error
+        if (told := labels_in_list(inputs)) is not None:
+            raise FxwidthError(told) from error
+        misfit = misfit_of(interpreter.module, inputs)
+        if misfit is not None:
+            raise FxwidthError(
+                f"{misfit.told}: pass example_inputs such as {misfit.example}. The graph fails at node "
+                f"{recorder.node!r}: {lines[0].rstrip('.')}."
             ) from error
         raise FxwidthError(
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "

@@ -15,7 +15,7 @@ from fxwidth.frontends.call_signature import Argument, Call, arguments_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.export_otherwise import exported_otherwise, warn_of_other_way
-from fxwidth.frontends.own_faults import own_fault, told
+from fxwidth.frontends.own_faults import advice, own_fault, told
 from fxwidth.frontends.own_modes import OwnModes, own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, one_call, symbolic_graph
@@ -129,9 +129,13 @@ class _Attempts:
         """Return the error that says why no front end can trace the model."""
         fault = own_fault(self.model, self.call)
         if self.unusable is not None:
-            if fault is None or fault.place is None:
+            place = f" The model itself fails so: {fault.place}." if fault is not None and fault.place else ""
+            # A graph may have ops in the place of layers, which tell less.
+            is_told = any(words in str(self.unusable) for words in ("the first layer", "looks like labels"))
+            remedy = "" if is_told else advice(self.model, self.call)
+            if not place + remedy:
                 return self.unusable
-            placed = FxwidthError(f"{self.unusable} The model itself fails so: {fault.place}.")
+            placed = FxwidthError(f"{self.unusable}{place}{remedy}")
             placed.__cause__ = self.unusable
             return placed
         if fault is not None:
