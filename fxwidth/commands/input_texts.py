@@ -53,8 +53,8 @@ def as_typed(shape: Sequence[int], dtype: Any) -> str:
         >>> as_typed((1, 16), torch.int64)
         '1x16:int64'
     """
-    sizes = "x".join(map(str, shape))
-    return sizes if dtype.is_floating_point else f"{sizes}:{str(dtype).removeprefix('torch.')}"
+    sizes, name = "x".join(map(str, shape)), str(dtype).removeprefix("torch.")
+    return sizes if name == "float32" else f"{sizes}:{name}"
 
 
 def _fault(text: str, match: re.Match[str] | None) -> str:

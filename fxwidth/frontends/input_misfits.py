@@ -47,9 +47,8 @@ class Misfit:
     def example(self) -> str:
         """The example as Python makes it."""
         sizes = ", ".join(map(str, self.shape))
-        if self.dtype.is_floating_point:
-            return f"torch.randn({sizes})"
-        return f"torch.zeros({sizes}, dtype={self.dtype})"
+        dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
+        return f"torch.{'randn' if self.dtype.is_floating_point else 'zeros'}({sizes}{dtype})"
 
 
 def misfit_of(module: nn.Module, values: Sequence[Any]) -> Misfit | None:
@@ -115,7 +114,7 @@ def _misfit(layer: nn.Module, value: Tensor) -> _Found | None:
         wanted = _like_rows(shape, layer.in_features)
     else:
         return None
-    if value.dtype != dtype and not value.is_floating_point():
+    if value.dtype != dtype:
         return f"{dtype} of shape {form}", wanted, dtype
     return None if wanted == shape else (form, wanted, dtype)
 

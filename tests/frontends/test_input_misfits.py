@@ -69,6 +69,8 @@ CASES: dict[str, tuple[Any, Tensor, tuple[int, ...]]] = {
     "one size": (images, torch.randn(16), (1, 3, 64, 64)),
     "a video": (images, torch.randn(2, 3, 16, 16, 5), (1, 3, 64, 64)),
     "bytes": (images, torch.zeros(2, 3, 16, 16, dtype=torch.uint8), (2, 3, 16, 16)),
+    "numbers of NumPy": (images, torch.randn(2, 3, 16, 16, dtype=torch.float64), (2, 3, 16, 16)),
+    "numbers of torch": (lambda: images().double(), torch.randn(2, 3, 16, 16), (2, 3, 16, 16)),
     "a signal": (signals, torch.randn(2, 16), (1, 2, 16)),
     "rows of another width": (rows, torch.randn(2, 9), (2, 8)),
     "sequences of another width": (rows, torch.randn(2, 5, 9), (2, 5, 8)),
