@@ -54,10 +54,17 @@ def tell(stage: str, done: int = 0, total: int | None = None) -> None:
         listener(ProgressUpdate(stage, done, total))
 
 
-def each(items: Iterable[_Item], stage: str) -> Iterator[_Item]:
-    """Yield items, and tell before each of them, and after the last, how many are done."""
-    total = len(items) if isinstance(items, Sized) else None
-    done = 0
+def each(items: Iterable[_Item], stage: str, part: tuple[int, int] = (0, 1)) -> Iterator[_Item]:
+    """Yield items, and tell before each of them, and after the last, how many are done.
+
+    Args:
+        items: what is gone through.
+        stage: what is being done.
+        part: which part of the stage this is, and of how many that have as many items each.
+    """
+    number, parts = part
+    total = len(items) * parts if isinstance(items, Sized) else None
+    done = len(items) * number if isinstance(items, Sized) else 0
     for item in items:
         tell(stage, done, total)
         yield item

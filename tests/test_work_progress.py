@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.nn import functional as F
 
 import fxwidth
 from fxwidth import FxwidthError, ProgressUpdate, work_progress
+from fxwidth.statistics import data_impressions
 from fxwidth.statistics.remembered_noise import forget_noise
+from fxwidth.statistics.synthetic_inputs import noise_draws
 from fxwidth.work_progress import each, listening, tell
 from tests.oracles.interruptions import differences, state_of
 from tests.zoo.nets import conv, images, trained_like
@@ -82,6 +85,10 @@ def test_stages_are_told_in_order(name: str) -> None:
     updates: list[ProgressUpdate] = []
     run(fxwidth.analyze(traced()), updates.append)
     assert stages <= {update.stage for update in updates}
+    # What is drawn in several batches is counted over all of them.
+    drawn = [update for update in updates if update.stage == "drawing inputs"]
+    assert [update.done for update in drawn] == sorted(update.done for update in drawn)
+    assert len({update.total for update in drawn}) <= 1
     by_stage: dict[str, list[ProgressUpdate]] = {}
     for update in updates:
         by_stage.setdefault(update.stage, []).append(update)
@@ -144,6 +151,21 @@ def test_an_unknown_length_is_told_as_such() -> None:
     updates: list[ProgressUpdate] = []
     assert listening(updates.append, lambda: list(each(iter("ab"), "reading"))) == ["a", "b"]
     assert updates == [ProgressUpdate("reading", done, None) for done in range(3)]
+
+
+@pytest.mark.parametrize("moving", [True, False, "without gradient"])
+def test_inputs_are_counted_over_all_batches(moving: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = fxwidth.analyze(traced()).analysis
+    draw = next(iter(noise_draws(analysis, [], 0, 1e6)))
+    draws = [replace(draw, movable=bool(moving))] * 3
+    if moving == "without gradient":
+        monkeypatch.setattr(data_impressions, "_gradients", lambda *_: None)
+    updates: list[ProgressUpdate] = []
+    listening(updates.append, lambda: list(data_impressions.impressions(analysis, draws, 1e12, 0)))
+    counts = list(dict.fromkeys((update.done, update.total) for update in updates))
+    last = 15 if moving else 3
+    assert counts == [(done, last) for done in range(last + 1)]
+    assert {update.stage for update in updates} == {"drawing inputs"}
 
 
 def test_work_within_work_is_told_to_its_own_listener_alone() -> None:
