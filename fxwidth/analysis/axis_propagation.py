@@ -39,6 +39,7 @@ from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.runtime.unseen_effects import COMPUTES_GRADIENTS, watching_effects
+from fxwidth.work_progress import tell
 
 
 class NodeInterpreter(fx.Interpreter):
@@ -51,6 +52,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
+        tell("analysing", len(self._analysis.node_calls), len(self._analysis.module.graph.nodes), is_inside=True)
         self._recorder.begin(n.name)
         first = len(self._recorder.calls)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None

@@ -80,8 +80,8 @@ def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpac
         exact: whether groups that cannot grow without changing the function are left alone, or may but shrink.
         rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
             `fxwidth.resize` does by default; their errors are smaller then.
-        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
-            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Returns:
         A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,

@@ -31,10 +31,15 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import tensor_slots
+from fxwidth.work_progress import Progress, listening, tell
 
 
 def analyze(
-    gm: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: Progress = True,
 ) -> WidthGraph:
     """Find the channel groups of a graph: what can be resized, what is coupled with what, what is pinned and why.
 
@@ -42,6 +47,7 @@ def analyze(
         gm: a graph from `fxwidth.trace`, or any GraphModule.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+        progress: as for `fxwidth.trace`.
 
     Raises:
         FxwidthError: no shapes are known, or the graph does not run on them.
@@ -56,7 +62,7 @@ def analyze(
         2      4      output  2        0        pinned: the size of the model's output (model output)
         a group is named after the first layer that writes it, or else reads it...
     """
-    return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
+    return listening(progress, lambda: WidthGraph(analyze_module(gm, example_inputs, example_kwargs)))
 
 
 def analyze_module(
@@ -72,6 +78,7 @@ def analyze_module(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
     call = call_of(example_inputs, example_kwargs)
+    tell("analysing")
     with without_collections():
         transaction = Transaction(module, is_run_only=True)
     return transaction.run(partial(_analyzed, module, call))

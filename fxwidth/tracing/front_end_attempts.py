@@ -24,6 +24,7 @@ from fxwidth.frontends.untraceable import refuse_names
 from fxwidth.rewriting.model_runs import differs_from_model
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.tracing.analyze import analyze_module
+from fxwidth.work_progress import tell
 
 _SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.fx.symbolic_trace with leaves"
 _ONE_CALL = "one call of the model"
@@ -95,6 +96,7 @@ class _Attempts:
 
     def make(self, name: str, front_end: Tracer) -> tuple[Traced, Analysis] | None:
         """Return the graph that a front end makes, or None where it fails or its graph does not run."""
+        tell(f"tracing by {name}", is_long=name in _EXPORTS)
         try:
             traced = in_both_modes(self.model, front_end, self.own, takes_leaves=name not in _EXPORTS)
             keep_names(self.model, traced.module)

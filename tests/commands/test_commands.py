@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxwidth
+from fxwidth import work_progress
 from fxwidth.commands import changing, looking
 from fxwidth.commands.app import app
 from fxwidth.groups.group_names import named
@@ -128,6 +130,23 @@ def test_every_name_that_inspect_prints_can_be_kept(folder: Path) -> None:
         kept = free - json.loads(result.stdout)["widths"].keys()
         assert kept == set(named(name, free))
         assert name != "0..1,3.0" or kept == {"0.0", "1.0", "3.0"}
+
+
+def test_off_a_terminal_lines_on_standard_error_tell_how_far_long_work_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = list(logging.getLogger("fxwidth.work_progress").handlers)
+    quick = CliRunner().invoke(app, ["plan", "own_models:with_inputs", "--params", "0.5", "--json"])
+    assert (quick.exit_code, quick.stderr) == (0, "")
+    seconds = iter(i * 0.6 for i in range(10**6))
+    monkeypatch.setattr(work_progress.time, "monotonic", lambda: next(seconds))
+    slow = CliRunner().invoke(app, ["plan", "own_models:with_inputs", "--params", "0.5", "--json"])
+    assert slow.stdout == quick.stdout
+    found = slow.stderr.splitlines()
+    assert found
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d [a-z].*", line) for line in found)
+    assert any(line.split(" ", 1)[1].startswith("analysing: ") for line in found)
+    assert logging.getLogger("fxwidth.work_progress").handlers == handlers
 
 
 def test_sizes_alone_need_no_weights() -> None:
