@@ -409,9 +409,9 @@ def test_nothing_is_logged_otherwise(
 class Iterating(nn.Module):
     """A network that torch.fx cannot trace by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.a, self.b = nn.Linear(8, 6), nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.b(torch.stack([row.relu() for row in self.a(x).unbind(1)], 1))
@@ -421,7 +421,9 @@ def test_what_can_tell_nothing_on_its_way_is_logged_when_it_begins(
     logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Clock(monkeypatch)
-    fxwidth.trace(Iterating(), torch.randn(2, 8))
+    fxwidth.trace(Iterating(3), torch.randn(2, 8))
+    assert lines(logged) == [], "that is quick"
+    fxwidth.trace(Iterating(50), torch.randn(2, 8))
     assert lines(logged) == ["tracing by torch.export"]
 
 

@@ -30,6 +30,8 @@ _SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.
 _ONE_CALL = "one call of the model"
 _OTHERWISE = "torch.export of what the model does when it is exported"
 _EXPORTS = (_EXPORT, _OTHERWISE)
+# Of so many modules an export takes a second, of a transformer's on one core.
+_MANY = 50
 
 
 def traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analysis]:
@@ -96,7 +98,7 @@ class _Attempts:
 
     def make(self, name: str, front_end: Tracer) -> tuple[Traced, Analysis] | None:
         """Return the graph that a front end makes, or None where it fails or its graph does not run."""
-        tell(f"tracing by {name}", is_long=name in _EXPORTS)
+        tell(f"tracing by {name}", is_long=name in _EXPORTS and sum(1 for _ in self.model.modules()) >= _MANY)
         try:
             traced = in_both_modes(self.model, front_end, self.own, takes_leaves=name not in _EXPORTS)
             keep_names(self.model, traced.module)
