@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 from typer.testing import CliRunner
 
 from fxwidth.commands.app import app
@@ -101,6 +102,8 @@ def test_wrong_input(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, "ultralytics", None)
     if name == "misspelt timm model":
         pytest.importorskip("timm")
+    if name == "words" and torch.__version__ < TorchVersion("2.12"):
+        pytest.skip("under fake tensors an older torch looks up fractions too")
     arguments, message = CASES[name]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, SystemExit), result.exception

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import fxwidth
 from fxwidth import FxwidthError
@@ -81,7 +82,11 @@ CASES: dict[str, tuple[Any, Tensor, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Under fake tensors it looks up fractions too, so that the model can be traced.
+TAKEN_BY_OLDER_TORCH = {"fractions for words"} if torch.__version__ < TorchVersion("2.12") else set()
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - TAKEN_BY_OLDER_TORCH))
 def test_what_is_taken_is_told_and_the_example_is_taken(name: str) -> None:
     make, given, shape = CASES[name]
     model = make()
