@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from fxwidth.groups.repeated_blocks import NUMBER
 
 LEGEND = (
-    "a group is named after the first layer that writes it, or else reads it (fc:1: by its dim 1; qkv#0: by a factor of "
-    "a dim); only= and keep= (--only, --keep) take these names, folded ones (layers.0..3.fc) and patterns (layer1.*)"
+    "a group is named after the first layer that writes it, or else reads it (fc:1: by its dim 1; qkv#0: by a factor "
+    "of a dim); only= and keep= (--only, --keep) take these names, folded ones (layers.0..3.fc) and patterns (layer1.*)"
 )
 # The numbers of repeated blocks as one, as `folded` writes them: 0..11, or 0..2,4.
 _NUMBERS = re.compile(r"(?<![A-Za-z0-9])\d+(?:(?:\.\.|,)\d+)+(?![A-Za-z0-9])")
