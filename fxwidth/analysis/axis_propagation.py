@@ -22,6 +22,8 @@ from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dime
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import OUTPUTS_MODULE
+from fxwidth.frontends.input_misfits import misfit_of
+from fxwidth.frontends.labels import labels_in_list
 from fxwidth.recording.batch_dim import batch_factor
 from fxwidth.recording.composite_ops import WholeOps, calls_no_whole_op
 from fxwidth.recording.data_dependent import ValueRecord
@@ -38,6 +40,7 @@ from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.runtime.unseen_effects import COMPUTES_GRADIENTS, watching_effects
+from fxwidth.work_progress import tell
 
 
 class NodeInterpreter(fx.Interpreter):
@@ -50,6 +53,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
+        tell("analysing", len(self._analysis.node_calls), len(self._analysis.module.graph.nodes), is_inside=True)
         self._recorder.begin(n.name)
         first = len(self._recorder.calls)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
@@ -225,6 +229,14 @@ def run_graph(
                 f"node {recorder.node!r} computes gradients in its forward pass, which fails here, where gradients are "
                 f"off ({lines[0].rstrip('.')}). Let the model turn them on for that part, by torch.enable_grad(), as "
                 "its evaluation without gradients needs too."
+            ) from error
+        if (told := labels_in_list(inputs)) is not None:
+            raise FxwidthError(told) from error
+        misfit = misfit_of(interpreter.module, inputs)
+        if misfit is not None:
+            raise FxwidthError(
+                f"{misfit.told}: pass example_inputs such as {misfit.example}. The graph fails at node "
+                f"{recorder.node!r}: {lines[0].rstrip('.')}."
             ) from error
         raise FxwidthError(
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "

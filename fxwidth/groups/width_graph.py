@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from fxwidth.groups.drawing import draw
 from fxwidth.groups.explanations import describe_pin
 from fxwidth.groups.group_building import build_groups, lost_groups, pin_of, pin_unused
 from fxwidth.groups.group_kinds import Kind, group_kinds
+from fxwidth.groups.group_names import LEGEND, named, near_names, proposed
 from fxwidth.groups.repeated_blocks import folded, without_numbers
 from fxwidth.growth.recipes import Growth
 from fxwidth.rules.copies import channel_copies
@@ -29,6 +29,8 @@ from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.tables import Table
 
 _COLUMNS = ("group", "width", "kind", "writers", "readers", "notes")
+# How many groups an error lists.
+_SHOWN = 3
 
 
 class WidthGraph:
@@ -70,10 +72,23 @@ class WidthGraph:
         """
         found = self._by_name.get(name)
         if found is None:
-            near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.3)
-            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else "."
-            raise FxwidthError(f"there is no channel group {name!r}{hint} print(fxwidth.analyze(gm)) lists all groups.")
+            if several := named(name, self._by_name):
+                told = ", ".join(map(repr, several[:_SHOWN])) + (", ..." if several[_SHOWN:] else "")
+                raise FxwidthError(f"{name!r} stands for {len(several)} channel groups ({told}); give one of them.")
+            hint = proposed(self.near(name))
+            raise FxwidthError(
+                f"there is no channel group {name!r}{f'; {hint}' if hint else '.'} print(fxwidth.analyze(gm)) lists "
+                "all groups."
+            )
         return found
+
+    def near(self, name: str) -> list[str]:
+        """Return the names of the groups that may be meant by a name that is none, the nearest first.
+
+        Args:
+            name: what was typed; one for the last layer, such as "head" or "fc", means it however it is called.
+        """
+        return near_names(name, self._by_name, [one for one, kind in self.kinds.items() if kind is Kind.OUTPUT])
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -244,16 +259,21 @@ class WidthGraph:
         return self.table(folds=True)._repr_html_()
 
     def table(self, *, folds: bool = False) -> Table:
-        """Return a table of the groups, below what has changed of the graph since, if anything has.
+        """Return a table of the groups, with what their names say below it.
+
+        Above it stands what has changed of the graph since, if anything has.
 
         Args:
             folds: whether groups of repeated blocks that are alike are one row.
         """
         change = self.outdated
         above = () if change is None else (f"outdated: {change}; call fxwidth.analyze(gm) again",)
-        if folds:
-            return Table(_COLUMNS, tuple((name, *cells) for name, cells, _ in self.folded_rows()), above)
-        return Table(_COLUMNS, tuple((group.name, *self._cells(group)) for group in self.groups), above)
+        rows = (
+            [(name, *cells) for name, cells, _ in self.folded_rows()]
+            if folds
+            else [(group.name, *self._cells(group)) for group in self.groups]
+        )
+        return Table(_COLUMNS, tuple(rows), above, (LEGEND,) if rows else ())
 
     def folded_rows(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
         """Return for groups of repeated blocks that are alike their folded name, their cells, and their names."""

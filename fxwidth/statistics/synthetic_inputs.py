@@ -68,6 +68,25 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Batches of inputs, drawn as they are gone through, which is done once.
+
+    Attributes:
+        count: how many there are.
+        draws: the batches.
+    """
+
+    count: int
+    draws: Iterator[Draw]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Draw]:
+        return self.draws
+
+
+@dataclass(frozen=True)
 class Levels:
     """What whole numbers Gaussian noise stands for: its quantiles are theirs."""
 
@@ -113,8 +132,8 @@ class _Leaf:
 
 def noise_draws(
     analysis: Analysis, probes: Sequence[Probe], seed: int, work: float, *, cautious: bool = False
-) -> Iterator[Draw]:
-    """Yield Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
+) -> Draws:
+    """Return Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
 
     Images are smooth as natural ones are; all other inputs are white. Where weights belong to places of an image, as in
     a dense layer on all of it, every other batch is white too: patches of images are alike, whole images are not, and
@@ -161,9 +180,15 @@ def noise_draws(
         return leaf.white(size if is_free and has_batch(analysis, leaf.example) else None, generator)
 
     levels = tuple(leaf.levels for leaf in leaves)
-    for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
-        yield Draw(size, tuple(map(drawn, leaves)), smooth, levels, movable, structure)
-        smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
+    count = min(runs, _MOST_EXAMPLES) if has_counts else runs
+
+    def draws() -> Iterator[Draw]:
+        now = smooth
+        for _ in range(count):
+            yield Draw(size, tuple(map(drawn, leaves)), now, levels, movable, structure)
+            now = tuple(one ^ swaps for one, swaps in zip(now, places, strict=True))
+
+    return Draws(count, draws())
 
 
 def _sources(analysis: Analysis, cautious: bool) -> list[Source | None]:

@@ -32,6 +32,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import tensor_slots
+from fxwidth.work_progress import Progress, listening, tell
 
 
 def analyze(
@@ -40,6 +41,7 @@ def analyze(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     free_outputs: bool | str | Collection[str] | None = None,
+    progress: Progress = True,
 ) -> WidthGraph:
     """Find the channel groups of a graph: what can be resized, what is coupled with what, what is pinned and why.
 
@@ -51,6 +53,7 @@ def analyze(
             all outputs, or the names of some, such as "features" or "0", which stand for all that is inside of them.
             The graph remembers it, so that plans and resizes go by it; None is what it remembers, False pins all again.
             Batches, positions and what a model returns in training alone stay.
+        progress: as for `fxwidth.trace`.
 
     Raises:
         FxwidthError: no shapes are known, or the graph does not run on them; or no output has such a name.
@@ -63,9 +66,10 @@ def analyze(
         0      16     hidden  2        1
         0:1    8      input   0        1        pinned: it must equal a dimension of fixed size...
         2      4      output  2        0        pinned: the size of the model's output (model output)
+        a group is named after the first layer that writes it, or else reads it...
     """
     free = None if free_outputs is None else checked(free_outputs)
-    return WidthGraph(analyze_module(gm, example_inputs, example_kwargs, free))
+    return listening(progress, lambda: WidthGraph(analyze_module(gm, example_inputs, example_kwargs, free)))
 
 
 def analyze_module(
@@ -84,6 +88,7 @@ def analyze_module(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
     call = call_of(example_inputs, example_kwargs)
+    tell("analysing")
     with without_collections():
         transaction = Transaction(module, is_run_only=True)
     return transaction.run(partial(_analyzed, module, call, free))
