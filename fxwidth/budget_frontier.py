@@ -172,8 +172,8 @@ def frontier(
         evaluate: called with a copy of the graph for each plan, resized by it as `fxwidth.resize` does with the same
             data, in the mode that the graph is in, and with one as it is; returns a number, such as the accuracy. It
             may train the copy.
-        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
-            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
         options: those of `fxwidth.plan`.
 
     Raises:

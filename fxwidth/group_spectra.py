@@ -181,8 +181,8 @@ def spectrum(
         keep: likewise of groups to leave out.
         errors: whether to predict what each width loses; without, which is fast, the spectra are those of the weights
             alone, and `errors` are empty.
-        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
-            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Raises:
         FxwidthError: a pattern matches no group, there is no such method, or the data or the loss cannot be used.

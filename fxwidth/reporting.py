@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,25 @@ from fxwidth.selection.registry import reads_moments
 from fxwidth.tables import Table
 from fxwidth.work_progress import Progress, listening
 
+_UNKNOWN_FLOPS = "flops are left out where they are not known, as of resizes by earlier versions"
+
 
 @dataclass(frozen=True)
 class Report:
     """The resizes of a graph, oldest first; `print` it for a readable form.
 
     Attributes:
-        resizes: one dict each: widths {group: [old, new]}, parameters [before, after], evidence (what channels were
-            chosen and readers refitted from: "data", "training", "data and noise" where data are few or show a part
-            alone, "training and noise", "noise", "weights" or None), selection (the method; of a function its module
-            and name), kept {group: the channels that stayed, by their positions of then; behind those grown channels
-            lie}, of groups that kept their basis, rotated (the groups that were brought to another basis first, of
-            which the first channels stayed), named (the groups whose channels the plan named), folded (whether readers
-            were refitted), recalibrated (whether running statistics of batch norms were corrected; False where there
-            are none), lowered (nodes replaced by ATen ops, with the reason), norms (by what gains' norms have their
-            variances multiplied), copies (what the channels of copies read since, -1 for nothing; see
+        resizes: one dict each: widths {group: [old, new]}, parameters [before, after], flops (those of a forward pass
+            on the example inputs, their whole batch, [before, after]; None, or left out by earlier versions, where they
+            are not known), evidence (what channels were chosen and readers refitted from: "data", "training", "data and
+            noise" where data are few or show a part alone, "training and noise", "noise", "weights" or None), selection
+            (the method; of a function its module and name), kept {group: the channels that stayed, by their positions
+            of then; behind those grown channels lie}, of groups that kept their basis, rotated (the groups that were
+            brought to another basis first, of which the first channels stayed), named (the groups whose channels the
+            plan named), folded (whether readers were refitted), recalibrated (whether running statistics of batch norms
+            were corrected; False where there are none), lowered (nodes replaced by ATen ops, with the reason), norms
+            (by what gains' norms have their variances multiplied), outputs {dim of an output: [old size, new size]},
+            where outputs were free, copies (what the channels of copies read since, -1 for nothing; see
             `fxwidth.untie_copies`), not_refitted (readers that lost channels without taking over what they read from
             them, products and reductions over channels, which have no weights to do so by, and gains and running
             statistics that keep their values, with the reason), original (what has become of the model that was traced:
@@ -83,13 +87,20 @@ class Report:
         return "\n".join(table._repr_html_() for table in tables)
 
     def table(self) -> Table:
-        """Return a table of the groups' widths, first and after each resize, with the parameters below."""
+        """Return a table of the groups' widths, first and after each resize, with parameters and flops below."""
         if not self.resizes:
             return Table(("group",), (), ("nothing was resized",))
         rows = [(name, *map(str, widths)) for name, widths in courses(self.resizes).items()]
         counts = [f"{self.resizes[0]['parameters'][0]:,}", *(f"{record['parameters'][1]:,}" for record in self.resizes)]
         columns = ("group", "first", *(f"resize {number}" for number in range(1, len(self.resizes) + 1)))
-        return Table(columns, (*rows, ("parameters", *counts)))
+        flops = [record.get("flops") for record in self.resizes]
+        known = [
+            "" if flops[0] is None else f"{flops[0][0]:,}",
+            *("" if one is None else f"{one[1]:,}" for one in flops),
+        ]
+        # Of no resize: the row would say nothing.
+        costs = [("parameters", *counts), *([("flops", *known)] if any(known) else [])]
+        return Table(columns, (*rows, *costs), (), () if all(known) else (_UNKNOWN_FLOPS,))
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the widths of groups, first and after each resize.
@@ -169,7 +180,7 @@ def report(gm: nn.Module) -> Report:
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> gm = fxwidth.resize(gm, {"0": 10}, selection="magnitude", fold=False)
         >>> print(fxwidth.report(gm))  # doctest: +ELLIPSIS
-        resize 1: 212 -> 134 parameters (63.2%), channels chosen by magnitude, readers not refitted...
+        resize 1: 212 -> 134 parameters (63.2%), 768 -> 480 flops (62.5%), channels chosen by magnitude, ...
           0: 16 -> 10
     """
     if isinstance(gm, fx.GraphModule):
@@ -184,13 +195,27 @@ def report(gm: nn.Module) -> Report:
 
 
 def _paragraph(number: int, record: dict[str, Any]) -> str:
-    before, after = record["parameters"]
-    lines = [f"resize {number}: {before:,} -> {after:,} parameters ({after / before:.1%}){_done(record)}"]
+    flops = record.get("flops")
+    told = "flops not known" if flops is None else f"{_change(flops)} flops{_share(flops)}"
+    parameters = record["parameters"]
+    counts = f"{_change(parameters)} parameters{_share(parameters)}, {told}"
+    lines = [f"resize {number}: {counts}{_done(record)}"]
     named = dict.fromkeys(record.get("named", ()), ", channels named by the plan")
     lines += [f"  {name}: {old} -> {new}{named.get(name, '')}" for name, (old, new) in record["widths"].items()]
+    outputs = record.get("outputs", {})
+    lines += [f"  output {dim}: {old} -> {new}, which callers follow" for dim, (old, new) in outputs.items()]
     lines += [f"  node {node} became ATen ops: {reason}" for node, reason in record["lowered"].items()]
     lines += [f"  {name} was not refitted: {reason}" for name, reason in record.get("not_refitted", {}).items()]
     return "\n".join(lines)
+
+
+def _change(counts: Sequence[int]) -> str:
+    return " -> ".join(f"{count:,}" for count in counts)
+
+
+def _share(counts: Sequence[int]) -> str:
+    before, after = counts
+    return f" ({after / before:.1%})" if before else ""
 
 
 def _done(record: dict[str, Any]) -> str:

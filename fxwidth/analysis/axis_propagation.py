@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.analysis.data_dependent_pins import pin_other_ways
+from fxwidth.analysis.free_outputs import FreeOutputs, is_freed, output_names
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.next_calls import kept_and_read
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
@@ -21,6 +22,8 @@ from fxwidth.axes.pins import NOT_COVERED, OTHER_SHAPES, OUTPUT, Pin, input_dime
 from fxwidth.axes.unification import unify
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import OUTPUTS_MODULE
+from fxwidth.frontends.input_misfits import misfit_of
+from fxwidth.frontends.labels import labels_in_list
 from fxwidth.recording.batch_dim import batch_factor
 from fxwidth.recording.composite_ops import WholeOps, calls_no_whole_op
 from fxwidth.recording.data_dependent import ValueRecord
@@ -37,6 +40,7 @@ from fxwidth.runtime.pytrees import deep_tensors, map_leaves, states_in
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.runtime.unseen_effects import COMPUTES_GRADIENTS, watching_effects
+from fxwidth.work_progress import tell
 
 
 class NodeInterpreter(fx.Interpreter):
@@ -49,6 +53,7 @@ class NodeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
+        tell("analysing", len(self._analysis.node_calls), len(self._analysis.module.graph.nodes), is_inside=True)
         self._recorder.begin(n.name)
         first = len(self._recorder.calls)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
@@ -106,7 +111,12 @@ class NodeInterpreter(fx.Interpreter):
 
 
 @without_collections()
-def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None = None) -> Analysis:
+def analyze_axes(
+    module: fx.GraphModule,
+    examples: Sequence[Any],
+    record: ValueRecord | None = None,
+    free: FreeOutputs = (),
+) -> Analysis:
     """Run a graph on fake tensors and return the axes of everything in it.
 
     Args:
@@ -114,14 +124,15 @@ def analyze_axes(module: fx.GraphModule, examples: Sequence[Any], record: ValueR
         examples: one value per placeholder: a `TensorSpec`, a tensor (used for its shape and dtype alone), a constant,
             or a nested value of these.
         record: results of ops that depend on values, from `record_values`.
+        free: the outputs whose sizes may change.
 
     Raises:
         FxwidthError: the graph does not run on these inputs.
     """
-    analysis = _analyzed(module, examples, record, is_single=False)
+    analysis = _analyzed(module, examples, record, free, is_single=False)
     # A first dim of the inputs that must have the size of a parameter is no batch.
     if analysis.space.batch_is_shared and _batch_reaches_parameters(analysis):
-        return _analyzed(module, examples, record, is_single=True)
+        return _analyzed(module, examples, record, free, is_single=True)
     return analysis
 
 
@@ -129,7 +140,9 @@ def _batch_reaches_parameters(analysis: Analysis) -> bool:
     return any(analysis.space.reaches_batch(axis) for entry in analysis.parameters.values() for axis in entry.axes)
 
 
-def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, is_single: bool) -> Analysis:
+def _analyzed(
+    module: fx.GraphModule, examples: Sequence[Any], record: ValueRecord | None, free: FreeOutputs, is_single: bool
+) -> Analysis:
     mode = fake_mode()
     space = FactorSpace()
     inputs = faked_inputs(examples, mode)
@@ -146,8 +159,9 @@ def _analyzed(module: fx.GraphModule, examples: Sequence[Any], record: ValueReco
     _pin_what_is_used(analysis)
     pin_other_ways(analysis)
     space.context = "model output"
-    for output in analysis.outputs:
-        for axis in analysis.axes_of(output) if output not in analysis.states else ():
+    for output, name in zip(analysis.outputs, analysis.output_names, strict=True):
+        is_followed = output in analysis.states or is_freed(name, free)
+        for axis in () if is_followed else analysis.axes_of(output):
             for factor in space.factors(axis):
                 if not factor.is_batch:
                     space.pin(((factor,),), OUTPUT)
@@ -181,6 +195,8 @@ def run_on_tape(analysis: Analysis, slots: Slots, on_call: Callable[[OpCall], No
         result = run_graph(interpreter, recorder, analysis.inputs, analysis.effects)
         analysis.keeping = interpreter.keeping(held)
     analysis.outputs = deep_tensors(result)
+    names = output_names(result)
+    analysis.output_names = [names.get(tensor, str(place)) for place, tensor in enumerate(analysis.outputs)]
     analysis.states = set(states_in(result))
     analysis.seen = GraphState.of(module, slots)
 
@@ -213,6 +229,14 @@ def run_graph(
                 f"node {recorder.node!r} computes gradients in its forward pass, which fails here, where gradients are "
                 f"off ({lines[0].rstrip('.')}). Let the model turn them on for that part, by torch.enable_grad(), as "
                 "its evaluation without gradients needs too."
+            ) from error
+        if (told := labels_in_list(inputs)) is not None:
+            raise FxwidthError(told) from error
+        misfit = misfit_of(interpreter.module, inputs)
+        if misfit is not None:
+            raise FxwidthError(
+                f"{misfit.told}: pass example_inputs such as {misfit.example}. The graph fails at node "
+                f"{recorder.node!r}: {lines[0].rstrip('.')}."
             ) from error
         raise FxwidthError(
             f"the graph fails at node {recorder.node!r} on inputs of shapes {shapes}: {lines[0].rstrip('.')}. "

@@ -60,12 +60,13 @@ class ParameterAxes:
 class Analysis:
     """All that one run of a graph has shown: its tape, its axes, and which fx node did what.
 
-    `states` are those of its outputs that are inside of objects such as caches, by `id`: their sizes may change.
-    `effects` is what nodes do besides of which no op tells, as to put hooks on gradients. `keeping` are the nodes that
-    keep tensors in attributes, with those of them that their next calls read. `is_single` tells that the inputs are one
-    sample, without a batch. `training_calls` are what nodes do in training that do nothing in evaluation, or return
-    something else, and `in_training` what they return there, each with what that stands for. `lost` are groups of width
-    one that cannot be told any more. `memo` is for `fxwidth.memo.per_graph`, and `seen` is what the module was.
+    `output_names` are those by which a caller finds its outputs. `states` are those of its outputs that are inside of
+    objects such as caches, by `id`: their sizes may change. `effects` is what nodes do besides of which no op tells, as
+    to put hooks on gradients. `keeping` are the nodes that keep tensors in attributes, with those of them that their
+    next calls read. `is_single` tells that the inputs are one sample, without a batch. `training_calls` are what nodes
+    do in training that do nothing in evaluation, or return something else, and `in_training` what they return there,
+    each with what that stands for. `lost` are groups of width one that cannot be told any more. `memo` is for
+    `fxwidth.memo.per_graph`, and `seen` is what the module was.
     """
 
     module: fx.GraphModule
@@ -82,6 +83,7 @@ class Analysis:
     node_values: dict[str, Any] = field(default_factory=dict)
     node_axes: dict[str, tuple[Axes, ...]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
+    output_names: list[str] = field(default_factory=list)
     states: set[Tensor] = field(default_factory=set)
     effects: dict[str, str] = field(default_factory=dict)
     is_single: bool = False

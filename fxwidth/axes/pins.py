@@ -128,7 +128,8 @@ REMEDIES = {
     KERNEL: _BY_PLACE,
     POSITION: _BY_PLACE,
     _INPUT: f"{_CALLERS} A layer between the input and the rest has a width of its own.",
-    OUTPUT: f"{_CALLERS} Trace the part of the model before its last layer to resize what that part returns.",
+    OUTPUT: "Nothing inside the model: its callers know this size. Where they follow, fxwidth.analyze(gm, "
+    "free_outputs=True) frees what the model returns in evaluation, or free_outputs=[...] some of it.",
     UNALIGNED: _HEADS,
     SELF_CONTAINED: _REWRITE,
     HELD: "Hold the tensor as a parameter or a buffer of a module: these are resized with the rest.",

@@ -75,6 +75,9 @@ def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | 
     """Return where the channels of a group are, if any basis is as good as the one they have; else None."""
     analysis, factor, wiring = width_graph.analysis, group.factor, wiring_of(width_graph)
     calls = _calls_by_factor(analysis).get(factor, [])
+    # Whoever reads an output can leave channels out, and knows nothing of a change of basis.
+    if group.name in width_graph.followed:
+        return None
     if not _is_plain(analysis, group) or not all(_is_linear(analysis, call, factor) for call in calls):
         return None
     if any(_is_seen_elsewhere(call, calls) for call in calls if call.func._schema.is_mutable):

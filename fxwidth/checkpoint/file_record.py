@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxwidth.analysis.free_outputs import FreeOutputs, checked
 from fxwidth.errors import FxwidthError
-from fxwidth.recording.graph_meta import HISTORY, ORIGINAL, UNTIED, notes_of
+from fxwidth.recording.graph_meta import FREE_OUTPUTS, HISTORY, ORIGINAL, UNTIED, notes_of
 from fxwidth.runtime.tensor_slots import Slots
 from fxwidth.serialization.graph_record import Fingerprint, record_of
 from fxwidth.serialization.plain_trees import decoded, encoded
@@ -60,6 +61,7 @@ class FileRecord:
         versions: of fxwidth and torch, which have written it.
         state: of optimizer and Evolver, as trees.
         evaluates: whether the graph was in evaluation; False where a file does not tell.
+        free_outputs: which outputs may change their sizes.
     """
 
     steps: Sequence[Step]
@@ -72,6 +74,7 @@ class FileRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     evaluates: bool = False
+    free_outputs: FreeOutputs = ()
 
 
 def present_versions() -> dict[str, str]:
@@ -107,6 +110,7 @@ def written(gm: fx.GraphModule, slots: Slots, state: Mapping[str, Any]) -> dict[
         "layouts": {name: order for name, tensor in tensors.items() if (order := _order(tensor)) is not None},
         "state": dict(state),
         "evaluates": not gm.training,
+        "free_outputs": notes.get(FREE_OUTPUTS, ()),
     }
     return {_RECORD: json.dumps(record, allow_nan=False)}
 
@@ -151,6 +155,7 @@ def _present(file: TensorFile, data: Mapping[str, Any]) -> FileRecord:
         data["versions"],
         data["state"],
         bool(data.get("evaluates", False)),
+        checked(data.get("free_outputs", False)),
     )
 
 

@@ -14,7 +14,7 @@ from fxwidth.costs.registry import cost_polynomial
 from fxwidth.errors import FxwidthError, warn
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.options import ResizeOptions
-from fxwidth.recording.graph_meta import HISTORY, ORIGINAL, UNTIED, notes_of
+from fxwidth.recording.graph_meta import FREE_OUTPUTS, HISTORY, ORIGINAL, UNTIED, notes_of
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.originals import original_of
@@ -63,6 +63,8 @@ class Replay:
         """
         done = self._steps_done()
         self._check_original()
+        if self.record.free_outputs:
+            notes_of(self.module)[FREE_OUTPUTS] = self.record.free_outputs
         for number, step in enumerate(self.record.steps):
             if number >= done:
                 self._untie(number)

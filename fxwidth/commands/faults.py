@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,12 +28,12 @@ class InputError(FxwidthError):
 
 
 def telling(function: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Return a command that tells of faults and warnings in one line each, on standard error."""
+    """Return a command that tells of faults, warnings and, off a terminal, progress in lines on standard error."""
 
     @wraps(function)
     def told(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
-            with _plain_warnings():
+            with _plain_warnings(), _progress_in_lines():
                 function(*args, **kwargs)
         except FxwidthError as error:
             typer.echo(f"Error: {error}", err=True)
@@ -47,6 +48,21 @@ def _plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)  # noqa: T201
         yield
+
+
+@contextmanager
+def _progress_in_lines() -> Iterator[None]:
+    """Write to standard error what is logged of how far long work has come; where a bar shows it nothing is logged."""
+    logger = logging.getLogger("fxwidth.work_progress")
+    handler, level = logging.StreamHandler(), logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import fxwidth
 from fxwidth.commands.faults import InputError, did_you_mean
-from fxwidth.commands.input_texts import example_inputs
+from fxwidth.commands.input_texts import as_typed, example_inputs
 from fxwidth.commands.zoos import ZOOS, Found
 from fxwidth.errors import FxwidthError
 
@@ -56,20 +56,36 @@ class Opened:
         module: the model, in evaluation mode.
         inputs: an example; None where the graph carries shapes.
         has_values: whether its weights are such that one can learn from their numbers.
+        shapes: those of the inputs, as text, where they were typed.
     """
 
     name: str
     module: nn.Module
     inputs: Any
     has_values: bool
+    shapes: Sequence[str] = ()
 
     def trace(self) -> fx.GraphModule:
         """Return the model as a graph.
 
         Raises:
+            InputError: the shapes that were typed are not those of inputs that it takes.
             FxwidthError: it cannot be traced.
         """
-        return fxwidth.trace(self.module, self.inputs)
+        from fxwidth.frontends.input_misfits import misfit_of
+
+        try:
+            return fxwidth.trace(self.module, self.inputs)
+        except FxwidthError as error:
+            values = list(self.inputs.values()) if isinstance(self.inputs, dict) else self.inputs
+            misfit = misfit_of(self.module, values) if self.shapes else None
+            # Where the model takes other arguments, that is what is told.
+            if misfit is None or misfit.told[1:] not in str(error):
+                raise
+            typed = " ".join(f"--input {shape}" for shape in self.shapes)
+            name = f"{next(iter(self.inputs))}=" if isinstance(self.inputs, dict) else ""
+            wanted = as_typed(misfit.shape, misfit.dtype)
+            raise InputError(f"{typed}: {misfit.told}; try --input {name}{wanted}.") from error
 
 
 def open_model(source: Source, *, for_values: bool = False) -> Opened:
@@ -119,7 +135,7 @@ def _from_zoo(source: Source, found: Found, for_values: bool) -> Opened:
         inputs = found.inputs(module)
         if not is_real:
             inputs = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta"), inputs)
-    return Opened(source.name, module.eval(), inputs, has_values=source.weights is not None)
+    return Opened(source.name, module.eval(), inputs, source.weights is not None, source.shapes)
 
 
 def _without_values(make: Callable[[], nn.Module]) -> nn.Module:
@@ -185,7 +201,7 @@ def _from_function(source: Source, module_name: str, attribute: str) -> Opened:
         _load_state(model, source.weights)
     if inputs is None:
         raise InputError(f"what {source.name} takes is not known; give its shape, as in --input 1x3x224x224.")
-    return Opened(source.name, model.eval(), inputs, has_values=True)
+    return Opened(source.name, model.eval(), inputs, True, source.shapes)
 
 
 def imported(module_name: str, attribute: str, typed: str) -> Any:

@@ -41,8 +41,10 @@ Data = Annotated[
     str | None,
     typer.Option(help="Batches to look at: a .pt file of tensors, a folder of images, or package.module:function."),
 ]
-Only = Annotated[list[str] | None, typer.Option(help="Names or patterns of the groups that may change.")]
-Keep = Annotated[list[str] | None, typer.Option(help="Names or patterns of groups that must not.")]
+Only = Annotated[
+    list[str] | None, typer.Option(help="Names or patterns, as inspect shows them, of groups that may change.")
+]
+Keep = Annotated[list[str] | None, typer.Option(help="Likewise of groups that must not.")]
 WIDTHS = "a whole number, such as 8, or one with a point for a part of the first width, such as 0.1"
 MinWidth = Annotated[str, typer.Option(help="No group gets below this: a width, or a part of the first, as 0.1.")]
 Ratio = Annotated[float | None, typer.Option(help="The part of its channels that every group keeps, as 0.5.")]

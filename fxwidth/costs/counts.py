@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from fxwidth.axes.factors import Axis, Factor
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
-from fxwidth.costs.registry import register
+from fxwidth.costs.registry import of_examples, register
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
@@ -57,6 +57,18 @@ def flop_polynomial(width_graph: WidthGraph) -> Polynomial:
     and attention, none for other ops. Attention is counted as its two matrix products, fused or not.
     """
     return Polynomial.sum((1, call_flops(width_graph, call)) for call in width_graph.analysis.calls)
+
+
+def flops_before_and_after(width_graph: WidthGraph, widths: Mapping[Factor, int]) -> list[int] | None:
+    """Return the flops of a graph now, and once its factors have the given widths; None where they are not known.
+
+    They are not where a formula fails that torch, or the user, has registered for an op. Nothing is run.
+    """
+    try:
+        polynomial = of_examples(width_graph, flop_polynomial(width_graph))
+        return [round(polynomial({})), round(polynomial(widths))]
+    except Exception:
+        return None
 
 
 def call_flops(width_graph: WidthGraph, call: OpCall) -> Polynomial:

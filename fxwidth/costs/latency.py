@@ -132,7 +132,7 @@ def _device(analysis: Analysis) -> torch.device:
 def _inputs(analysis: Analysis) -> list[Any]:
     """Return noise of the recorded shapes."""
     _device(analysis)
-    values = next(noise_draws(analysis, [], 0, 0.0)).batch()
+    values = next(iter(noise_draws(analysis, [], 0, 0.0))).batch()
     pairs = zip(values, analysis.inputs, strict=True)
     # As many samples as were recorded, again and again the same where there are more.
     return [

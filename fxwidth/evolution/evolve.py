@@ -21,7 +21,7 @@ from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.tracing.analyze import analyze_module
-from fxwidth.tracing.trace import trace
+from fxwidth.tracing.trace import traced_model
 from fxwidth.work_progress import Progress, listening, tell
 
 _OUTPUTS = ("graph", "module")
@@ -72,8 +72,8 @@ def evolve(
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
         output: "graph" for the resized graph, or "module" for the model itself: the plan is then one that its class can
             hold (`for_module=model`), and its widths are written back to it (`fxwidth.write_back`).
-        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
-            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
         options: those of `fxwidth.plan`, e.g. `params=0.5` or `budget=`, and those of `fxwidth.resize`; `data`,
             `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
 
@@ -113,9 +113,7 @@ def evolve(
 
     def work() -> nn.Module:
         nonlocal traced
-        tell("tracing")
-        traced = module = trace(model, example_inputs, example_kwargs)
-        tell("analysing")
+        traced = module = traced_model(model, example_inputs, example_kwargs)
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
         if to_module:
             tell("writing back")

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils.data import DataLoader, Dataset
 
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.labels import labels_told
 from fxwidth.runtime.pytree_differences import difference
 from fxwidth.runtime.pytrees import Constant, Container, Leaf, Structure, flatten_each, rebuild
 
@@ -24,6 +25,7 @@ INPUTS_MODULE, OUTPUTS_MODULE = "fxwidth_inputs", "fxwidth_outputs"
 # Stands for the default of an argument without one, behind others that have one; no check lets it pass.
 NOT_GIVEN = ...
 PLAIN = (type(None), bool, int, float, str)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 CALL_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs by name"
 
@@ -147,6 +149,10 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
             bound = signature.bind(*call.args, **call.kwargs).arguments
             positional = signature.bind_partial(*call.args).arguments
         except TypeError as error:
+            taken = [one.name for one in signature.parameters.values() if one.kind in _POSITIONAL]
+            name = f"{type(model).__name__}.forward"
+            if not call.kwargs and (told := labels_told(name, taken, call.args)) is not None:
+                raise FxwidthError(told) from error
             raise FxwidthError(
                 f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
                 f"example_inputs has {_given(call)}: {error}; {CALL_FORMS}.{_of_shape(call.args)}"

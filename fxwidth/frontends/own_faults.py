@@ -10,6 +10,8 @@ from torch import nn
 
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call
+from fxwidth.frontends.input_misfits import misfit_of
+from fxwidth.frontends.labels import labels_in_list
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.runtime.code_places import fault_place
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
@@ -61,10 +63,22 @@ def told(fault: OwnFault, model: nn.Module, call: Call | None) -> FxwidthError:
     failure = FxwidthError(
         f"{type(model).__name__} itself fails on example_inputs{_shapes(call)}, before any tracing: "
         f"{type(fault.error).__name__}: {lines[0].rstrip('.') if lines else ''}{place}. Mend it there, or pass inputs "
-        "that it takes: a call of the model with them must run."
+        f"that it takes: a call of the model with them must run.{advice(model, call)}"
     )
     failure.__cause__ = fault.error
     return failure
+
+
+def advice(model: nn.Module, call: Call | None) -> str:
+    """Return a sentence on what a model takes in the place of an example, as far as its first layer tells, or nothing.
+
+    It has a space before it.
+    """
+    if call is None:
+        return ""
+    labels, misfit = labels_in_list(call.args), misfit_of(model, [*call.args, *call.kwargs.values()])
+    text = labels or (f"{misfit.told}: pass inputs such as {misfit.example}." if misfit else "")
+    return f" {text[:1].upper()}{text[1:]}" if text else ""
 
 
 def _shapes(call: Call | None) -> str:

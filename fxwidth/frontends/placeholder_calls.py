@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import CALL_FORMS, NOT_GIVEN, Call
 from fxwidth.frontends.generated_signature import kinds_of
+from fxwidth.frontends.labels import labels_told
 
 
 def bound_to_placeholders(module: fx.GraphModule, call: Call) -> list[Any]:
@@ -55,6 +56,8 @@ def _by_name(kinds: Mapping[str, Any], defaults: Mapping[str, Any], call: Call) 
     values = {**defaults, **values, **call.kwargs}
     missing = [name for name in kinds if name not in values]
     if missing or unknown or len(call.args) > len(places):
+        if not call.kwargs and (told := labels_told("the graph", places, call.args)) is not None:
+            raise FxwidthError(told)
         given = len(call.args) + len(call.kwargs)
         detail = f" and {unknown[0]!r} is none of them" if unknown else ""
         if len(call.args) > len(places):

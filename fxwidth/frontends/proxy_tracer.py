@@ -38,6 +38,7 @@ from fxwidth.runtime.trace_guards import (
     refuse_iterators,
 )
 from fxwidth.runtime.unseen_effects import refuse_effects_of, refuse_generator
+from fxwidth.work_progress import go_on
 
 _PACKED = "fxwidth_packed"
 
@@ -138,6 +139,7 @@ class ProxyTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace a submodule, or call it as it is."""
+        go_on()
         is_leaf = self.is_leaf_module(m, "")
         if is_leaf:
             self._note_modes(m)

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from fxwidth.analysis.free_outputs import output_dims
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role, Roles
 from fxwidth.axes.factors import Axis, Factor
@@ -44,7 +45,8 @@ def group_kinds(analysis: Analysis, roles: Roles, groups: Iterable[ChannelGroup]
         heads.update(*(analysis.space.factors(axis) for axis in shared))
         head_dims.update(*(analysis.space.factors(axis) for axis in own))
     sums = {factor for axis in _sums(analysis, roles) for factor in analysis.space.factors(axis)}
-    known = {Kind.HEADS: heads, Kind.HEAD_DIM: head_dims, Kind.RESIDUAL: sums}
+    outputs = {factor for _, axis in output_dims(analysis) for factor in analysis.space.factors(axis)}
+    known = {Kind.OUTPUT: outputs, Kind.HEADS: heads, Kind.HEAD_DIM: head_dims, Kind.RESIDUAL: sums}
     return {group.name: _kind(group, known) for group in groups}
 
 
@@ -56,6 +58,8 @@ def _kind(group: ChannelGroup, known: Mapping[Kind, set[Factor]]) -> Kind:
         return Kind.OUTPUT
     if reason == INDEXED:
         return Kind.ENTRIES
+    if not reason and group.factor in known[Kind.OUTPUT]:
+        return Kind.OUTPUT
     if group.factor in known[Kind.HEADS]:
         return Kind.HEADS
     if group.factor in known[Kind.HEAD_DIM]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
+from fxwidth.analysis.free_outputs import output_dims
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role, Roles, find_roles
 from fxwidth.axes.factors import Factor, term_size
@@ -21,6 +21,7 @@ from fxwidth.groups.drawing import draw
 from fxwidth.groups.explanations import describe_pin
 from fxwidth.groups.group_building import build_groups, lost_groups, pin_of, pin_unused
 from fxwidth.groups.group_kinds import Kind, group_kinds
+from fxwidth.groups.group_names import LEGEND, named, near_names, proposed
 from fxwidth.groups.repeated_blocks import folded, without_numbers
 from fxwidth.growth.recipes import Growth
 from fxwidth.rules.copies import channel_copies
@@ -28,6 +29,8 @@ from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.tables import Table
 
 _COLUMNS = ("group", "width", "kind", "writers", "readers", "notes")
+# How many groups an error lists.
+_SHOWN = 3
 
 
 class WidthGraph:
@@ -69,10 +72,23 @@ class WidthGraph:
         """
         found = self._by_name.get(name)
         if found is None:
-            near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.3)
-            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else "."
-            raise FxwidthError(f"there is no channel group {name!r}{hint} print(fxwidth.analyze(gm)) lists all groups.")
+            if several := named(name, self._by_name):
+                told = ", ".join(map(repr, several[:_SHOWN])) + (", ..." if several[_SHOWN:] else "")
+                raise FxwidthError(f"{name!r} stands for {len(several)} channel groups ({told}); give one of them.")
+            hint = proposed(self.near(name))
+            raise FxwidthError(
+                f"there is no channel group {name!r}{f'; {hint}' if hint else '.'} print(fxwidth.analyze(gm)) lists "
+                "all groups."
+            )
         return found
+
+    def near(self, name: str) -> list[str]:
+        """Return the names of the groups that may be meant by a name that is none, the nearest first.
+
+        Args:
+            name: what was typed; one for the last layer, such as "head" or "fc", means it however it is called.
+        """
+        return near_names(name, self._by_name, [one for one, kind in self.kinds.items() if kind is Kind.OUTPUT])
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -219,6 +235,17 @@ class WidthGraph:
         """What the channels of each group are, by its name: hidden, heads, head dim, residual stream, input, output."""
         return group_kinds(self.analysis, self.roles, self.groups)
 
+    @cached_property
+    def followed(self) -> dict[str, tuple[str, ...]]:
+        """The dims of outputs, such as "features.0 dim 1", of which callers must follow each free group."""
+        found: dict[str, list[str]] = {}
+        names = {group.factor: group.name for group in self.free}
+        for dim, axis in output_dims(self.analysis):
+            for factor in dict.fromkeys(self.analysis.space.factors(axis)):
+                if factor in names:
+                    found.setdefault(names[factor], []).append(dim)
+        return {name: tuple(dims) for name, dims in found.items()}
+
     def __repr__(self) -> str:
         entries = self.analysis.parameters.values()
         count = sum(entry.tensor.numel() for entry in entries if isinstance(entry.tensor, nn.Parameter))
@@ -232,16 +259,21 @@ class WidthGraph:
         return self.table(folds=True)._repr_html_()
 
     def table(self, *, folds: bool = False) -> Table:
-        """Return a table of the groups, below what has changed of the graph since, if anything has.
+        """Return a table of the groups, with what their names say below it.
+
+        Above it stands what has changed of the graph since, if anything has.
 
         Args:
             folds: whether groups of repeated blocks that are alike are one row.
         """
         change = self.outdated
         above = () if change is None else (f"outdated: {change}; call fxwidth.analyze(gm) again",)
-        if folds:
-            return Table(_COLUMNS, tuple((name, *cells) for name, cells, _ in self.folded_rows()), above)
-        return Table(_COLUMNS, tuple((group.name, *self._cells(group)) for group in self.groups), above)
+        rows = (
+            [(name, *cells) for name, cells, _ in self.folded_rows()]
+            if folds
+            else [(group.name, *self._cells(group)) for group in self.groups]
+        )
+        return Table(_COLUMNS, tuple(rows), above, (LEGEND,) if rows else ())
 
     def folded_rows(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
         """Return for groups of repeated blocks that are alike their folded name, their cells, and their names."""
@@ -253,6 +285,8 @@ class WidthGraph:
     def _cells(self, group: ChannelGroup) -> tuple[str, ...]:
         notes = [f"pinned: {group.pinned}"] if group.pinned else []
         notes += [f"mixed: {group.mixed}"] if group.mixed and not group.pinned else []
+        if (followed := self.followed.get(group.name)) is not None:
+            notes += [f"free, and callers follow: output {', '.join(followed)}"]
         counts = (str(len({site.parameter for site in group.sites_as(role)})) for role in (Role.WRITER, Role.READER))
         return str(group.width), self.kinds[group.name], *counts, "; ".join(notes)
 

@@ -121,6 +121,9 @@ class Evidence:
                 if key not in self._orders:
                     self._orders[key] = self._found_order(group, group.width // 2, grams)
                 self._errors[group] = logarithmic(self._lost(group, grams, self._orders[key]))
+                if group.name in self.width_graph.followed:
+                    # Whoever reads an output counts as one reader, of whom no more is known.
+                    self._errors[group] = self._errors[group] + lost_of_writers(self.width_graph, group)
         return self._errors[group]
 
     def source(self, group: ChannelGroup) -> str | None:
@@ -157,9 +160,14 @@ def spectral_errors(width_graph: WidthGraph, group: ChannelGroup) -> Errors:
 
     It counts once for every reader, by the share of what it reads that is of this group.
     """
-    tails = tail_share(singular_values(width_graph, group)).cpu().numpy()
     weighted_fan_out = max(1.0, wiring_of(width_graph).weighted_fan_out.get(group.factor, 0.0))
-    return logarithmic(np.asarray(tails * weighted_fan_out, dtype=np.float64))
+    return lost_of_writers(width_graph, group, weighted_fan_out)
+
+
+def lost_of_writers(width_graph: WidthGraph, group: ChannelGroup, weight: float = 1.0) -> Errors:
+    """Return the predicted error of every width for one reader, or some weight of readers, by the writers alone."""
+    tails = tail_share(singular_values(width_graph, group)).cpu().numpy()
+    return logarithmic(np.asarray(tails * weight, dtype=np.float64))
 
 
 def gather_evidence(

@@ -24,7 +24,7 @@ def known_groups(gm: object) -> WidthGraph:
         raise FxwidthError(_no_graph(gm))
     known: WidthGraph | None = vars(gm.graph).get(_NAME)
     if known is None or known.analysis.module is not gm or known.outdated is not None:
-        known = analyze(gm)
+        known = analyze(gm, progress=False)
         setattr(gm.graph, _NAME, known)
     return known
 

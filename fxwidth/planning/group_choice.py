@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -13,6 +11,7 @@ from torch import nn
 from fxwidth.analysis.roles import Role
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
+from fxwidth.groups.group_names import named, near_names, proposed
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_keywords import Chosen
 from fxwidth.options import PlanOptions
@@ -43,7 +42,9 @@ def chosen_groups(
 
 
 def matching(width_graph: WidthGraph, chosen: Chosen, option: str) -> list[ChannelGroup]:
-    """Return the groups whose names are, or match (fnmatch), one of some patterns, or that modules write.
+    """Return the groups whose names are, or match, one of some patterns, or that modules write.
+
+    A pattern is one of fnmatch, or the folded name of repeated blocks, as tables show them.
 
     Raises:
         FxwidthError: a pattern or a module stands for no group.
@@ -54,12 +55,14 @@ def matching(width_graph: WidthGraph, chosen: Chosen, option: str) -> list[Chann
         if isinstance(one, nn.Module):
             found |= set(_written_by(width_graph, one, option))
             continue
-        matches = {name for name in names if name == one or fnmatchcase(name, one)}
+        matches = named(one, names)
         if not matches:
+            inside = [f"{one}.*"] if named(f"{one}.*", names) else []
+            hint = proposed(inside or width_graph.near(one))
             raise FxwidthError(
-                f"{option}={one!r} matches no group; {_hint(one, names)}print(width_graph) lists all groups."
+                f"{option}={one!r} matches no group; {f'{hint} ' if hint else ''}print(width_graph) lists all groups."
             )
-        found |= matches
+        found.update(matches)
     return [group for group in width_graph.groups if group.name in found]
 
 
@@ -108,13 +111,14 @@ def _parameters_in(width_graph: WidthGraph, within: Chosen) -> set[str]:
         if isinstance(one, nn.Module):
             found |= _held_by(width_graph, one, "within")
             continue
-        matches = {
-            name for name, paths in parents.items() if any(path == one or fnmatchcase(path, one) for path in paths)
-        }
+        paths = list(dict.fromkeys(path for own in parents.values() for path in own))
+        matches = set(named(one, paths))
         if not matches:
-            paths = list(dict.fromkeys(path for own in parents.values() for path in own))
-            raise FxwidthError(f"within={one!r} matches no module with parameters; {_hint(one, paths)}give its path.")
-        found |= matches
+            hint = proposed(near_names(one, paths))
+            raise FxwidthError(
+                f"within={one!r} matches no module with parameters; {f'{hint} ' if hint else ''}give its path."
+            )
+        found |= {name for name, own in parents.items() if matches.intersection(own)}
     return found
 
 
@@ -157,8 +161,3 @@ def _told(chosen: Chosen | None) -> str:
     if chosen is None or isinstance(chosen, str):
         return repr(chosen)
     return "[" + ", ".join(map(_told, chosen)) + "]"
-
-
-def _hint(given: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, names, n=3, cutoff=0.3)
-    return f"did you mean {', '.join(map(repr, near))}? " if near else ""

@@ -67,7 +67,8 @@ def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpac
         align: new widths are rounded up to multiples of this.
         same_width: a pattern (fnmatch) whose groups get one width, or a list of such, each a pattern or a list of
             patterns: `[["a", "b"], "c.*"]` is one width for a and b, and one for all in c.
-        only: names or patterns of the groups that may change; or modules, of the model or the graph, which stand for
+        only: names of the groups that may change, patterns (fnmatch) such as "layer1.*", or folded names of repeated
+            blocks such as "layers.0..3.fc", as tables show them; or modules, of the model or the graph, which stand for
             the groups that they write.
         keep: likewise of groups that must not.
         within: paths or patterns of modules, such as "layer3" or "blocks.1?", or modules: groups may change that occur
@@ -79,8 +80,8 @@ def plan(width_graph: WidthGraph, *, progress: Progress = True, **options: Unpac
         exact: whether groups that cannot grow without changing the function are left alone, or may but shrink.
         rotate: under a budget, whether linear groups are to be brought to the basis of their spectrum, as
             `fxwidth.resize` does by default; their errors are smaller then.
-        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
-            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Returns:
         A plan that names only groups whose width changes. `notes["parameters"]` is the count before and after,

@@ -20,6 +20,7 @@ from fxwidth.rules.family_table import running_norm
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.statistics.calibration_data import batches_from, cut_anew
 from fxwidth.weights.readers import Wiring
+from fxwidth.work_progress import each
 
 # Differences between two runs on the same inputs take few of these to be seen well.
 SAMPLES = 512
@@ -98,7 +99,8 @@ class Recalibration:
             names: _running_of(self._tensors[names[0]], self._tensors[names[1]], kept.get(names[0]))
             for names in dict.fromkeys(names for before in self._before for names in before)
         }
-        after = [self._run(values, before, running) for values, before in zip(self._batches, self._before, strict=True)]
+        pairs = list(zip(self._batches, self._before, strict=True))
+        after = [self._run(values, before, running) for values, before in each(pairs, "recalibrating batch norms")]
         result: dict[str, Tensor] = {}
         slots = _buffers(self._module)
         for names, start in running.items():

@@ -22,6 +22,7 @@ from fxwidth.statistics.observation_points import NORMS
 from fxwidth.weights.readers import wiring_of
 from fxwidth.weights.reparametrised import weight_values
 from fxwidth.weights.shared_readers import ReaderSet, reader_sets
+from fxwidth.work_progress import each
 
 # How many rows of a weight are folded at a time.
 _ROWS = 512
@@ -58,7 +59,7 @@ def fold(
     if moments is None:
         return folded
     analysis = width_graph.analysis
-    for readers in reader_sets(wiring_of(width_graph)):
+    for readers in each(list(reader_sets(wiring_of(width_graph))), "refitting readers"):
         reader = readers.first
         if not maps.changes(reader.axis):
             continue

@@ -10,8 +10,9 @@ from fxwidth.serialization.graph_pickling import pickle_as_data
 from fxwidth.serialization.graph_record import Fingerprint
 
 INPUTS, VALUES, AXES, HISTORY = "fxwidth_inputs", "fxwidth_values", "fxwidth_axes", "fxwidth_history"
+FREE_OUTPUTS = "fxwidth_free_outputs"
 EXAMPLES, UNTIED, ORIGINAL, CALL = "fxwidth_examples", "fxwidth_untied", "fxwidth_original", "fxwidth_call"
-NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED, ORIGINAL, CALL)
+NOTES = (INPUTS, EXAMPLES, VALUES, AXES, HISTORY, UNTIED, ORIGINAL, CALL, FREE_OUTPUTS)
 
 
 class InMemory(tuple[Any, ...]):

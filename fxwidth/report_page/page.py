@@ -86,6 +86,7 @@ def _faint(text: str) -> Element:
 def _costs(graph: WidthGraph, resizes: Sequence[Mapping[str, Any]]) -> list[Element]:
     """Return a table of what the graph costs, and of what it cost before all resizes, where that can be known."""
     before = _first_widths(graph, resizes)
+    noted = {} if before is not None else _noted_costs(resizes)
     rows = []
     for name in _COSTS:
         try:
@@ -94,14 +95,20 @@ def _costs(graph: WidthGraph, resizes: Sequence[Mapping[str, Any]]) -> list[Elem
             # Nothing is kept where nothing is trained, or where the graph does not train.
             continue
         now = round(polynomial({}))
-        first = None if before is None else round(polynomial(before))
+        first = noted.get(name) if before is None else round(polynomial(before))
         share = f"{now / first:.1%}" if first else ""
         label = cost_unit(name) if name != "activation_memory" else "bytes kept for backward"
         rows.append((label, "" if first is None else f"{first:,}", f"{now:,}", share))
     table = html_table(("", "before", "now", "share"), rows, numeric=(1, 2, 3))
-    return (
-        [table] if before is not None else [table, _faint("What it cost before the resizes cannot be told any more.")]
-    )
+    is_known = before is not None or len(noted) == len(rows)
+    return [table] if is_known else [table, _faint("What else it cost before the resizes cannot be told any more.")]
+
+
+def _noted_costs(resizes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return what the first resize has noted of the costs before it."""
+    first = resizes[0]
+    flops = first.get("flops")
+    return {"params": first["parameters"][0]} | ({} if flops is None else {"flops": flops[0]})
 
 
 def _first_widths(graph: WidthGraph, resizes: Sequence[Mapping[str, Any]]) -> dict[Any, int] | None:
@@ -177,7 +184,7 @@ def _spectrum(name: str, found: GroupSpectrum, course: Sequence[int] | None, gra
 def _groups(graph: WidthGraph) -> list[Element]:
     table = graph.table()
     parts = [_named(name, names, cells) for name, cells, names in graph.folded_rows()]
-    return [html_table(table.columns, parts, numeric=(1, 3, 4))]
+    return [html_table(table.columns, parts, numeric=(1, 3, 4)), *map(_faint, table.below)]
 
 
 def _named(name: str, names: Sequence[str], cells: Sequence[str]) -> list[Element | str]:

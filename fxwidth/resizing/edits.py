@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxwidth.analysis.free_outputs import outputs_after
 from fxwidth.analysis.known_axes import KnownAxes, known_axes
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.costs.counts import flops_before_and_after
 from fxwidth.errors import FxwidthError
 from fxwidth.gradients.informed_rows import InformedRows
 from fxwidth.options import ResizeOptions
@@ -130,6 +132,7 @@ def prepare_edits(
     record = {
         "widths": {group.name: [group.width, len(own)] for group, own in selection.kept.items()},
         "parameters": _count_after(analysis, replacements),
+        "flops": None if known.blind else _flops(selection),
         "evidence": moments.source if moments is not None else None,
         "selection": name_of(selection.evidence.selection),
         "folded": options.fold and moments is not None,
@@ -140,6 +143,7 @@ def prepare_edits(
         "copies": list(new.copies),
         "not_refitted": new.missed,
         "original": original,
+        "outputs": outputs_after(analysis, new.maps),
         "directions": name_of(options.directions) if selection.growing else None,
         "not_informed": dict(informed.untold),
         "reader_step": None,
@@ -226,6 +230,11 @@ def _replacements(analysis: Analysis, maps: IndexMaps, tensors: Mapping[str, Ten
         new = successor(name, entry.tensor, tensor, indices)
         result[name] = Replacement(name, entry.tensor, new, indices)
     return result
+
+
+def _flops(selection: ChannelSelection) -> list[int] | None:
+    widths = {group.factor: len(own) for group, own in selection.kept.items()}
+    return flops_before_and_after(selection.evidence.width_graph, widths)
 
 
 def _count_after(analysis: Analysis, replacements: Mapping[str, Replacement]) -> list[int]:

@@ -23,6 +23,7 @@ from fxwidth.rewriting.successors import gather
 from fxwidth.statistics.moments import Moments
 from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import weight_values, with_solved_lengths
+from fxwidth.work_progress import each
 
 _NORMS = ("layer norm", "RMS norm")
 
@@ -62,7 +63,7 @@ def resized_tensors(
     growths = width_graph.growths(maps)
     _refuse_stale_gains(analysis, growths, ratios)
     result = {}
-    for name, entry in analysis.parameters.items():
+    for name, entry in each(list(analysis.parameters.items()), "computing new tensors"):
         old = folded[name] if name in folded else weight_values(analysis, name)
         indices = dim_maps(maps, entry.axes)
         if any(kept is not None for kept in indices):

@@ -37,7 +37,7 @@ from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.weights.readers import wiring_of
-from fxwidth.work_progress import Progress, listening, tell
+from fxwidth.work_progress import Progress, listening
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def resize(
             copies of it, made by `copy.deepcopy(gm)`, or wrappers that hold one as their `module`, as
             `torch.optim.swa_utils.AveragedModel` does. New channels begin in them with what they are in the graph, so
             that averaging goes on; bases stay as they are.
-        progress: whether to show in a terminal, after a second, how far the work has come; or a function that is
-            called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Raises:
         FxwidthError: the plan, the data or the optimizer cannot be used; nothing has changed. So it is after any other
@@ -186,11 +186,9 @@ def _resize(
         recalibration, elsewhere = _recalibration(width_graph, asked, data, options, known)
         companions = companions_of(width_graph, options)
         informed = InformedGrowth.of(selection, data, options, known)
-        tell("computing new tensors")
         edits = prepare_edits(selection, moments, options, known, informed.rows)
         edits.put_in_place(module, transaction)
         if recalibration is not None:
-            tell("recalibrating batch norms")
             edits.recalibrate(module, recalibration, transaction)
             edits.record["not_refitted"] |= elsewhere
         informed.step(module, edits.record, transaction)

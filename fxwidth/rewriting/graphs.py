@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxwidth.analysis.data_dependent_pins import nodes_behind_values
+from fxwidth.analysis.free_outputs import is_freed
 from fxwidth.analysis.op_signatures import Signature, differ, observing, prescribed_signatures
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
+from fxwidth.recording.graph_meta import FREE_OUTPUTS, notes_of
 from fxwidth.recording.tape import plain_kernels
 from fxwidth.rewriting.added_modules import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
@@ -294,7 +296,9 @@ class _Rewriter:
     def _check_outputs(self, node: fx.Node) -> None:
         values = deep_tensors(fx.node.map_arg(node.args, lambda source: self._values[source]))
         analysis = self._analysis
-        read = [output for output in analysis.outputs if output not in analysis.states]
+        free = notes_of(analysis.module).get(FREE_OUTPUTS, ())
+        named = zip(analysis.outputs, analysis.output_names, strict=True)
+        read = [output for output, name in named if output not in analysis.states and not is_freed(name, free)]
         wanted = [tuple(map(self._maps.size, analysis.axes_of(output))) for output in analysis.outputs]
         if wanted != [tuple(value.shape) for value in values] or any(map(self._changes, read)):
             old = [tuple(tensor.shape) for tensor in analysis.outputs]

@@ -16,6 +16,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.recording.batch_dim import takes_larger
 from fxwidth.runtime.pytree_differences import difference
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild, sample_count
+from fxwidth.statistics.allowed_batches import AllowedBatches
 from fxwidth.statistics.integer_inputs import Offsets, integer_sources
 
 # The bytes that the largest result of an op may take for a batch that is cut anew.
@@ -47,13 +48,13 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
     if isinstance(data, Tensor):
         data = [data]
     refuse_other_than_batches(data)
-    left = limit
+    left, allowed = limit, AllowedBatches(analysis)
     for number, batch in enumerate(data):
         values = _fitted(analysis, batch, number)
         # Lists hold whole samples: their tensors have none to be left out.
         is_whole = analysis.takes_lists or _has_bags(analysis)
         size = analysis.samples_in(values) if analysis.takes_lists or analysis.is_single else _longest(values)
-        if left is not None and size > left and not is_whole:
+        if left is not None and size > left and not is_whole and left in allowed:
             values = [map_leaves(partial(_first, size, left), value) for value in values]
         if size:
             yield values
@@ -66,8 +67,8 @@ def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) ->
 
     What is computed from each batch by itself is then the same however data are cut, and a single sample, for which
     some ops take another way, is not run alone. There are as many samples in each batch as the largest result of an op
-    allows in memory, at most 512. Batches stay as they are where inputs have no batch, where the graph takes no other
-    batch size, and where what it does depends on values, or values tell where each of some bags begins.
+    allows in memory, at most 512. Batches stay as they are where inputs have no batch, where the graph does not take
+    every other batch size, and where what it does depends on values, or values tell where each of some bags begins.
 
     Args:
         analysis: the graph that takes them.
@@ -79,6 +80,9 @@ def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) ->
         yield from map(list, batches)
         return
     most = min(most, _samples_at_once(analysis, analysis.batch.size))
+    if not AllowedBatches(analysis).all_in(range(2, 2 * most + 1)):
+        yield from map(list, batches)
+        return
     waiting: list[Sequence[Any]] = []
     for values in batches:
         if _common_length(values) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,7 +15,7 @@ from fxwidth.recording.readonly_runs import copies, left_as_it_is
 from fxwidth.runtime.finiteness import accumulation_dtype
 from fxwidth.runtime.pytrees import deep_tensors
 from fxwidth.runtime.tensor_slots import substituted, tensor_slots
-from fxwidth.statistics.synthetic_inputs import Draw, products_per_sample
+from fxwidth.statistics.synthetic_inputs import Draw, Draws, products_per_sample
 from fxwidth.work_progress import each
 
 # How far noise is moved, in its standard deviations, in how many steps at most and at least.
@@ -23,7 +24,7 @@ _DISTANCE, _STEPS, _FEWEST = 0.5, 5, 2
 _EFFORT = 60
 
 
-def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: int) -> Iterator[list[Any]]:
+def impressions(analysis: Analysis, draws: Draws | Sequence[Draw], work: float, seed: int) -> Iterator[list[Any]]:
     """Yield batches of noise, of which what stands for images is moved to where the network's outputs differ.
 
     What a trained network has kept of its data is what it answers by. Noise is moved a little, within its own spectrum
@@ -44,20 +45,24 @@ def impressions(analysis: Analysis, draws: Iterable[Draw], work: float, seed: in
     generator = torch.Generator().manual_seed(seed)
     # A run, and the gradient with respect to its inputs.
     affordable = _EFFORT * work / max(1.0, 2 * products_per_sample(analysis))
-    for draw in draws:
+    for number, draw in enumerate(draws):
         steps = int(min(_STEPS, affordable // draw.samples))
         moves = draw.movable and analysis.record is None and steps >= _FEWEST
-        yield _moved(analysis, draw, steps, generator) if moves else draw.batch()
+        told = each(range(steps if moves else 1), "drawing inputs", part=(number, len(draws)))
+        batch = _moved(analysis, draw, told, steps, generator) if moves else draw.batch()
+        # Where there is no gradient, steps are left over.
+        deque(told, maxlen=0)
+        yield batch
 
 
-def _moved(analysis: Analysis, draw: Draw, steps: int, generator: torch.Generator) -> list[Any]:
+def _moved(analysis: Analysis, draw: Draw, told: Iterable[int], steps: int, generator: torch.Generator) -> list[Any]:
     """Return the inputs made of moved noise, or those of the noise as it was where there is no gradient."""
     ways = _OutputDirections(generator)
     with torch.inference_mode(False), left_as_it_is(analysis.module), _without_gradients(analysis):
         white = [leaf.clone() for leaf in draw.white]
         moving = [leaf.requires_grad_() for leaf, moves in zip(white, draw.moving, strict=True) if moves]
         optimizer = torch.optim.Adam(moving, lr=_DISTANCE / steps)
-        for _ in each(range(steps), "drawing inputs"):
+        for _ in told:
             with torch.enable_grad():
                 values = draw.batch(white)
                 gradients = _gradients(analysis, values, moving, ways)

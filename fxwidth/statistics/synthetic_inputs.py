@@ -16,6 +16,7 @@ from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family
 from fxwidth.rules.op_families import Convolution
 from fxwidth.runtime.pytrees import Structure, flatten, rebuild
+from fxwidth.statistics.allowed_batches import AllowedBatches
 from fxwidth.statistics.integer_inputs import Between, Offsets, Rows, Source, has_batch, integer_sources, is_image
 from fxwidth.statistics.integer_uses import uses_of
 from fxwidth.statistics.observation_points import Measure, Probe
@@ -29,6 +30,8 @@ _ROWS_PER_IMAGE = 8
 # How many numbers there may be in the largest activation of a batch, and in all that is kept: the inputs, and what a
 # gradient needs of a batch.
 _LARGEST_ACTIVATION, _KEPT = 2**25, 2**27
+# How many samples a batch of noise has at least, where the graph is free to take so many.
+_LEAST_BATCH = 16
 # How often an example whose integers must stay is run.
 _MOST_EXAMPLES = 64
 
@@ -62,6 +65,25 @@ class Draw:
         """Return one value per placeholder, of this noise or of other in its place."""
         leaves = zip(self.white if white is None else white, self.smooth, self.levels, strict=True)
         return list(rebuild(self.structure, [_finished(*leaf) for leaf in leaves]))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Batches of inputs, drawn as they are gone through, which is done once.
+
+    Attributes:
+        count: how many there are.
+        draws: the batches.
+    """
+
+    count: int
+    draws: Iterator[Draw]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Draw]:
+        return self.draws
 
 
 @dataclass(frozen=True)
@@ -110,8 +132,8 @@ class _Leaf:
 
 def noise_draws(
     analysis: Analysis, probes: Sequence[Probe], seed: int, work: float, *, cautious: bool = False
-) -> Iterator[Draw]:
-    """Yield Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
+) -> Draws:
+    """Return Gaussian inputs: enough for the covariances the probes ask for, within a number of products.
 
     Images are smooth as natural ones are; all other inputs are white. Where weights belong to places of an image, as in
     a dense layer on all of it, every other batch is white too: patches of images are alike, whole images are not, and
@@ -135,7 +157,9 @@ def noise_draws(
     kinds = 2 if any(places) else 1
     movable = any(leaf.is_image and leaf.levels is None for leaf in leaves) and not any(places)
     guarded = any(node.target == "_guards_fn" for node in analysis.module.graph.nodes)
+    allowed = AllowedBatches(analysis)
     is_free = bool(analysis.batch) and not guarded and not has_counts and bags is None
+    is_free = is_free and allowed.largest(_LEAST_BATCH) >= _LEAST_BATCH
     wanted = _samples_wanted(probes, recorded, _ROWS_PER_IMAGE if any(smooth) else None)
     # Batches as small as the example's take long for what they tell.
     has_more = is_free and not movable
@@ -144,7 +168,10 @@ def noise_draws(
     samples = max(16, min(_MORE * wanted if has_more else wanted, affordable, held))
     most = _largest_batch(analysis) if is_free else recorded
     runs = kinds * -(-samples // (kinds * most))
-    size = max(16, -(-samples // runs)) if is_free else recorded
+    size = max(_LEAST_BATCH, -(-samples // runs)) if is_free else recorded
+    if is_free and size not in allowed:
+        size = allowed.largest(size)
+        runs = kinds * -(-samples // (kinds * size))
     generators: dict[torch.device, torch.Generator] = {}
 
     def drawn(leaf: _Leaf) -> Tensor:
@@ -153,9 +180,15 @@ def noise_draws(
         return leaf.white(size if is_free and has_batch(analysis, leaf.example) else None, generator)
 
     levels = tuple(leaf.levels for leaf in leaves)
-    for _ in range(min(runs, _MOST_EXAMPLES) if has_counts else runs):
-        yield Draw(size, tuple(map(drawn, leaves)), smooth, levels, movable, structure)
-        smooth = tuple(now ^ swaps for now, swaps in zip(smooth, places, strict=True))
+    count = min(runs, _MOST_EXAMPLES) if has_counts else runs
+
+    def draws() -> Iterator[Draw]:
+        now = smooth
+        for _ in range(count):
+            yield Draw(size, tuple(map(drawn, leaves)), now, levels, movable, structure)
+            now = tuple(one ^ swaps for one, swaps in zip(now, places, strict=True))
+
+    return Draws(count, draws())
 
 
 def _sources(analysis: Analysis, cautious: bool) -> list[Source | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import fx
 
 from fxwidth.analysis.axis_propagation import analyze_axes
 from fxwidth.analysis.data_dependent_runs import record_values
+from fxwidth.analysis.free_outputs import FreeOutputs, checked, refuse_unknown
 from fxwidth.analysis.input_specs import (
     input_specs,
     integer_examples,
@@ -26,15 +27,21 @@ from fxwidth.frontends.call_signature import Call, call_of
 from fxwidth.frontends.placeholder_calls import bound_to_placeholders
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
-from fxwidth.recording.graph_meta import AXES, EXAMPLES, INPUTS, VALUES, InMemory, notes_of
+from fxwidth.recording.graph_meta import AXES, EXAMPLES, FREE_OUTPUTS, INPUTS, VALUES, InMemory, notes_of
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import tensor_slots
+from fxwidth.work_progress import Progress, listening, tell
 
 
 def analyze(
-    gm: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    free_outputs: bool | str | Collection[str] | None = None,
+    progress: Progress = True,
 ) -> WidthGraph:
     """Find the channel groups of a graph: what can be resized, what is coupled with what, what is pinned and why.
 
@@ -42,9 +49,14 @@ def analyze(
         gm: a graph from `fxwidth.trace`, or any GraphModule.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+        free_outputs: whether the sizes of what the model returns may change, since whoever reads it follows: True for
+            all outputs, or the names of some, such as "features" or "0", which stand for all that is inside of them.
+            The graph remembers it, so that plans and resizes go by it; None is what it remembers, False pins all again.
+            Batches, positions and what a model returns in training alone stay.
+        progress: as for `fxwidth.trace`.
 
     Raises:
-        FxwidthError: no shapes are known, or the graph does not run on them.
+        FxwidthError: no shapes are known, or the graph does not run on them; or no output has such a name.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -54,12 +66,17 @@ def analyze(
         0      16     hidden  2        1
         0:1    8      input   0        1        pinned: it must equal a dimension of fixed size...
         2      4      output  2        0        pinned: the size of the model's output (model output)
+        a group is named after the first layer that writes it, or else reads it...
     """
-    return WidthGraph(analyze_module(gm, example_inputs, example_kwargs))
+    free = None if free_outputs is None else checked(free_outputs)
+    return listening(progress, lambda: WidthGraph(analyze_module(gm, example_inputs, example_kwargs, free)))
 
 
 def analyze_module(
-    module: fx.GraphModule, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    module: fx.GraphModule,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    free: FreeOutputs | None = None,
 ) -> Analysis:
     """Analyse a graph on the given inputs or on the shapes it carries, and remember those shapes.
 
@@ -71,25 +88,36 @@ def analyze_module(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
     call = call_of(example_inputs, example_kwargs)
+    tell("analysing")
     with without_collections():
         transaction = Transaction(module, is_run_only=True)
-    return transaction.run(partial(_analyzed, module, call))
+    return transaction.run(partial(_analyzed, module, call, free))
 
 
-def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
+def _analyzed(module: fx.GraphModule, call: Call | None, free: FreeOutputs | None) -> Analysis:
     specs = input_specs(module, call)
+    before: FreeOutputs = notes_of(module).get(FREE_OUTPUTS, ())
+    free = before if free is None else free
+    if free != before and AXES in notes_of(module):
+        raise FxwidthError(
+            "which outputs are free is remembered as long as a group is of width one; grow it, or pass free_outputs= "
+            "before the resize that makes it so narrow."
+        )
     try:
-        analysis = _of_a_batch(module, specs, call)
+        analysis = _of_a_batch(module, specs, call, free)
     except FxwidthError as error:
         moved = where_module_is(specs, module) if call is None else None
         if moved is None:
             raise
         try:
-            analysis = _of_a_batch(module, moved, call)
+            analysis = _of_a_batch(module, moved, call, free)
         except FxwidthError:
             raise error from error.__cause__
         specs = moved
+    refuse_unknown(free, analysis)
     found: dict[str, Any] = {INPUTS: specs}
+    if free != before:
+        found[FREE_OUTPUTS] = free
     if call is not None:
         found[EXAMPLES] = InMemory(integer_examples(analysis, bound_to_placeholders(module, call)))
     notes = notes_of(module)
@@ -98,30 +126,33 @@ def _analyzed(module: fx.GraphModule, call: Call | None) -> Analysis:
     return analysis
 
 
-def _of_a_batch(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
+def _of_a_batch(module: fx.GraphModule, specs: list[Any], call: Call | None, free: FreeOutputs) -> Analysis:
     """Analyse a graph with a batch of two where the specs have a batch of one, if it takes that."""
     doubled = with_batch_of_two(specs)
     if doubled is not None:
         with suppress(FxwidthError):
-            return _analyze(module, doubled, call)
-    return _analyze(module, specs, call)
+            return _analyze(module, doubled, call, free)
+    return _analyze(module, specs, call, free)
 
 
-def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None) -> Analysis:
+def _analyze(module: fx.GraphModule, specs: list[Any], call: Call | None, free: FreeOutputs) -> Analysis:
     """Analyse a graph, by what is on record of its axes if there are groups of width one."""
     known = notes_of(module).get(AXES)
+    by_rules = partial(_by_rules, free)
     if known is None:
-        return _with_values(_by_rules, module, specs, call)
+        return _with_values(by_rules, module, specs, call)
     try:
         return _with_values(partial(follow_axes, known), module, specs, call)
     except OtherGraphError as error:
-        analysis = _with_values(_by_rules, module, specs, call)
+        analysis = _with_values(by_rules, module, specs, call)
         analysis.lost = lost_groups(known, error)
         return analysis
 
 
-def _by_rules(module: fx.GraphModule, specs: list[Any], record: ValueRecord | None = None) -> Analysis:
-    analysis = analyze_axes(module, specs, record)
+def _by_rules(
+    free: FreeOutputs, module: fx.GraphModule, specs: list[Any], record: ValueRecord | None = None
+) -> Analysis:
+    analysis = analyze_axes(module, specs, record, free)
     pin_what_is_written_in(analysis)
     return analysis
 

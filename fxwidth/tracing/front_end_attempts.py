@@ -15,7 +15,7 @@ from fxwidth.frontends.call_signature import Argument, Call, arguments_of
 from fxwidth.frontends.eager_answers import answering_as_in_eager_mode
 from fxwidth.frontends.export import exported_graph
 from fxwidth.frontends.export_otherwise import exported_otherwise, warn_of_other_way
-from fxwidth.frontends.own_faults import own_fault, told
+from fxwidth.frontends.own_faults import advice, own_fault, told
 from fxwidth.frontends.own_modes import OwnModes, own_modes, warn_of_own_methods
 from fxwidth.frontends.state_names import keep_names
 from fxwidth.frontends.symbolic import graph_with_leaves, one_call, symbolic_graph
@@ -24,11 +24,14 @@ from fxwidth.frontends.untraceable import refuse_names
 from fxwidth.rewriting.model_runs import differs_from_model
 from fxwidth.runtime.trace_guards import UntraceableError
 from fxwidth.tracing.analyze import analyze_module
+from fxwidth.work_progress import tell
 
 _SYMBOLIC, _EXPORT, _LEAVES = "torch.fx.symbolic_trace", "torch.export", "torch.fx.symbolic_trace with leaves"
 _ONE_CALL = "one call of the model"
 _OTHERWISE = "torch.export of what the model does when it is exported"
 _EXPORTS = (_EXPORT, _OTHERWISE)
+# Of so many modules an export takes a second, of a transformer's on one core.
+_MANY = 50
 
 
 def traced(model: nn.Module, call: Call | None) -> tuple[fx.GraphModule, Analysis]:
@@ -95,6 +98,7 @@ class _Attempts:
 
     def make(self, name: str, front_end: Tracer) -> tuple[Traced, Analysis] | None:
         """Return the graph that a front end makes, or None where it fails or its graph does not run."""
+        tell(f"tracing by {name}", is_long=name in _EXPORTS and sum(1 for _ in self.model.modules()) >= _MANY)
         try:
             traced = in_both_modes(self.model, front_end, self.own, takes_leaves=name not in _EXPORTS)
             keep_names(self.model, traced.module)
@@ -129,9 +133,13 @@ class _Attempts:
         """Return the error that says why no front end can trace the model."""
         fault = own_fault(self.model, self.call)
         if self.unusable is not None:
-            if fault is None or fault.place is None:
+            place = f" The model itself fails so: {fault.place}." if fault is not None and fault.place else ""
+            # A graph may have ops in the place of layers, which tell less.
+            is_told = any(words in str(self.unusable) for words in ("the first layer", "looks like labels"))
+            remedy = "" if is_told else advice(self.model, self.call)
+            if not place + remedy:
                 return self.unusable
-            placed = FxwidthError(f"{self.unusable} The model itself fails so: {fault.place}.")
+            placed = FxwidthError(f"{self.unusable}{place}{remedy}")
             placed.__cause__ = self.unusable
             return placed
         if fault is not None:

@@ -21,10 +21,15 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.front_end_attempts import traced
+from fxwidth.work_progress import Progress, listening
 
 
 def trace(
-    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: Progress = True,
 ) -> fx.GraphModule:
     """Return a model as an fx graph that records the shapes of its inputs.
 
@@ -46,6 +51,8 @@ def trace(
             lists, dicts and other objects with tensors in them. Of tensors only shapes and dtypes matter, and only the
             first dim, the batch, may differ later. Needless when the graph carries shapes or its first layers tell.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
+        progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
+            function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.
 
     Raises:
         FxwidthError: the model cannot be traced, or does not run on the inputs.
@@ -55,6 +62,17 @@ def trace(
         >>> gm = fxwidth.trace(net, torch.randn(2, 8))
         >>> gm(torch.randn(5, 8)).shape
         torch.Size([5, 4])
+    """
+    return listening(progress, lambda: traced_model(model, example_inputs, example_kwargs))
+
+
+def traced_model(
+    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
+    """Do what `trace` does, as a part of other work.
+
+    Raises:
+        FxwidthError: as for `trace`.
     """
     if not isinstance(model, nn.Module):
         raise FxwidthError(

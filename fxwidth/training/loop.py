@@ -303,9 +303,9 @@ class _Training:
 
 def free_widths(gm: GraphModule) -> dict[str, int]:
     """Return the widths of the channel groups that can be resized, by name."""
-    return {group.name: group.width for group in analyze(gm).groups if group.pinned is None}
+    return {group.name: group.width for group in analyze(gm, progress=False).groups if group.pinned is None}
 
 
 def all_widths(gm: GraphModule) -> dict[str, int]:
     """Return the widths of all channel groups, pinned ones too, by name."""
-    return {group.name: group.width for group in analyze(gm).groups}
+    return {group.name: group.width for group in analyze(gm, progress=False).groups}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxwidth
+from fxwidth import work_progress
 from fxwidth.commands import changing, looking
 from fxwidth.commands.app import app
+from fxwidth.groups.group_names import named
 
 OWN = """
 import torch
@@ -105,6 +109,44 @@ def test_inspect_tells_groups_kinds_reasons_and_costs(folder: Path) -> None:
     assert "own_models:with_inputs: 212 parameters, 768 flops, 1 of 3 groups are free" in text
     assert "the size of the model's output" in text
     assert "effective rank" in text
+
+
+def test_every_name_that_inspect_prints_can_be_kept(folder: Path) -> None:
+    (folder / "own_blocks.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def block(width):\n    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8))\n"
+        "def net():\n    widths = (16, 16, 12, 16)\n"
+        "    return nn.Sequential(*map(block, widths), nn.LSTM(8, 6)), torch.randn(2, 5, 8)\n"
+    )
+    tables = run("inspect", "own_blocks:net").split("Layers (each)")[0].split("\n\n")
+    rows = [line for table in tables for line in table.splitlines() if re.match(r"\S+  +\d+  ", line)]
+    names = list(dict.fromkeys(row.split()[0] for row in rows))
+    assert {"0..1,3.0", "2.0"} <= set(names)
+    groups = {group["name"]: bool(group["pinned"]) for group in data("inspect", "own_blocks:net")["groups"]}
+    free = {name for name, pinned in groups.items() if not pinned}
+    for name in names:
+        result = CliRunner().invoke(app, ["plan", "own_blocks:net", "--ratio", "0.5", "--keep", name, "--json"])
+        assert result.exit_code == 0, result.output
+        kept = free - json.loads(result.stdout)["widths"].keys()
+        assert kept == set(named(name, free))
+        assert name != "0..1,3.0" or kept == {"0.0", "1.0", "3.0"}
+
+
+def test_off_a_terminal_lines_on_standard_error_tell_how_far_long_work_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = list(logging.getLogger("fxwidth.work_progress").handlers)
+    quick = CliRunner().invoke(app, ["plan", "own_models:with_inputs", "--params", "0.5", "--json"])
+    assert (quick.exit_code, quick.stderr) == (0, "")
+    seconds = iter(i * 0.6 for i in range(10**6))
+    monkeypatch.setattr(work_progress.time, "monotonic", lambda: next(seconds))
+    slow = CliRunner().invoke(app, ["plan", "own_models:with_inputs", "--params", "0.5", "--json"])
+    assert slow.stdout == quick.stdout
+    found = slow.stderr.splitlines()
+    assert found
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d [a-z].*", line) for line in found)
+    assert any(line.split(" ", 1)[1].startswith("analysing: ") for line in found)
+    assert logging.getLogger("fxwidth.work_progress").handlers == handlers
 
 
 def test_sizes_alone_need_no_weights() -> None:

@@ -64,7 +64,7 @@ def test_shapes_are_asked_for_by_name() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 3), (3, 8)])
 def test_wrong_shapes_name_the_node(shape: tuple[int, ...]) -> None:
-    with pytest.raises(FxwidthError, match=r"the graph fails at node '_0' on inputs of shapes .* Pass example_inputs"):
+    with pytest.raises(FxwidthError, match=r"takes .*: pass example_inputs such as .* The graph fails at node '_0'"):
         fxwidth.trace(convnet(), torch.randn(shape))
 
 

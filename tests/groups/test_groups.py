@@ -98,7 +98,7 @@ def test_unknown_names_bring_the_nearest(block):
     with pytest.raises(FxwidthError) as caught:
         block["expnd"]
     assert str(caught.value) == (
-        "there is no channel group 'expnd'; did you mean 'expand', 'head'? print(fxwidth.analyze(gm)) lists all groups."
+        "there is no channel group 'expnd'; did you mean 'expand'? print(fxwidth.analyze(gm)) lists all groups."
     )
 
 
