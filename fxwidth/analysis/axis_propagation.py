@@ -55,6 +55,7 @@ class NodeInterpreter(fx.Interpreter):
         """Run one node."""
         tell("analysing", len(self._analysis.node_calls), len(self._analysis.module.graph.nodes), is_inside=True)
         self._recorder.begin(n.name)
+        self._analysis.computed_sizes = self._sizes_taken(n)
         first = len(self._recorder.calls)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         if getattr(module, "_modules", None):
@@ -69,6 +70,11 @@ class NodeInterpreter(fx.Interpreter):
         # As they are now: a later op may give the tensor other dims in place.
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
+
+    def _sizes_taken(self, node: fx.Node) -> frozenset[int]:
+        """Return the numbers that a node takes from others: those depend on the sizes of inputs."""
+        values = (self.env.get(source) for source in node.all_input_nodes)
+        return frozenset(value for value in values if type(value) is int)
 
     def keeping(self, held: Held) -> dict[str, list[Tensor]]:
         """Return the nodes whose modules keep tensors of this run, with what their next calls read."""
@@ -290,6 +296,7 @@ def apply_rule(analysis: Analysis, call: OpCall) -> None:
     space = analysis.space
     space.context = call.place
     call.axes = {tensor: analysis.axes_of(tensor) for tensor in call.inputs}
+    call.computed = analysis.computed_sizes
     if not outputs:
         return
     axes, reason = _axes_by_rule(analysis, call, outputs)

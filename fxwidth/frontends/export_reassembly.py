@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +32,14 @@ _DROPPED = (aten._assert_tensor_metadata.default,)
 
 @dataclass(frozen=True)
 class Program:
-    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model."""
+    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model.
+
+    Those in `of_ones` are that some sizes are not one, with the dims that have them.
+    """
 
     module: fx.GraphModule
     guards: Sequence[str]
+    of_ones: Mapping[str, Sequence[tuple[int, int]]]
 
 
 class Region(GraphPart):
