@@ -22,7 +22,7 @@ from fxwidth.runtime.tensor_slots import substituted, tensor_slots
 Shapes = list[tuple[int, ...]]
 
 # By which others sizes are replaced, in turn: conditions of a graph are bounds, or ask for multiples.
-_OTHERS: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size // 2)
+_OTHERS: tuple[Callable[[int], int], ...] = (lambda size: 2 * size, lambda size: size + 1, lambda size: size // 2)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,6 @@ def test_a_resize_that_would_lose_other_sizes_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("fxwidth.rules.slicing._pin_if_computed", lambda *_: None)
     table = next(group for group in fxwidth.analyze(gm).free if {site.parameter for site in group.sites} == {"places"})
     before = [tensor.clone() for tensor in gm.state_dict().values()]
-    with pytest.raises(FxwidthError, match=r"\(2, 9, 5\).* no more"):
+    with pytest.raises(FxwidthError, match=r"\(2, 16, 5\).* no more"):
         fxwidth.resize(gm, {table.name: 1}, selection="magnitude", fold=False)
     assert all(torch.equal(one, two) for one, two in zip(gm.state_dict().values(), before, strict=True))
