@@ -11,7 +11,7 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.axes.factors import Axis, axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
-from fxwidth.runtime.pytrees import deep_tensors
+from fxwidth.runtime.pytrees import deep_tensors, named_attributes
 
 FreeOutputs = Literal[True] | tuple[str, ...]
 """All outputs, or those of some names and all that is inside of them."""
@@ -53,7 +53,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(value, (list, tuple)):
         # Of named tuples.
         yield from zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    yield from getattr(value, "__dict__", {}).items()
+    yield from named_attributes(value)
 
 
 def is_freed(name: str, free: FreeOutputs) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxwidth.analysis.free_outputs import output_dims
 from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import Role
 from fxwidth.axes.factors import Factor
@@ -76,6 +75,9 @@ def linear_group(width_graph: WidthGraph, group: ChannelGroup) -> LinearGroup | 
     """Return where the channels of a group are, if any basis is as good as the one they have; else None."""
     analysis, factor, wiring = width_graph.analysis, group.factor, wiring_of(width_graph)
     calls = _calls_by_factor(analysis).get(factor, [])
+    # Whoever reads an output can leave channels out, and knows nothing of a change of basis.
+    if group.name in width_graph.followed:
+        return None
     if not _is_plain(analysis, group) or not all(_is_linear(analysis, call, factor) for call in calls):
         return None
     if any(_is_seen_elsewhere(call, calls) for call in calls if call.func._schema.is_mutable):
@@ -121,9 +123,6 @@ def linear_norms(width_graph: WidthGraph) -> Iterator[InnerNorm]:
 def _is_plain(analysis: Analysis, group: ChannelGroup) -> bool:
     """Tell whether nothing but the ops on its way can keep a group from another basis."""
     if group.pinned is not None or group.mixed is not None:
-        return False
-    # Whoever reads an output can leave channels out, and knows nothing of a change of basis.
-    if any(group.factor in analysis.space.factors(axis) for _, axis in output_dims(analysis)):
         return False
     names = {site.parameter for site in group.sites}
     dtypes = {analysis.parameters[name].tensor.dtype for name in names}

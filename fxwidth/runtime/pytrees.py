@@ -161,7 +161,7 @@ class _Flattener:
         elif isinstance(value, list):
             items = self.open(list(value))
         outside, self._is_state = self._is_state, self._is_state or not is_dataclass(value)
-        attributes = {name: self.open(part) for name, part in _attributes(value)}
+        attributes = {name: self.open(part) for name, part in named_attributes(value)}
         self._is_state = outside
         return Instance(type(value), number, items, attributes)
 
@@ -220,11 +220,12 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value.values()
     elif isinstance(value, list):
         yield from value
-    for _, part in _attributes(value):
+    for _, part in named_attributes(value):
         yield part
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def named_attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of an object by name, those in slots too."""
     yield from getattr(value, "__dict__", {}).items()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())

@@ -38,6 +38,13 @@ class Pair(NamedTuple):
     pooled: Tensor
 
 
+class Slotted:
+    __slots__ = ("hidden",)
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
 class Encoder(nn.Module):
     """Returns hidden states of linear layers, which any basis would do for inside."""
 
@@ -77,6 +84,7 @@ def test_names_are_those_by_which_a_caller_finds_tensors() -> None:
     names = output_names({"y": one, "rest": [two, Pair(three, four)], "again": one, "none": None})
     assert names == {one: "y", two: "rest.0", three: "rest.1.hidden", four: "rest.1.pooled"}
     assert output_names(one) == {one: "output"}
+    assert output_names([Slotted(two)]) == {two: "0.hidden"}
 
 
 @pytest.mark.parametrize(
