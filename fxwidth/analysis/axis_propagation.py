@@ -15,6 +15,7 @@ from fxwidth.analysis.free_outputs import FreeOutputs, is_freed, output_names
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.next_calls import kept_and_read
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
+from fxwidth.analysis.size_reads import of_other_inputs
 from fxwidth.analysis.training_calls import ModuleRun, follow_other_answer, follow_training
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor, axis_size, bare_factor, constant
@@ -72,9 +73,13 @@ class NodeInterpreter(fx.Interpreter):
         return value
 
     def _sizes_taken(self, node: fx.Node) -> frozenset[int]:
-        """Return the numbers that a node takes from others: those depend on the sizes of inputs."""
-        values = (self.env.get(source) for source in node.all_input_nodes)
-        return frozenset(value for value in values if type(value) is int)
+        """Return the numbers that a node takes from others and that are others for other inputs."""
+        space, axes_of = self._analysis.space, self._analysis.axes_of
+        return frozenset(
+            self.env[source]
+            for source in node.all_input_nodes
+            if type(self.env.get(source)) is int and of_other_inputs(source, self.env, space, axes_of)
+        )
 
     def keeping(self, held: Held) -> dict[str, list[Tensor]]:
         """Return the nodes whose modules keep tensors of this run, with what their next calls read."""

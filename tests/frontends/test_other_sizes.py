@@ -127,6 +127,44 @@ def test_rows_that_other_lengths_take_are_no_channels() -> None:
         assert "a size of the inputs says" in told
 
 
+class Gates(nn.Module):
+    """Gates one half of its channels with the other, and adds as many rows of a table as there are positions."""
+
+    def __init__(self, read: Callable[[Tensor, int], int]) -> None:
+        super().__init__()
+        self.read = read
+        self.places = nn.Parameter(torch.zeros(20, 8))
+        self.up, self.down = nn.Linear(5, 16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        half = self.read(h, -1) // 2
+        return self.down(h[..., :half] * h[..., half:].sigmoid() + self.places[: self.read(h, 1)])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda h, dim: h.shape[dim],
+        lambda h, dim: h.size(dim),
+        lambda h, dim: h.size(dim=dim),
+        lambda h, dim: h.size()[dim],
+    ],
+)
+def test_half_of_the_channels_is_no_size_of_the_input(read: Callable[[Tensor, int], int]) -> None:
+    gm = fxwidth.trace(made(lambda: Gates(read)), rows(6))
+    graph = fxwidth.analyze(gm)
+    rest = [group for group in graph.free if "up.weight" in {site.parameter for site in group.sites}]
+    assert [group.width for group in rest] == [8]
+    assert "a size of the inputs says" in graph.why_pinned(
+        next(name for name in ("places", "places:0") if name in graph)
+    )
+    narrow = fxwidth.resize(gm, {group.name: 5 for group in rest})
+    assert narrow is not None
+    assert gm.up.out_features == 10
+    assert gm(rows(9)).shape == (2, 9, 3)
+
+
 def test_what_takes_one_length_alone_says_so() -> None:
     model = made(Whole)
     gm = fxwidth.trace(model, rows(6))
