@@ -86,6 +86,7 @@ class Analysis:
     output_names: list[str] = field(default_factory=list)
     states: set[Tensor] = field(default_factory=set)
     effects: dict[str, str] = field(default_factory=dict)
+    computed_sizes: frozenset[int] = frozenset()
     is_single: bool = False
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     in_training: list[tuple[Tensor, Tensor]] = field(default_factory=list)

@@ -64,6 +64,7 @@ UNALIGNED = "two factorings of one dimension cannot be aligned"
 HELD = "it is a dimension of a tensor that the model holds as a constant"
 OUTPUT = "the size of the model's output"
 UNUSED = "the graph never uses this parameter"
+BY_SIZE = "it is cut where a size of the inputs says"
 BATCH = "it is the batch dimension"
 BATCH_DIVIDED = "the batch dimension is divided"
 SELF_CONTAINED = "a dimension would contain itself"
@@ -134,6 +135,7 @@ REMEDIES = {
     SELF_CONTAINED: _REWRITE,
     HELD: "Hold the tensor as a parameter or a buffer of a module: these are resized with the rest.",
     UNUSED: "Use it in forward, or delete it; what runs in training alone is not in a graph traced in eval mode.",
+    BY_SIZE: "Nothing, while inputs of other sizes take other parts of it, as of a table of positions.",
     BATCH: "Nothing: the batch belongs to the callers.",
     BATCH_DIVIDED: "Keep the batch a dimension of its own: reshape the others and leave the first as it is.",
     MADE: "Make the tensor with zeros, ones, full or expand where all its entries along the dimension are alike.",

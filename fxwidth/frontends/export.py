@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
-from fxwidth.frontends.batch_of_one import SizeQuestions
 from fxwidth.frontends.call_signature import (
     Argument,
     has_own_call,
@@ -36,6 +35,8 @@ from fxwidth.frontends.forgotten_state import (
     same_changes,
 )
 from fxwidth.frontends.random_draws import refusing_draws
+from fxwidth.frontends.size_questions import SizeQuestions
+from fxwidth.frontends.sizes_of_one import allow_ones
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions, quiet
 from fxwidth.runtime.kept_objects import Change
@@ -89,7 +90,10 @@ def exported_graph(
         except Exception:
             program = _program(model, forward, examples, told)
         refuse_guarded(program.guards, examples)
-    return Reassembly(program, arguments, structures, answers[-1]).run()
+    graph = Reassembly(program, arguments, structures, answers[-1]).run()
+    graph.train(model.training)
+    allow_ones(graph, model, arguments, structures, examples, program.of_ones)
+    return graph
 
 
 def _program(
@@ -113,7 +117,6 @@ def _program(
         return result
 
     shell = _with_forward(model, watched)
-    dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
         held = stack.enter_context(restored(model))
         for context in (
@@ -123,18 +126,36 @@ def _program(
         ):
             stack.enter_context(context)
 
-        def exported() -> torch.export.ExportedProgram:
+        def exported(dims: Sequence[Any]) -> torch.export.ExportedProgram:
             with heeding_interruptions():
-                return torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+                return torch.export.export(shell, tuple(leaves), dynamic_shapes=(tuple(dims),), strict=False)
 
-        program = exported()
+        dynamic = [_dynamic(leaf.shape) for leaf in leaves]
+        try:
+            program = exported(dynamic)
+        except UntraceableError:
+            raise
+        except Exception:
+            # Some code goes with any batch, and with no other size.
+            batches = [_dynamic(leaf.shape[:1]) for leaf in leaves]
+            if batches == dynamic:
+                raise
+            questions.forget()
+            dynamic = batches
+            program = exported(dynamic)
         _refuse_transforms(program.graph)
         refuse_computed_outside(held, watch.is_table)
         first = list(changes)
         leave(first)
-        if first and (str(exported().graph) != str(program.graph) or not same_changes(first, changes)):
+        if first and (str(exported(dynamic).graph) != str(program.graph) or not same_changes(first, changes)):
             raise progress(first[0])
-        return Program(program.module(), _guards(program, questions))
+        of_ones = questions.guards(_own_values(program))
+        return Program(program.module(), [*_guards(program), *of_ones], of_ones)
+
+
+def _dynamic(shape: Sequence[int]) -> dict[int, Any] | None:
+    """Return which dims of an input may be of other sizes: all that are not one, unless the model's code says no."""
+    return {dim: torch.export.Dim.AUTO for dim, size in enumerate(shape) if size > 1} or None
 
 
 def _with_forward(model: nn.Module, forward: Callable[..., list[Any]]) -> nn.Module:
@@ -149,13 +170,17 @@ def _with_forward(model: nn.Module, forward: Callable[..., list[Any]]) -> nn.Mod
     return shell
 
 
-def _guards(program: torch.export.ExportedProgram, questions: SizeQuestions) -> list[str]:
+def _guards(program: torch.export.ExportedProgram) -> list[str]:
     """Return the conditions under which a program is the model, on `leaves`."""
     # How a tensor lies in memory changes nothing of what is computed.
     kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
+    return [guard.replace("L['leaves']", "leaves") for guard in kept]
+
+
+def _own_values(program: torch.export.ExportedProgram) -> list[Tensor]:
+    """Return the symbolic tensors that stand for the inputs."""
     placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    own = [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
-    return [*(guard.replace("L['leaves']", "leaves") for guard in kept), *questions.guards(own)]
+    return [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
 
 
 def _refuse_transforms(graph: fx.Graph) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +27,21 @@ from fxwidth.runtime.pytrees import Leaf, Structure
 from fxwidth.runtime.trace_guards import UntraceableError
 
 aten = torch.ops.aten
+_ONE_SIZE = re.compile(r"leaves\[(?P<leaf>\d+)\]\.size\(\)\[(?P<dim>\d+)\] == (?P<size>\d+)")
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
 _DROPPED = (aten._assert_tensor_metadata.default,)
 
 
 @dataclass(frozen=True)
 class Program:
-    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model."""
+    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model.
+
+    Those in `of_ones` are that some sizes are not one, with the dims that have them.
+    """
 
     module: fx.GraphModule
     guards: Sequence[str]
+    of_ones: Mapping[str, Sequence[tuple[int, int]]]
 
 
 class Region(GraphPart):
@@ -93,7 +99,8 @@ class Reassembly:
         ]
         set_kinds(self._graph, ((argument.name, argument.kind) for argument in self._arguments))
         shapes = [_known_shape(leaf.meta["val"]) for leaf in leaves]
-        checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, self._guards), nodes)
+        guards = _without_sizes(self._guards, shapes)
+        checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, guards), nodes)
         direct = {part.position: i for i, part in enumerate(self._structures) if isinstance(part, Leaf)}
         return [
             nodes[direct[i]] if i in direct else self._graph.call_function(operator.getitem, (checked, i))
@@ -185,6 +192,19 @@ def _drop_checks(body: fx.GraphModule) -> None:
         if isinstance(part, fx.GraphModule):
             _drop_checks(part)
     body.recompile()
+
+
+def _without_sizes(guards: Sequence[str], shapes: Sequence[list[int | None] | None]) -> list[str]:
+    """Return conditions without those that a size is some number, which shapes take."""
+    rest = []
+    for guard in guards:
+        found = _ONE_SIZE.fullmatch(guard)
+        shape = shapes[int(found["leaf"])] if found else None
+        if found is None or shape is None:
+            rest.append(guard)
+        else:
+            shape[int(found["dim"])] = int(found["size"])
+    return rest
 
 
 def _known_shape(value: Any) -> list[int | None] | None:

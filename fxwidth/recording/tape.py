@@ -64,6 +64,7 @@ class OpCall:
     pins_if_used: list[tuple[Tensor, Axis, str]] = field(default_factory=list)
     recorded: Any = None
     part: str = ""
+    computed: frozenset[int] = frozenset()
     inputs: list[Tensor] = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
     layouts: dict[Tensor, tuple[tuple[int, ...], int]] = field(init=False)
