@@ -32,10 +32,17 @@ CALL_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs b
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a model."""
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: those by position.
+        kwargs: those by name.
+        is_of_one_size: whether an export for it keeps all its sizes but the batch.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    is_of_one_size: bool = False
 
     @property
     def value(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -279,6 +286,12 @@ class Inputs(nn.Module):
         others = self.guards_in_training if self.training else None
         refuse_guarded(self.guards if others is None else others, leaves)
         return leaves
+
+
+def takes_other_sizes(module: nn.Module) -> bool:
+    """Tell whether a graph that was exported takes inputs of other sizes than the example's, beside the batch."""
+    checks = getattr(module, INPUTS_MODULE, None)
+    return isinstance(checks, Inputs) and any(None in shape[1:] for shape in checks.shapes if shape is not None)
 
 
 def _is_number(structure: Structure) -> bool:

@@ -55,8 +55,10 @@ def exported_graph(
     arguments: Sequence[Argument],
     device: torch.device,
     told: Callable[[], AbstractContextManager[None]] = answering_as_in_eager_mode,
+    *,
+    is_of_one_size: bool = False,
 ) -> fx.GraphModule:
-    """Return the graph of a model, exported for one form of call and any batch size.
+    """Return the graph of a model, exported for one form of call and any size that the model's own code allows.
 
     It takes the arguments of the model's forward and returns what the model returns. It shares the model's parameters
     and buffers, under their names.
@@ -66,6 +68,7 @@ def exported_graph(
         arguments: those of its forward, with examples or defaults.
         device: where its parameters are.
         told: the context in which the model may ask whether it is exported; by default it is told that it is not.
+        is_of_one_size: whether the graph is to be for any batch, and for no other sizes than the example's.
     """
     leaves, structures = flatten_each((argument.value for argument in arguments), (Tensor,))
     answers: list[Structure] = []
@@ -82,13 +85,13 @@ def exported_graph(
     examples = [leaf.detach().to(device).contiguous() for leaf in leaves]
     doubled = [leaf.repeat(2, *[1] * (leaf.dim() - 1)) if leaf.dim() else leaf for leaf in examples]
     if any(leaf.dim() and leaf.shape[0] != 1 for leaf in examples):
-        program = _program(model, forward, examples, told)
+        program = _program(model, forward, examples, told, is_of_one_size)
     else:
         # A batch of one cannot be told from a dim that is merely broadcast.
         try:
-            program = _program(model, forward, doubled, told)
+            program = _program(model, forward, doubled, told, is_of_one_size)
         except Exception:
-            program = _program(model, forward, examples, told)
+            program = _program(model, forward, examples, told, is_of_one_size)
         refuse_guarded(program.guards, examples)
     graph = Reassembly(program, arguments, structures, answers[-1]).run()
     graph.train(model.training)
@@ -101,6 +104,7 @@ def _program(
     forward: Callable[..., list[Any]],
     leaves: Sequence[Tensor],
     told: Callable[[], AbstractContextManager[None]],
+    is_of_one_size: bool,
 ) -> Program:
     """Export a function of tensors with the parameters of a model, under their names."""
     import torch._dynamo.external_utils  # the exporter would, later
@@ -130,14 +134,14 @@ def _program(
             with heeding_interruptions():
                 return torch.export.export(shell, tuple(leaves), dynamic_shapes=(tuple(dims),), strict=False)
 
-        dynamic = [_dynamic(leaf.shape) for leaf in leaves]
+        batches = [_dynamic(leaf.shape[:1]) for leaf in leaves]
+        dynamic = batches if is_of_one_size else [_dynamic(leaf.shape) for leaf in leaves]
         try:
             program = exported(dynamic)
         except UntraceableError:
             raise
         except Exception:
             # Some code goes with any batch, and with no other size.
-            batches = [_dynamic(leaf.shape[:1]) for leaf in leaves]
             if batches == dynamic:
                 raise
             questions.forget()

@@ -19,7 +19,12 @@ from fxwidth.runtime.trace_guards import UntraceableError
 
 
 def exported_otherwise(
-    model: nn.Module, arguments: Sequence[Argument], device: torch.device, askers: Collection[str]
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    device: torch.device,
+    askers: Collection[str],
+    *,
+    is_of_one_size: bool = False,
 ) -> fx.GraphModule:
     """Return the graph of what a model does when it is exported, if that gives what the model gives.
 
@@ -28,11 +33,12 @@ def exported_otherwise(
         arguments: those of its forward, with examples or defaults.
         device: where its parameters are.
         askers: the Python modules that have asked whether the model is exported.
+        is_of_one_size: as for `exported_graph`.
 
     Raises:
         UntraceableError: the graph gives something else.
     """
-    graph = exported_graph(model, arguments, device, nullcontext)
+    graph = exported_graph(model, arguments, device, nullcontext, is_of_one_size=is_of_one_size)
     values = [argument.value for argument in arguments]
     graph.train(model.training)
     if not give_the_same(model, graph, arguments, values):
