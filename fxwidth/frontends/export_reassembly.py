@@ -86,6 +86,7 @@ class Reassembly:
         result = self._copy(self._exported, known)
         plain, value = native(self._answer, result)
         self._graph.output(value if plain else self._call(OUTPUTS_MODULE, Outputs(self._answer), result))
+        _put_numbers_where_used(self._graph)
         for name, module in self._modules.items():
             self._exported.add_submodule(name, module)
         return fx.GraphModule(self._exported, self._graph, "Exported")
@@ -153,6 +154,36 @@ _CONTEXTS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
     "wrap_with_set_grad_enabled": torch.set_grad_enabled,
     "wrap_with_autocast": torch.autocast,
 }
+
+
+def _put_numbers_where_used(graph: fx.Graph) -> None:
+    """Let numbers be computed right before they are first used.
+
+    The exporter computes them as soon as something asks, in one mode of a model here and in the other there.
+    """
+    last, placed = graph._root, set[fx.Node]()
+
+    def place(node: fx.Node) -> None:
+        nonlocal last
+        for source in node.all_input_nodes:
+            if source not in placed:
+                place(source)
+        placed.add(node)
+        last.append(node)
+        last = node
+
+    for node in list(graph.nodes):
+        if node not in placed and not _is_of_numbers(node):
+            place(node)
+    for node in reversed(list(graph.nodes)):
+        if node not in placed:
+            graph.erase_node(node)
+
+
+def _is_of_numbers(node: fx.Node) -> bool:
+    """Tell whether a node computes a number from numbers."""
+    is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return is_number and node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
 
 
 def _is_graph(source: fx.GraphModule, part: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxwidth.analysis.result import Analysis
+from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import INPUTS_MODULE, Inputs
 from fxwidth.recording.tape import plain_kernels
@@ -37,12 +38,12 @@ class OtherSize:
     inputs: Sequence[Any]
     shapes: Shapes
 
-    def refuse_lost(self, analysis: Analysis, changed: Collection[str]) -> None:
+    def refuse_lost(self, analysis: Analysis, maps: IndexMaps) -> None:
         """Check that the graph, as it is now, takes the inputs as before.
 
         Args:
             analysis: that of the graph as it was.
-            changed: the dims of outputs that have changed, as `outputs_after` names them.
+            maps: the index maps of the resize.
 
         Raises:
             FxwidthError: it fails, or returns results of other sizes.
@@ -57,8 +58,8 @@ class OtherSize:
                 f"resized, the graph would take inputs of shapes {given} no more, as it did: {lines[0].rstrip('.')}. "
                 f"{remedy} Nothing has changed."
             ) from error
-        for name, old, new in zip(analysis.output_names, self.shapes, found, strict=True):
-            kept = [dim for dim in range(len(old)) if f"{name} dim {dim}" not in changed]
+        for output, name, old, new in zip(analysis.outputs, analysis.output_names, self.shapes, found, strict=True):
+            kept = [dim for dim, axis in enumerate(analysis.axes_of(output)) if not maps.changes(axis)]
             if len(old) != len(new) or any(old[dim] != new[dim] for dim in kept):
                 raise FxwidthError(
                     f"resized, the graph would return output {name!r} of shape {new} for inputs of shapes {given}, "

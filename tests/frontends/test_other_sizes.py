@@ -57,6 +57,22 @@ class Sees(Exported):
         return self.d(self.c(torch.cat([F.interpolate(low, scale_factor=2.0), high], 1)).relu())
 
 
+class Normed(Exported):
+    """Norms a batch, which asks in training for more than one value of each channel, and mixes places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.q, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12)
+        self.drop, self.b = nn.Dropout(0.0), nn.Conv2d(4, 2, 1)
+
+    def rest(self, x: Tensor) -> Tensor:
+        h = self.norm(self.q(self.a(x).relu()))
+        n, _, height, width = h.shape
+        q, k, v = h.reshape(n, 3, 4, height * width).unbind(1)
+        mixed = (q.transpose(-1, -2) @ k).softmax(-1) @ v.transpose(-1, -2)
+        return self.b(self.drop(mixed.transpose(-1, -2).reshape(n, 4, height, width)))
+
+
 class Whole(Exported):
     """Has a weight for each position, and so takes one length alone."""
 
@@ -87,6 +103,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Tensor]]] = {
     "lengths": (Attends, [rows(8), rows(1), rows(2, 3), rows(5, 1), rows(24)]),
     # As many positions as there are channels, or as the table has.
     "as long as the table": (lambda: Attends(8), [rows(8), rows(3, 4), rows(1, 1)]),
+    "positions of normed images": (Normed, [images(16, 16), images(9, 12, 3), images(32, 5, 1)]),
     "image sizes": (Sees, [images(16, 16), images(16, 24, 3), images(32, 8), images(20, 20, 1)]),
 }
 
@@ -104,6 +121,18 @@ def test_a_graph_runs_at_all_sizes_of_the_model(name: str) -> None:
     assert type(gm).__name__ == "Exported"
     for x in inputs:
         torch.testing.assert_close(gm(x), model(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_trains_at_all_sizes_of_the_model(name: str) -> None:
+    kind, inputs = CASES[name]
+    model = made(kind)
+    gm = fxwidth.trace(copy.deepcopy(model), inputs[0])
+    for x in inputs:
+        for training in (True, False):
+            torch.testing.assert_close(gm.train(training)(x), model.train(training)(x))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(gm.state_dict()[key], value)
 
 
 @pytest.mark.parametrize("name", CASES)
