@@ -42,7 +42,7 @@ from fxwidth.runtime.contexts import heeding_interruptions, quiet
 from fxwidth.runtime.kept_objects import Change
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import Structure, flatten, flatten_each, rebuild_each
-from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
+from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals, refuse_iterators
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
 
 aten = torch.ops.aten
@@ -131,7 +131,7 @@ def _program(
             stack.enter_context(context)
 
         def exported(dims: Sequence[Any]) -> torch.export.ExportedProgram:
-            with heeding_interruptions():
+            with heeding_interruptions(), heeding_refusals():
                 return torch.export.export(shell, tuple(leaves), dynamic_shapes=(tuple(dims),), strict=False)
 
         batches = [_dynamic(leaf.shape[:1]) for leaf in leaves]

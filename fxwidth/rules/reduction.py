@@ -48,7 +48,7 @@ for _family, *_ops in (
     # Of two results one would have to be told from the other.
     (Reduction("variance"), aten.var_mean, aten.std_mean),
     (_MAXIMUM, aten.amax, aten.amin),
-    (Reduction("maximum"), aten.any, aten.all, aten.logsumexp),
+    (Reduction("maximum"), aten.any, aten.all, aten._is_all_true, aten._is_any_true, aten.logsumexp),
     (Reduction("vector norm", zero_of_zeros=True), aten.linalg_vector_norm, aten.norm),
     (Reduction("product", zero_of_zeros=True), aten.prod),
 ):
