@@ -65,8 +65,8 @@ def _refused(name: str) -> Callable[[TracerProxy], Any]:
 for _name, _write in IN_PLACE.items():
     setattr(TracerProxy, f"__{_name}__", _in_place(_write))
 
-# What Python has other errors for, which code may catch.
-for _name in ("len", "int", "float", "complex", "index"):
+# What Python has other errors for, which code may catch. Not __index__: torch asks for it where it takes proxies too.
+for _name in ("len", "int", "float", "complex"):
     setattr(TracerProxy, f"__{_name}__", _refused(f"{_name}()"))
 
 
