@@ -100,7 +100,7 @@ def made(kind: Callable[[], nn.Module]) -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], list[Tensor]]] = {
-    "lengths": (Attends, [rows(8), rows(1), rows(2, 3), rows(5, 1), rows(24)]),
+    "lengths": (Attends, [rows(8), rows(2, 3), rows(1), rows(5, 1), rows(24)]),
     # As many positions as there are channels, or as the table has.
     "as long as the table": (lambda: Attends(8), [rows(8), rows(3, 4), rows(1, 1)]),
     "positions of normed images": (Normed, [images(16, 16), images(9, 12, 3), images(32, 5, 1)]),
@@ -138,7 +138,8 @@ def test_it_trains_at_all_sizes_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_resized_it_does_what_one_traced_at_another_size_does(name: str) -> None:
     kind, inputs = CASES[name]
-    graphs = [fxwidth.trace(copy.deepcopy(made(kind)), x) for x in inputs if min(x.shape) > 1]
+    graphs = [fxwidth.trace(copy.deepcopy(made(kind)), x) for x in inputs[:2] if min(x.shape) > 1]
+    assert len(graphs) == 2
     plans = [halves(gm) for gm in graphs]
     assert plans[0]
     assert all(plan == plans[0] for plan in plans)
