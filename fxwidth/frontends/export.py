@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -34,6 +34,7 @@ from fxwidth.frontends.forgotten_state import (
     refuse_computed_outside,
     same_changes,
 )
+from fxwidth.frontends.involved_sizes import bounded_effort
 from fxwidth.frontends.random_draws import refusing_draws
 from fxwidth.frontends.size_questions import SizeQuestions
 from fxwidth.frontends.sizes_of_one import allow_ones
@@ -137,11 +138,12 @@ def _program(
         batches = [_dynamic(leaf.shape[:1]) for leaf in leaves]
         dynamic = batches if is_of_one_size else [_dynamic(leaf.shape) for leaf in leaves]
         try:
-            program = exported(dynamic)
+            with bounded_effort() if dynamic != batches else nullcontext():
+                program = exported(dynamic)
         except UntraceableError:
             raise
         except Exception:
-            # Some code goes with any batch, and with no other size.
+            # Some code goes with any batch, and with no other size, or with too much effort.
             if batches == dynamic:
                 raise
             questions.forget()

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 import fxwidth
 from fxwidth import FxwidthError
+from fxwidth.frontends.call_signature import arguments_of, call_of
+from fxwidth.frontends.sizes_of_one import allow_ones
+from fxwidth.runtime.pytrees import flatten_each
 from tests.oracles.judges import randomise
 
 
@@ -193,6 +196,62 @@ def test_half_of_the_channels_is_no_size_of_the_input(read: Callable[[Tensor, in
     assert narrow is not None
     assert gm.up.out_features == 10
     assert gm(rows(9)).shape == (2, 9, 3)
+
+
+class Windows(Exported):
+    """Pads images to whole windows, again and again, so that sizes are made of sizes of sizes."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(depth))
+        self.last = nn.Linear(3, 2)
+
+    def rest(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            n, c, h, w = x.shape
+            x = F.pad(x, (0, -w % 3, 0, -h % 3))
+            rows, columns = x.shape[2] // 3, x.shape[3] // 3
+            parts = x.view(n, c, rows, 3, columns, 3).transpose(3, 4).reshape(n, c, rows * columns, 9)
+            x = parts.softmax(-1).view(n, c, rows, columns, 3, 3).transpose(3, 4).reshape(n, c, 3 * rows, 3 * columns)
+            x = layer(x[:, :, :h, :w])
+        return self.last(x.mean((2, 3)))
+
+
+def test_sizes_that_are_too_involved_stay_those_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(Windows)
+    open_sizes: list[int] = []
+    for most in (1, 10**9):
+        monkeypatch.setattr("fxwidth.frontends.involved_sizes._MOST_BOUNDS", most)
+        gm = fxwidth.trace(model, images(20, 20))
+        open_sizes.append(sum(size is None for shape in gm.fxwidth_inputs.shapes for size in shape))
+        for x in (images(20, 20), images(20, 20, 1), images(20, 20, 5)):
+            torch.testing.assert_close(gm(x), model(x))
+        if most == 1:
+            with pytest.raises(FxwidthError, match="traced with"):
+                gm(images(21, 20))
+    assert open_sizes == [1, 3]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_sample_is_taken_where_sizes_are_compared_with_each_other(*, same: bool) -> None:
+    """As a batch times a width with a number of places, which the exporter does where it lays out tensors anew."""
+    model, x = made(Attends), rows(8)
+    gm = fxwidth.trace(model, x)
+    compared = "4*leaves[0].size()[0] != leaves[0].size()[1] // 2"
+    gm.fxwidth_inputs.guards = (compared,)
+    arguments = arguments_of(model, call_of(x))
+    leaves, structures = flatten_each((argument.value for argument in arguments), (Tensor,))
+    if not same:
+        model.b.bias.data.add_(1)
+        gm.b.bias = nn.Parameter(gm.b.bias.detach() - 1)
+    allow_ones(gm, model, arguments, structures, leaves, {})
+    if same:
+        torch.testing.assert_close(gm(x[:1]), model(x[:1]))
+    else:
+        with pytest.raises(FxwidthError, match=r"inputs with \(4\*leaves"):
+            gm(x[:1])
+    with pytest.raises(FxwidthError, match="inputs with"):
+        gm(rows(16))
 
 
 def test_what_takes_one_length_alone_says_so() -> None:
