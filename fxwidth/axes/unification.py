@@ -237,7 +237,7 @@ def _unify_by_chunks(space: FactorSpace, first: Term, second: Term) -> None:
 
 def _minor_ends(term: Term) -> Iterator[int | Factor]:
     """Yield the elements along which neighbours lie: the last one of a product, of each part where that is a sum."""
-    end = term[-1]
+    end = term[-1] if term else 1
     if isinstance(end, tuple):
         for part in end:
             yield from _minor_ends(part)
@@ -248,7 +248,7 @@ def _minor_ends(term: Term) -> Iterator[int | Factor]:
 def _outside(*terms: Term) -> dict[Factor, None]:
     """Return the factors of products that are not at their minor ends, in order."""
     found = dict.fromkeys(nested_factors(tuple(term[:-1] for term in terms)))
-    for term in terms:
+    for term in filter(None, terms):
         found |= _outside(*term[-1]) if isinstance(term[-1], tuple) else {}
     return found
 
