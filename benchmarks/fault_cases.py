@@ -826,7 +826,7 @@ FAULTS: tuple[Fault, ...] = (
         ("frontends/test_own_modes.py",),
     ),
     Fault(
-        "fxwidth/frontends/batch_of_one.py",
+        "fxwidth/frontends/size_questions.py",
         "questions of torch are heard",
         'if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):',
         "if True:",

@@ -15,6 +15,7 @@ from fxwidth.analysis.free_outputs import FreeOutputs, is_freed, output_names
 from fxwidth.analysis.graph_state import GraphState
 from fxwidth.analysis.next_calls import kept_and_read
 from fxwidth.analysis.result import Analysis, ParameterAxes, TensorSpec
+from fxwidth.analysis.size_reads import of_other_inputs
 from fxwidth.analysis.training_calls import ModuleRun, follow_other_answer, follow_training
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.factors import Axis, Factor, axis_size, bare_factor, constant
@@ -55,6 +56,7 @@ class NodeInterpreter(fx.Interpreter):
         """Run one node."""
         tell("analysing", len(self._analysis.node_calls), len(self._analysis.module.graph.nodes), is_inside=True)
         self._recorder.begin(n.name)
+        self._analysis.computed_sizes = self._sizes_taken(n)
         first = len(self._recorder.calls)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         if getattr(module, "_modules", None):
@@ -69,6 +71,15 @@ class NodeInterpreter(fx.Interpreter):
         # As they are now: a later op may give the tensor other dims in place.
         self._analysis.node_axes[n.name] = tuple(map(self._analysis.axes_of, deep_tensors(value)))
         return value
+
+    def _sizes_taken(self, node: fx.Node) -> frozenset[int]:
+        """Return the numbers that a node takes from others and that are others for other inputs."""
+        space, axes_of = self._analysis.space, self._analysis.axes_of
+        return frozenset(
+            self.env[source]
+            for source in node.all_input_nodes
+            if type(self.env.get(source)) is int and of_other_inputs(source, self.env, space, axes_of)
+        )
 
     def keeping(self, held: Held) -> dict[str, list[Tensor]]:
         """Return the nodes whose modules keep tensors of this run, with what their next calls read."""
@@ -253,7 +264,7 @@ def faked_inputs(examples: Sequence[Any], mode: FakeTensorMode) -> tuple[Any, ..
 def _fake_input(mode: FakeTensorMode, value: TensorSpec | Tensor) -> Tensor:
     if isinstance(value, TensorSpec):
         with mode:
-            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
     return mode.from_tensor(value)
 
 
@@ -290,6 +301,7 @@ def apply_rule(analysis: Analysis, call: OpCall) -> None:
     space = analysis.space
     space.context = call.place
     call.axes = {tensor: analysis.axes_of(tensor) for tensor in call.inputs}
+    call.computed = analysis.computed_sizes
     if not outputs:
         return
     axes, reason = _axes_by_rule(analysis, call, outputs)

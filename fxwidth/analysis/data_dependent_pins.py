@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.axes.pins import BRANCHED, KEPT, ON_EMPTY, OTHER_WAY
+from fxwidth.recording.data_dependent import Check
 from fxwidth.recording.tape import OpCall
 from fxwidth.runtime.tensor_slots import tensor_slots
 
@@ -56,7 +57,7 @@ class _Pins:
         """Pin the parameters that a node uses after it has read a number from a tensor."""
         has_read = False
         for call in self._analysis.calls_of(node):
-            reads = call.recorded is not None and not call.outputs
+            reads = call.recorded is not None and not call.outputs and not isinstance(call.recorded, Check)
             has_read = has_read or (reads and not self._is_recurrent(node, call.part))
             if has_read:
                 self._pin_operands(call, call, BRANCHED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,13 @@ from torch import Tensor, fx
 
 from fxwidth.analysis.axis_propagation import run_graph
 from fxwidth.errors import FxwidthError
-from fxwidth.recording.data_dependent import Values, ValueWriter
+from fxwidth.recording.data_dependent import Check, OtherWay, OtherWayError, Values, ValueWriter
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import TapeRecorder, plain_kernels
 from fxwidth.rules.registry import keeps
+
+# Each of them is a run of its own.
+_MOST_FLAGS = 32
 
 
 def record_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, list[tuple[str, Any]]]:
@@ -24,10 +28,38 @@ def record_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, li
     Raises:
         FxwidthError: the graph does not run on these inputs.
     """
+    never_empty = True
     try:
-        return _record(module, inputs, ValueWriter(never_empty=True))
+        record = _record(module, inputs, ValueWriter(never_empty))
     except FxwidthError:
-        return _record(module, inputs, ValueWriter(never_empty=False))
+        never_empty = False
+        record = _record(module, inputs, ValueWriter(never_empty))
+    flags = [
+        (node, place) for node, found in record.items() for place, (_, one) in enumerate(found) if isinstance(one, bool)
+    ]
+    for node, place in flags if len(flags) <= _MOST_FLAGS else ():
+        if _ends_otherwise(module, inputs, OtherWay(never_empty, node, place, list(module.parameters()))):
+            name, flag = record[node][place]
+            record[node][place] = name, Check(flag)
+    return record
+
+
+def _ends_otherwise(module: fx.GraphModule, inputs: Sequence[Any], other: OtherWay) -> bool:
+    """Tell whether a graph raises an error where a flag is another, before it uses a parameter on that way."""
+    try:
+        _record(module, inputs, other)
+    except FxwidthError as error:
+        cause = error.__cause__
+        return cause is not None and not isinstance(cause, OtherWayError) and _is_raised_by_code(cause)
+    return False
+
+
+def _is_raised_by_code(error: BaseException) -> bool:
+    """Tell whether a statement has raised an error: what fails in an op may do so for the flag that is not true."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _record(module: fx.GraphModule, inputs: Sequence[Any], writer: ValueWriter) -> dict[str, list[tuple[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -33,7 +34,10 @@ def input_specs(module: fx.GraphModule, call: Call | None = None) -> list[Any]:
     if call is not None:
         device = device_of(module)
         given = bound_to_placeholders(module, call)
-        return [map_leaves(lambda leaf: TensorSpec(tuple(leaf.shape), leaf.dtype, device), value) for value in given]
+        return [
+            map_leaves(lambda leaf: TensorSpec(tuple(leaf.shape), leaf.dtype, device, leaf.layout), value)
+            for value in given
+        ]
     noted = notes_of(module).get(INPUTS, ())
     if len(noted) == len(placeholders):
         return list(noted)
@@ -54,7 +58,7 @@ def where_module_is(specs: Sequence[Any], module: nn.Module) -> list[Any] | None
 
     def moved(spec: TensorSpec) -> TensorSpec:
         own = spec.dtype if dtype is None or not spec.dtype.is_floating_point else dtype
-        return TensorSpec(spec.shape, own, device)
+        return replace(spec, dtype=own, device=device)
 
     found = [map_leaves(moved, value, TensorSpec) for value in specs]
     return None if found == list(specs) else found

@@ -24,7 +24,7 @@ Signature = tuple[Any, ...]
 
 _SIZED_BY_RESULT = frozenset(
     map(op_name, (aten.expand, aten.full, aten.zeros, aten.ones, aten.empty, aten.rand, aten.randn))
-) | frozenset(map(op_name, (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)))
+) | frozenset(map(op_name, (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.affine_grid_generator)))
 _IRRELEVANT = frozenset(
     {"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator", "implicit", "N", "HxW"}
 )

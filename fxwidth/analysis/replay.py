@@ -23,9 +23,9 @@ from fxwidth.axes.factors import axis_size
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.layouts import for_any_layout
-from fxwidth.recording.tape import Axes, OpCall, functional_name, tensors_in, unbind
+from fxwidth.recording.tape import Axes, OpCall, functional_name, storage_of, tensors_in, unbind
 from fxwidth.rules.family_table import as_family, channel_norm, is_move
-from fxwidth.rules.op_families import Move, Norm, NormKind
+from fxwidth.rules.op_families import FakeQuantization, Matrices, Move, Norm, NormKind
 from fxwidth.rules.registry import ResizedCall, resized_call, revised
 from fxwidth.runtime.pytrees import deep_tensors
 
@@ -95,6 +95,10 @@ class _Replay(ABC):
             name: pytree.tree_map(lambda leaf: lift(leaf) if isinstance(leaf, Tensor) else self._literal(leaf), value)
             for name, value in arguments.items()
         }
+        if as_family(func, FakeQuantization) is not None:
+            # Kernels take these in single precision alone.
+            scales = {name: concrete[name] for name in ("scale", "zero_point") if isinstance(concrete[name], Tensor)}
+            concrete |= {name: own.float() for name, own in scales.items() if own.is_floating_point()}
         op, concrete = for_any_layout(func, concrete, Tensor.contiguous)
         args, kwargs = unbind(op, concrete)
         results = [self._widened(tensor) for tensor in tensors_in(op(*args, **kwargs))]
@@ -184,7 +188,7 @@ class ZeroedReplay(_Replay):
 
     def execute(self, call: OpCall) -> list[Tensor]:
         """Run one op at its old sizes, and write zeros to what is removed of its results."""
-        if self._mixes_resized_dims(call):
+        if self._mixes_resized_dims(call) or self._needs_kept_alone(call):
             # What a norm or softmax makes of the kept channels depends on how many there are.
             found = self.call_op(*self._on_kept(call), lambda leaf: self._compact(call, leaf))
             renumbered = (self._renumbered(call, result) for result in found)
@@ -204,6 +208,15 @@ class ZeroedReplay(_Replay):
             for reduction in call.reductions
         )
 
+    def _needs_kept_alone(self, call: OpCall) -> bool:
+        """Tell whether zeros in the place of what is removed would change what becomes of the rest.
+
+        An op takes one entry after the other, as many as a mask has places; of matrices of zeros there is no inverse.
+        """
+        in_order = call.func.overloadpacket in (torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_)
+        taken = in_order or as_family(call.func, Matrices) is not None
+        return taken and any(map(self.maps.changes, call.output_axes[0]))
+
     def _on_kept(self, call: OpCall) -> ResizedCall:
         """Return the call on the kept channels alone; sizes are those of its operands, no literal_rule is believed."""
         norm = as_family(call.func, Norm)
@@ -221,9 +234,9 @@ class ZeroedReplay(_Replay):
 
     def _renumbered(self, call: OpCall, result: Tensor) -> Tensor:
         """Return positions among the kept channels as what they were among all; other results as they are."""
-        tensor, dims = call.reductions[0].tensor, [reduction.dim for reduction in call.reductions]
-        if result.dtype != torch.int64 or not tensor.is_floating_point():
+        if result.dtype != torch.int64 or not call.reductions or not call.reductions[0].tensor.is_floating_point():
             return result
+        tensor, dims = call.reductions[0].tensor, [reduction.dim for reduction in call.reductions]
         axes = call.axes[tensor]
         kept = [self.places.of(axes[dim], result.device)[0] for dim in dims]
         # A position in several dims counts through all of them.
@@ -288,8 +301,8 @@ def _seeded(call: OpCall) -> Iterator[None]:
 def _is_view(call: OpCall, result: Tensor, sources: Iterable[Tensor]) -> bool:
     if call.func._schema.is_mutable:
         return False
-    place = result.untyped_storage().data_ptr()
-    return any(source.untyped_storage().data_ptr() == place for source in sources)
+    place = storage_of(result)
+    return any(storage_of(source) == place for source in sources)
 
 
 def _shapes(tensors: Iterable[Tensor]) -> str:

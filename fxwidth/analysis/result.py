@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,15 +33,16 @@ class LostGroup:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The shape, dtype and device of an input."""
+    """The shape, dtype, device and layout of an input."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout = torch.strided
 
     def with_batch(self, size: int) -> TensorSpec:
         """Return the spec for another batch size."""
-        return TensorSpec((size, *self.shape[1:]), self.dtype, self.device)
+        return replace(self, shape=(size, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Analysis:
     output_names: list[str] = field(default_factory=list)
     states: set[Tensor] = field(default_factory=set)
     effects: dict[str, str] = field(default_factory=dict)
+    computed_sizes: frozenset[int] = frozenset()
     is_single: bool = False
     training_calls: dict[str, list[OpCall]] = field(default_factory=dict)
     in_training: list[tuple[Tensor, Tensor]] = field(default_factory=list)

@@ -6,15 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 from torch import Tensor
 
 from fxwidth.analysis.result import Analysis, Dim
-from fxwidth.axes.factors import ONE, axis_size
-from fxwidth.recording.tape import Contraction, OpCall, storage_of
+from fxwidth.axes.factor_space import FactorSpace
+from fxwidth.axes.factors import ONE, Factor, axis_size
+from fxwidth.recording.tape import Axes, Contraction, OpCall, storage_of
 from fxwidth.rules.family_table import adds, family_of
-from fxwidth.rules.op_families import Move, Movement, Product, WeightNorm
+from fxwidth.rules.op_families import FakeQuantization, Move, Movement, Product, WeightNorm
+from fxwidth.rules.views import end_of_block
 
+Factors = frozenset[Factor]
 Provenance = tuple[frozenset[Dim], ...]
 
 
@@ -77,7 +81,7 @@ def find_roles(analysis: Analysis) -> Roles:
         if inputs and len(traced) == len(inputs):
             for output in call.outputs:
                 if output not in provenance:
-                    provenance[output] = _through(call, inputs, output, provenance)
+                    provenance[output] = _through(analysis.space, call, inputs, output, provenance)
                     made_in[storage_of(output)].append(output)
             if not call.contractions:
                 continue
@@ -129,20 +133,32 @@ def _per_channel_roles(
                 _assign(by_dim, sources, role)
 
 
-def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dict[Tensor, Provenance]) -> Provenance:
+def _through(
+    space: FactorSpace, call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dict[Tensor, Provenance]
+) -> Provenance:
     """Follow parameter dims through an op on parameters alone: exactly for movements, broadly for the rest."""
     family = family_of(call.func)
     if len(inputs) == 1:
         source = provenance[inputs[0]]
         if family == Movement(Move.PERMUTATION):
             return tuple(source[dim] for dim in _permuted(call, len(source)))
-        if output.dim() == len(source) and tuple(output.shape) == tuple(map(axis_size, call.axes[inputs[0]])):
+        shape = tuple(map(axis_size, call.axes[inputs[0]]))
+        if tuple(output.shape) == shape and len(shape) == len(source):
             return source
+        is_view = family in (Movement(Move.RESHAPE), Movement(Move.UNIT_DIMS))
+        if is_view and output.numel() == prod(shape) > 0 and len(shape) == len(source):
+            given, made = call.axes[inputs[0]], call.output_axes[0]
+            return _reshaped(source, _sized(space, given), _sized(space, made))
     if isinstance(family, WeightNorm) and output.dim() == call.arguments["v"].dim():
         direction, gain = (provenance[call.arguments[part]] for part in ("v", "g"))
         axes = call.axes[call.arguments["g"]]
         lengths = [gain[dim] if dim < len(axes) and axes[dim] != ONE else frozenset() for dim in range(output.dim())]
         return tuple(one | other for one, other in zip(direction, lengths, strict=True))
+    if isinstance(family, FakeQuantization) and call.arguments["self"] in provenance:
+        result = list(provenance[call.arguments["self"]])
+        if family.axis and call.arguments["scale"].numel() > 1:
+            result[call.arguments[family.axis]] |= provenance[call.arguments["scale"]][0]
+        return tuple(result)
     if isinstance(family, Product) and len(inputs) == 2:
         return _of_product(family, *(provenance[call.arguments[name]] for name in (family.left, family.right)))
     # A number has no dims to give.
@@ -154,6 +170,32 @@ def _through(call: OpCall, inputs: list[Tensor], output: Tensor, provenance: dic
         return tuple(frozenset().union(*column) for column in columns)
     everything: frozenset[Dim] = frozenset().union(*(dims for tensor in inputs for dims in provenance[tensor]))
     return (everything,) * output.dim()
+
+
+def _sized(space: FactorSpace, axes: Axes) -> list[tuple[int, Factors]]:
+    return [(axis_size(axis), frozenset(space.factors(axis))) for axis in axes]
+
+
+def _reshaped(source: Provenance, old: Sequence[tuple[int, Factors]], new: Sequence[tuple[int, Factors]]) -> Provenance:
+    """Follow parameter dims through a view, by sizes and factors of the dims: those that share a factor are one.
+
+    Where there is none, what is divided or put together goes to all dims of that block.
+    """
+    result = [
+        frozenset[Dim]().union(*(dims for dims, (_, before) in zip(source, old, strict=True) if before & after))
+        for _, after in new
+    ]
+    own = [dim for dim, (size, _) in enumerate(old) if size > 1]
+    other = [dim for dim, (size, _) in enumerate(new) if size > 1]
+    sizes, others = [old[dim][0] for dim in own], [new[dim][0] for dim in other]
+    i = j = 0
+    while i < len(own):
+        first_i, first_j = i, j
+        i, j = end_of_block(sizes, i, others, j)
+        fixed = frozenset[Dim]().union(*(source[k] for k in own[first_i:i] if not old[k][1]))
+        for dim in other[first_j:j]:
+            result[dim] |= fixed
+    return tuple(result)
 
 
 def _permuted(call: OpCall, rank: int) -> list[int]:

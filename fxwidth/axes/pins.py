@@ -64,6 +64,7 @@ UNALIGNED = "two factorings of one dimension cannot be aligned"
 HELD = "it is a dimension of a tensor that the model holds as a constant"
 OUTPUT = "the size of the model's output"
 UNUSED = "the graph never uses this parameter"
+BY_SIZE = "it is cut where a size of the inputs says"
 BATCH = "it is the batch dimension"
 BATCH_DIVIDED = "the batch dimension is divided"
 SELF_CONTAINED = "a dimension would contain itself"
@@ -77,6 +78,10 @@ TAKEN_APART = "the dimension is taken apart into a fixed number of tensors"
 BY_STRIDES = "a view that is given by its strides"
 STRIDED = "a strided slice that does not divide the dimension"
 WINDOWS = "windows are cut along the dimension"
+TRANSFORMED = "a Fourier transform is taken along the dimension"
+MATRIX = "it is a dimension of a matrix that is taken as a whole"
+SPARSE = "it is a dimension of a sparse tensor"
+COMPLEX = "it holds the real and the imaginary part"
 SHUFFLED_GROUPS = "the number of shuffled groups is a literal"
 MASKED = "the dimension is under a mask"
 FOUND = "how many results there are depends on values"
@@ -130,6 +135,7 @@ REMEDIES = {
     SELF_CONTAINED: _REWRITE,
     HELD: "Hold the tensor as a parameter or a buffer of a module: these are resized with the rest.",
     UNUSED: "Use it in forward, or delete it; what runs in training alone is not in a graph traced in eval mode.",
+    BY_SIZE: "Nothing, while inputs of other sizes take other parts of it, as of a table of positions.",
     BATCH: "Nothing: the batch belongs to the callers.",
     BATCH_DIVIDED: "Keep the batch a dimension of its own: reshape the others and leave the first as it is.",
     MADE: "Make the tensor with zeros, ones, full or expand where all its entries along the dimension are alike.",
@@ -144,6 +150,10 @@ REMEDIES = {
     BY_STRIDES: "Take the view with view, transpose and slices: these follow a resize.",
     STRIDED: "Make the size of the dimension a multiple of the step.",
     WINDOWS: _BY_PLACE,
+    TRANSFORMED: _BY_PLACE,
+    COMPLEX: _BY_PLACE,
+    MATRIX: _BY_PLACE,
+    SPARSE: "Nothing: which of its entries are stored is told by their numbers.",
     SHUFFLED_GROUPS: "Write the shuffle as a view, a transpose and a view.",
     MASKED: _BY_PLACE,
     FOUND: _BY_PLACE,

@@ -6,6 +6,7 @@ borders, products are matched in minimal equal blocks from the minor end, and wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 
 from fxwidth.axes.factor_space import FactorSpace
@@ -21,10 +22,11 @@ from fxwidth.axes.factors import (
     find,
     is_free,
     is_integer_term,
+    nested_factors,
     term_size,
     why_fixed,
 )
-from fxwidth.axes.pins import CONSTANT, UNALIGNED
+from fxwidth.axes.pins import CONSTANT, UNALIGNED, Fixed, Pin
 
 
 def unify(space: FactorSpace, first: Axis, second: Axis) -> None:
@@ -203,11 +205,52 @@ def _unify_major_ends(space: FactorSpace, first: Term, second: Term) -> None:
     end_1, end_2 = first[0], second[0]
     common = gcd(element_size(end_1), element_size(end_2))
     if common == 1 or isinstance(end_1, tuple) or isinstance(end_2, tuple):
-        return _pin_both(space, first, second, UNALIGNED)
+        return _unify_by_chunks(space, first, second)
     major_1, minor_1 = _divide(space, end_1, element_size(end_1) // common)
     major_2, minor_2 = _divide(space, end_2, element_size(end_2) // common)
     _unify_block(space, major_1, major_2)
     return _unify_terms(space, (minor_1, *first[1:]), (minor_2, *second[1:]))
+
+
+def _unify_by_chunks(space: FactorSpace, first: Term, second: Term) -> None:
+    """Match runs of neighbours that lie alike on both sides, as long as the common divisor of all runs is.
+
+    Such are two streams that are laid end to end under a group norm of which one group lies across the seam. How many
+    runs there are stays.
+    """
+    runs = [element for term in (first, second) for element in _minor_ends(term)]
+    ends = list(dict.fromkeys(find(run) for run in runs if isinstance(run, Factor)))
+    outside = _outside(first, second)
+    common = gcd(*map(element_size, runs))
+    movable = all(isinstance(run, Factor) for run in runs) and not any(end.is_batch for end in ends)
+    if common == 1 or not movable or any(end in outside for end in ends):
+        return _pin_both(space, first, second, UNALIGNED)
+    space.pin(tuple((factor,) for factor in outside), UNALIGNED)
+    chunk = next((end for end in ends if end.size == common), None) or Factor(common, f"{ends[0].name}%{common}")
+    for end in ends:
+        if end.size == common and end is not chunk:
+            space.merge(chunk, end)
+        elif end is not chunk:
+            space.refine(end, ((Fixed(end.size // common, Pin(UNALIGNED, space.context)), chunk),))
+    return None
+
+
+def _minor_ends(term: Term) -> Iterator[int | Factor]:
+    """Yield the elements along which neighbours lie: the last one of a product, of each part where that is a sum."""
+    end = term[-1] if term else 1
+    if isinstance(end, tuple):
+        for part in end:
+            yield from _minor_ends(part)
+    else:
+        yield end
+
+
+def _outside(*terms: Term) -> dict[Factor, None]:
+    """Return the factors of products that are not at their minor ends, in order."""
+    found = dict.fromkeys(nested_factors(tuple(term[:-1] for term in terms)))
+    for term in filter(None, terms):
+        found |= _outside(*term[-1]) if isinstance(term[-1], tuple) else {}
+    return found
 
 
 def _divide(space: FactorSpace, element: int | Factor, divisor: int) -> tuple[Term, int | Factor]:

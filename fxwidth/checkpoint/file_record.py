@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxwidth.analysis.free_outputs import FreeOutputs, checked
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import takes_other_sizes
 from fxwidth.recording.graph_meta import FREE_OUTPUTS, HISTORY, ORIGINAL, UNTIED, notes_of
 from fxwidth.runtime.tensor_slots import Slots
 from fxwidth.serialization.graph_record import Fingerprint, record_of
@@ -62,6 +63,7 @@ class FileRecord:
         state: of optimizer and Evolver, as trees.
         evaluates: whether the graph was in evaluation; False where a file does not tell.
         free_outputs: which outputs may change their sizes.
+        takes_other_sizes: whether an export was for other sizes than the example's, beside the batch.
     """
 
     steps: Sequence[Step]
@@ -75,6 +77,7 @@ class FileRecord:
     state: Mapping[str, Any] = field(default_factory=dict)
     evaluates: bool = False
     free_outputs: FreeOutputs = ()
+    takes_other_sizes: bool = False
 
 
 def present_versions() -> dict[str, str]:
@@ -111,6 +114,7 @@ def written(gm: fx.GraphModule, slots: Slots, state: Mapping[str, Any]) -> dict[
         "state": dict(state),
         "evaluates": not gm.training,
         "free_outputs": notes.get(FREE_OUTPUTS, ()),
+        "takes_other_sizes": takes_other_sizes(gm),
     }
     return {_RECORD: json.dumps(record, allow_nan=False)}
 
@@ -156,6 +160,7 @@ def _present(file: TensorFile, data: Mapping[str, Any]) -> FileRecord:
         data["state"],
         bool(data.get("evaluates", False)),
         checked(data.get("free_outputs", False)),
+        bool(data.get("takes_other_sizes", False)),
     )
 
 

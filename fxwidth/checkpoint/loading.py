@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxwidth.checkpoint.replay import Replay, state_tensor
 from fxwidth.checkpoint.saving import EXPORTED, TENSORS
 from fxwidth.checkpoint.training_state import Evolving, check_training, further_of, put_state, refuse_missing
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.call_signature import call_of, takes_other_sizes
 from fxwidth.recording.graph_meta import notes_of
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.originals import resize_transaction
@@ -151,7 +153,8 @@ def _load_tensors(
         if example != (None, None):
             Transaction(made).run(lambda: trace(made, *example))
     else:
-        module = trace(made, *example)
+        call = call_of(*example)
+        module = trace(made, call and replace(call, is_of_one_size=not record.takes_other_sizes))
     if optimizer is not None and any(tensor.is_meta for tensor, _ in tensor_slots(module).values()):
         raise FxwidthError(
             "optimizer= trains parameters on the meta device, which have no values; load the graph first."
@@ -165,7 +168,15 @@ def _load_tensors(
         put_extra_state(module, record.state, lambda name: state_tensor(file, name))
         put_state(module, record.state, optimizer, evolver, lambda name: state_tensor(file, name))
 
-    whole.run(work)
+    try:
+        whole.run(work)
+    except FxwidthError as error:
+        if not isinstance(made, fx.GraphModule) or record.takes_other_sizes or not takes_other_sizes(made):
+            raise
+        raise FxwidthError(
+            f"{error} The graph in the file takes inputs of one size, as those of earlier versions do, and the graph "
+            "that was passed takes others: pass the model itself in its place, and example_inputs=."
+        ) from error
     if is_fresh and record.evaluates:
         module.eval()
     return module

@@ -21,7 +21,7 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import Axes, OpCall, unbind
 from fxwidth.rules.family_table import family_of
-from fxwidth.rules.op_families import Attention, Convolution, Family, Product
+from fxwidth.rules.op_families import Attention, Convolution, Family, Product, SampledConvolution
 from fxwidth.rules.registry import resized_call
 
 __all__ = ["Polynomial", "buffer_count", "entries_polynomial", "flop_polynomial", "parameter_polynomial"]
@@ -140,5 +140,6 @@ def _attention(call: OpCall) -> Iterator[Iterable[Axis]]:
 _PRODUCT_TERMS: dict[type[Family | None], Callable[[OpCall], Iterator[Iterable[Axis]]]] = {
     Product: _product,
     Convolution: _convolution,
+    SampledConvolution: _convolution,
     Attention: _attention,
 }

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,10 +32,17 @@ CALL_FORMS = "pass a tensor, a tuple of positional inputs, or a dict of inputs b
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a model."""
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: those by position.
+        kwargs: those by name.
+        is_of_one_size: whether an export for it keeps all its sizes but the batch.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    is_of_one_size: bool = False
 
     @property
     def value(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -268,6 +275,20 @@ class Inputs(nn.Module):
                 raise FxwidthError(
                     f"{text} as when the graph was traced. Trace the model with example_inputs like these."
                 )
+        others = self.guards_in_training if self.training else None
+        self.refuse_sizes(leaves, self.guards if others is None else others)
+        return leaves
+
+    def refuse_sizes(self, leaves: Sequence[Tensor], guards: Sequence[str]) -> None:
+        """Check the sizes of tensors.
+
+        Args:
+            leaves: the tensors among the arguments, in order.
+            guards: the conditions that they are to fulfil.
+
+        Raises:
+            FxwidthError: the graph was traced for others.
+        """
         for leaf, shape in zip(leaves, self.shapes, strict=False):
             sizes = list(leaf.shape)
             if shape is not None and (len(sizes) != len(shape) or any(map(_differs, sizes, shape))):
@@ -276,9 +297,13 @@ class Inputs(nn.Module):
                     f"a tensor of shape {tuple(sizes)} was given where the graph was traced with ({wanted}); "
                     "trace the model with example_inputs of that shape."
                 )
-        others = self.guards_in_training if self.training else None
-        refuse_guarded(self.guards if others is None else others, leaves)
-        return leaves
+        refuse_guarded(guards, leaves)
+
+
+def takes_other_sizes(module: nn.Module) -> bool:
+    """Tell whether a graph that was exported takes inputs of other sizes than the example's, beside the batch."""
+    checks = getattr(module, INPUTS_MODULE, None)
+    return isinstance(checks, Inputs) and any(None in shape[1:] for shape in checks.shapes if shape is not None)
 
 
 def _is_number(structure: Structure) -> bool:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules.module import _global_buffer_registration_hooks
 
-from fxwidth.frontends.batch_of_one import SizeQuestions
 from fxwidth.frontends.call_signature import (
     Argument,
     has_own_call,
@@ -35,13 +34,16 @@ from fxwidth.frontends.forgotten_state import (
     refuse_computed_outside,
     same_changes,
 )
+from fxwidth.frontends.involved_sizes import bounded_effort
 from fxwidth.frontends.random_draws import refusing_draws
+from fxwidth.frontends.size_questions import SizeQuestions
+from fxwidth.frontends.sizes_of_one import allow_ones
 from fxwidth.frontends.watched_tensors import SetterWatch, memory_of, refusing_reads
 from fxwidth.runtime.contexts import heeding_interruptions, quiet
 from fxwidth.runtime.kept_objects import Change
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import Structure, flatten, flatten_each, rebuild_each
-from fxwidth.runtime.trace_guards import UntraceableError, refuse_iterators
+from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals, refuse_iterators
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
 
 aten = torch.ops.aten
@@ -54,8 +56,10 @@ def exported_graph(
     arguments: Sequence[Argument],
     device: torch.device,
     told: Callable[[], AbstractContextManager[None]] = answering_as_in_eager_mode,
+    *,
+    is_of_one_size: bool = False,
 ) -> fx.GraphModule:
-    """Return the graph of a model, exported for one form of call and any batch size.
+    """Return the graph of a model, exported for one form of call and any size that the model's own code allows.
 
     It takes the arguments of the model's forward and returns what the model returns. It shares the model's parameters
     and buffers, under their names.
@@ -65,6 +69,7 @@ def exported_graph(
         arguments: those of its forward, with examples or defaults.
         device: where its parameters are.
         told: the context in which the model may ask whether it is exported; by default it is told that it is not.
+        is_of_one_size: whether the graph is to be for any batch, and for no other sizes than the example's.
     """
     leaves, structures = flatten_each((argument.value for argument in arguments), (Tensor,))
     answers: list[Structure] = []
@@ -81,15 +86,18 @@ def exported_graph(
     examples = [leaf.detach().to(device).contiguous() for leaf in leaves]
     doubled = [leaf.repeat(2, *[1] * (leaf.dim() - 1)) if leaf.dim() else leaf for leaf in examples]
     if any(leaf.dim() and leaf.shape[0] != 1 for leaf in examples):
-        program = _program(model, forward, examples, told)
+        program = _program(model, forward, examples, told, is_of_one_size)
     else:
         # A batch of one cannot be told from a dim that is merely broadcast.
         try:
-            program = _program(model, forward, doubled, told)
+            program = _program(model, forward, doubled, told, is_of_one_size)
         except Exception:
-            program = _program(model, forward, examples, told)
+            program = _program(model, forward, examples, told, is_of_one_size)
         refuse_guarded(program.guards, examples)
-    return Reassembly(program, arguments, structures, answers[-1]).run()
+    graph = Reassembly(program, arguments, structures, answers[-1]).run()
+    graph.train(model.training)
+    allow_ones(graph, model, arguments, structures, examples, program.of_ones)
+    return graph
 
 
 def _program(
@@ -97,6 +105,7 @@ def _program(
     forward: Callable[..., list[Any]],
     leaves: Sequence[Tensor],
     told: Callable[[], AbstractContextManager[None]],
+    is_of_one_size: bool,
 ) -> Program:
     """Export a function of tensors with the parameters of a model, under their names."""
     import torch._dynamo.external_utils  # the exporter would, later
@@ -113,7 +122,6 @@ def _program(
         return result
 
     shell = _with_forward(model, watched)
-    dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] > 1 else None for leaf in leaves)
     with ExitStack() as stack:
         held = stack.enter_context(restored(model))
         for context in (
@@ -123,18 +131,37 @@ def _program(
         ):
             stack.enter_context(context)
 
-        def exported() -> torch.export.ExportedProgram:
-            with heeding_interruptions():
-                return torch.export.export(shell, tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+        def exported(dims: Sequence[Any]) -> torch.export.ExportedProgram:
+            with heeding_interruptions(), heeding_refusals():
+                return torch.export.export(shell, tuple(leaves), dynamic_shapes=(tuple(dims),), strict=False)
 
-        program = exported()
+        batches = [_dynamic(leaf.shape[:1]) for leaf in leaves]
+        dynamic = batches if is_of_one_size else [_dynamic(leaf.shape) for leaf in leaves]
+        try:
+            with bounded_effort() if dynamic != batches else nullcontext():
+                program = exported(dynamic)
+        except UntraceableError:
+            raise
+        except Exception:
+            # Some code goes with any batch, and with no other size, or with too much effort.
+            if batches == dynamic:
+                raise
+            questions.forget()
+            dynamic = batches
+            program = exported(dynamic)
         _refuse_transforms(program.graph)
         refuse_computed_outside(held, watch.is_table)
         first = list(changes)
         leave(first)
-        if first and (str(exported().graph) != str(program.graph) or not same_changes(first, changes)):
+        if first and (str(exported(dynamic).graph) != str(program.graph) or not same_changes(first, changes)):
             raise progress(first[0])
-        return Program(program.module(), _guards(program, questions))
+        of_ones = questions.guards(_own_values(program))
+        return Program(program.module(), [*_guards(program), *of_ones], of_ones)
+
+
+def _dynamic(shape: Sequence[int]) -> dict[int, Any] | None:
+    """Return which dims of an input may be of other sizes: all that are not one, unless the model's code says no."""
+    return {dim: torch.export.Dim.AUTO for dim, size in enumerate(shape) if size > 1} or None
 
 
 def _with_forward(model: nn.Module, forward: Callable[..., list[Any]]) -> nn.Module:
@@ -149,13 +176,17 @@ def _with_forward(model: nn.Module, forward: Callable[..., list[Any]]) -> nn.Mod
     return shell
 
 
-def _guards(program: torch.export.ExportedProgram, questions: SizeQuestions) -> list[str]:
+def _guards(program: torch.export.ExportedProgram) -> list[str]:
     """Return the conditions under which a program is the model, on `leaves`."""
     # How a tensor lies in memory changes nothing of what is computed.
     kept = [guard for guard in program._guards_code if "stride()" not in guard and "storage_offset" not in guard]
+    return [guard.replace("L['leaves']", "leaves") for guard in kept]
+
+
+def _own_values(program: torch.export.ExportedProgram) -> list[Tensor]:
+    """Return the symbolic tensors that stand for the inputs."""
     placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    own = [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
-    return [*(guard.replace("L['leaves']", "leaves") for guard in kept), *questions.guards(own)]
+    return [placeholders[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
 
 
 def _refuse_transforms(graph: fx.Graph) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +27,21 @@ from fxwidth.runtime.pytrees import Leaf, Structure
 from fxwidth.runtime.trace_guards import UntraceableError
 
 aten = torch.ops.aten
+_ONE_SIZE = re.compile(r"leaves\[(?P<leaf>\d+)\]\.size\(\)\[(?P<dim>\d+)\] == (?P<size>\d+)")
 # What the exporter has checked about dtypes, which another precision or autocast need not fulfil.
 _DROPPED = (aten._assert_tensor_metadata.default,)
 
 
 @dataclass(frozen=True)
 class Program:
-    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model."""
+    """An exported graph, and the conditions on `leaves`, its inputs, under which it is the model.
+
+    Those in `of_ones` are that some sizes are not one, with the dims that have them.
+    """
 
     module: fx.GraphModule
     guards: Sequence[str]
+    of_ones: Mapping[str, Sequence[tuple[int, int]]]
 
 
 class Region(GraphPart):
@@ -80,6 +86,7 @@ class Reassembly:
         result = self._copy(self._exported, known)
         plain, value = native(self._answer, result)
         self._graph.output(value if plain else self._call(OUTPUTS_MODULE, Outputs(self._answer), result))
+        _put_numbers_where_used(self._graph)
         for name, module in self._modules.items():
             self._exported.add_submodule(name, module)
         return fx.GraphModule(self._exported, self._graph, "Exported")
@@ -93,7 +100,8 @@ class Reassembly:
         ]
         set_kinds(self._graph, ((argument.name, argument.kind) for argument in self._arguments))
         shapes = [_known_shape(leaf.meta["val"]) for leaf in leaves]
-        checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, self._guards), nodes)
+        guards = _without_sizes(self._guards, shapes)
+        checked = self._call(INPUTS_MODULE, Inputs(names, self._structures, shapes, guards), nodes)
         direct = {part.position: i for i, part in enumerate(self._structures) if isinstance(part, Leaf)}
         return [
             nodes[direct[i]] if i in direct else self._graph.call_function(operator.getitem, (checked, i))
@@ -148,6 +156,36 @@ _CONTEXTS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
 }
 
 
+def _put_numbers_where_used(graph: fx.Graph) -> None:
+    """Let numbers be computed right before they are first used.
+
+    The exporter computes them as soon as something asks, in one mode of a model here and in the other there.
+    """
+    last, placed = graph._root, set[fx.Node]()
+
+    def place(node: fx.Node) -> None:
+        nonlocal last
+        for source in node.all_input_nodes:
+            if source not in placed:
+                place(source)
+        placed.add(node)
+        last.append(node)
+        last = node
+
+    for node in list(graph.nodes):
+        if node not in placed and not _is_of_numbers(node):
+            place(node)
+    for node in reversed(list(graph.nodes)):
+        if node not in placed:
+            graph.erase_node(node)
+
+
+def _is_of_numbers(node: fx.Node) -> bool:
+    """Tell whether a node computes a number from numbers."""
+    is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return is_number and node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+
+
 def _is_graph(source: fx.GraphModule, part: Any) -> bool:
     return (
         isinstance(part, fx.Node)
@@ -185,6 +223,19 @@ def _drop_checks(body: fx.GraphModule) -> None:
         if isinstance(part, fx.GraphModule):
             _drop_checks(part)
     body.recompile()
+
+
+def _without_sizes(guards: Sequence[str], shapes: Sequence[list[int | None] | None]) -> list[str]:
+    """Return conditions without those that a size is some number, which shapes take."""
+    rest = []
+    for guard in guards:
+        found = _ONE_SIZE.fullmatch(guard)
+        shape = shapes[int(found["leaf"])] if found else None
+        if found is None or shape is None:
+            rest.append(guard)
+        else:
+            shape[int(found["dim"])] = int(found["size"])
+    return rest
 
 
 def _known_shape(value: Any) -> list[int | None] | None:

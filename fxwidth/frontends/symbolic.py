@@ -21,6 +21,7 @@ from fxwidth.runtime.contexts import heeding_interruptions
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.trace_guards import (
     Belongings,
+    heeding_refusals,
     noticing,
 )
 from fxwidth.runtime.unseen_effects import refuse_effect, watching_effects
@@ -74,6 +75,7 @@ def _run(tracer: ProxyTracer, model: nn.Module) -> fx.Graph:
     """Trace a model while all is watched that a graph would forget."""
     with (
         heeding_interruptions(),
+        heeding_refusals(),
         refusing_draws(tracer.generators),
         noticing(tracer.autocasts),
         watching_effects(refuse_effect),

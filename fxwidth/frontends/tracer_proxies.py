@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from fxwidth.frontends.in_place import IN_PLACE
 from fxwidth.runtime.trace_guards import UntraceableError
@@ -54,8 +55,19 @@ def _in_place(write: Callable[[Any, Any], Any]) -> Callable[[TracerProxy, Any], 
     return method
 
 
+def _refused(name: str) -> Callable[[TracerProxy], Any]:
+    def method(self: TracerProxy) -> Any:
+        raise TraceError(f"symbolic tracing knows no {name} of {self.node}")
+
+    return method
+
+
 for _name, _write in IN_PLACE.items():
     setattr(TracerProxy, f"__{_name}__", _in_place(_write))
+
+# What Python has other errors for, which code may catch. Not __index__: torch asks for it where it takes proxies too.
+for _name in ("len", "int", "float", "complex"):
+    setattr(TracerProxy, f"__{_name}__", _refused(f"{_name}()"))
 
 
 class CodeTracer(fx.Tracer):

@@ -7,15 +7,17 @@ from torch import Tensor
 
 from fxwidth.growth.call_view import AxisFacts, CallView
 from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, multiplied, passed
-from fxwidth.growth.transfers import Result, family_transfer
+from fxwidth.growth.transfers import Result, family_transfer, transfer
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family
 from fxwidth.rules.op_families import (
     Attention,
     Cell,
     Convolution,
+    Distances,
     GroupedProduct,
     Product,
+    SampledConvolution,
 )
 
 aten = torch.ops.aten
@@ -74,8 +76,54 @@ def convolution_parts(call: OpCall, facts: AxisFacts) -> tuple[int, int, int]:
     into = facts.multiplicity(call.axes[arguments["input"]][1])
     out = facts.multiplicity(call.output_axes[0][1])
     own = facts.multiplicity(call.axes[arguments["weight"]][1])
-    groups = out - own if arguments["transposed"] else into - own
+    groups = out - own if arguments.get("transposed") else into - own
     return groups, into - groups, out - groups
+
+
+@family_transfer(SampledConvolution)
+def _deformed(c: CallView) -> Result:
+    c.contract("input", 1, "weight", 1)
+    channels = c.states("weight")[0] & c.entry("bias")
+    samples = meet(c.states(name)[0] for name in ("input", "offset", "mask"))
+    return c.each_output(lambda dim: channels if dim == 1 else samples & CONSTANT if dim == 0 else State.ANY)
+
+
+@transfer(aten._trilinear)
+def _trilinear(c: CallView) -> Result:
+    for contraction in c.call.contractions:
+        c.contract(contraction.left, contraction.left_dims[0], contraction.right, contraction.right_dims[0])
+    whole: list[State | None] = []
+    for k in (1, 2, 3):
+        row: list[State | None] = list(c.states(f"i{k}"))
+        for dim in sorted(c[f"expand{k}"]):
+            row.insert(dim, None)
+        both = zip(whole or [None] * len(row), row, strict=True)
+        whole = [one if other is None else other if one is None else multiplied(one, other) for one, other in both]
+    kept = [CONSTANT if state is None else state for state in whole]
+    return [[state for dim, state in enumerate(kept) if dim not in c["sumdim"]]]
+
+
+@family_transfer(Distances)
+def _distances(c: CallView) -> Result:
+    """Let new rows be anything; where new channels are zero on both sides, they are no further apart."""
+    for name in ("x1", "x2"):
+        last = len(c.axes(name)) - 1
+        if c.facts.carries(c.axes(name)[last]):
+            c.need_zero(name, last, "it measures distances over new channels, which cannot be zero")
+    one, other = c.states("x1"), c.states("x2")
+
+    def beside(from_end: int) -> State:
+        own = (
+            one[-2:-1]
+            if from_end == 2
+            else other[-2:-1]
+            if from_end == 1
+            else [row[-from_end] for row in (one, other) if from_end <= len(row)]
+        )
+        return passed(meet(own), State.ZERO if from_end > 2 else State.ANY)
+
+    rank = len(c.outputs[0][1])
+    return c.each_output(lambda dim: beside(rank - dim))
 
 
 @family_transfer(Attention)

@@ -12,9 +12,12 @@ from fxwidth.analysis.roles import Roles
 from fxwidth.axes.factors import Factor
 from fxwidth.growth import (  # noqa: F401  (they fill the table of transfers)
     contraction,
+    matrices,
     movement,
     normalization,
+    quantization,
     reduction,
+    writes,
 )
 from fxwidth.growth.call_view import AxisFacts, CallView
 from fxwidth.growth.lasting import written_by

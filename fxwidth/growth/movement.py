@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fxwidth.growth.call_view import CallView
-from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, of_number
+from fxwidth.growth.states import ALL_ZERO, CONSTANT, State, meet, of_number, passed
 from fxwidth.growth.transfers import NO_TRANSFER, Result, family_transfer, follow, transfer
 from fxwidth.rules.family_table import as_family, is_move
-from fxwidth.rules.op_families import ChannelCopies, Move, Movement, Positions
+from fxwidth.rules.op_families import Bags, ChannelCopies, Move, Movement, Positions
 
 aten = torch.ops.aten
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 @family_transfer(Movement)
-@transfer(aten.tril, aten.triu, aten.cumsum)
+@transfer(aten.tril, aten.triu, aten.cumsum, aten.view_as_real, aten.view_as_complex)
 def _moved(c: CallView) -> Result:
     if is_move(c.call.func, Move.PERMUTATION, Move.EXPANSION, Move.REPETITION, Move.JOIN):
         c.refuse(NO_TRANSFER)  # which dim of its result is which depends on the op
@@ -127,15 +127,27 @@ def _random(c: CallView) -> Result:
     return c.everywhere(State.ANY)
 
 
-def _check_index(c: CallView, index: Tensor) -> None:
+def check_index(c: CallView, index: Tensor) -> None:
+    """Refuse an index of which new channels hold positions.
+
+    Raises:
+        RefusedError: they do.
+    """
     if any(not state & (State.ZERO | State.UNIFORM) for state in c.states(index)):
         c.refuse("new channels hold positions that it looks up")
 
 
 @transfer(aten.embedding)
 def _embedding(c: CallView) -> Result:
-    _check_index(c, c["indices"])
+    check_index(c, c["indices"])
     return [[*_looked_up(c, c["indices"]), c.states("weight")[1]]]
+
+
+@family_transfer(Bags)
+def _bags(c: CallView) -> Result:
+    bags, rows = c.states("offsets")[0], c.states("weight")[1]
+    kept = passed(rows, ALL_ZERO if c["mode"] < 2 else State.ZERO)
+    return c.each_output(lambda dim: kept if dim else bags & State.ANY)[:1] + c.everywhere(State.ANY)[1:]
 
 
 def _looked_up(c: CallView, index: Tensor) -> list[State]:
@@ -146,7 +158,7 @@ def _looked_up(c: CallView, index: Tensor) -> list[State]:
 def _index(c: CallView) -> Result:
     indices = [index for index in c["indices"] if index is not None]
     for index in indices:
-        _check_index(c, index)
+        check_index(c, index)
     if any(c.carrying(index) for index in indices):
         return c.everywhere(State.ANY)
     return follow(c, c["self"])
@@ -154,13 +166,13 @@ def _index(c: CallView) -> Result:
 
 @transfer(aten.index_select)
 def _index_select(c: CallView) -> Result:
-    _check_index(c, c["index"])
+    check_index(c, c["index"])
     return c.everywhere(State.ANY) if c.carrying("index") else follow(c, c["self"])
 
 
 @transfer(aten.gather)
 def _gather(c: CallView) -> Result:
-    _check_index(c, c["index"])
+    check_index(c, c["index"])
     signal, index = c.states("self"), c.states("index")
     return c.each_output(lambda dim: signal[dim] if index[dim] & State.UNIFORM else State.ANY)
 
@@ -172,6 +184,12 @@ def _gather(c: CallView) -> Result:
 def _over_positions(c: CallView) -> Result:
     family = as_family(c.call.func, Positions)
     return follow(c, c.call.inputs[0], ALL_ZERO if family is not None and family.linear else State.ZERO)
+
+
+@transfer(aten.affine_grid_generator)
+def _affine_grid(c: CallView) -> Result:
+    samples = c.states("theta")[0]  # of which each place is a sum of products with numbers
+    return c.each_output(lambda dim: samples if dim == 0 else State.ANY)
 
 
 @transfer(aten.grid_sampler_2d, aten.grid_sampler_3d)

@@ -87,6 +87,10 @@ def _source(at: PointwiseCall) -> State:
     return at.state("self")
 
 
+def _of_parts(at: PointwiseCall) -> State:
+    return at.state("real") & at.state("imag")
+
+
 def _written(at: PointwiseCall) -> State:
     return at.state("src")
 
@@ -146,7 +150,11 @@ def _activated(at: PointwiseCall) -> State:
 _COMBINATIONS: dict[str, Callable[[PointwiseCall], State]] = {
     op_name(op): combine
     for combine, ops in {
-        _source: (aten.clone, aten.detach, aten.alias, aten._to_copy, aten.lift_fresh, aten.lift_fresh_copy, aten.neg),
+        _source: (
+            *(aten.clone, aten.detach, aten.alias, aten._to_copy, aten.lift_fresh, aten.lift_fresh_copy, aten.neg),
+            *(aten._conj, aten._conj_physical, aten._neg_view),
+        ),
+        _of_parts: (aten.complex,),
         _written: (aten.copy,),
         _sum: (aten.add, aten.sub, aten.rsub),
         _multiplied: (aten.mul,),

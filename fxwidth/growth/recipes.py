@@ -21,8 +21,8 @@ from fxwidth.growth.interpreter import Interpretation
 from fxwidth.growth.states import DirectionlessError, NormedWriterError, ProductRefusedError, State
 from fxwidth.growth.tape_index import Slot, tape_index
 from fxwidth.recording.tape import Axes, OpCall
-from fxwidth.rules.family_table import adds, as_family, channel_norm, is_arithmetic
-from fxwidth.rules.op_families import Arithmetic, Norm, WeightNorm
+from fxwidth.rules.family_table import adds, as_family, channel_norm, family_of, is_arithmetic
+from fxwidth.rules.op_families import Arithmetic, FakeQuantization, Norm, WeightNorm
 
 
 class Recipe(StrEnum):
@@ -221,8 +221,13 @@ def _find_uses(analysis: Analysis, roles: Roles, factor: Factor) -> dict[Slot, U
 
 def _use_in_parameters(call: OpCall, tensor: Tensor, dim: int) -> Use:
     """Return what an op on parameters alone tells: the length of a weight's rows scales them, as in a weight norm."""
-    multiplies = is_arithmetic(call.func, Arithmetic.PRODUCT, Arithmetic.QUOTIENT) or as_family(call.func, WeightNorm)
-    return Use.SCALES if multiplies and _is_vector(call.axes[tensor], dim) else Use(0)
+    family = family_of(call.func)
+    multiplies = is_arithmetic(call.func, Arithmetic.PRODUCT, Arithmetic.QUOTIENT)
+    return (
+        Use.SCALES
+        if (multiplies or isinstance(family, (WeightNorm, FakeQuantization))) and _is_vector(call.axes[tensor], dim)
+        else Use(0)
+    )
 
 
 def _is_vector(axes: Axes, dim: int) -> bool:
@@ -231,13 +236,17 @@ def _is_vector(axes: Axes, dim: int) -> bool:
 
 
 def _use(call: OpCall, tensor: Tensor, dim: int, facts: AxisFacts) -> Use:
+    reads = multiplies = False
     for contraction in call.contractions:
         for operand, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
             if operand is tensor:
                 # A kernel of a group that grows as a whole neither makes nor reads channels of its own.
                 if "groups" in call.arguments and convolution_parts(call, facts) == (1, 0, 0):
                     return Use.GROUP_KERNEL
-                return Use.READS if dim in dims else Use.WRITES
+                reads |= dim in dims
+                multiplies = True
+    if multiplies:
+        return Use.READS if reads else Use.WRITES
     norm = as_family(call.func, Norm)
     if norm is not None:
         for names, use in ((("weight", norm.variance), Use.UNIT_GAIN), ((norm.bias, norm.mean), Use.SHIFTS)):

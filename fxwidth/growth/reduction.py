@@ -74,6 +74,11 @@ def _softmax(c: CallView) -> Result:
     return follow(c, c["self"], State.ANY)
 
 
+@transfer(aten.logcumsumexp)
+def _summed_exponentials(c: CallView) -> Result:
+    return follow(c, c["self"], State.ANY)
+
+
 @transfer(aten.cumprod, aten.sort, aten.cummax, aten.cummin, aten.topk)
 def _ordered(c: CallView) -> Result:
     return follow(c, c["self"], State.ZERO)

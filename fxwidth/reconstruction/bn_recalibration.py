@@ -125,7 +125,8 @@ class Recalibration:
         with looking_on(self._module):
             # By their addresses while the module runs on copies of them.
             buffers = {name: slot for name, slot in _buffers(self._module).items() if name not in self._others}
-            names = {tensor.data_ptr(): name for name, (tensor, _) in buffers.items() if tensor.numel()}
+            strided = {name: tensor for name, (tensor, _) in buffers.items() if tensor.layout is torch.strided}
+            names = {tensor.data_ptr(): name for name, tensor in strided.items() if tensor.numel()}
             watch = _Watch(names, before, running)
             with watch:
                 fx.Interpreter(self._module).run(*copies(values), enable_io_processing=False)

@@ -37,6 +37,17 @@ _TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MASKS = (torch.bool, torch.uint8)
 
 
+@dataclass(frozen=True)
+class Check:
+    """A flag on record of which the other value ends the run, by a statement that raises an error.
+
+    Attributes:
+        flag: what was found.
+    """
+
+    flag: bool
+
+
 class Values(Protocol):
     """Who stands between a tape and the ops that depend on values."""
 
@@ -85,6 +96,43 @@ class ValueWriter:
         return result, None
 
 
+class OtherWayError(Exception):
+    """With another flag the model goes on, with other ops."""
+
+
+class OtherWay(ValueWriter):
+    """Runs every op, but gives the opposite of one flag; what reads a parameter after that ends the run.
+
+    Args:
+        never_empty: as for all.
+        node: which node reads the flag.
+        place: after how many others on its record.
+        parameters: the parameters of the model.
+    """
+
+    def __init__(self, never_empty: bool, node: str, place: int, parameters: Sequence[Tensor]) -> None:
+        super().__init__(never_empty)
+        self._flag = node, place
+        self._parameters = set(map(id, parameters))
+        self._is_past = False
+
+    def run(self, func: OpOverload, arguments: Mapping[str, Any], op: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run an op.
+
+        Raises:
+            OtherWayError: it reads a parameter, on the other way.
+        """
+        if self._is_past and not self._parameters.isdisjoint(map(id, pytree.tree_leaves(dict(arguments)))):
+            raise OtherWayError(f"it goes on with {func}")
+        node, place = self._flag
+        before = len(self.record.get(node, ()))
+        result, known = super().run(func, arguments, op)
+        if self._node == node and before == place < len(self.record.get(node, ())):
+            self._is_past = True
+            result = not result
+        return result, known
+
+
 class ValueReader:
     """Gives fake tensors of the shapes on record, and the numbers on record, where a fake run would end.
 
@@ -114,6 +162,8 @@ class ValueReader:
         known = next((found for name, found in self._left if name == func.name()), None)
         if known is None:
             return op(), None  # which says what is wrong
+        if isinstance(known, Check):
+            return known.flag, known
         if self._finds is not None:
             known = _as_many(func, known, self._finds)
         with self._mode:

@@ -64,6 +64,7 @@ class OpCall:
     pins_if_used: list[tuple[Tensor, Axis, str]] = field(default_factory=list)
     recorded: Any = None
     part: str = ""
+    computed: frozenset[int] = frozenset()
     inputs: list[Tensor] = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
     layouts: dict[Tensor, tuple[tuple[int, ...], int]] = field(init=False)
@@ -107,6 +108,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def storage_of(tensor: Tensor) -> int:
     """Return what tells the memory of a tensor from that of others."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)  # it has several, and stands for them
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -52,6 +52,7 @@ class Edits:
         attributes: what happens to size attributes of modules.
         record: the entry in the history.
         axes: what the next analysis needs to know of groups of width one.
+        maps: which channels of each dim stay.
     """
 
     graph: RewrittenGraph
@@ -61,6 +62,7 @@ class Edits:
     attributes: AttributeEdits
     record: dict[str, Any]
     axes: KnownAxes | None
+    maps: IndexMaps
 
     def put_in_place(self, module: fx.GraphModule, transaction: Transaction) -> None:
         """Give the module, and the model that it was traced from where that goes along, its new graph and tensors."""
@@ -150,7 +152,8 @@ def prepare_edits(
         **selection.told(),
         **({"kept": dict(known.kept)} if known.blind else {}),
     }
-    return Edits(graph, new.tensors, replacements, update, attributes, record, _axes_on_record(selection, new.maps))
+    axes = _axes_on_record(selection, new.maps)
+    return Edits(graph, new.tensors, replacements, update, attributes, record, axes, new.maps)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from fxwidth.resizing.informed_growth import InformedGrowth
 from fxwidth.resizing.requested import Known, Requested, refuse_too_narrow, requested
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
+from fxwidth.rewriting.other_sizes import other_size
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.statistics.calibration_data import replayed
@@ -177,6 +178,7 @@ def _resize(
         refuse_nan(module)
         refuse_too_narrow(width_graph, asked)
     data = replayed(options.data)
+    other = None if known.blind else other_size(width_graph.analysis)
     # What can be trained stays so, wherever the resize is called: parameters, their gradients, and optimizer state.
     with torch.inference_mode(False):
         selection = select_channels(width_graph, asked, data, options, known)
@@ -188,6 +190,8 @@ def _resize(
         informed = InformedGrowth.of(selection, data, options, known)
         edits = prepare_edits(selection, moments, options, known, informed.rows)
         edits.put_in_place(module, transaction)
+        if other is not None:
+            other.refuse_lost(width_graph.analysis, edits.maps)
         if recalibration is not None:
             edits.recalibrate(module, recalibration, transaction)
             edits.record["not_refitted"] |= elsewhere

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx
 
+from fxwidth.analysis.size_reads import ELEMENTS, SIZES, dims_read, function_name
 from fxwidth.axes.factor_space import FactorSpace
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.tape import Axes
@@ -41,8 +42,6 @@ class _Made:
     is_product: bool = True
 
 
-_ELEMENTS = frozenset({"numel", "sym_numel", "nelement"})
-_SIZES = frozenset({"size", "sym_size", "getattr", "len"})
 _MULTIPLICATIONS = frozenset(
     {"mul", "imul", "truediv", "itruediv", "neg", "float", "sqrt", "pow", "ipow", "prod", "sym_float", "scaled"}
 )
@@ -127,20 +126,11 @@ def _made(number: Any, known: Numbers, space: FactorSpace, axes_of: Callable[[Te
     if not isinstance(number, fx.Node):
         parts = number if isinstance(number, (tuple, list)) else ()
         return _together([_made(part, known, space, axes_of) for part in parts], is_product=True)
-    name = getattr(number.target, "__name__", str(number.target)).strip("_").partition(".")[0]
-    source = number.args[0] if number.args else None
-    if isinstance(source, fx.Node) and isinstance(known.before(source), Tensor):
-        axes = axes_of(known.before(source))
-        dim = 0 if name == "len" else number.args[1] if len(number.args) > 1 else number.kwargs.get("dim")
-        if name in _SIZES and isinstance(dim, int):
-            axes = axes[dim : dim + 1] if dim >= 0 else axes[dim : dim + 1 or None]
+    name = function_name(number)
+    axes = dims_read(number, known.before, axes_of)
+    if axes is not None:
         of_batch = any(factor.is_batch for axis in axes for factor in space.factors(axis))
-        return _Made(of_batch, name in _SIZES | _ELEMENTS)
-    if name == "getitem" and isinstance(source, fx.Node) and isinstance(number.args[1], int):
-        shape = source.args[0] if source.args else None
-        if isinstance(shape, fx.Node) and isinstance(known.before(shape), Tensor):
-            axis = axes_of(known.before(shape))[number.args[1]]
-            return _Made(any(factor.is_batch for factor in space.factors(axis)))
+        return _Made(of_batch, name in SIZES | ELEMENTS | {"getitem"})
     parts = [_made(argument, known, space, axes_of) for argument in (*number.args, *number.kwargs.values())]
     return _together(parts, is_product=name in _MULTIPLICATIONS or name == "getitem")
 

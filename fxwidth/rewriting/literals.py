@@ -106,6 +106,17 @@ def _size(state: NodeState, current: Any, position: int, wanted: int, others: Se
     return wanted
 
 
+def _unflattened(state: NodeState) -> None:
+    """Patch the sizes that one dim is divided into."""
+    sizes, dim = argument_of(state.node, 2, "sizes"), state.now(argument_of(state.node, 1, "dim"))
+    if state.axes is None or not isinstance(sizes, (list, tuple)) or not isinstance(dim, int):
+        return
+    first = dim % (len(state.axes) - len(sizes) + 1)
+    wanted = [state.maps.size(axis) for axis in state.axes[first : first + len(sizes)]]
+    new = [_size(state, own, first + place, wanted[place], sizes) for place, own in enumerate(sizes)]
+    set_argument(state.node, 2, "sizes", new)
+
+
 def _literal(position: int, name: str, argument: str, *ops: OpOverloadPacket) -> Callable[[NodeState], None]:
     """Patch one argument with an argument of the ATen op that the function becomes."""
 
@@ -257,6 +268,7 @@ _PATCHES: dict[str, Callable[[NodeState], None]] = {
     "view": _sizes(1),
     "reshape": _sizes(1),
     "expand": _sizes(1),
+    "unflatten": _unflattened,
     "split": _split,
     "chunk": _split,
     "split_with_sizes": _split,

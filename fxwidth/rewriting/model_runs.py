@@ -21,6 +21,7 @@ from fxwidth.runtime.fake_tensors import fake_like
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
 from fxwidth.runtime.tensor_slots import Slots, substituted, tensor_slots
+from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals
 
 
 def fakes_of(slots: Slots, analysis: Analysis, fakes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,16 +74,23 @@ def observed(
         arguments: how it is called.
         counts: asked for each op, in order, whether it is to be told.
     """
+    with suppress(Exception):
+        return _observed(analysis, model, arguments, counts)
+    return None
+
+
+def _observed(
+    analysis: Analysis, model: nn.Module, arguments: Sequence[Argument], counts: Callable[[OpCall], bool]
+) -> list[Signature]:
     found: list[Signature] = []
 
     def see(call: OpCall) -> None:
         if counts(call) and not is_silent(call.func):
             found.append(observed_signature(call))
 
-    with suppress(Exception):
+    with heeding_refusals():
         run_model(analysis, model, arguments, see)
-        return found
-    return None
+    return found
 
 
 def differs_from_model(analysis: Analysis, model: nn.Module, arguments: Sequence[Argument]) -> str | None:
@@ -97,9 +105,12 @@ def differs_from_model(analysis: Analysis, model: nn.Module, arguments: Sequence
     fakes = fakes_of(slots, analysis, {})
     signals = [*flatten_each(analysis.inputs, (Tensor,))[0], *fakes.values()]
     with substituted(model, fakes, slots, restored), evaluating(model):
-        done = observed(analysis, model, arguments, Signals(signals))
-    if done is None:
-        return None
+        try:
+            done = _observed(analysis, model, arguments, Signals(signals))
+        except UntraceableError as error:
+            return str(error)
+        except Exception:
+            return None
     wanted = filter(Signals(signals), analysis.calls)
     return differ(done, prescribed_signatures(wanted, IndexMaps(analysis.space, {})))
 

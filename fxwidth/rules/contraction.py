@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from fxwidth.axes.factors import Axis
+from fxwidth.axes.factors import ONE, Axis
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.axes.pins import KERNEL, POSITION, SORTED_ROWS
+from fxwidth.axes.pins import KERNEL, POSITION, SORTED_ROWS, SPARSE
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family
-from fxwidth.rules.op_families import Convolution, GroupedProduct, Product
+from fxwidth.rules.op_families import Convolution, Distances, GroupedProduct, Product, SampledConvolution
 from fxwidth.rules.op_names import Op
 from fxwidth.rules.registry import (
     ResizedCall,
@@ -49,6 +49,7 @@ def product(op: Op, left: str, right: str, formula: str, added: str | None = Non
 
 def _product(c: RuleContext, family: Product) -> list[Axis]:
     """Couple the dims that two operands share; return the axes of their product."""
+    _pin_sparse(c, family.left, family.right)
     left, right, result = family.terms
     own = dict(zip(left, c.axes(family.left), strict=True))
     other = dict(zip(right, c.axes(family.right), strict=True))
@@ -60,11 +61,19 @@ def _product(c: RuleContext, family: Product) -> list[Axis]:
     return [own[letter] if letter in own else other[letter] for letter in result]
 
 
+def _pin_sparse(c: RuleContext, *operands: str) -> None:
+    """Pin the dims of sparse operands: their entries are known by their places."""
+    for operand in operands:
+        if c[operand].layout is not torch.strided:
+            c.pin(c.axes(operand), SPARSE)
+
+
 product(aten.mm, "self", "mat2", "ik,kj->ij")
 product(aten.bmm, "self", "mat2", "bik,bkj->bij")
 product(aten.addmm, "mat1", "mat2", "ik,kj->ij", added="self")
 product(aten.baddbmm, "batch1", "batch2", "bik,bkj->bij", added="self")
 product(aten.addbmm, "batch1", "batch2", "bik,bkj->ij", added="self")
+product(aten._sparse_addmm, "mat1", "mat2", "ik,kj->ij", added="self")
 product(aten.mv, "self", "vec", "ik,k->i")
 product(aten.addmv, "mat", "vec", "ik,k->i", added="self")
 product(aten.dot, "self", "tensor", "k,k->")
@@ -126,6 +135,54 @@ def _positions(c: RuleContext, signal: list[Axis]) -> list[Axis]:
             c.pin([axis], POSITION)
             result.append(c.fixed(c.outputs[0].shape[2 + i], POSITION))
     return result
+
+
+@rule("torchvision::deform_conv2d", family=SampledConvolution())
+def _deformed(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Couple as a convolution does; how far from its place each entry of the kernel reads is told for all channels."""
+    if c["groups"] != 1 or c["offset_groups"] != 1:
+        raise RuleDeclinedError("a deformed convolution in groups")
+    signal, weight, others = c.axes("input"), c.axes("weight"), [c.axes(name) for name in ("offset", "mask")]
+    c.pin([*signal[2:], *(axis for other in others for axis in other[1:])], POSITION)
+    c.pin(weight[2:], KERNEL)
+    for other in others:
+        c.broadcast([signal[:1], other[:1]])
+    c.unify(signal[1], weight[1])
+    c.contract("input", (1,), "weight", (1,))
+    c.unify(weight[0], c.axes("bias")[0])
+    return [[signal[0], weight[0], *(c.fixed(size, POSITION) for size in c.outputs[0].shape[2:])]]
+
+
+@rule(aten._trilinear)
+def _trilinear(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Multiply three operands, broadcast after each got dims of size one, and sum over dims that two of them have."""
+    names, rows = ("i1", "i2", "i3"), []
+    for k, name in enumerate(names, 1):
+        row = c.axes(name)
+        for dim in sorted(c[f"expand{k}"]):
+            row.insert(dim, ONE)
+        rows.append(row)
+    if len({len(row) for row in rows}) > 1:
+        raise RuleDeclinedError("operands of several ranks")
+    whole = c.broadcast(rows)
+    for dim in c["sumdim"]:
+        having = [k for k in range(3) if dim not in c[f"expand{k + 1}"]]
+        if len(having) != 2:
+            raise RuleDeclinedError("a sum of products of another number of operands than two")
+        left, right = having
+        own = [dim - sum(place < dim for place in c[f"expand{k + 1}"]) for k in having]
+        c.contract(names[left], (own[0],), names[right], (own[1],))
+    return [[axis for dim, axis in enumerate(whole) if dim not in c["sumdim"]]]
+
+
+@rule(aten._cdist_forward, family=Distances())
+def _distances(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Couple [*lead, P, M] with [*lead, R, M] to [*lead, P, R]: distances over M of each row from each other."""
+    one, other = c.axes("x1"), c.axes("x2")
+    c.unify(one[-1], other[-1])
+    for name, own in (("x1", one), ("x2", other)):
+        c.mix(name, len(own) - 1, "distance")
+    return [[*c.broadcast([one[:-2], other[:-2]]), one[-2], other[-2]]]
 
 
 @literal_rule(aten.convolution, aten._convolution)

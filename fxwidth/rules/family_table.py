@@ -11,10 +11,13 @@ from torch._ops import OpOverload
 from fxwidth.rules.op_families import (
     Arithmetic,
     Attention,
+    Bags,
     Cell,
     ChannelCopies,
     Convolution,
+    Distances,
     Elementwise,
+    FakeQuantization,
     Family,
     GroupedProduct,
     LookUp,
@@ -23,6 +26,7 @@ from fxwidth.rules.op_families import (
     Norm,
     NormKind,
     Product,
+    SampledConvolution,
     WeightNorm,
 )
 from fxwidth.rules.op_names import Op, op_name, rule_name
@@ -77,8 +81,14 @@ def _operand_names(family: Family) -> Iterable[str]:
         case Norm():
             training = family.training if isinstance(family.training, str) else ""
             return filter(None, ("input", "weight", family.bias, family.mean, family.variance, family.eps, training))
-        case LookUp():
+        case LookUp() | Bags():
             return family.table, family.index
+        case Distances():
+            return "x1", "x2"
+        case FakeQuantization(axis=axis):
+            return ("self", axis) if axis else ("self",)
+        case SampledConvolution():
+            return "input", "weight", "bias"
         case WeightNorm():
             return "v", "g"
         case Convolution():
@@ -143,7 +153,7 @@ def adds(func: OpOverload) -> bool:
             return kind is Move.JOIN
         case LookUp(slices=slices):
             return slices
-        case Cell():
+        case Cell() | Bags() | Distances():
             return True
         case _:
             return False

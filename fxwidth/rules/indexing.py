@@ -10,21 +10,25 @@ from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import FOUND, GATHERED, INDEXED, MASKED
 from fxwidth.recording.tape import OpCall
-from fxwidth.rules.op_families import LookUp
+from fxwidth.rules.op_families import Bags, LookUp
 from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, literal_rule, revised, rule
 
 aten = torch.ops.aten
+
+MASKS = (torch.bool, torch.uint8)
+"""What an index holds that is a mask, and no list of numbers."""
 
 
 @rule(aten.index, aten._unsafe_index, family=LookUp("self", "indices"))
 def _index(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, indices = c.axes("self"), list(c["indices"])
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+    if any(index is not None and index.dtype in MASKS for index in indices):
         return [_masked(c, signal, indices)]
-    return [_looked_up(c, signal, indices)]
+    return [looked_up(c, signal, indices)]
 
 
-def _looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
+def looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
+    """Return the axes of what is looked up in a tensor by lists of numbers, whose dims are pinned."""
     dims = [dim for dim, index in enumerate(indices) if index is not None]
     c.pin([signal[dim] for dim in dims], INDEXED)
     found = c.broadcast([c.axes(index) for index in indices if index is not None])
@@ -32,18 +36,6 @@ def _looked_up(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | 
     # Index dims that stand together are replaced in place, others go to the front.
     place = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
     return [*rest[:place], *found, *rest[place:]]
-
-
-@rule(aten.index_put, aten._unsafe_index_put)
-def _index_put(c: RuleContext) -> Sequence[Sequence[Axis]]:
-    """Write values, broadcast to what a look-up by the same indices would give."""
-    signal, indices = c.axes("self"), list(c["indices"])
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        raise RuleDeclinedError("writing under a mask")
-    # Of two writes to one place the later wins, or both are summed up.
-    c.pin([axis for index in indices if index is not None for axis in c.axes(index)], INDEXED)
-    c.broadcast([_looked_up(c, signal, indices), c.axes("values")])
-    return [[c.space.normalise(axis) for axis in signal]]
 
 
 def _masked(c: RuleContext, signal: list[Axis], indices: list[torch.Tensor | None]) -> list[Axis]:
@@ -78,6 +70,21 @@ def _embedding(c: RuleContext) -> Sequence[Sequence[Axis]]:
     table = c.axes("weight")
     c.pin([table[0]], INDEXED)
     return [[*c.axes("indices"), table[1]]]
+
+
+@rule(aten._embedding_bag, aten._embedding_bag_forward_only, family=Bags("weight", "indices"))
+def _embedding_bag(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Sum up rows of a table, one bag after the other; offsets tell where each begins, and may tell where all end."""
+    table, offsets, result = c.axes("weight"), c.axes("offsets"), c.outputs[0].shape
+    if c["include_last_offset"] and c.call.func.overloadpacket is aten._embedding_bag_forward_only:
+        raise RuleDeclinedError("bags whose end is told, of a table without gradient")
+    weights = c.axes("per_sample_weights") if "per_sample_weights" in c else []
+    c.pin([table[0], *c.axes("indices"), *offsets, *weights], INDEXED)
+    bags = c.fixed(result[0], INDEXED) if c["include_last_offset"] else offsets[0]
+    # The others are kept for the backward pass: of the largest entries of each bag, where they were.
+    return [
+        [bags, table[1]] if output.shape == result else [c.fixed(size) for size in output.shape] for output in c.outputs
+    ]
 
 
 @rule(aten.gather, family=LookUp("self", "index", slices=False))

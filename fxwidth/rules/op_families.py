@@ -92,6 +92,11 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class SampledConvolution:
+    """A convolution of `input` with `weight` at places between the positions, which other operands tell."""
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax(query key^T * scale + mask) value."""
 
@@ -209,6 +214,46 @@ class LookUp:
 
 
 @dataclass(frozen=True)
+class Bags:
+    """Sums, means or extremes of rows of a table, several for each result.
+
+    Attributes:
+        table: the name of the table.
+        index: the name of the numbers of its rows.
+    """
+
+    table: str
+    index: str
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far rows of `x1` are from rows of `x2`."""
+
+
+@dataclass(frozen=True)
+class FakeQuantization:
+    """Entries of `self` rounded to multiples of `scale`, as they would be stored in a few bits.
+
+    Attributes:
+        axis: the name of the dim whose slices have a scale and a zero point each, where there is not one for all.
+    """
+
+    axis: str = ""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Linear algebra on the last two dims, for each matrix of a batch alone.
+
+    Attributes:
+        regular: whether there is no result for some matrices, such as zeros.
+    """
+
+    regular: bool = False
+
+
+@dataclass(frozen=True)
 class ChannelCopies:
     """Channels of `self` along `dim`, copied to where the numbers in `table` say; each side has a width of its own."""
 
@@ -250,6 +295,7 @@ Family = (
     Product
     | GroupedProduct
     | Convolution
+    | SampledConvolution
     | Attention
     | Cell
     | Norm
@@ -257,6 +303,10 @@ Family = (
     | Reduction
     | Movement
     | LookUp
+    | Bags
+    | Distances
+    | FakeQuantization
+    | Matrices
     | ChannelCopies
     | Positions
     | Elementwise

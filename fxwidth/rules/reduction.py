@@ -48,7 +48,7 @@ for _family, *_ops in (
     # Of two results one would have to be told from the other.
     (Reduction("variance"), aten.var_mean, aten.std_mean),
     (_MAXIMUM, aten.amax, aten.amin),
-    (Reduction("maximum"), aten.any, aten.all, aten.logsumexp),
+    (Reduction("maximum"), aten.any, aten.all, aten._is_all_true, aten._is_any_true, aten.logsumexp),
     (Reduction("vector norm", zero_of_zeros=True), aten.linalg_vector_norm, aten.norm),
     (Reduction("product", zero_of_zeros=True), aten.prod),
 ):
@@ -74,6 +74,9 @@ def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return _reduction("maximum")(c)
 
 
+rule(aten.aminmax, family=_MAXIMUM)(_reduction("maximum"))
+
+
 @rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
@@ -81,7 +84,7 @@ def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [signal]
 
 
-@rule(aten.cumsum, aten.cumprod, aten.sort, aten.cummax, aten.cummin)
+@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.sort, aten.cummax, aten.cummin)
 def _ordered(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     c.pin([signal[c.dim(c["dim"], len(signal))]], ORDER)

@@ -9,7 +9,7 @@ import torch
 
 from fxwidth.axes.factors import Axis, axis_size
 from fxwidth.axes.index_maps import IndexMaps
-from fxwidth.axes.pins import STRIDED, TAKEN_APART
+from fxwidth.axes.pins import BY_SIZE, STRIDED, TAKEN_APART
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.op_families import Move, Movement
 from fxwidth.rules.registry import ResizedCall, RuleContext, RuleDeclinedError, literal_rule, revised, rule
@@ -22,6 +22,7 @@ def _select(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal, shape = c.axes("self"), c.shape("self")
     dim = c.dim(c["dim"], len(shape))
     axis = signal.pop(dim)
+    _pin_if_computed(c, axis, [c["index"]])
     if not c.space.is_constant(axis):
         _, rest = c.split(axis, c["index"] % shape[dim])
         c.split(rest, 1)
@@ -33,6 +34,12 @@ def _select_index(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["self"]]
     axis = signal[call.arguments["dim"] % len(signal)]
     return revised(call, index=maps.prefix(axis, call.arguments["index"] % axis_size(axis)))
+
+
+def _pin_if_computed(c: RuleContext, axis: Axis, places: Sequence[Any]) -> None:
+    """Pin a dim that is cut at places which the graph computes: for inputs of other sizes these are others."""
+    if not c.call.computed.isdisjoint(places) and not any(factor.is_batch for factor in c.space.factors(axis)):
+        c.pin([axis], BY_SIZE)
 
 
 def _slice_bounds(arguments: dict[str, Any], size: int) -> tuple[int, int]:
@@ -49,6 +56,7 @@ def _slice(c: RuleContext) -> Sequence[Sequence[Axis]]:
     dim = c.dim(c["dim"], len(shape))
     size, step = shape[dim], c["step"]
     start, end = _slice_bounds(c.call.arguments, size)
+    _pin_if_computed(c, signal[dim], [c["start"], c["end"]])
     if step == 1:
         if end - start != size:
             signal[dim] = c.cut(signal[dim], start, end)
@@ -92,6 +100,8 @@ def _split(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")
     dim = c.dim(c["dim"], len(signal))
     rest, parts = signal[dim], []
+    sizes = c.call.arguments.get("split_size", c.call.arguments.get("split_sizes"))
+    _pin_if_computed(c, rest, sizes if isinstance(sizes, (list, tuple)) else [sizes])
     for output in c.outputs:
         part, rest = c.split(rest, output.shape[dim])
         parts.append(part)
@@ -122,6 +132,7 @@ def _slice_scatter(c: RuleContext) -> Sequence[Sequence[Axis]]:
     start, end = _slice_bounds(c.call.arguments, shape[dim])
     if c["step"] != 1:
         raise RuleDeclinedError("a strided scatter")
+    _pin_if_computed(c, c.axes("self")[dim], [c["start"], c["end"]])
     for k, axis in enumerate(signal):
         c.unify(c.cut(axis, start, end) if k == dim else axis, source[k])
     return [[c.space.normalise(axis) for axis in signal]]

@@ -9,9 +9,11 @@ from math import prod
 import torch
 
 from fxwidth.axes.factors import Axis
+from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.axes.pins import KERNEL, POSITION, WINDOWS
+from fxwidth.recording.tape import OpCall
 from fxwidth.rules.op_families import Move, Movement, Positions
-from fxwidth.rules.registry import Rule, RuleContext, rule
+from fxwidth.rules.registry import ResizedCall, Rule, RuleContext, literal_rule, revised, rule
 
 aten = torch.ops.aten
 
@@ -59,6 +61,21 @@ def _grid_sampler(c: RuleContext) -> Sequence[Sequence[Axis]]:
     c.pin([*signal[2:], *grid[1:]], POSITION)
     c.unify(signal[0], grid[0])
     return [[*signal[:2], *_positions(c, c.outputs[0].shape[2:])]]
+
+
+@rule(aten.affine_grid_generator)
+def _affine_grid(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Make places for all positions, [N, H, W, 2] or [N, D, H, W, 3], from one matrix for each sample."""
+    theta = c.axes("theta")
+    c.pin(theta[1:], POSITION)
+    return [[theta[0], *_positions(c, c.outputs[0].shape[1:])]]
+
+
+@literal_rule(aten.affine_grid_generator)
+def _grid_size(call: OpCall, maps: IndexMaps) -> ResizedCall:
+    # The channels that are told are of no effect: whatever they become, the grid is the same.
+    _, *rest = call.arguments["size"]
+    return revised(call, size=[maps.size(call.output_axes[0][0]), *rest])
 
 
 @rule(aten.pixel_shuffle, family=_SUMS)

@@ -28,7 +28,7 @@ _BY_REASON = {
         """,
     PACKED: """
         _cslt_sparse_mm _cslt_sparse_mm_search _int_mm _mixed_dtypes_linear _scaled_grouped_mm _scaled_grouped_mm_v2
-        _scaled_mm _scaled_mm_v2 _sparse_addmm _sparse_mm_reduce_impl _sparse_semi_structured_addmm
+        _scaled_mm _scaled_mm_v2 _sparse_mm_reduce_impl _sparse_semi_structured_addmm
         _sparse_semi_structured_linear _sparse_semi_structured_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu
         _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm hspmm mkldnn_reorder_conv2d_weight
         mkldnn_reorder_conv3d_weight quantized_batch_norm sparse_sampled_addmm sspaddmm to_mkldnn

@@ -53,7 +53,7 @@ def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
             j += 1
             continue
         first_i, first_j = i, j
-        i, j = _end_of_block(old, i, new, j)
+        i, j = end_of_block(old, i, new, j)
         block = c.space.product(*signal[first_i:i])
         large = [size for size in new[first_j:j] if size > 1]
         parts = iter([block] if len(large) == 1 else c.factored(block, *large))
@@ -61,7 +61,7 @@ def _view(c: RuleContext) -> Sequence[Sequence[Axis]]:
     return [result]
 
 
-def _end_of_block(old: Sequence[int], i: int, new: Sequence[int], j: int) -> tuple[int, int]:
+def end_of_block(old: Sequence[int], i: int, new: Sequence[int], j: int) -> tuple[int, int]:
     """Return where the shortest runs of dims from i and j with equal products end."""
     size_i, size_j = old[i], new[j]
     i, j = i + 1, j + 1
@@ -185,5 +185,7 @@ def _same_strides(size: Sequence[int], first: Sequence[int], second: Sequence[in
 @literal_rule(aten.as_strided)
 def _as_alias(call: OpCall, maps: IndexMaps) -> ResizedCall:
     if not _is_alias(call, [axis_size(axis) for axis in call.axes[call.arguments["self"]]]):
-        return revised(call)
+        # Of more samples it shows the same part of each.
+        size = list(call.arguments["size"])
+        return revised(call, size=[*map(maps.size, call.output_axes[0][:1]), *size[1:]])
     return torch.ops.aten.alias.default, {"self": call.arguments["self"]}

@@ -7,17 +7,58 @@ that a layer was given other weights for the time of a call. `unseen_effects.py`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 
 class UntraceableError(Exception):
     """A front end cannot say in a graph what a model does; another is asked, or the user is told."""
+
+
+# What says that something cannot be traced, or that a fake tensor has no values.
+_REFUSALS = (
+    UntraceableError,
+    TraceError,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+@contextmanager
+def heeding_refusals() -> Iterator[None]:
+    """Let what ends a run of a model on stand-ins for tensors end it, though the model's code may catch such errors.
+
+    With real tensors there would be none, and the code would go another way.
+
+    Raises:
+        UntraceableError: the code has gone on after such an error.
+    """
+    told: list[str] = []
+
+    def noting(kind: type[Exception]) -> AbstractContextManager[Any]:
+        made = kind.__init__
+
+        def noted(self: Exception, *args: Any, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            told.append((str(self).strip().splitlines() or [type(self).__name__])[0].rstrip("."))
+
+        return patch.object(kind, "__init__", noted)
+
+    with ExitStack() as stack:
+        for kind in _REFUSALS:
+            stack.enter_context(noting(kind))
+        yield
+    if told:
+        raise UntraceableError(f"its code catches an error that there is in a trace alone, and goes on: {told[0]}")
 
 
 @contextmanager

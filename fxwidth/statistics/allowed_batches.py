@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxwidth.analysis.result import Analysis
-from fxwidth.frontends.call_signature import Inputs, refuse_guarded
+from fxwidth.frontends.call_signature import Inputs
 from fxwidth.runtime.pytrees import flatten_each, map_leaves
 from fxwidth.statistics.integer_inputs import has_batch
 
@@ -23,9 +23,9 @@ class AllowedBatches:
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
         self._checks = [
-            (module.guards, [node.args, node.kwargs])
+            (module, [node.args, node.kwargs])
             for node in analysis.module.graph.find_nodes(op="call_module")
-            if isinstance(module := analysis.module.get_submodule(str(node.target)), Inputs) and module.guards
+            if isinstance(module := analysis.module.get_submodule(str(node.target)), Inputs) and _asks(module)
         ]
 
     def __contains__(self, size: int) -> bool:
@@ -33,7 +33,7 @@ class AllowedBatches:
         if not self._checks:
             return True
         values = dict(zip(self._placeholders(), self._inputs_of(size), strict=True))
-        return all(_holds(guards, fx.map_arg(arguments, values.get)) for guards, arguments in self._checks)
+        return all(_holds(module, fx.map_arg(arguments, values.get)) for module, arguments in self._checks)
 
     def all_in(self, sizes: range) -> bool:
         """Tell whether it may be run on any of these."""
@@ -65,9 +65,14 @@ def _candidates(most: int, own: int) -> list[int]:
     return sorted({most} | powers | multiples, reverse=True)
 
 
-def _holds(guards: tuple[str, ...], arguments: Any) -> bool:
+def _asks(checks: Inputs) -> bool:
+    """Tell whether an export asks something of a batch: conditions, or one size."""
+    return bool(checks.guards) or any(shape and shape[0] is not None for shape in checks.shapes)
+
+
+def _holds(checks: Inputs, arguments: Any) -> bool:
     try:
-        refuse_guarded(guards, flatten_each([*arguments[0], *arguments[1].values()])[0])
+        checks.refuse_sizes(flatten_each([*arguments[0], *arguments[1].values()])[0], checks.guards)
     except Exception:
         # What is asked of values cannot be told from sizes: then the example's batch is the one that is known.
         return False

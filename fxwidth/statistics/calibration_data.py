@@ -311,6 +311,7 @@ def _checked(analysis: Analysis, tensor: Tensor, example: Tensor, place: str) ->
 def _of_kind(tensor: Tensor, example: Tensor, place: str) -> Tensor:
     if tensor.dtype != example.dtype and tensor.is_floating_point() != example.is_floating_point():
         raise FxwidthError(f"{place} is {tensor.dtype}, the graph was analysed with {example.dtype}; convert it.")
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    entries = tensor if tensor.layout is torch.strided else tensor.to_sparse_coo().coalesce().values()
+    if tensor.is_floating_point() and not bool(entries.isfinite().all()):
         raise FxwidthError(f"{place} holds NaN or infinite values; leave such samples out.")
     return tensor.detach().to(example.device, example.dtype)

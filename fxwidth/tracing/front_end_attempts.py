@@ -66,10 +66,10 @@ def _front_ends(
     yield _SYMBOLIC, lambda *found: _symbolic(model, arguments, False, *found)
     if call is None:
         return
-    device, as_it_runs = device_of(model), partial(answering_as_in_eager_mode, askers)
-    yield _EXPORT, lambda *_: exported_graph(model, arguments, device, as_it_runs)
+    device, as_it_runs, kept = device_of(model), partial(answering_as_in_eager_mode, askers), call.is_of_one_size
+    yield _EXPORT, lambda *_: exported_graph(model, arguments, device, as_it_runs, is_of_one_size=kept)
     if askers:
-        yield _OTHERWISE, lambda *_: exported_otherwise(model, arguments, device, askers)
+        yield _OTHERWISE, lambda *_: exported_otherwise(model, arguments, device, askers, is_of_one_size=kept)
     yield _LEAVES, lambda leaves, _, modes: graph_with_leaves(model, arguments, leaves, modes)
     yield _ONE_CALL, lambda *_: one_call(model)
 

@@ -34,11 +34,11 @@ def trace(
     """Return a model as an fx graph that records the shapes of its inputs.
 
     A GraphModule is taken as it is. Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export`
-    (non-strict, any batch size) where that fails. The graph takes the arguments of the model, by position or by name,
-    and returns what the model returns. Arguments that are left out are fixed at their defaults. It does in `train()`
-    and `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose two modes no graph
-    can hold are called as they are; where that cannot be, the graph is that of the mode the model is in, in which only
-    dropout and batch norm follow, and an `FxwidthWarning` names the place.
+    (non-strict, any size that the model's code allows) where that fails. The graph takes the arguments of the model, by
+    position or by name, and returns what the model returns. Arguments that are left out are fixed at their defaults. It
+    does in `train()` and `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose
+    two modes no graph can hold are called as they are; where that cannot be, the graph is that of the mode the model is
+    in, in which only dropout and batch norm follow, and an `FxwidthWarning` names the place.
 
     Parameters are shared with the model, so an optimizer made for the model goes on. A resize of the graph resizes the
     model too, if its own code does the same at the new widths; else the model stays as it is and shares nothing from
@@ -48,8 +48,9 @@ def trace(
     Args:
         model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.
         example_inputs: a tensor; a tuple of positional arguments; or a dict of arguments by name. Arguments may be
-            lists, dicts and other objects with tensors in them. Of tensors only shapes and dtypes matter, and only the
-            first dim, the batch, may differ later. Needless when the graph carries shapes or its first layers tell.
+            lists, dicts and other objects with tensors in them. Of tensors only shapes and dtypes matter. The first
+            dim, the batch, may differ later, and image sizes and lengths where the model's code lets them. Needless
+            when the graph carries shapes or its first layers tell.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
             function that is called with a `ProgressUpdate` each time. An exception of it ends the work as Ctrl-C does.

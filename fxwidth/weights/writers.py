@@ -16,8 +16,8 @@ from fxwidth.groups.channel_group import ChannelGroup, Site
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.memo import per_graph
 from fxwidth.recording.tape import OpCall, storage_of
-from fxwidth.rules.family_table import as_family, running_norm
-from fxwidth.rules.op_families import LookUp
+from fxwidth.rules.family_table import family_of, running_norm
+from fxwidth.rules.op_families import Bags, LookUp
 from fxwidth.weights.channel_rows import channel_rows, row_index
 from fxwidth.weights.readers import Wiring, wiring_of
 from fxwidth.weights.reparametrised import computed_values, normed_weights, weight_values
@@ -149,15 +149,16 @@ def _written_dims(call: OpCall, tensor: Tensor, provenance: Provenance, dim: Dim
 
     Those are the ones that it does not sum over, nor looks up by.
     """
-    free: set[int] = set()
+    free, summed = set[int](), set[int]()
     for contraction in call.contractions:
         for side, dims in ((contraction.left, contraction.left_dims), (contraction.right, contraction.right_dims)):
             if side is tensor:
-                free |= set(range(tensor.dim())).difference(dims)
-    found = as_family(call.func, LookUp)
-    if found is not None and found.slices and call.arguments[found.table] is tensor:
-        free |= set(range(1, tensor.dim()))
-    return [k for k in sorted(free) if k < len(provenance) and dim in provenance[k]]
+                free |= set(range(tensor.dim()))
+                summed |= set(dims)
+    match family_of(call.func):
+        case LookUp(table=table, slices=True) | Bags(table=table) if call.arguments[table] is tensor:
+            free |= set(range(1, tensor.dim()))
+    return [k for k in sorted(free - summed) if k < len(provenance) and dim in provenance[k]]
 
 
 def _batch_norm_scaling(wiring: Wiring, width_graph: WidthGraph, call: OpCall, factor: Factor) -> Scaling | None:

@@ -130,6 +130,17 @@ def test_heads_of_many_sizes():
     assert [factor.size for factor in space.factors(norm)] == [2, 2]
 
 
+def test_streams_whose_seam_lies_in_a_group_are_free_in_common_runs():
+    """Groups of 8 and of 4, end to end, against groups of 12: runs of 4 lie alike on both sides."""
+    space = FactorSpace()
+    streams = space.product(space.fresh(4), space.fresh(8)), space.product(space.fresh(4), space.fresh(4))
+    both, groups = space.concatenation(streams), space.product(space.fresh(4), space.fresh(12))
+    unify(space, both, groups)
+    assert layout(space, both) == layout(space, groups)
+    assert {factor.size for axis in (*streams, both, groups) for factor in space.factors(axis)} == {4}
+    assert len({factor for axis in (*streams, groups) for factor in space.factors(axis)}) == 1
+
+
 def test_what_has_no_common_divisor_is_pinned():
     space = FactorSpace()
     one, two = space.product(space.fresh(3), space.fresh(8)), space.product(space.fresh(8), space.fresh(3))

@@ -35,6 +35,35 @@ def test_a_file_of_the_version_before_comes_back_to_the_bit() -> None:
     assert [len(record["widths"]) for record in fxwidth.report(gm).resizes] == [1, 1, 4]
 
 
+def test_a_file_of_one_length_comes_back_in_the_place_of_a_model() -> None:
+    """Exported graphs took the example's length alone; with a graph that takes others, the remedy is told."""
+    path, x = FILES / f"{earlier_networks.OF_ONE_LENGTH}.safetensors", earlier_networks.stream_inputs()
+    gm = fxwidth.load(path, earlier_networks.placed, x)
+    wanted = load_file(FILES / f"{earlier_networks.OF_ONE_LENGTH}-answers.safetensors")["answer"]
+    assert torch.equal(gm(x), wanted)
+    with pytest.raises(FxwidthError, match=r"traced with \(any, 3, 4\)"):
+        gm(x[:, :2])
+    graph = fxwidth.trace(earlier_networks.placed(), x)
+    before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
+    with pytest.raises(FxwidthError, match="pass the model itself"):
+        fxwidth.load(path, graph, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graph.state_dict().items())
+
+
+def test_a_file_says_whether_its_graph_takes_other_sizes(tmp_path: Path) -> None:
+    x = earlier_networks.stream_inputs()
+    gm = fxwidth.trace(earlier_networks.placed(), x)
+    fxwidth.resize(gm, {"up": 5})
+    fxwidth.save(gm, tmp_path / "any.safetensors")
+    again = fxwidth.load(tmp_path / "any.safetensors", earlier_networks.placed, x)
+    for length in (1, 3, 7):
+        assert torch.equal(again(x[:, :1].expand(5, length, -1)), gm(x[:, :1].expand(5, length, -1)))
+    # And one of one length is again one of one length.
+    old = FILES / f"{earlier_networks.OF_ONE_LENGTH}.safetensors"
+    fxwidth.save(fxwidth.load(old, earlier_networks.placed, x), tmp_path / "one.safetensors")
+    assert torch.equal(fxwidth.load(tmp_path / "one.safetensors", earlier_networks.placed, x)(x), gm(x))
+
+
 def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the record of a file."""
     record = files._record(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -96,6 +97,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def told(output: str) -> list[str]:
+    """Return the lines of an output, but for those of progress, which a slow machine has more of."""
+    return [line for line in output.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "package that is not there":
@@ -108,9 +114,9 @@ def test_wrong_input(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 2, result.output
-    assert result.output.startswith("Error: ")
-    assert message in result.output
-    assert result.output.count("\n") == 1
+    (error,) = told(result.output)
+    assert error.startswith("Error: ")
+    assert message in error
     assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["other.pt", "own_wrong.py"]
 
 
@@ -126,5 +132,6 @@ def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: s
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
-    assert result.output.startswith("Error: ")
-    assert message in result.output
+    (error,) = told(result.output)
+    assert error.startswith("Error: ")
+    assert message in error

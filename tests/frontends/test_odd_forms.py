@@ -22,7 +22,6 @@ from tests.oracles.judges import ROUNDING, halved_exactly, randomise, removals
 from tests.zoo.networks_of_odd_forms import FORMS, StraightThrough, Two, x
 
 by_form = pytest.mark.parametrize("name", FORMS)
-PINNED = {"complex numbers"}
 
 
 def made(name: str) -> nn.Module:
@@ -72,7 +71,7 @@ def test_the_graph_answers_and_learns_as_the_model_does(name: str) -> None:
 def test_halved_models_match_the_replay_oracle(name: str) -> None:
     gm, twin = traced(made(name), name), traced(made(name), name, 7)
     wg, other = fxwidth.analyze(gm), fxwidth.analyze(twin)
-    assert (not wg.free) == (name in PINNED), str(wg)
+    assert wg.free, str(wg)
     kept = removals(wg.free, 0.5)
     by_group = {group.name: kept[group.factor] for group in wg.free}
     expected = {4: replayed(wg, by_group, name, 4), 7: replayed(other, by_group, name, 7)}

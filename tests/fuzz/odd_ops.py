@@ -157,6 +157,35 @@ def _modulated(choose: Choices, width: int, other: int) -> Proposed:
     return (new, choose.between(0, 1)), (new,)
 
 
+def _messages(layer: Any, n: Numbers, x: Tensor, y: Tensor) -> Tensor:
+    """Positions send to others what they hold; n tells how far, and how what arrives is put together."""
+    sent = torch.tanh(x).transpose(1, 2)
+    index = (torch.arange(POSITIONS) + n[0]) % (POSITIONS - 1)
+    if n[1] == 0:
+        return torch.zeros_like(sent).index_add(1, index, sent).transpose(1, 2)
+    wide = index.view(1, -1, 1).expand_as(sent)
+    if n[1] == 1:
+        return torch.zeros_like(sent).scatter_add_(1, wide, sent).transpose(1, 2)
+    return sent.scatter_reduce(1, wide, sent * 2, "amax").transpose(1, 2)
+
+
+def _drawn_messages(choose: Choices, width: int, other: int) -> Proposed:
+    return (choose.between(0, 2), choose.between(0, 2)), (width,)
+
+
+def _frequencies(layer: Any, n: Numbers, x: Tensor, y: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft(x, dim=2)
+    return torch.fft.irfft(spectrum * torch.tensor([1.0, 0.5, 2.0], dtype=x.dtype), n=POSITIONS, dim=2)
+
+
+def _set_at_places(layer: Any, n: Numbers, x: Tensor, y: Tensor) -> Tensor:
+    """A number is written under a mask of positions, the same for all samples."""
+    mask = torch.arange(POSITIONS) != n[0]
+    x = torch.sin(x)
+    x.__setitem__((slice(None), slice(None), mask), 0.5 * n[0])
+    return x
+
+
 def applied(layer: Any, n: Numbers, x: Tensor, y: Tensor) -> Tensor:
     return layer(x)
 
@@ -173,6 +202,9 @@ ODD_OPS: dict[str, Op] = {
     "shifted": Op(_part, _shifted),
     "samples of parts": Op(_grouped, _samples_of_parts),
     "samples of channels": Op(kept, _samples_of_channels),
+    "messages": Op(_drawn_messages, _messages),
+    "frequencies": Op(kept, _frequencies),
+    "set at places": Op(lambda choose, width, other: ((choose.between(0, 2),), (width,)), _set_at_places),
     "expanded": Op(kept, _expanded, lambda w, n: nn.ParameterList([nn.Parameter(torch.randn(w, 1))])),
     "samples as groups": Op(new_width, _samples_as_groups, lambda w, n: nn.Conv1d(w, n[0], 1, bias=False)),
     "hypernetwork": Op(new_width, applied, lambda w, n: Hypernetwork(w, n[0])),

@@ -235,7 +235,7 @@ def test_the_rule_oracle_sees(fault, monkeypatch):
 )
 def test_needless_caution_is_seen(name, wrong, equal, monkeypatch):
     plant(monkeypatch, RULES, name, wrong)
-    (row,) = _rows_of(name)
+    row, *_ = _rows_of(name)
     probe = make_probe(row, equal)
     assert (len(probe.factors()), probe.fixed_dims()) != (row.free, row.pinned)
     assert coupled_without_need(probe)

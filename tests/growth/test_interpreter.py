@@ -73,7 +73,7 @@ def expand(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
         indices = torch.from_numpy(maps.indices(axis))
         tensor = tensor.index_select(dim, indices.clamp(min=0))
         new = (indices == NEW).reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
-        if tensor.dtype.is_floating_point:
+        if is_number(tensor):
             tensor = torch.where(new, torch.rand_like(tensor) * 0.8 + 0.1, tensor)
         elif tensor.dtype == torch.bool:
             tensor = torch.where(new, torch.rand(tensor.shape) < 0.5, tensor)
@@ -82,6 +82,8 @@ def expand(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
 
 def make(probe: Probe, operand: int, factor: Factor, kinds: Mapping[Slot, State]) -> Tensor:
     """Return an operand at its new sizes whose entries along the factor are as the states say."""
+    if probe.operands[operand].layout is not torch.strided:
+        return probe.operands[operand]  # all of its dims are fixed
     maps, axes = grown_maps(probe, factor), [probe.analysis.space.normalise(a) for a in probe.operand_axes[operand]]
     tensor = expand(probe.operands[operand], axes, maps)
     order = sorted(range(len(axes)), key=lambda dim: KINDS.index(kinds.get((f"operand{operand}", dim), State.ANY)))
@@ -107,10 +109,18 @@ def old_part(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
     return tensor
 
 
+def is_number(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype.is_complex else tensor.double()
+
+
 def holds(tensor: Tensor, dim: int, state: State, places: Mapping[int, list[int]]) -> bool:
     """Tell whether new entries are what a state says."""
     rows = tensor.movedim(dim, 0)
-    tensor = rows.double()
+    tensor = precise(rows)
     for new, olds in places.items():
         if not tensor[new].isfinite().all() and tensor[olds].isfinite().all():
             return False
@@ -133,7 +143,7 @@ def combinations(probe: Probe, factor: Factor, limit: int = 12) -> Iterator[dict
     for i, (axes, operand) in enumerate(zip(probe.operand_axes, probe.operands, strict=True)):
         for dim, axis in enumerate(axes):
             if factor in probe.analysis.space.factors(axis):
-                kinds = KINDS if operand.dtype.is_floating_point else (CONSTANT, State.ANY, State.ZERO)
+                kinds = KINDS if is_number(operand) else (CONSTANT, State.ANY, State.ZERO)
                 slots.append(((f"operand{i}", dim), kinds))
     every = list(itertools.product(*(kinds for _, kinds in slots)))
     generator = np.random.default_rng(0)
@@ -166,7 +176,10 @@ def judge(probe: Probe, roles: Roles, factor: Factor, kinds: Mapping[Slot, State
     run = Interpretation(probe.analysis, roles, factor, kinds).run()
     grown = [make(probe, i, factor, kinds) for i in range(len(probe.operands))]
     before = [old_part(*pair, maps) for pair in zip(grown, probe.operand_axes, strict=True)]
-    expected = probe.run(before)
+    try:
+        expected = probe.run(before)
+    except torch.linalg.LinAlgError:
+        return "there is no result to compare with", True
     try:
         actual = call_grown(probe, maps, run, grown)
     except (RuntimeError, IndexError):
@@ -175,7 +188,7 @@ def judge(probe: Probe, roles: Roles, factor: Factor, kinds: Mapping[Slot, State
     results = list(zip(probe.analysis.calls[0].outputs, actual, expected, probe.result_axes, strict=True))
     # The saved statistics of a rescaled norm are not what they were; where they are used, it refuses.
     for output, new, old, axes in results[: 1 if run.norms else None]:
-        agree &= torch.allclose(old_part(new, axes, maps).double(), old.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
+        agree &= torch.allclose(precise(old_part(new, axes, maps)), precise(old), rtol=1e-9, atol=1e-12, equal_nan=True)
         states = run.states.get(output)
         if run.refusal is not None or states is None:
             continue
@@ -232,6 +245,19 @@ def summing(c: CallView) -> Result:
         ("mean", lambda c: [[State.ANY] * len(c.outputs[0][1])]),
         ("constant_pad_nd", lambda c: c.everywhere(ALL_ZERO)),
         ("glu", careless),
+        ("index_put", careless),
+        ("index_reduce", careless),
+        ("scatter_add", careless),
+        ("scatter_reduce", careless),
+        ("masked_scatter", careless),
+        ("logcumsumexp", careless),
+        ("linalg_matrix_exp", careless),
+        ("diag_embed", careless),
+        ("_trilinear", lambda c: c.everywhere(State.ANY)),
+        ("_cdist_forward", lambda c: c.everywhere(State.ANY)),
+        ("torchvision::deform_conv2d", lambda c: c.everywhere(State.ANY)),
+        ("_embedding_bag", lambda c: [[State.ANY, c.states("weight")[1]], *c.everywhere(State.ANY)[1:]]),
+        ("fake_quantize_per_channel_affine_cachemask", careless),
     ],
 )
 def test_planted_faults_are_found(name: str, fault: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +275,7 @@ def test_every_rule_has_a_transfer() -> None:
     made_once = "arange eye linspace randperm scalar_tensor empty_strided tril_indices triu_indices"
     # All that these take is pinned, or, for the last, growth is refused where they stand.
     looks = "nonzero _unique2 unique_consecutive unique_dim masked_select torchvision::nms"
-    refused = "index_put _unsafe_index_put torchvision::roi_align torchvision::roi_pool"
+    refused = "torchvision::roi_align torchvision::roi_pool"
     without = {name for name in RULES if transfer_of(name) is None}
     assert without == {*made_once.split(), *looks.split(), *refused.split()}
     assert set(TRANSFERS) <= set(RULES)

@@ -39,7 +39,10 @@ class Applied(nn.Module):
             self.out.weight.copy_(torch.randn(OUT, WIDTH, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.function(self.into(x)).to(x.dtype))
+        made = self.function(self.into(x))
+        if made.is_complex():
+            made = torch.view_as_real(made).sum(-1)
+        return self.out(made.to(x.dtype))
 
 
 def grown(function: Callable[[Tensor], Tensor], start: tuple[float, float, float]) -> str | None:

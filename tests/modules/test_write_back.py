@@ -162,6 +162,33 @@ def test_what_the_code_cannot_hold_is_refused_with_place_and_plan_and_kept_by_a_
     assert _same(before, _state(model))
 
 
+class Counting(nn.Module):
+    """Exported, with a norm that counts batches in training alone: its graph adds zero in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_batches_are_counted_in_training_alone():
+    torch.manual_seed(0)
+    model, x = Counting().double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    gm = fxwidth.trace(model, x)
+    fxwidth.resize(gm, fxwidth.plan(fxwidth.analyze(gm), params=0.5, for_module=model))
+    for target in (model, Counting().double().eval()):
+        fxwidth.write_back(gm, target)
+        assert torch.equal(target(x), gm(x))
+        counts = target.norm.num_batches_tracked, gm.get_buffer("norm.num_batches_tracked")
+        assert torch.equal(target.train()(x), gm.train()(x))
+        assert torch.equal(*counts)
+        assert torch.equal(target.eval()(x), gm.eval()(x))
+
+
 class OneNumber(nn.Module):
     """Its code has one number for the widths of two layers."""
 

@@ -37,7 +37,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
-        if not tensor.dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point or tensor.layout is not torch.strided:
             continue
         is_gain = tensor.dim() <= 1 and any(word in name for word in ("weight", "var", "gamma", "scale"))
         if is_gain:

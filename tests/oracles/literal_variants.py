@@ -77,7 +77,7 @@ def _other_lists(value: list[int]) -> Iterator[list[int]]:
 
 def _runs(sample: Sample, arguments: list[Any]) -> bool:
     torch.manual_seed(1)
-    operands = [leaf.make() for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Operand)]
+    operands = [leaf.make() for leaf in pytree.tree_leaves((arguments, sample.keywords)) if isinstance(leaf, Operand)]
     try:
         return bool(results := run(sample, arguments, operands)) and all(map(_is_in_memory, results))
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):

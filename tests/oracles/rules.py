@@ -70,7 +70,7 @@ class Probe:
 def make_probe(sample: Sample, equal: int | None = None) -> Probe:
     """Analyse a sample call, and run it where its numbers can be compared."""
     arguments = sample.arguments(Sizes(equal))
-    leaves, spec = pytree.tree_flatten(arguments)
+    leaves, spec = pytree.tree_flatten((arguments, sample.keywords))
     torch.manual_seed(1)
     operands = [leaf.make() for leaf in leaves if isinstance(leaf, Operand)]
     root, graph = nn.Module(), fx.Graph()
@@ -80,9 +80,8 @@ def make_probe(sample: Sample, equal: int | None = None) -> Probe:
         nodes.append(graph.get_attr(f"operand{i}"))
     waiting = iter(nodes)
     filled = [next(waiting) if isinstance(leaf, Operand) else leaf for leaf in leaves]
-    call = graph.create_node(
-        "call_function", sample.overload(), tuple(pytree.tree_unflatten(filled, spec)), sample.keywords, name="call"
-    )
+    args, kwargs = pytree.tree_unflatten(filled, spec)
+    call = graph.create_node("call_function", sample.overload(), tuple(args), kwargs, name="call")
     # The graph returns nothing, so that no size is pinned for being the model's output.
     graph.output(())
     assert call.name == "call"
@@ -94,9 +93,11 @@ def make_probe(sample: Sample, equal: int | None = None) -> Probe:
 
 def run(sample: Sample, arguments: list[Any], operands: Sequence[Tensor]) -> list[Tensor]:
     waiting = iter([operand.clone() for operand in operands])
-    concrete = pytree.tree_map(lambda leaf: next(waiting) if isinstance(leaf, Operand) else leaf, arguments)
+    args, kwargs = pytree.tree_map(
+        lambda leaf: next(waiting) if isinstance(leaf, Operand) else leaf, (arguments, sample.keywords)
+    )
     with plain_kernels():
-        return tensors_in(sample.overload()(*concrete, **sample.keywords))
+        return tensors_in(sample.overload()(*args, **kwargs))
 
 
 def take(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
@@ -109,7 +110,7 @@ def take(tensor: Tensor, axes: Sequence[Axis], maps: IndexMaps) -> Tensor:
         shape = [1] * tensor.dim()
         shape[dim] = -1
         new = (indices == NEW).reshape(shape)
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             tensor = torch.where(new, torch.rand_like(tensor) * 0.8 + 0.1, tensor)
     return tensor
 

@@ -30,24 +30,57 @@ class Operand:
     below: int | None = None
     dtype: torch.dtype = torch.float64
     values: tuple[int, ...] = ()
+    is_sparse: bool = False
+    is_regular: bool = False
 
     def make(self) -> torch.Tensor:
+        if self.values:
+            return torch.tensor(self.values, dtype=self.dtype).expand(self.shape).clone()
         if self.dtype == torch.bool:
             return torch.rand(self.shape) < 0.5
-        if self.values:
-            return torch.tensor(self.values)
         if self.below is not None:
             return torch.randint(self.below, self.shape, dtype=self.dtype)
+        if self.dtype.is_complex:
+            return torch.rand(self.shape, dtype=self.dtype)
         # Away from zero and one, so that every pointwise op is defined and no two entries are alike.
-        return torch.rand(self.shape, dtype=torch.float64) * 0.8 + 0.1
+        made = torch.rand(self.shape, dtype=self.dtype) * 0.8 + 0.1
+        if self.is_regular:
+            return made @ made.mT + torch.eye(self.shape[-1], dtype=self.dtype)
+        return made.to_sparse() if self.is_sparse else made
 
 
 def t(*shape: int) -> Operand:
     return Operand(shape)
 
 
+def z(*shape: int) -> Operand:
+    return Operand(shape, None, torch.complex128)
+
+
 def index(below: int, *shape: int) -> Operand:
     return Operand(shape, below, torch.int64)
+
+
+def scales(*shape: int) -> Operand:
+    return Operand(shape, None, torch.float32)
+
+
+def zeros(*shape: int) -> Operand:
+    """An operand of whole numbers that are zero, of the kind that quantization takes."""
+    return Operand(shape, 1, torch.int32)
+
+
+def sparse(*shape: int) -> Operand:
+    return Operand(shape, is_sparse=True)
+
+
+def regular(*shape: int) -> Operand:
+    """Symmetric matrices of the last size, [*shape, last], whose eigenvalues are above one."""
+    return Operand((*shape, shape[-1]), is_regular=True)
+
+
+def pivots(*shape: int) -> Operand:
+    return Operand(shape, None, torch.int32, tuple(range(1, shape[-1] + 1)))
 
 
 def counts(*values: int) -> Operand:
@@ -56,6 +89,10 @@ def counts(*values: int) -> Operand:
 
 def mask(*shape: int) -> Operand:
     return Operand(shape, None, torch.bool)
+
+
+def marks(*values: int) -> Operand:
+    return Operand((len(values),), None, torch.bool, values)
 
 
 Arguments = Callable[[Any], list[Any]]

@@ -13,7 +13,21 @@ import torch
 import torchvision  # noqa: F401 - its ops have rules
 from torch.torch_version import TorchVersion
 
-from tests.oracles.sample_calls import Arguments, Sample, counts, index, mask, t
+from tests.oracles.sample_calls import (
+    Arguments,
+    Sample,
+    counts,
+    index,
+    marks,
+    mask,
+    pivots,
+    regular,
+    scales,
+    sparse,
+    t,
+    z,
+    zeros,
+)
 
 ROWS: list[Sample] = []
 
@@ -157,8 +171,10 @@ for _name in ("_softmax", "_log_softmax"):
 row("_safe_softmax", 3, 0, lambda s: [t(s.a, s.b, s.c), -1])
 row("softmax.int", 3, 0, lambda s: [t(s.a, s.b, s.c), 1])
 row("log_softmax.int", 3, 0, lambda s: [t(s.a, s.b, s.c), 0])
-for _name in ("cumsum", "cumprod", "cummax", "cummin", "sort"):
+for _name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort"):
     row(_name, 2, 1, lambda s: [t(s.a, s.b, s.c), 1])
+row("aminmax", 3, 0, lambda s: [t(s.a, s.b, s.c)], dim=1)
+row("aminmax", 2, 0, lambda s: [t(s.a, s.b)])
 row("topk", 2, 1, lambda s: [t(s.a, s.b, s.c), 2, 1])
 
 # -- positions: their dims stay fixed --
@@ -188,11 +204,83 @@ row("max_pool1d_with_indices", 2, 1, lambda s: [t(s.n, s.c, 8), [2], [2]])
 for _name in ("grid_sampler_2d", "grid_sampler"):
     row(_name, 2, 5, lambda s: [_x2(s), t(s.n, 4, 3, 2), 0, 0, False], cautious=True)
 row("grid_sampler_3d", 2, 7, lambda s: [t(s.n, s.c, 4, 3, 5), t(s.n, 4, 3, 6, 3), 0, 0, False], cautious=True)
+row("affine_grid_generator", 1, 2, lambda s: [t(s.a, 2, 3), [s.a, 7, 4, 5], False])
+row("affine_grid_generator", 1, 2, lambda s: [t(s.a, 3, 4), [s.a, 2, 4, 5, 3], True])
 row("pixel_shuffle", 2, 2, lambda s: [t(s.n, 4 * s.c, s.h, s.w), 2])
 row("pixel_unshuffle", 2, 2, lambda s: [t(s.n, s.c, 4, 6), 2])
 row("im2col", 2, 2, lambda s: [t(s.n, s.c, s.h, s.w), [3, 2], [1, 1], [0, 0], [1, 1]])
 row("col2im", 2, 1, lambda s: [t(s.n, 6 * s.c, 24), [6, 5], [3, 2], [1, 1], [1, 0], [1, 1]])
 row("unfold", 1, 1, lambda s: [t(s.a, s.h), 1, 3, 1])
+
+# -- Fourier transforms, and complex numbers --
+row("_fft_r2c", 2, 1, lambda s: [t(s.a, s.b, s.c), [1], 0, True])
+row("_fft_r2c", 1, 2, lambda s: [t(s.a, s.b, s.c), [0, 2], 1, True])
+row("_fft_r2c", 2, 1, lambda s: [t(s.a, s.b, s.c), [1], 0, False])
+row("_fft_c2c", 2, 1, lambda s: [z(s.a, s.b, s.c), [1], 2, True])
+row("_fft_c2c", 1, 2, lambda s: [z(s.a, s.b, s.c), [0, 2], 0, False])
+row("_fft_c2r", 2, 1, lambda s: [z(s.a, s.b, s.c), [1], 2, 2 * s.b - 1])
+row("_fft_c2r", 1, 2, lambda s: [z(s.c, s.a, s.b), [0, 2], 2, 2 * s.b - 2])
+row("view_as_real", 2, 0, lambda s: [z(s.a, s.b)])
+row("view_as_complex", 2, 1, lambda s: [t(s.a, s.b, 2)])
+for _name in ("complex", "polar"):
+    row(_name, 2, 0, lambda s: [t(s.a, s.b), t(s.a, s.b)])
+for _name in ("_conj", "_conj_physical", "_neg_view", "abs", "angle", "exp"):
+    row(_name, 2, 0, lambda s: [z(s.a, s.b)])
+row("mul.Tensor", 2, 0, lambda s: [z(s.a, s.b), t(s.b)])
+row("bmm", 4, 0, lambda s: [z(s.n, s.a, s.b), z(s.n, s.b, s.c)])
+
+# -- products of three, of sparse tensors and at places between positions; distances --
+row("_trilinear", 4, 0, lambda s: [t(s.n, s.a), t(s.b, s.a, s.c), t(s.n, s.c), [1, 3], [0], [1, 2], [2, 3], 1])
+row("_trilinear", 4, 0, lambda s: [t(s.n, s.a), t(s.a, s.b), t(s.n, s.c), [2, 3], [0, 3], [1, 2], [1], 1])
+row("_cdist_forward", 4, 0, lambda s: [t(s.n, s.a, s.b), t(s.n, s.c, s.b), 2.0, None])
+row("_cdist_forward", 4, 0, lambda s: [t(s.n, s.a, s.b), t(1, s.c, s.b), 1.0, 2])
+row("_sparse_addmm", 1, 4, lambda s: [t(s.a, s.c), sparse(s.a, s.b), t(s.b, s.c)], cautious=True)
+row("mm", 1, 3, lambda s: [sparse(s.a, s.b), t(s.b, s.c)], cautious=True)
+_DEFORMED = lambda s: [t(s.n, s.c, s.h, s.w), t(s.d, s.c, 3, 3), t(s.n, 18, s.h, s.w)]  # noqa: E731 - as above
+row("torchvision::deform_conv2d", 3, 10, lambda s: [*_DEFORMED(s), t(s.n, 9, s.h, s.w), t(s.d), *[1] * 8, True])
+row("torchvision::deform_conv2d", 3, 7, lambda s: [*_DEFORMED(s), t(s.n, 1), t(s.d), *[1] * 8, False])
+
+# -- fake quantization --
+_FAKE, _BITS = "fake_quantize_per", [-128, 127]
+row(_FAKE + "_tensor_affine_cachemask", 2, 0, lambda s: [t(s.a, s.b), 0.01, 3, *_BITS])
+_BY_TENSOR = lambda s: [t(s.a, s.b), scales(1), zeros(1), counts(1)]  # noqa: E731 - as above
+row(f"_{_FAKE}_tensor_affine_cachemask_tensor_qparams", 2, 0, lambda s: [*_BY_TENSOR(s), *_BITS])
+row("_fake_quantize_learnable_per_tensor_affine", 2, 0, lambda s: [t(s.a, s.b), scales(1), scales(1), *_BITS])
+row(_FAKE + "_channel_affine_cachemask", 2, 0, lambda s: [t(s.a, s.b), scales(s.b), zeros(s.b), 1, *_BITS])
+_LEARNT = lambda s: [t(s.a, s.b), scales(s.a), scales(s.a), 0]  # noqa: E731 - as above
+row("_fake_quantize_learnable_per_channel_affine", 2, 0, lambda s: [*_LEARNT(s), *_BITS])
+for _each in (True, False):
+    _observed = lambda s, e=_each: [  # noqa: E731 - as above
+        *(scales(s.a, s.b, s.c), counts(1), counts(1), *[scales(s.a if e else 1)] * 3, zeros(s.a if e else 1), 0.01)
+    ]
+    row("_fused_moving_avg_obs_fq_helper", 3, 0, lambda s, o=_observed, e=_each: [*o(s), *_BITS, 0, e])
+
+# -- linear algebra: matrices of fixed size, and batches of any --
+_SQUARE, _TALL = lambda s: regular(s.a, s.b, 3), lambda s: t(s.a, s.b, 4, 3)
+for _name in ("linalg_inv_ex", "_linalg_det", "_linalg_slogdet", "linalg_matrix_exp", "linalg_lu_factor_ex"):
+    row(_name, 2, 2, lambda s: [_SQUARE(s)])
+for _name in ("linalg_cholesky_ex", "cholesky_inverse", "_linalg_eigh", "linalg_ldl_factor_ex"):
+    row(_name, 2, 2, lambda s: [_SQUARE(s)])
+for _name in ("linalg_eig", "_linalg_eigvals", "linalg_lu"):
+    row(_name, 2, 2, lambda s: [_SQUARE(s)])
+for _name in ("linalg_qr", "_linalg_svd", "linalg_pinv"):
+    row(_name + (".atol_rtol_tensor" if "pinv" in _name else ""), 2, 2, lambda s: [_TALL(s)])
+row("_linalg_svd", 2, 2, lambda s: [_TALL(s), False, False])
+row("_linalg_solve_ex", 3, 3, lambda s: [_SQUARE(s), t(s.a, s.b, 3, s.c)])
+row("_linalg_solve_ex", 3, 3, lambda s: [_SQUARE(s), t(s.a, s.b, s.c, 3)], left=False)
+row("_linalg_solve_ex", 2, 3, lambda s: [_SQUARE(s), t(s.a, s.b, 3)])
+row("_linalg_solve_ex", 2, 3, lambda s: [_SQUARE(s), t(3)])
+row("linalg_solve_triangular", 3, 3, lambda s: [_SQUARE(s), t(1, s.b, 3, s.c)], upper=True)
+for _name in ("cholesky_solve", "triangular_solve"):
+    row(_name, 3, 3, lambda s: [t(s.a, s.b, 3, s.c), _SQUARE(s)])
+row("linalg_householder_product", 2, 3, lambda s: [_TALL(s), t(s.a, s.b, 3)])
+row("lu_unpack", 2, 3, lambda s: [_SQUARE(s), pivots(s.a, s.b, 3)])
+row("diag_embed", 2, 0, lambda s: [t(s.a, s.b)])
+row("diag_embed", 2, 0, lambda s: [t(s.a, s.b), 0, 0, -1])
+row("diag_embed", 1, 1, lambda s: [t(s.a, s.b), -2, 2, 1])
+for _name in ("diagonal", "diagonal_copy"):
+    row(_name, 2, 0, lambda s: [t(s.b, s.a, s.b), 0, 0, -1])
+    row(_name, 1, 2, lambda s: [t(s.a, s.b, s.b), 1, 2, 1])
 
 # -- attention kernels --
 _QKV = lambda s: [t(s.n, s.a, s.b, s.d), t(s.n, s.a, s.c, s.d), t(s.n, s.a, s.c, s.d)]  # noqa: E731 - as above
@@ -328,6 +416,31 @@ row("index.Tensor", 1, 4, lambda s: [t(s.a, s.b, s.c), [mask(s.a, s.b)]])
 row("index_put", 2, 3, lambda s: [t(s.a, s.b, s.c), [None, index(s.b, s.d)], t(s.a, s.d, s.c)])
 row("index_put", 1, 5, lambda s: [t(s.a, s.b, s.c), [index(s.a, s.d), None, index(s.c, s.d)], t(s.d, s.b), True])
 row("_unsafe_index_put", 1, 3, lambda s: [t(s.a, s.b), [index(s.a, s.d)], t(s.d, 1), True])
+row("index_put", 2, 0, lambda s: [t(s.a, s.b), [mask(s.a)], t(1, s.b)])
+row("index_put", 3, 0, lambda s: [t(s.a, s.b, s.c), [None, mask(s.b)], t(s.a, 1, s.c), True])
+row("index_put", 3, 0, lambda s: [t(s.a, s.b, s.c), [mask(s.a, s.b)], t()])
+row("index_put", 1, 3, lambda s: [t(s.b, s.c), [marks(*[1] * s.a, *[0] * (s.b - s.a))], t(s.a, s.c)])
+row("index_put", 0, 3, lambda s: [t(s.b, s.c), [mask(s.b), index(s.c, 1)], t(1)], cautious=True)
+for _name in ("index_add", "index_copy"):
+    row(_name, 2, 3, lambda s: [t(s.a, s.b, s.c), 1, index(s.b, s.d), t(s.a, s.d, s.c)])
+row("index_add", 0, 3, lambda s: [t(s.a), 0, index(s.a, s.d), t(s.d)], alpha=0.5)
+for _reduce in ("amax", "prod", "mean"):
+    row("index_reduce", 1, 3, lambda s, r=_reduce: [t(s.a, s.b), 0, index(s.a, s.d), t(s.d, s.b), r])
+row("index_fill.int_Scalar", 2, 2, lambda s: [t(s.a, s.b, s.c), -2, index(s.b, 2), 0.5])
+row("index_fill.int_Tensor", 1, 2, lambda s: [t(s.a, s.b), 1, index(s.b, 2), t()])
+_SCATTERED = lambda s: [t(s.a, s.b, s.c), 1, index(s.b, s.a, s.d, s.c)]  # noqa: E731 - a table's shorthand
+for _name in ("scatter.value", "scatter.value_reduce"):
+    row(_name, 2, 2, lambda s: [*_SCATTERED(s), 0.5], **({"reduce": "multiply"} if "reduce" in _name else {}))
+row("scatter.reduce", 2, 3, lambda s: [*_SCATTERED(s), t(s.a, s.d, s.c)], reduce="add")
+row("scatter.src", 1, 3, lambda s: [t(s.b, s.c), 0, index(s.b, s.d, s.c), t(s.d, s.c)])
+row("scatter_add", 2, 3, lambda s: [*_SCATTERED(s), t(s.a, s.d, s.c)])
+row("scatter_add", 0, 6, lambda s: [t(s.b, s.c), 0, index(s.b, s.d, s.c - 1), t(s.e, s.c)], cautious=True)
+for _reduce in ("sum", "amax", "mean", "prod"):
+    row("scatter_reduce.two", 2, 3, lambda s, r=_reduce: [*_SCATTERED(s), t(s.a, s.d, s.c), r])
+row("segment_reduce", 2, 2, lambda s: [t(7, s.c, s.d), "sum"], lengths=counts(3, 4))
+row("segment_reduce", 1, 2, lambda s: [t(7, s.c), "mean"], offsets=counts(0, 2, 7), initial=0.5)
+row("masked_scatter", 1, 3, lambda s: [t(s.a, s.b), mask(s.a, 1), t(s.a, s.b)])
+row("masked_scatter", 0, 6, lambda s: [t(s.a, s.b), mask(s.a, s.b), t(s.a, s.b)])
 row("nonzero", 0, 2, lambda s: [mask(s.a, s.b)])
 row("masked_select", 0, 4, lambda s: [t(s.a, s.b), mask(s.a, s.b)])
 row("_unique2", 0, 1, lambda s: [index(3, s.e)], cautious=True)
@@ -338,6 +451,12 @@ row("torchvision::roi_align", 2, 4, lambda s: [t(s.n, s.a, s.h, s.w), t(s.b, 5),
 row("torchvision::roi_pool", 2, 4, lambda s: [t(s.n, s.a, s.h, s.w), t(s.b, 5), 8.0, 2, 2], cautious=True)
 row("index_select", 2, 1, lambda s: [t(s.a, s.b), 1, index(s.b, s.c)])
 row("embedding", 3, 1, lambda s: [t(s.a, s.b), index(s.a, s.c, s.d)])
+_BAGS = lambda s: [t(s.a, s.b), index(s.a, 8)]  # noqa: E731 - a table's shorthand
+for _name in ("_embedding_bag", "_embedding_bag_forward_only"):
+    for _mode in (0, 1, 2):
+        row(_name, 1, 3, lambda s, m=_mode: [*_BAGS(s), counts(0, 2, 3), False, m])
+row("_embedding_bag", 1, 4, lambda s: [*_BAGS(s), counts(0, 2, 3), False, 0, False, t(8), False, 1])
+row("_embedding_bag", 1, 3, lambda s: [*_BAGS(s), counts(0, 2, 3, 8), False, 0, False, None, True])
 row("gather", 2, 1, lambda s: [t(s.a, s.b), 1, index(s.b, s.a, s.c)])
 row("gather", 1, 3, lambda s: [t(s.c, s.b), 1, index(s.b, s.c - 1, s.a)])
 for _name in ("zeros", "ones"):

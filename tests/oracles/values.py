@@ -23,6 +23,7 @@ READ_BY_PARAMETERS = (
     *("cat", "split", "chunk", "slice", "tile", "roll", "pad", "ones", "zeros", "add", "mul", "interleave", "update"),
     *("relu", "cosine", "glu", "gain", "batch norm", "same by strides", "copied part", "added part"),
     *("set part by method", "filled part", "shifted", "samples of parts", "samples of channels", "expanded"),
+    *("messages", "frequencies", "set at places"),
 )
 
 
@@ -98,7 +99,7 @@ def check_copies(program: Program, fewer: int = 0) -> int:
     width_graph = fxwidth.analyze(module)
     groups = [group for group in width_graph.free if group.width % 2 == 0 and group.sites_as(Role.WRITER)]
     for group in groups:
-        _copy_halves(width_graph, group)
+        copy_halves(width_graph, group)
     before = [values(module, batch) for batch in (x, longer(x))]
     data = [torch.randn(64, INPUTS, POSITIONS, dtype=torch.float64) for _ in range(4)]
     fxwidth.resize(module, {group.name: max(1, group.width // 2 - fewer) for group in groups}, data=data, rotate=False)
@@ -108,7 +109,7 @@ def check_copies(program: Program, fewer: int = 0) -> int:
 
 
 @torch.no_grad()
-def _copy_halves(width_graph: WidthGraph, group: ChannelGroup) -> None:
+def copy_halves(width_graph: WidthGraph, group: ChannelGroup) -> None:
     """Give the second half of a group's channels what makes the first half."""
     half, analysis = group.width // 2, width_graph.analysis
     for site in group.sites:

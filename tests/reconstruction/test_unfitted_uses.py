@@ -64,7 +64,7 @@ def told(model: nn.Module, x: Tensor, plan: dict[str, int], **options: object) -
     [
         (Normalized(), "inner", {"it takes a vector norm over its channels"}),
         (Normalized(by_length=False), "inner", set()),
-        (WeightOfActivations(), "inner", {PRODUCT}),
+        (WeightOfActivations(), "experts:1", {PRODUCT}),
     ],
 )
 def test_products_and_reductions_of_activations_are_told(model: nn.Module, group: str, expected: set[str]) -> None:

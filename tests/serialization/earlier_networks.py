@@ -153,3 +153,40 @@ def write_replayed(folder: Path) -> None:
     fxwidth.resize(gm, {name: fxwidth.analyze(gm)[name].width - 1 for name in free}, data=[x], exact=False)
     fxwidth.save(gm, folder / f"{REPLAYED}.safetensors")
     save_file({"answer": gm(x).detach()}, folder / f"{REPLAYED}-answers.safetensors")
+
+
+class Placed(nn.Module):
+    """Adds a row of a table for each position; it must be exported, which kept the length in earlier versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, 8), nn.Linear(8, OUT)
+        self.places = nn.Parameter(torch.randn(7, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError
+        h = self.embed(x) + self.places[: x.shape[1]]
+        q = h.unflatten(-1, (2, -1)).transpose(1, 2)
+        h = h + F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(h.shape[0], x.shape[1], -1)
+        return self.down(F.gelu(self.up(h)))
+
+
+OF_ONE_LENGTH = "of_one_length"
+
+
+def placed() -> nn.Module:
+    """Return the network of that file, before its resize."""
+    torch.manual_seed(0)
+    return Placed().double().eval()
+
+
+def write_of_one_length(folder: Path) -> None:
+    """Write that file, by the version before exported graphs took other lengths."""
+    import fxwidth
+
+    x = stream_inputs()
+    gm = fxwidth.trace(placed(), x)
+    fxwidth.resize(gm, {"up": 5})
+    fxwidth.save(gm, folder / f"{OF_ONE_LENGTH}.safetensors")
+    save_file({"answer": gm(x).detach()}, folder / f"{OF_ONE_LENGTH}-answers.safetensors")

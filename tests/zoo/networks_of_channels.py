@@ -211,6 +211,21 @@ class GroupsOfManySizes(nn.Module):
         return self.head(pooled(self.last(self.shuffle(self.up(x + self.grouped(x))))))
 
 
+@case(2, images())
+class GroupsAcrossTheSeam(nn.Module):
+    """Two streams with GroupNorm(4) each, laid end to end under GroupNorm(4): its third group has parts of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = conv(3, 32), conv(3, 16), conv(48, 6, 1)
+        self.norms = nn.ModuleList([nn.GroupNorm(4, 32), nn.GroupNorm(4, 16), nn.GroupNorm(4, 48)])
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.norms[0](self.a(x)), self.norms[1](self.b(x))], 1)
+        return self.head(pooled(self.last(F.relu(self.norms[2](both)))))
+
+
 @case(2, vectors())
 class OuterProduct(nn.Module):
     """Two widths, multiplied and flattened."""

@@ -30,6 +30,10 @@ class SizeQuestions:
     def __init__(self) -> None:
         self._asked: list[tuple[Any, bool]] = []
 
+    def forget(self) -> None:
+        """Forget what has been asked: the model is run anew."""
+        self._asked.clear()
+
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Hear the questions of code that is run now."""
@@ -49,20 +53,23 @@ class SizeQuestions:
 
         return asked
 
-    def guards(self, leaves: Sequence[Tensor]) -> list[str]:
+    def guards(self, leaves: Sequence[Tensor]) -> dict[str, list[tuple[int, int]]]:
         """Return the conditions on `leaves`, in Python, without which the model would have been answered otherwise.
+
+        With each come all dims that have the size which it is about, as (leaf, dim).
 
         Args:
             leaves: the symbolic tensors that stand for the inputs.
         """
-        places: dict[Any, str] = {}
+        places: dict[Any, list[tuple[int, int]]] = {}
         for position, leaf in enumerate(leaves):
             sizes: Sequence[Any] = leaf.shape
             for dim, size in enumerate(sizes):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    places.setdefault(size.node.expr, f"leaves[{position}].size()[{dim}]")
+                    places.setdefault(size.node.expr, []).append((position, dim))
         differing = (symbol for node, answer in self._asked for symbol in _decisive(node, answer) if symbol in places)
-        return [f"{places[symbol]} != 1" for symbol in dict.fromkeys(differing)]
+        found = [places[symbol] for symbol in dict.fromkeys(differing)]
+        return {f"leaves[{own[0][0]}].size()[{own[0][1]}] != 1": own for own in found}
 
 
 def _decisive(node: Any, answer: bool) -> list[Any]:
