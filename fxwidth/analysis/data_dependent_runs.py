@@ -38,14 +38,17 @@ def record_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, li
         (node, place) for node, found in record.items() for place, (_, one) in enumerate(found) if isinstance(one, bool)
     ]
     for node, place in flags if len(flags) <= _MOST_FLAGS else ():
-        if _ends_otherwise(module, inputs, OtherWay(never_empty, node, place, list(module.parameters()))):
+        if _ends_otherwise(module, inputs, OtherWay(never_empty, node, place)):
             name, flag = record[node][place]
             record[node][place] = name, Check(flag)
     return record
 
 
 def _ends_otherwise(module: fx.GraphModule, inputs: Sequence[Any], other: OtherWay) -> bool:
-    """Tell whether a graph raises an error where a flag is another, before it uses a parameter on that way."""
+    """Tell whether a graph raises an error right where a flag is another.
+
+    An op in between might be a look at something else, and the flag that is not true would be the reason of the error.
+    """
     try:
         _record(module, inputs, other)
     except FxwidthError as error:

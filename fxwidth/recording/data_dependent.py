@@ -7,10 +7,12 @@ holds at other widths too: what is kept of a look-up under a mask are the positi
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -101,29 +103,31 @@ class OtherWayError(Exception):
 
 
 class OtherWay(ValueWriter):
-    """Runs every op, but gives the opposite of one flag; what reads a parameter after that ends the run.
+    """Runs every op, but gives the opposite of one flag; another op after that ends the run.
+
+    What an error says of tensors may be written out: the ops for that do not count.
 
     Args:
         never_empty: as for all.
         node: which node reads the flag.
         place: after how many others on its record.
-        parameters: the parameters of the model.
     """
 
-    def __init__(self, never_empty: bool, node: str, place: int, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, never_empty: bool, node: str, place: int) -> None:
         super().__init__(never_empty)
         self._flag = node, place
-        self._parameters = set(map(id, parameters))
         self._is_past = False
 
     def run(self, func: OpOverload, arguments: Mapping[str, Any], op: Callable[[], Any]) -> tuple[Any, Any]:
         """Run an op.
 
         Raises:
-            OtherWayError: it reads a parameter, on the other way.
+            OtherWayError: it is one on the other way.
         """
-        if self._is_past and not self._parameters.isdisjoint(map(id, pytree.tree_leaves(dict(arguments)))):
-            raise OtherWayError(f"it goes on with {func}")
+        if self._is_past:
+            if not _is_written_out():
+                raise OtherWayError(f"it goes on with {func}")
+            return op(), None
         node, place = self._flag
         before = len(self.record.get(node, ()))
         result, known = super().run(func, arguments, op)
@@ -131,6 +135,14 @@ class OtherWay(ValueWriter):
             self._is_past = True
             result = not result
         return result, known
+
+
+def _is_written_out() -> bool:
+    """Tell whether a tensor is being made text of."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch._tensor_str":
+        frame = frame.f_back
+    return frame is not None
 
 
 class ValueReader:

@@ -69,6 +69,24 @@ def looks_further(net: Reads, x: Tensor) -> Tensor:
     return net.first(x) + 0 * net.other(x)
 
 
+def looks_at_numbers(net: Reads, x: Tensor) -> Tensor:
+    """Where some are large, there are large ones: the error is there for the flag alone."""
+    if (x > 50).any():
+        if int((x > 50).sum()) == 0:
+            raise ValueError("there are none")
+        return net.other(x).flip(-1) + net.first(x)
+    return net.first(x) + 0 * net.other(x)
+
+
+def looks_before(net: Reads, x: Tensor) -> Tensor:
+    has_some = bool((x > 40).any())
+    if (x > 50).any():
+        if not has_some:
+            raise ValueError("there are none")
+        return net.other(x).flip(-1) + net.first(x)
+    return net.first(x) + 0 * net.other(x)
+
+
 def goes_on(net: Reads, x: Tensor) -> Tensor:
     try:
         if (x > 50).any():
@@ -104,7 +122,9 @@ def test_a_check_pins_nothing_and_stays_a_check(way: Way) -> None:
             module(large)
 
 
-@pytest.mark.parametrize("way", [branches, skips, fails_in_an_op, looks_further, goes_on])
+@pytest.mark.parametrize(
+    "way", [branches, skips, fails_in_an_op, looks_further, looks_at_numbers, looks_before, goes_on]
+)
 def test_what_goes_on_with_other_values_pins(way: Way) -> None:
     _, gm = traced(way)
     group = fxwidth.analyze(gm)["first"]
