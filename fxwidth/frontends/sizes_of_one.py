@@ -65,8 +65,9 @@ def allow_ones(
     if refusing:
         # Comparisons of sizes with each other, as of a batch times a width with a number of places.
         rest, checks.guards = checks.guards, tuple(guard for guard in checks.guards if guard not in refusing)
-        besides = "leaves[0].size()[0] == 1 or " if holds(wholes) else ""
-        checks.guards = tuple(f"{besides}({guard})" if guard in refusing else guard for guard in rest)
+        is_same = holds(wholes)
+        alone = {guard: f"leaves[0].size()[0] == 1 or ({guard})" for guard in refusing if is_same}
+        checks.guards = tuple(alone.get(guard, guard) for guard in rest)
 
 
 def _refuses(guard: str, leaves: Sequence[Tensor]) -> bool:

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from fxwidth.recording import composite_ops  # noqa: F401 - it defines ops
+from fxwidth.runtime.trace_guards import unheeded
 
 aten = torch.ops.aten
 
@@ -249,7 +250,7 @@ _known: dict[OpOverload, bool] = {}
 def _fails_on_fakes(func: OpOverload, arguments: Mapping[str, Any]) -> bool:
     """Tell whether an op of another library cannot be run on fake tensors for want of values."""
     if func not in _known:
-        with warnings.catch_warnings(action="ignore"), _own_mode(arguments) as mode:
+        with unheeded(), warnings.catch_warnings(action="ignore"), _own_mode(arguments) as mode:
             operands = dict(arguments) if mode is None else _fakes(dict(arguments))
             try:
                 func(**operands)

@@ -6,7 +6,7 @@ that a layer was given other weights for the time of a call. `unseen_effects.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -33,16 +33,24 @@ _REFUSALS = (
 )
 
 
+# What has been said in the runs that are heeded.
+_TOLD: list[list[str]] = []
+
+
 @contextmanager
-def heeding_refusals() -> Iterator[None]:
+def heeding_refusals(kinds: Sequence[type[Exception]] = _REFUSALS) -> Iterator[None]:
     """Let what ends a run of a model on stand-ins for tensors end it, though the model's code may catch such errors.
 
     With real tensors there would be none, and the code would go another way.
+
+    Args:
+        kinds: the errors.
 
     Raises:
         UntraceableError: the code has gone on after such an error.
     """
     told: list[str] = []
+    _TOLD.append(told)
 
     def noting(kind: type[Exception]) -> AbstractContextManager[Any]:
         made = kind.__init__
@@ -54,11 +62,23 @@ def heeding_refusals() -> Iterator[None]:
         return patch.object(kind, "__init__", noted)
 
     with ExitStack() as stack:
-        for kind in _REFUSALS:
+        stack.callback(_TOLD.pop)
+        for kind in kinds:
             stack.enter_context(noting(kind))
         yield
     if told:
         raise UntraceableError(f"its code catches an error that there is in a trace alone, and goes on: {told[0]}")
+
+
+@contextmanager
+def unheeded() -> Iterator[None]:
+    """Try something out: what is refused in here is no concern of a run that is heeded."""
+    before = [len(told) for told in _TOLD]
+    try:
+        yield
+    finally:
+        for told, count in zip(_TOLD, before, strict=False):
+            del told[count:]
 
 
 @contextmanager

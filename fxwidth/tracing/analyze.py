@@ -32,6 +32,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import tensor_slots
+from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals
 from fxwidth.work_progress import Progress, listening, tell
 
 
@@ -164,10 +165,18 @@ def _with_values(
     known_for, record, _ = notes_of(module).get(VALUES, (None, None, None))
     if record is not None and call is None and known_for == specs:
         return analyse(module, specs, record)
+    has_values = not any(tensor.is_meta for tensor, _ in tensor_slots(module).values())
     try:
-        return analyse(module, specs)
+        with heeding_refusals(VALUE_ERRORS):
+            return analyse(module, specs)
+    except UntraceableError as error:
+        if not has_values:
+            raise FxwidthError(
+                f"the model looks at values, and its parameters are on the meta device, which has none ({error}). "
+                "Analyse it with values."
+            ) from error
     except FxwidthError as error:
-        if not _is_about_values(error) or any(tensor.is_meta for tensor, _ in tensor_slots(module).values()):
+        if not _is_about_values(error) or not has_values:
             raise
     values = real_inputs(module, specs, call)
     record = record_values(module, values)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxwidth
-from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals
+from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals, unheeded
 
 
 def asks(x: Tensor) -> bool:
@@ -83,6 +83,42 @@ def test_its_graph_does_what_it_does_or_there_is_none(
         return
     for x in (small, small[:2], 1e7 * torch.ones(3, 4, dtype=torch.float64)):
         torch.testing.assert_close(gm(x), model(x))
+
+
+class CatchesAll(nn.Module):
+    """Goes on without an order of channels where it cannot look at a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            is_large = bool((x > 50).any())
+        except Exception:
+            return self.last(self.first(x) + self.other(x))
+        return self.last(self.other(x) if is_large else self.first(x).flip(-1) + self.other(x))
+
+
+@pytest.mark.parametrize("around", [nn.Identity, lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())])
+def test_it_is_analysed_on_the_way_of_real_tensors(around: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(around(), CatchesAll()).eval()
+    gm = fxwidth.trace(model, torch.randn(3, 4))
+    graph = fxwidth.analyze(gm)
+    (first,) = [group for group in graph.groups if "1.first.bias" in {site.parameter for site in group.sites}]
+    assert "the order along the dimension matters" in str(first.pinned)
+    assert torch.equal(gm(torch.ones(2, 4)), model(torch.ones(2, 4)))
+    with pytest.raises(fxwidth.FxwidthError):
+        fxwidth.analyze(fxwidth.trace(model.to("meta"), torch.randn(3, 4, device="meta")))
+
+
+def test_what_is_tried_out_is_no_refusal() -> None:
+    with heeding_refusals(), heeding_refusals(), unheeded(), pytest.raises(UntraceableError):
+        raise UntraceableError
+    inner = heeding_refusals((torch.fx.proxy.TraceError,))
+    with pytest.raises(UntraceableError, match="a reason"), heeding_refusals(), inner, pytest.raises(UntraceableError):
+        raise UntraceableError("a reason")
 
 
 @pytest.mark.parametrize("error", [UntraceableError("a reason"), torch.fx.proxy.TraceError("a reason")])
