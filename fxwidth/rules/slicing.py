@@ -80,6 +80,8 @@ def _strided_parts(c: RuleContext, axis: Axis, count: int, step: int) -> tuple[A
 def _slice_literals(call: OpCall, maps: IndexMaps) -> ResizedCall:
     signal = call.axes[call.arguments["self"]]
     axis = signal[call.arguments["dim"] % len(signal)]
+    if not maps.changes(axis):
+        return revised(call)  # the last so many positions are others at another length
     start, end = _slice_bounds(call.arguments, axis_size(axis))
     if call.arguments["step"] != 1:
         return revised(call, end=maps.size(axis) if end == axis_size(axis) else end)

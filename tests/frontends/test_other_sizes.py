@@ -44,6 +44,15 @@ class Attends(Exported):
         return self.b(F.gelu(self.a(h)))
 
 
+class Slides(Attends):
+    """Remembers the last positions alone, as many as there are at most."""
+
+    def rest(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        h = h + self.places[: x.shape[1]]
+        return self.b(F.gelu(self.a(h[:, -100:]))) + h[:, -100::2].mean((1, 2), keepdim=True)
+
+
 class Sees(Exported):
     """A small network of convolutions with a skip connection, for images whose sides are multiples of four."""
 
@@ -104,6 +113,7 @@ def made(kind: Callable[[], nn.Module]) -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], list[Tensor]]] = {
     "lengths": (Attends, [rows(8), rows(2, 3), rows(1), rows(5, 1), rows(24)]),
+    "last positions": (Slides, [rows(8), rows(3, 4), rows(20)]),
     # As many positions as there are channels, or as the table has.
     "as long as the table": (lambda: Attends(8), [rows(8), rows(3, 4), rows(1, 1)]),
     "positions of normed images": (Normed, [images(16, 16), images(9, 12, 3), images(32, 5, 1)]),
