@@ -45,7 +45,9 @@ def test_a_file_of_one_length_comes_back_in_the_place_of_a_model() -> None:
         gm(x[:, :2])
     graph = fxwidth.trace(earlier_networks.placed(), x)
     before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
-    with pytest.raises(FxwidthError, match="pass the model itself"):
+    # Of another torch, which may write other nodes for the same, a graph that differs is told by a warning.
+    same_torch = earlier_networks.OF_TORCH in torch.__version__
+    with pytest.raises(FxwidthError, match="pass the model itself" if same_torch else "whose graph differs"):
         fxwidth.load(path, graph, x)
     assert all(torch.equal(tensor, before[name]) for name, tensor in graph.state_dict().items())
 

@@ -173,6 +173,7 @@ class Placed(nn.Module):
 
 
 OF_ONE_LENGTH = "of_one_length"
+OF_TORCH = "2.14.1"
 
 
 def placed() -> nn.Module:
