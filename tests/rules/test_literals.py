@@ -17,8 +17,8 @@ from tests.oracles.samples import ROWS
 # memory.
 FAMILIES = ("attention", "contraction", "indexing", "matrices", "movement", "reduction", "slicing", "spatial", "views")
 FAMILIES += ("writes",)
-# Nor does this one: a stride of zero ends the process.
-UNCHECKED = ("torchvision::deform_conv2d",)
+# Nor do these: a stride of zero ends the process, and so does, with torch 2.11, an offset where there is none.
+UNCHECKED = ("torchvision::deform_conv2d", "_embedding_bag", "_embedding_bag_forward_only")
 
 
 def _rows() -> list[Sample]:
