@@ -14,7 +14,7 @@ from fxwidth.rules.registry import RuleContext, pointwise, rule
 aten = torch.ops.aten
 
 # Of each entry alone, and linear in what is there.
-pointwise(aten._conj, aten._neg_view, aten.complex, aten.polar)
+pointwise(aten._conj, aten._conj_physical, aten._neg_view, aten.complex, aten.polar)
 
 
 @rule(aten._fft_r2c, aten._fft_c2c, aten._fft_c2r, family=Positions(linear=True))

@@ -152,6 +152,7 @@ for _name in ("any", "all"):
     row(_name + ".dim", 3, 0, lambda s: [mask(s.a, s.b, s.c), 1])
     row(_name + ".dims", 3, 0, lambda s: [mask(s.a, s.b, s.c), [0, 2]])
     row(_name, 2, 0, lambda s: [mask(s.a, s.b)])
+    row(f"_is_{_name}_true", 2, 0, lambda s: [mask(s.a, s.b)])
 for _name in ("var", "std", "var_mean", "std_mean"):
     row(_name + ".correction", 3, 0, lambda s: [t(s.a, s.b, s.c), [1]], correction=0)
     row(_name + ".correction", 3, 0, lambda s: [t(s.a, s.b, s.c), [0, 2]], correction=0, keepdim=True)
