@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Operand:
 
     def make(self) -> torch.Tensor:
         if self.values:
-            return torch.tensor(self.values, dtype=self.dtype).expand(self.shape).clone()
+            return torch.tensor(self.values, dtype=self.dtype).view(self.shape)
         if self.dtype == torch.bool:
             return torch.rand(self.shape) < 0.5
         if self.below is not None:
@@ -80,7 +81,10 @@ def regular(*shape: int) -> Operand:
 
 
 def pivots(*shape: int) -> Operand:
-    return Operand(shape, None, torch.int32, tuple(range(1, shape[-1] + 1)))
+    """With which row each row is exchanged, itself or one below: others for each matrix."""
+    *lead, size = shape
+    exchanged = (row + 1 + matrix % (size - row) for matrix in range(prod(lead)) for row in range(size))
+    return Operand(shape, None, torch.int32, tuple(exchanged))
 
 
 def counts(*values: int) -> Operand:
