@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxwidth
-from fxwidth import FxwidthError
+from fxwidth import FxwidthError, FxwidthWarning
 from fxwidth.frontends.call_signature import arguments_of, call_of
 from fxwidth.frontends.sizes_of_one import allow_ones
 from fxwidth.runtime.pytrees import flatten_each
@@ -274,12 +274,22 @@ def test_what_takes_one_length_alone_says_so() -> None:
     assert gm(rows(6, 3)).shape == (3, 6, 3)
 
 
-def test_a_resize_that_would_lose_other_sizes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resize_that_would_lose_other_sizes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = fxwidth.trace(made(Attends), rows(8))
     # As if rows that other lengths take were channels.
     monkeypatch.setattr("fxwidth.rules.slicing._pin_if_computed", lambda *_: None)
     table = next(group for group in fxwidth.analyze(gm).free if {site.parameter for site in group.sites} == {"places"})
-    before = [tensor.clone() for tensor in gm.state_dict().values()]
-    with pytest.raises(FxwidthError, match=r"\(2, 16, 5\).* no more"):
+    with pytest.warns(FxwidthWarning, match=r"fails on inputs of shapes \[\(2, 16, 5\)\]"):
         fxwidth.resize(gm, {table.name: 1}, selection="magnitude", fold=False)
+    with pytest.raises(RuntimeError):
+        gm(rows(16))
+
+
+def test_a_resize_after_which_other_sizes_give_other_results_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = fxwidth.trace(made(Slides), rows(8))
+    before = [tensor.clone() for tensor in gm.state_dict().values()]
+    monkeypatch.setattr("fxwidth.rewriting.other_sizes._shapes", lambda _, inputs: next(answers))
+    answers = iter([[(2, 16, 3)], [(2, 8, 3)]])
+    with pytest.raises(FxwidthError, match=r"\(2, 8, 3\) for inputs of shapes \[\(2, 16, 5\)\]"):
+        fxwidth.resize(gm, {"a": 6}, selection="magnitude", fold=False)
     assert all(torch.equal(one, two) for one, two in zip(gm.state_dict().values(), before, strict=True))
