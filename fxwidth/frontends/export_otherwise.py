@@ -40,7 +40,6 @@ def exported_otherwise(
     """
     graph = exported_graph(model, arguments, device, nullcontext, is_of_one_size=is_of_one_size)
     values = [argument.value for argument in arguments]
-    graph.train(model.training)
     if not give_the_same(model, graph, arguments, values):
         raise UntraceableError(f"the model gives other results when it is exported ({_told(askers)} asks for that)")
     return graph

@@ -191,7 +191,7 @@ def _resize(
         edits = prepare_edits(selection, moments, options, known, informed.rows)
         edits.put_in_place(module, transaction)
         if other is not None:
-            other.refuse_lost(width_graph.analysis, edits.maps)
+            other.check(width_graph.analysis, edits.maps)
         if recalibration is not None:
             edits.recalibrate(module, recalibration, transaction)
             edits.record["not_refitted"] |= elsewhere

@@ -38,7 +38,7 @@ class OtherSize:
     inputs: Sequence[Any]
     shapes: Shapes
 
-    def refuse_lost(self, analysis: Analysis, maps: IndexMaps) -> None:
+    def check(self, analysis: Analysis, maps: IndexMaps) -> None:
         """Check that the graph, as it is now, takes the inputs as before, or fails on them; in that case warn.
 
         Args:
