@@ -100,7 +100,8 @@ class IndexMaps:
 
     def changes(self, axis: Axis) -> bool:
         """Tell whether a dimension is different after the resize."""
-        return any(factor in self._kept for factor in self._space.factors(axis))
+        grown = self._batch_growth != 0
+        return any(factor in self._kept or (grown and factor.is_batch) for factor in self._space.factors(axis))
 
     def changed_factors(self, axis: Axis) -> list[Factor]:
         """Return the resized factors of an axis."""

@@ -49,7 +49,6 @@ class OtherSize:
             FxwidthError: it returns results of other sizes.
         """
         given = [tuple(tensor.shape) for tensor in deep_tensors(list(self.inputs))]
-        remedy = "Keep the groups that are in the shapes there with keep=, or trace a graph for each size."
         try:
             found = _shapes(analysis, self.inputs)
         except Exception as error:
@@ -57,7 +56,8 @@ class OtherSize:
             # Fake tensors do not tell whether it did: positions out of a table are seen on values alone.
             warn(
                 f"resized, the graph fails on inputs of shapes {given}: {lines[0].rstrip('.')}. It takes the sizes "
-                f"that it was traced with. {remedy}"
+                "that it was traced with. Keep the groups that are in the shapes there with keep=, or trace the model "
+                "for each size."
             )
             return
         for output, name, old, new in zip(analysis.outputs, analysis.output_names, self.shapes, found, strict=True):
@@ -65,7 +65,8 @@ class OtherSize:
             if len(old) != len(new) or any(old[dim] != new[dim] for dim in kept):
                 raise FxwidthError(
                     f"resized, the graph would return output {name!r} of shape {new} for inputs of shapes {given}, "
-                    f"where it returned {old}. {remedy} Nothing has changed."
+                    f"where it returned {old}. Keep the groups that are in the shapes there with keep=, or trace the "
+                    "model for each size. Nothing has changed."
                 )
 
 
