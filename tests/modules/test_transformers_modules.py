@@ -22,8 +22,8 @@ pytestmark = [
 ]
 
 _CASES = transformers_cases.CASES
-# What the configuration asks of these, and how their ops go, differs most; the others take as long and are slow.
-_SLOW = [pytest.param(name, marks=() if name in ("llama", "bert") else pytest.mark.slow) for name in _CASES]
+# The others take as long and are slow.
+_SLOW = [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in _CASES]
 
 
 @pytest.mark.parametrize("name", _SLOW)

@@ -97,7 +97,8 @@ def test_it_is_compiled(backend):
     assert torch.allclose(logits_of(compiled, "bert"), logits_of(model, "bert"), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("test_vit", marks=pytest.mark.slow), "test_resnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_features_of_timm(name):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

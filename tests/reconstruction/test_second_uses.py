@@ -183,7 +183,8 @@ def test_one_use_takes_over_everything(make: Callable[[], nn.ModuleDict], option
 @pytest.mark.parametrize(
     ("term", "shown", "options", "width"),
     [
-        *(("sum", "returned", options, width) for options in OPTIONS for width in (4, 2)),
+        *(("sum", "returned", options, 2) for options in OPTIONS),
+        *(pytest.param("sum", "returned", options, 4, marks=pytest.mark.slow) for options in OPTIONS),
         *((term, "returned", "data", 2) for term in list(TERMS)[1:]),
         *(("sum", shown, "data", 2) for shown in list(SHOWN)[1:]),
     ],
