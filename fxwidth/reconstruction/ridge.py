@@ -9,6 +9,10 @@ from fxwidth.statistics.moment import Moment, effective_rows
 
 _SMALLEST_RIDGE = 1e-13
 _ITERATIONS = 12
+# What exact dependence leaves unexplained of the energy, by rounding.
+_ROUNDING = 1e-9
+# The number of channels, as a share of the rows, beyond which these are few.
+_FEW = 0.5
 
 
 def regression(moment: Moment, kept: Tensor, dropped: Tensor, weights: Tensor, *, centred: bool) -> Tensor:
@@ -28,21 +32,32 @@ def regression(moment: Moment, kept: Tensor, dropped: Tensor, weights: Tensor, *
     correlation, target = (moment.entries(kept, columns, centred=centred) for columns in (kept, dropped))
     square = moment.squares()
     # A channel that never varies has a covariance of rounding errors, from which nothing can be predicted.
-    rounding = (16 * moment.precision) ** 2 * square[kept]
+    nothing = (16 * moment.precision) ** 2 * square[kept]
     variance = correlation.diagonal().clone()
-    scale = torch.where(variance > rounding, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
+    scale = torch.where(variance > nothing, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
     correlation.mul_(scale[:, None]).mul_(scale)
     target.mul_(scale[:, None])
     energy = (moment.covariance.diagonal() if centred else square)[dropped]
     smallest = max(_SMALLEST_RIDGE, 10 * moment.precision)
     share = len(kept) / effective_rows(moment)
-    ridge, previous = share, 0.0
-    for _ in range(_ITERATIONS):
+
+    def unexplained_by(solution: Tensor) -> float:
+        explained = torch.addmm(target, correlation, solution, beta=2, alpha=-1).mul_(solution).sum(0)
+        return float((weights * (energy - explained).clamp_min(0)).sum())
+
+    ridge, previous, steps = share, 0.0, _ITERATIONS
+    if smallest < share <= _FEW:
+        # What depends exactly on kept channels that are nearly alike is told by their small differences, which any
+        # larger ridge would take for noise, and go on doing so. Of few rows everything depends on enough channels.
+        solution = _solve(correlation, target, smallest)
+        rounding = max(_ROUNDING, 10 * moment.precision) * float((weights * energy).sum())
+        if unexplained_by(solution) <= rounding:
+            ridge, steps = 0.0, 0
+    for _ in range(steps):
         solution = _solve(correlation, target, max(ridge, smallest))
         if ridge <= smallest or 0.8 < ridge / (previous or 1.0) < 1.25:
             break
-        explained = torch.addmm(target, correlation, solution, beta=2, alpha=-1).mul_(solution).sum(0)
-        unexplained = float((weights * (energy - explained).clamp_min(0)).sum())
+        unexplained = unexplained_by(solution)
         size = float((weights * torch.linalg.vector_norm(solution, dim=0).square()).sum())
         freedom = max(1e-3, 1 - share)
         previous, ridge = ridge, min(1.0, share * unexplained / freedom / size) if size > 0 else 0.0
