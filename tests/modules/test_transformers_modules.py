@@ -162,6 +162,7 @@ def test_a_parameter_that_nothing_uses_goes_with_the_configuration(tmp_path):
     assert torch.equal(again.dinov2.embeddings.mask_token, model.dinov2.embeddings.mask_token)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_and_trained_as_before():
     model = fxwidth.evolve(_model("llama"), {"input_ids": _TOKENS}, params=0.5, output="module")
     compiled = torch.compile(model, backend="eager")

@@ -58,7 +58,7 @@ def test_growth_keeps_the_function_and_shrinking_back_restores_it(name: str) -> 
     assert widths(gm, plan) == old
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit", "rms_transformer"])
+@pytest.mark.parametrize("name", ["resnet18", "vit", pytest.param("rms_transformer", marks=pytest.mark.slow)])
 def test_growth_in_float32(name: str) -> None:
     gm, x = traced(name, torch.float32)
     before = gm(x)
@@ -215,7 +215,7 @@ def test_scales_computed_from_sizes_keep_their_trained_value() -> None:
     assert relative_difference(gm(x), before) < EXACT
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "vit"])
 def test_models_made_in_inference_mode_are_resized_like_others(name: str) -> None:
     results = []
     for is_inference in (False, True):
