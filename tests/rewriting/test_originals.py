@@ -147,8 +147,12 @@ def halved(gm: Any, **options: Any) -> str | None:
     return told
 
 
+# A network of the usual size takes as long as the others together.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "resnet18" else name for name in CASES]
+
+
 @pytest.mark.filterwarnings("ignore:The graph of Auxiliary does not do")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_the_resized_one_or_as_it_was(name: str) -> None:
     make, inputs, expected = CASES[name]
     torch.manual_seed(0)
@@ -178,7 +182,7 @@ def test_the_model_is_the_resized_one_or_as_it_was(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The graph of Auxiliary does not do")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_optimizer_made_for_the_model_trains_the_graph(name: str) -> None:
     make, inputs, _ = CASES[name]
     torch.manual_seed(0)
