@@ -55,6 +55,7 @@ def test_the_floor_is_that_of_a_width_of_one_everywhere():
         fxwidth.plan(graph, params=600)
 
 
+@pytest.mark.slow
 def test_small_plans_are_made_and_carried_out(gm, x):
     plan = fxwidth.plan(fxwidth.analyze(gm), params=3500)
     optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-3)
