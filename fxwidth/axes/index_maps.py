@@ -99,7 +99,7 @@ class IndexMaps:
         return self._found[axis]
 
     def changes(self, axis: Axis) -> bool:
-        """Tell whether a dimension is different after the resize."""
+        """Tell whether a dimension is different after the resize, or in the larger batch that the maps are for."""
         grown = self._batch_growth != 0
         return any(factor in self._kept or (grown and factor.is_batch) for factor in self._space.factors(axis))
 

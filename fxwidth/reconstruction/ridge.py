@@ -26,7 +26,8 @@ def regression(moment: Moment, kept: Tensor, dropped: Tensor, weights: Tensor, *
         centred: whether a constant may be added to the prediction.
 
     Source: the ridge is that of Hoerl, Kennard and Baldwin, Ridge Regression: Some Simulations (1975), found by
-        iteration: it is in proportion to what stays unexplained, and so vanishes for dependent channels.
+        iteration: it is in proportion to what stays unexplained, and so vanishes for dependent channels. Whether they
+        are dependent is asked first, of the smallest ridge.
     """
     # Matrices are worked on in place where they can be: they may be as large as a layer.
     correlation, target = (moment.entries(kept, columns, centred=centred) for columns in (kept, dropped))

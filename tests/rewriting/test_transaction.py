@@ -204,7 +204,7 @@ CASES = (
 )  # fmt: skip
 
 
-POINTS = 6  # of each case, before it commits and while it does; the slow test takes one in each function
+POINTS = 12  # of each case, before it commits and while it does; the slow test takes one in each function
 # Companions are analysed after the graph is in place: 23,000 calls, which take hours. Those of `with_average` are of as
 # many functions.
 PARTS = {with_companions: 7}
