@@ -9,8 +9,6 @@ from fxwidth.statistics.moment import Moment, effective_rows
 
 _SMALLEST_RIDGE = 1e-13
 _ITERATIONS = 12
-# What exact dependence leaves unexplained of the energy, by rounding.
-_ROUNDING = 1e-9
 # The number of channels, as a share of the rows, beyond which these are few.
 _FEW = 0.5
 
@@ -26,8 +24,10 @@ def regression(moment: Moment, kept: Tensor, dropped: Tensor, weights: Tensor, *
         centred: whether a constant may be added to the prediction.
 
     Source: the ridge is that of Hoerl, Kennard and Baldwin, Ridge Regression: Some Simulations (1975), found by
-        iteration: it is in proportion to what stays unexplained, and so vanishes for dependent channels. Whether they
-        are dependent is asked first, of the smallest ridge.
+        iteration from a large one: it is in proportion to what stays unexplained, and so vanishes for dependent
+        channels. The iteration may end where the ridge itself keeps most from being explained; least squares, whose
+        error on other rows is told by generalized cross-validation (Golub, Heath and Wahba, 1979), is then better,
+        and the ridge becomes the one step from it that the first source takes.
     """
     # Matrices are worked on in place where they can be: they may be as large as a layer.
     correlation, target = (moment.entries(kept, columns, centred=centred) for columns in (kept, dropped))
@@ -46,22 +46,25 @@ def regression(moment: Moment, kept: Tensor, dropped: Tensor, weights: Tensor, *
         explained = torch.addmm(target, correlation, solution, beta=2, alpha=-1).mul_(solution).sum(0)
         return float((weights * (energy - explained).clamp_min(0)).sum())
 
-    ridge, previous, steps = share, 0.0, _ITERATIONS
-    if smallest < share <= _FEW:
-        # What depends exactly on kept channels that are nearly alike is told by their small differences, which any
-        # larger ridge would take for noise, and go on doing so. Of few rows everything depends on enough channels.
-        solution = _solve(correlation, target, smallest)
-        rounding = max(_ROUNDING, 10 * moment.precision) * float((weights * energy).sum())
-        if unexplained_by(solution) <= rounding:
-            ridge, steps = 0.0, 0
-    for _ in range(steps):
+    def next_ridge(solution: Tensor, unexplained: float) -> float:
+        size = float((weights * torch.linalg.vector_norm(solution, dim=0).square()).sum())
+        freedom = max(1e-3, 1 - share)
+        return min(1.0, share * unexplained / freedom / size) if size > 0 else 0.0
+
+    ridge, previous = share, 0.0
+    for _ in range(_ITERATIONS):
         solution = _solve(correlation, target, max(ridge, smallest))
         if ridge <= smallest or 0.8 < ridge / (previous or 1.0) < 1.25:
             break
-        unexplained = unexplained_by(solution)
-        size = float((weights * torch.linalg.vector_norm(solution, dim=0).square()).sum())
-        freedom = max(1e-3, 1 - share)
-        previous, ridge = ridge, min(1.0, share * unexplained / freedom / size) if size > 0 else 0.0
+        previous, ridge = ridge, next_ridge(solution, unexplained_by(solution))
+    if smallest < ridge and share <= _FEW:
+        least_squares = _solve(correlation, target, smallest)
+        unexplained = unexplained_by(least_squares)
+        # Dropped channels that depend on small differences of kept ones look like noise to any larger ridge. What it
+        # leaves unexplained is counted as if it had cost no degree of freedom, so that only a clear gain counts.
+        if unexplained / (1 - share) ** 2 < unexplained_by(solution):
+            ridge = next_ridge(least_squares, unexplained)
+            solution = least_squares if ridge <= smallest else _solve(correlation, target, ridge)
     if ridge <= smallest:
         # One step of refinement takes off what even this ridge keeps from channels that depend exactly.
         residual = torch.addmm(target, correlation, solution, alpha=-1)

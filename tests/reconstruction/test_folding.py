@@ -81,6 +81,24 @@ class TestFold:
         missed = (h[:, 3] - h[:, :3] @ R[0]).var(correction=0).sqrt()
         assert float(missed) < 1e-13 / apart**2
 
+    @pytest.mark.parametrize("centred", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("rows", [20, 400])
+    def test_noise_beside_nearly_equal_channels_does_not_hide_what_depends_on_them(
+        self, rows: int, dtype: torch.dtype, centred: bool
+    ) -> None:
+        """On rows that were not fitted, at most little more is left than the noise, which nothing can predict."""
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(rows + 4000, 4, generator=generator, dtype=torch.float64)
+        kept = torch.stack([h[:, 0], h[:, 0] + 1e-2 * h[:, 1], h[:, 2]], 1)
+        h = torch.cat([kept, h[:, 1:2] + 0.1 * h[:, 3:]], 1)
+        seen, other = h[:rows].to(dtype).double(), h[rows:]
+        precision = torch.finfo(dtype).eps
+        moment = Moment(seen.mean(0), torch.cov(seen.T, correction=0), rows, rows, precision)
+        R = regression(moment, torch.arange(3), torch.tensor([3]), torch.ones(1).double(), centred=centred)
+        missed = (other[:, 3] - seen[:, 3].mean() - (other[:, :3] - seen[:, :3].mean(0)) @ R[0]).var()
+        assert 0.009 < float(missed) < 0.015
+
     def test_few_samples_are_trusted_less(self) -> None:
         """With fewer samples than channels the unregularised fit is worthless on other samples."""
         generator = torch.Generator().manual_seed(0)
