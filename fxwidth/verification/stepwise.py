@@ -52,6 +52,7 @@ def prescribed_difference(
     maps: IndexMaps,
     inputs: Sequence[Any],
     dtype: torch.dtype | None = torch.float64,
+    kind: type[ResizedReplay] = ResizedReplay,
 ) -> tuple[float, int]:
     """Return the largest difference between what a resized module computes and what it must, and how many ops that are.
 
@@ -63,8 +64,9 @@ def prescribed_difference(
         maps: which channels were kept; only removals can be replayed.
         inputs: one real value per placeholder, of the recorded shapes.
         dtype: the precision of the module and the inputs; None for whatever that is.
+        kind: how the tape is run again.
     """
-    comparison = _Comparison(analysis, maps, inputs, dtype)
+    comparison = _Comparison(kind(analysis, maps, dtype), inputs)
     with evaluating(module), plain_kernels(), TapeRecorder(keeps, comparison.see):
         fx.Interpreter(module).run(*inputs, enable_io_processing=False)
     return comparison.worst, comparison.compared
@@ -73,11 +75,9 @@ def prescribed_difference(
 class _Comparison:
     """Takes in the ops of a real run, and has the replay go along with it."""
 
-    def __init__(
-        self, analysis: Analysis, maps: IndexMaps, inputs: Sequence[Any], dtype: torch.dtype | None = torch.float64
-    ) -> None:
+    def __init__(self, replay: ResizedReplay, inputs: Sequence[Any]) -> None:
         self.worst, self.compared = 0.0, 0
-        self._replay = ResizedReplay(analysis, maps, dtype)
+        self._replay = replay
         self._steps = self._replay.steps(inputs)
         self._has_ended = False
 
