@@ -10,6 +10,7 @@ from torch import fx
 from fxwidth.analysis.input_specs import input_specs
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.graph_meta import GROUPS, PLAN, REPORT, RESIZED_FROM, VERIFIED, notes_of
+from fxwidth.simplification.modes import evaluates
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ SHAPES = Condition(
     "make it by fxwidth.trace(model, example_inputs), or run AnalyzeWidths(example_inputs) before it",
     _has_shapes,
 )
-EVALUATES = Condition("it is in eval mode", "call gm.eval() before it", lambda gm: not gm.training)
+EVALUATES = Condition("it is in eval mode", "call gm.eval() before it", evaluates)
 ANALYZED = Condition("its groups are noted in gm.meta", "run AnalyzeWidths before it", _has_note(GROUPS))
 PLANNED = Condition(
     "a plan is left in gm.meta",

@@ -14,7 +14,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.factorization.chosen_ranks import Candidate, ranks_for_cost, ranks_for_error
 from fxwidth.factorization.two_layers import LowRankLayer, factorize, separable_layers, with_spectra
 from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.importance.estimates import gather_evidence
+from fxwidth.importance.estimates import refuse_negative_variances
 from fxwidth.passes.conditions import OF_THE_GRAPH, SHAPES
 from fxwidth.passes.width_pass import WidthPass
 from fxwidth.plain_numbers import plain_number
@@ -40,7 +40,8 @@ class FactorizeLinear(WidthPass):
         params: what the network may cost: an int is a count of parameters, a float a part of the present ones.
         flops: likewise; give one of `params`, `flops` and `error`.
         error: the largest share of its outputs that a layer may lose, in [0, 1): 0 for what is of low rank exactly.
-        data: batches as for `fxwidth.resize`, from which to see what layers read; by default noise is sent through.
+        data: batches as for `fxwidth.resize`, of which the first 1024 inputs show what layers read; by default noise is
+            sent through. Layers of more than 4096 inputs go by their weights alone.
         only: names, or patterns as of fnmatch, of the layers that may change: paths of modules or of weights.
         keep: likewise of those that must not.
         optimizer: what trains the graph, or several; new parameters begin without state.
@@ -118,8 +119,8 @@ class FactorizeLinear(WidthPass):
             raise FxwidthError("FactorizeLinear looks at weights, which are on the meta device; load them first.")
         layers = [layer for layer in separable_layers(width_graph.analysis) if self._may_change(layer.weight)]
         self._refuse_unknown(graph_module)
-        moments = gather_evidence(width_graph, self._data).moments if layers else None
-        found = with_spectra(width_graph, layers, moments)
+        refuse_negative_variances(width_graph.analysis)
+        found = with_spectra(width_graph, layers, self._data)
         ranks = self._ranks(width_graph, found)
         if ranks:
             refuse_groups_of_one(graph_module, self.name)

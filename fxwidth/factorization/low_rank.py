@@ -35,8 +35,7 @@ def spectrum_of(weight: Tensor, moment: Moment | None, *, has_bias: bool) -> Spe
 
     Args:
         weight: [out, in].
-        moment: of the inputs; where it has fewer channels, each is so many neighbouring columns, which are taken to be
-            independent; None for white inputs.
+        moment: of the inputs; None for white ones.
         has_bias: whether the layer has one.
 
     Source: C. Eckart, G. Young, The Approximation of One Matrix by Another of Lower Rank (1936).
@@ -47,10 +46,8 @@ def spectrum_of(weight: Tensor, moment: Moment | None, *, has_bias: bool) -> Spe
     if moment is not None:
         second = (moment.covariance if has_bias else moment.second).double().to(wide.device)
         values, vectors = torch.linalg.eigh(second)
-        root = vectors * values.clamp_min(0).sqrt()
-        minor = wide.shape[1] // len(second)
-        seen = torch.einsum("oim,ij->ojm", wide.unflatten(1, (len(second), minor)), root).flatten(1)
-        mean = moment.mean.double().to(wide.device).repeat_interleave(minor) if has_bias else None
+        seen = wide @ (vectors * values.clamp_min(0).sqrt())
+        mean = moment.mean.double().to(wide.device) if has_bias else None
     directions, singular, _ = torch.linalg.svd(seen, full_matrices=False)
     # What is nothing but rounding counts as nothing.
     least = max(seen.shape) * torch.finfo(weight.dtype).eps * singular[:1]

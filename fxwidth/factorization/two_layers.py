@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
+from fxwidth.factorization.layer_inputs import input_moments
 from fxwidth.factorization.low_rank import Spectrum, factors, spectrum_of
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.rewriting.optimizers import Optimizers, exchange_parameters
@@ -22,9 +23,6 @@ from fxwidth.runtime.reachable_state import has_global_hooks
 from fxwidth.runtime.tensor_slots import named_tensors, set_slot
 from fxwidth.simplification.called_layers import CalledLayer, called_layer, users_of_tensors
 from fxwidth.simplification.rebuilding import part, rebuild
-from fxwidth.statistics.moment import Moment
-from fxwidth.statistics.moments import Moments
-from fxwidth.weights.readers import wiring_of
 
 aten = torch.ops.aten
 # After an op with the padding of a kernel by its name comes one without.
@@ -72,20 +70,24 @@ def separable_layers(analysis: Analysis) -> list[CalledLayer]:
         if layer is not None
         and all(is_alone(layer, name) for name in (layer.weight, layer.bias) if name is not None)
         and _is_over_single_positions(layer, tensors[layer.weight])
+        and _has_usual_dims(analysis, layer, tensors[layer.weight])
     ]
 
 
-def with_spectra(width_graph: WidthGraph, layers: Iterable[CalledLayer], moments: Moments | None) -> list[LowRankLayer]:
-    """Return layers with what each rank of theirs loses, by what they have been seen to read."""
+def with_spectra(
+    width_graph: WidthGraph, layers: Sequence[CalledLayer], data: Iterable[Any] | None
+) -> list[LowRankLayer]:
+    """Return layers with what each rank of theirs loses, by what they read of data, or of noise.
+
+    Raises:
+        FxwidthError: the data cannot be used.
+    """
     analysis, result = width_graph.analysis, []
-    seen = _moments_by_node(width_graph, moments)
+    seen = input_moments(width_graph, layers, data)
     for layer in layers:
         weight = analysis.parameters[layer.weight].tensor.detach().flatten(1)
         answer = analysis.node_values[layer.node.name]
-        moment = seen.get(layer.node.name)
-        if moment is not None and weight.shape[1] % len(moment.mean):
-            moment = None
-        spectrum = spectrum_of(weight, moment, has_bias=layer.bias is not None)
+        spectrum = spectrum_of(weight, seen.get(layer.node.name), has_bias=layer.bias is not None)
         result.append(LowRankLayer(layer, weight, answer.numel() // weight.shape[0], spectrum))
     return result
 
@@ -147,15 +149,12 @@ def _is_over_single_positions(layer: CalledLayer, weight: Tensor) -> bool:
     return all(size == 1 for size in weight.shape[2:])
 
 
-def _moments_by_node(width_graph: WidthGraph, moments: Moments | None) -> dict[str, Moment]:
-    """Return what is known of the inputs of each node, but of those that read several times."""
-    found: dict[str, Moment] = {}
-    for reader in wiring_of(width_graph).readers if moments is not None else ():
-        assert moments is not None
-        moment, node = moments.of(reader), reader.call.node
-        if moment is not None and node is not None and reader.groups == 1:
-            found[node] = moment
-    return found
+def _has_usual_dims(analysis: Analysis, layer: CalledLayer, weight: Tensor) -> bool:
+    """Tell whether a layer reads vectors along the last dim, or a convolution channels along the second one."""
+    value, answer = (analysis.node_values.get(node.name) for node in (layer.source, layer.node))
+    if not isinstance(value, Tensor) or not isinstance(answer, Tensor):
+        return False
+    return layer.is_linear or value.dim() == weight.dim()
 
 
 def _made(tensors: Mapping[str, Tensor], one: LowRankLayer, rank: int) -> _Factors:

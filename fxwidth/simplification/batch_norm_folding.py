@@ -19,6 +19,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.reachable_state import has_global_hooks
 from fxwidth.runtime.tensor_slots import named_tensors, set_slot
 from fxwidth.simplification.called_layers import CalledLayer, CalledNorm, called_layer, called_norm, users_of_tensors
+from fxwidth.simplification.modes import evaluates
 from fxwidth.simplification.rebuilding import part, rebuild
 from fxwidth.tracing.analyze import analyze_module
 
@@ -75,7 +76,7 @@ def fold_batch_norms(
         FxwidthError: the graph is in training mode, a batch norm would take the root of a negative number, or a weight
             would not be finite.
     """
-    if module.training:
+    if not evaluates(module):
         raise FxwidthError(f"{by} needs a graph in eval mode, where batch norms are fixed; call gm.eval() before it.")
     analysis = analyze_module(module)
     folds = foldable(analysis)

@@ -6,7 +6,6 @@ import builtins
 import copy
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +31,13 @@ _DROPOUT_FUNCTIONS = (
     *(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default),
     aten.feature_alpha_dropout.default,
 )
+_WITH_MODES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
 # Functions in Python that compute, and do nothing else.
 _PLAIN_CODE = frozenset({operator.__name__, "_operator", math.__name__, builtins.__name__})
 _NOT_PLAIN = frozenset({"print", "setattr", "delattr", "exec", "eval", "open", "input", "next", "__import__"})
+_OF_TORCH = frozenset({"torch", "torch.functional", "torch.nn.functional", "torch._C", "torch._C._nn"})
+_NAMESPACES = frozenset({"aten", "prims"})
+_LOOKS = frozenset({"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension"})
 _VALUES = (Tensor, bool, int, float, complex, str, torch.Size, torch.dtype, torch.device, SymInt, SymFloat, SymBool)
 
 
@@ -125,14 +128,23 @@ def _has_no_effect(analysis: Analysis, node: fx.Node, for_inference: bool) -> bo
     calls = list(analysis.calls_of(node.name))
     if not for_inference:
         calls += analysis.training_calls.get(node.name, [])
+        # Of ops that are told the mode, batch norm among them, the tape has what they do in evaluation.
+        if any(_tells_mode(analysis, one) for one in node.all_input_nodes):
+            return False
     if not all(map(_only_computes, calls)):
         return False
     if node.op == "call_module":
-        return _is_known_module(analysis, node)
+        return _is_known_module(analysis, node, for_inference)
     if not _is_value(analysis.node_values.get(node.name)):
         # Assertions and what switches a mode return nothing, and contexts and handles no numbers.
         return False
     return _is_known_function(node, calls)
+
+
+def _tells_mode(analysis: Analysis, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(analysis.module.get_submodule(str(node.target)), TrainingFlag)
+    return node.target is by_mode
 
 
 def _only_computes(call: OpCall) -> bool:
@@ -140,13 +152,15 @@ def _only_computes(call: OpCall) -> bool:
     return not call.func._schema.is_mutable and not random and bool(call.outputs)
 
 
-def _is_known_module(analysis: Analysis, node: fx.Node) -> bool:
+def _is_known_module(analysis: Analysis, node: fx.Node, for_inference: bool) -> bool:
     module = analysis.module.get_submodule(str(node.target))
     if isinstance(module, TrainingFlag):
         return True
     if has_global_hooks():
         return False
     # In training a dropout draws numbers that others would then draw, and a batch norm counts, though nobody reads it.
+    if isinstance(module, _WITH_MODES) and (module.training or not for_inference):
+        return False
     return is_bare(module) and not any(name for name, _ in walk(module) if name)
 
 
@@ -158,24 +172,19 @@ def _is_value(value: Any) -> bool:
 
 def _is_known_function(node: fx.Node, calls: list[OpCall]) -> bool:
     target: Any = node.target
+    if node.is_impure():
+        return False
     if node.op == "call_method":
-        # By its name in place; all that computes anything is on the tape, or asks for a size or a property.
+        # By its name in place; all that computes anything is on the tape, or asks for a size.
         return not str(target).endswith("_") and (bool(calls) or str(target) in _LOOKS)
     if isinstance(target, OpOverload):
-        return not target._schema.is_mutable and bool(target._schema.returns) and bool(calls)
+        return target.namespace in _NAMESPACES and bool(target._schema.returns) and bool(calls)
     if target is by_mode:
         return True
-    module = getattr(target, "__module__", None) or ""
+    module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     if module in _PLAIN_CODE:
-        name = str(target.__name__)
         # In place they are called iadd, imul and so on.
         return name not in _NOT_PLAIN and not (name.startswith("i") and hasattr(operator, name[1:]))
-    return (module.partition(".")[0] == "torch" or _is_of_torch(target)) and bool(calls)
-
-
-_LOOKS = frozenset({"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension"})
-
-
-def _is_of_torch(target: Callable[..., Any]) -> bool:
-    """Tell whether a function that does not say of which module it is, as those in C++, is one of torch."""
-    return getattr(torch, getattr(target, "__name__", ""), None) is target
+    # Functions in C++ do not all say of which module they are.
+    is_torch = module in _OF_TORCH or (not module and getattr(torch, name, None) is target)
+    return is_torch and bool(calls)
