@@ -69,6 +69,7 @@ def prescribed_difference(
     comparison = _Comparison(kind(analysis, maps, dtype), inputs)
     with evaluating(module), plain_kernels(), TapeRecorder(keeps, comparison.see):
         fx.Interpreter(module).run(*inputs, enable_io_processing=False)
+    comparison.end()
     return comparison.worst, comparison.compared
 
 
@@ -86,14 +87,20 @@ class _Comparison:
         self._has_ended = self._has_ended or depends_on_values(call.func, call.arguments)
         if self._has_ended or not is_replayed(call):
             return
-        own = next(self._steps)
-        if own.name != call.name:
-            self.worst = float("inf")
+        own = next(self._steps, None)
+        if own is None or own.name != call.name:
+            # What follows is no more what it is compared with.
+            self.worst, self._has_ended = float("inf"), True
         elif call.func.overloadpacket not in _CHANCE:
             pairs = zip(call.outputs, map(self._replay.value, own.outputs), strict=True)
             floats = [(one, other) for one, other in pairs if one.is_floating_point()]
             self.worst = max([self.worst, *(largest_difference([one], [other]) for one, other in floats)])
             self.compared += len(floats)
+
+    def end(self) -> None:
+        """See that nothing is left that was to be done."""
+        if not self._has_ended and next(self._steps, None) is not None:
+            self.worst = float("inf")
 
 
 def _magnitude(tensor: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fxwidth
 from fxwidth.costs.registry import COSTS, Cost
 from fxwidth.options import has_target
-from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
+from fxwidth.passes import AnalyzeWidths, Pipeline, PlanWidths, ReportWidths, ResizeWidths
 from tests.zoo.nets import images, trained_like
 
 # What is shown meanwhile makes no difference to what is done.
@@ -178,7 +178,11 @@ def _passes(gm: fx.GraphModule, options: Options) -> None:
     assert PassManager(passes)(gm).modified
 
 
-WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes}
+def _pipeline(gm: fx.GraphModule, options: Options) -> None:
+    assert Pipeline(ResizeWidths(**_for_resize(options)), PlanWidths(**_for_plan(options)), ReportWidths())(gm).modified
+
+
+WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes, "Pipeline": _pipeline}
 
 
 def _resized(way: Callable[[fx.GraphModule, Options], None], row: Row, name: str | None) -> fx.GraphModule:
