@@ -34,10 +34,9 @@ class WidthPass(PassBase):
         ...         plan = graph_module.meta["fxwidth_plan"]
         ...         graph_module.meta["fxwidth_plan"] = {name: 2 * width for name, width in plan.items()}
         ...         return torch.fx.passes.infra.pass_base.PassResult(graph_module, False)
-        >>> Doubled()(fxwidth.trace(torch.nn.Linear(2, 3), torch.randn(2, 2)))
+        >>> Doubled()(fxwidth.trace(torch.nn.Linear(2, 3), torch.randn(2, 2)))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        fxwidth.errors.FxwidthError: Doubled needs that a plan is left in gm.meta; run PlanWidths before it, with
-        nothing between them that changes the graph, or give it a plan.
+        fxwidth.errors.FxwidthError: Doubled needs that a plan is left in gm.meta; run PlanWidths before it, ...
     """
 
     needs: tuple[Condition, ...] = ()

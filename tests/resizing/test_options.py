@@ -182,7 +182,7 @@ def _pipeline(gm: fx.GraphModule, options: Options) -> None:
     assert Pipeline(ResizeWidths(**_for_resize(options)), PlanWidths(**_for_plan(options)), ReportWidths())(gm).modified
 
 
-WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes, "Pipeline": _pipeline}
+WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes}
 
 
 def _resized(way: Callable[[fx.GraphModule, Options], None], row: Row, name: str | None) -> fx.GraphModule:
@@ -229,6 +229,13 @@ def test_an_option_does_the_same_on_every_way(name: str) -> None:
         assert _same(_tensors(gm), _tensors(wanted)), f"{name}= through {way} gives another network: {apart}"
         records = [one.meta["fxwidth_history"][-1] for one in (gm, wanted)]
         assert records[0] == records[1], f"{name}= through {way} is reported otherwise"
+
+
+@pytest.mark.parametrize("name", ["data", "optimizer", "also"])
+def test_an_option_does_the_same_in_a_pipeline(name: str) -> None:
+    wanted, gm = (_resized(way, ROWS[name], name) for way in (_direct, _pipeline))
+    assert _same(_tensors(gm), _tensors(wanted))
+    assert gm.meta["fxwidth_history"] == wanted.meta["fxwidth_history"]
 
 
 @pytest.mark.parametrize("name", ROWS)
