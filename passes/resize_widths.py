@@ -124,4 +124,4 @@ def _without_values(resized: Resized) -> InMemory:
         name: replace(entry, tensor=torch.empty_like(entry.tensor, device="meta"))
         for name, entry in analysis.parameters.items()
     }
-    return InMemory((replace(analysis, parameters=entries, memo={}), resized.maps))
+    return InMemory((replace(analysis, parameters=entries, memo={}, seen=None), resized.maps))

@@ -47,8 +47,13 @@ NODES = {
 }
 
 
-@pytest.mark.parametrize("kind", NODES, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("cleaned_in", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "cleaned_in"),
+    [
+        (Needless, False), (Needless, True), (ExportedNeedless, False),
+        pytest.param(ExportedNeedless, True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_in_both_modes_a_cleaned_graph_does_all_that_it_did(kind: type[nn.Module], cleaned_in: bool) -> None:
     gm = fxwidth.trace(settled(kind()), _input()).train(cleaned_in)
     other, before = copy.deepcopy(gm), set(names(gm))
@@ -62,7 +67,7 @@ def test_in_both_modes_a_cleaned_graph_does_all_that_it_did(kind: type[nn.Module
     assert not CleanUp()(gm).modified
 
 
-@pytest.mark.parametrize("kind", NODES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Needless, pytest.param(ExportedNeedless, marks=pytest.mark.slow)])
 def test_for_inference_what_trains_goes_too(kind: type[nn.Module]) -> None:
     gm = fxwidth.trace(settled(kind()), _input())
     other = copy.deepcopy(gm)

@@ -20,8 +20,13 @@ def costs(gm: torch.fx.GraphModule) -> dict[str, float]:
     return {name: cost_polynomial(fxwidth.analyze(gm), name)({}) for name in ("params", "flops")}
 
 
-@pytest.mark.parametrize("kind", [LowRank, ExportedLowRank])
-@pytest.mark.parametrize("options", [{"error": 0.0}, {"params": 0.6}, {"flops": 0.81}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LowRank, {"error": 0.0}), (LowRank, {"flops": 0.81}), (ExportedLowRank, {"params": 0.6}),
+        *(pytest.param(ExportedLowRank, one, marks=pytest.mark.slow) for one in ({"error": 0.0}, {"flops": 0.81})),
+    ],
+)  # fmt: skip
 def test_what_is_of_low_rank_is_exact(kind: type[nn.Module], options: dict[str, Any]) -> None:
     model, x = settled(kind()), images(64)
     gm = fxwidth.trace(model, x[:2])

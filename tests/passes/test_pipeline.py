@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -279,6 +279,26 @@ def test_whatever_ends_a_pipeline_leaves_everything_as_it_was(error: type[BaseEx
     assert not model.training
 
 
+@pytest.mark.parametrize("error", [PlantedError, KeyboardInterrupt])
+def test_what_only_a_resize_inside_of_a_step_knew_is_taken_back_too(error: type[BaseException]) -> None:
+    model, gm, x = small_graph()
+    optimizer, teacher = stepped(gm, x), copy.deepcopy(gm)
+    other = fxwidth.trace(model, x)
+
+    def resizes(module: fx.GraphModule) -> None:
+        fxwidth.resize(module, {"0": 9}, optimizer=optimizer, also=[teacher], data=[x])
+        fxwidth.resize(teacher, {"2": 5})
+
+    def fails(module: fx.GraphModule) -> None:
+        raise error
+
+    work = Work(lambda: Pipeline(AnalyzeWidths(), Pipeline(resizes), fails)(gm), [gm, model, teacher, other], optimizer)
+    before = work.state()
+    with pytest.raises(error):
+        work.run()
+    assert not differences(before, work.state())
+
+
 def test_an_error_says_in_which_step_it_was() -> None:
     _, gm, _ = small_graph()
     with pytest.raises(PlantedError) as caught:
@@ -315,13 +335,23 @@ def changing_values(optimizer: Optimizer, x: Tensor) -> list[Any]:
     return [RecalibrateBatchNorm([x]), ChangeBasis([x]), foreign]
 
 
-@pytest.mark.parametrize("make", [resizing, rebuilding, changing_values], ids=lambda make: make.__name__)
-def test_an_interruption_anywhere_leaves_everything_as_it_was(make: Callable[[Optimizer, Tensor], list[Any]]) -> None:
+MAKES = [resizing, rebuilding, changing_values]
+QUICK, MANY = (0.45, 0.9, 0.999), [place / 60 for place in range(1, 60)]
+
+
+@pytest.mark.parametrize(
+    ("make", "places"),
+    [*((make, QUICK) for make in MAKES), *(pytest.param(make, MANY, marks=pytest.mark.slow) for make in MAKES)],
+    ids=lambda one: one.__name__ if callable(one) else str(len(one)),
+)
+def test_an_interruption_anywhere_leaves_everything_as_it_was(
+    make: Callable[[Optimizer, Tensor], list[Any]], places: Sequence[float]
+) -> None:
     prepare = _with_optimizer(make)
     prepare().run()  # what is remembered of ops for the next time makes it go by fewer calls
     calls = counted(prepare().run).count
     work = prepare()
-    assert_undone(work, [int(calls * share) for share in (0.3, 0.7, 0.9, 0.999)])
+    assert_undone(work, [int(calls * share) for share in places])
     before = work.state()
     work.run()
     assert differences(before, work.state())
