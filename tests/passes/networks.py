@@ -119,6 +119,8 @@ def images(count: int = 4) -> Tensor:
 
 def small() -> nn.Sequential:
     layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4)]
+    # Nothing nonlinear is between these.
+    layers.append(nn.Linear(4, 4))
     return settled(nn.Sequential(*layers))  # type: ignore[return-value]
 
 

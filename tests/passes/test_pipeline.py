@@ -336,7 +336,8 @@ def changing_values(optimizer: Optimizer, x: Tensor) -> list[Any]:
 
 
 MAKES = [resizing, rebuilding, changing_values]
-QUICK, MANY = (0.45, 0.9, 0.999), [place / 60 for place in range(1, 60)]
+# Beyond that a run may be at its end already: what is remembered of ops makes one shorter than another.
+QUICK, MANY = (0.45, 0.7, 0.88), [place / 60 for place in range(1, 54)]
 
 
 @pytest.mark.parametrize(
@@ -352,6 +353,8 @@ def test_an_interruption_anywhere_leaves_everything_as_it_was(
     calls = counted(prepare().run).count
     work = prepare()
     assert_undone(work, [int(calls * share) for share in places])
+    # And while the last step ends.
+    assert_undone(work, [1, 2, 3], "drop_notes_of_passes" if make is not changing_values else "rotated")
     before = work.state()
     work.run()
     assert differences(before, work.state())
