@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Unpack
 
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_keywords import PlanKeywords
 from fxwidth.options import PlanOptions, options_from, tells_options
+from fxwidth.passes.conditions import PLANNED, SHAPES
+from fxwidth.passes.width_pass import WidthPass
 from fxwidth.planning.planner import plan_with_evidence
+from fxwidth.recording.graph_meta import PLAN, PLAN_NOTES
 from fxwidth.tracing.analyze import analyze_module
 
-PLAN = "fxwidth_plan"
-PLAN_NOTES = "fxwidth_plan_notes"
 
-
-class PlanWidths(PassBase):
+class PlanWidths(WidthPass):
     """Writes a plan, group name to new width, to `gm.meta["fxwidth_plan"]`; takes the options of `fxwidth.plan`.
 
     What the plan costs and is predicted to lose goes to `gm.meta["fxwidth_plan_notes"]`.
@@ -34,6 +34,10 @@ class PlanWidths(PassBase):
         >>> fxwidth.passes.PlanWidths(params=0.5).call(gm).graph_module.meta["fxwidth_plan"]
         {'0': 7}
     """
+
+    needs = (SHAPES,)
+    gives = (PLANNED,)
+    in_place = False
 
     @tells_options(PlanOptions)
     def __init__(self, **options: Unpack[PlanKeywords]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
+from fxwidth.passes.conditions import OF_THE_GRAPH, SHAPES
+from fxwidth.passes.width_pass import WidthPass
 from fxwidth.untying.untie_copies import untie_copies
 
 
-class UntieCopies(PassBase):
+class UntieCopies(WidthPass):
     """Rewrites copies of channels as tables that follow a resize, as `fxwidth.untie_copies` does.
 
     Example:
@@ -25,6 +27,9 @@ class UntieCopies(PassBase):
         >>> fxwidth.passes.UntieCopies()(gm).modified
         False
     """
+
+    needs = (SHAPES,)
+    spoils = OF_THE_GRAPH
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite a graph in place.

@@ -20,7 +20,7 @@ import fxwidth
 from fxwidth import FxwidthError
 from fxwidth.option_keywords import EvolveKeywords, PlanKeywords, ResizeKeywords
 from fxwidth.options import PlanOptions, ResizeOptions
-from fxwidth.passes import PlanWidths, ResizeWidths
+from fxwidth.passes import GrowWidths, PlanWidths, ResizeWidths, ShrinkWidths
 from tests.zoo.nets import conv, images, trained_like
 
 # What each public function takes: keywords and defaults, as they are written in calls of users.
@@ -46,6 +46,8 @@ TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,
+    ShrinkWidths: RESIZE,
+    GrowWidths: RESIZE,
 }
 POSITIONAL: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: {"width_graph": Parameter.empty},
@@ -55,6 +57,8 @@ POSITIONAL: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.Evolver: {"gm": Parameter.empty, "optimizer": None},
     PlanWidths: {},
     ResizeWidths: {"plan": None},
+    ShrinkWidths: {"plan": None},
+    GrowWidths: {"plan": None},
 }
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs
 from fxwidth.analysis.result import TensorSpec
 from fxwidth.checkpoint.file_record import present_versions
+from fxwidth.checkpoint.other_forms import EXPORTED, other_form
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Inputs, Outputs, native
 from fxwidth.recording.graph_meta import HISTORY, INPUTS, notes_of
@@ -64,7 +65,8 @@ def save_exported(gm: fx.GraphModule, path: Path) -> None:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FxwidthError(
-            f"torch.export cannot write this graph: {reason.rstrip('.')}. Save to a path that ends in '.safetensors'."
+            f"torch.export cannot write this graph: {reason.rstrip('.')}. Save to a path that ends in "
+            f"{other_form(gm, EXPORTED)!r}."
         ) from error
     record = {
         "versions": present_versions(),
@@ -175,7 +177,7 @@ def _never_one(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
     if len(numbers) != len(guards) or (guards and not is_flat):
         raise FxwidthError(
             f"the graph holds only for inputs with {' and '.join(sorted(guards))}, which a program does not ask. Save "
-            "to a path that ends in '.safetensors'."
+            f"to a path that ends in {other_form(gm, EXPORTED)!r}."
         )
     return numbers
 

@@ -14,8 +14,8 @@ from torch import fx, nn
 from fxwidth.checkpoint.exported import load_exported
 from fxwidth.checkpoint.extra_state import put_extra_state
 from fxwidth.checkpoint.file_record import read
+from fxwidth.checkpoint.other_forms import EXPORTED, TENSORS
 from fxwidth.checkpoint.replay import Replay, state_tensor
-from fxwidth.checkpoint.saving import EXPORTED, TENSORS
 from fxwidth.checkpoint.training_state import Evolving, check_training, further_of, put_state, refuse_missing
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import call_of, takes_other_sizes

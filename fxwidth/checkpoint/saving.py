@@ -13,17 +13,16 @@ from torch.nn.utils import parametrize
 from fxwidth.checkpoint.exported import save_exported
 from fxwidth.checkpoint.extra_state import extra_state_of
 from fxwidth.checkpoint.file_record import PREFIX, written
+from fxwidth.checkpoint.other_forms import EXPORTED, TENSORS, other_form
 from fxwidth.checkpoint.training_state import FURTHER, Evolving, state_of
 from fxwidth.errors import FxwidthError
-from fxwidth.recording.graph_meta import NOTES, notes_of
+from fxwidth.recording.graph_meta import NOTES, REBUILT, notes_of
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.runtime.atomic_files import path_of, replacing, unwritable
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.serialization.graph_pickling import unpicklable
 from fxwidth.serialization.plain_trees import TensorsBeside, encoded
 from fxwidth.serialization.tensor_files import write_tensors
-
-TENSORS, EXPORTED = ".safetensors", ".pt2"
 
 
 def save(
@@ -42,7 +41,8 @@ def save(
       makes the model, while a model that is given keeps its own, as its device. Data alone; a digest tells damaged
       files.
     - ".pt2": what `torch.export` makes of the graph in the mode that it is in, with the history. It needs no code of
-      the model, and other tools read it too; dropout and batch norm stay in that mode.
+      the model, and other tools read it too; dropout and batch norm stay in that mode. Graphs whose nodes a pass has
+      changed, such as `fxwidth.passes.FoldBatchNorm`, go into such a file or the next one alone.
     - any other: the whole graph as Python's pickle, which `load` reads with `trusted=True` alone.
 
     A file that is there already is replaced once the new one is complete and on the disk, and stays as it is if that
@@ -109,6 +109,13 @@ def save_tensors(
     Raises:
         FxwidthError: as of `save`.
     """
+    rebuilt = notes_of(gm).get(REBUILT)
+    if rebuilt:
+        passes = ", ".join(dict.fromkeys(rebuilt))
+        raise FxwidthError(
+            f"{passes} changed the nodes of this graph, and a file of tensors is loaded into a graph that is traced "
+            f"anew, which would have others. Save to a path that ends in {EXPORTED!r}, or in '.pt', Python's pickle."
+        )
     slots = tensor_slots(gm)
     if taken := next((name for name in slots if name.startswith(PREFIX)), None):
         raise FxwidthError(
@@ -128,7 +135,7 @@ def save_pickled(gm: fx.GraphModule, path: Path) -> None:
     if name is not None:
         raise FxwidthError(
             f"torch does not pickle modules with parametrizations, as {name!r} has them; save to a path that ends in "
-            "'.safetensors'."
+            f"{other_form(gm)!r}."
         )
     notes = notes_of(gm)
     content: dict[str, Any] = {"module": gm, "meta": {key: notes[key] for key in NOTES if key in notes}}
@@ -141,5 +148,5 @@ def save_pickled(gm: fx.GraphModule, path: Path) -> None:
                 raise unwritable(path, error) from error
             raise FxwidthError(
                 f"{found} cannot be pickled; define it at the top of a module that can be imported, or save to a "
-                "path that ends in '.safetensors'."
+                f"path that ends in {other_form(gm)!r}."
             ) from error

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
 from torch import fx
 
+from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_keywords import ResizeKeywords
 from fxwidth.options import ResizeOptions, options_from, tells_options
 from fxwidth.plans import FOR_MODULE, Plan
 from fxwidth.reconstruction.bn_recalibration import Recalibration, statistics_used_elsewhere
-from fxwidth.recording.graph_meta import AXES, HISTORY, note_original, notes_of
+from fxwidth.recording.graph_meta import AXES, HISTORY, drop_notes_of_passes, note_original, notes_of
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import select_channels
 from fxwidth.resizing.companions import (
@@ -120,16 +121,29 @@ def resize(
     return gm
 
 
-def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> None:
+@dataclass(frozen=True)
+class Resized:
+    """A resize that was carried out.
+
+    Attributes:
+        width_graph: the groups as they were before.
+        maps: what has become of each dim; None where nothing was to be done.
+    """
+
+    width_graph: WidthGraph
+    maps: IndexMaps | None
+
+
+def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> Resized:
     """Do what `resize` does, with options that have been checked."""
     transaction = resize_transaction(gm, *options.graphs_beside, optimizer=options.optimizer)
 
-    def work() -> None:
+    def work() -> Resized:
         width_graph = WidthGraph(analyze_module(gm))
         _refuse_needless_data(requested(width_graph, plan, options.exact), options)
-        resize_analyzed(width_graph, plan, options, transaction=transaction)
+        return Resized(width_graph, _resize(width_graph, plan, options, Known(keeps_eps=_keeps_eps(plan)), transaction))
 
-    transaction.run(work)
+    return transaction.run(work)
 
 
 def resize_analyzed(
@@ -153,10 +167,13 @@ def resize_analyzed(
         FxwidthError: the plan or the data cannot be used.
     """
     options, before = options or ResizeOptions(), Known(**{"keeps_eps": _keeps_eps(plan), **known})
+    module = width_graph.analysis.module
     if transaction is not None:
-        return _resize(width_graph, plan, options, before, transaction)
-    whole = resize_transaction(width_graph.analysis.module, *options.graphs_beside, optimizer=options.optimizer)
-    return whole.run(lambda: _resize(width_graph, plan, options, before, whole))
+        _resize(width_graph, plan, options, before, transaction)
+        return module
+    whole = resize_transaction(module, *options.graphs_beside, optimizer=options.optimizer)
+    whole.run(lambda: _resize(width_graph, plan, options, before, whole))
+    return module
 
 
 def _resize(
@@ -165,14 +182,17 @@ def _resize(
     options: ResizeOptions,
     known: Known,
     transaction: Transaction,
-) -> fx.GraphModule:
-    """Go through the stages of a resize: what is asked, which channels stay, what changes by that, and the change."""
+) -> IndexMaps | None:
+    """Go through the stages of a resize: what is asked, which channels stay, what changes by that, and the change.
+
+    Returns what has become of each dim.
+    """
     module = width_graph.analysis.module
     check_optimizer(options.optimizer, module)
     width_graph.refuse_outdated()
     asked = requested(width_graph, plan, options.exact)
     if not asked.widths:
-        return module
+        return None
     note_original(module)
     if not known.blind:
         refuse_nan(module)
@@ -208,7 +228,8 @@ def _resize(
         notes = notes_of(module)
         # In one step: nothing can come between the two.
         notes |= {HISTORY: [*notes.get(HISTORY, ()), edits.record], AXES: edits.axes}
-    return module
+        drop_notes_of_passes(notes)
+    return edits.maps
 
 
 def _recalibration(

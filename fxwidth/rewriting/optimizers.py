@@ -101,3 +101,26 @@ def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
     elif depth and isinstance(value, (Mapping, Sequence, set)) and not isinstance(value, (str, bytes)):
         for part in chain(value.keys(), value.values()) if isinstance(value, Mapping) else value:
             yield from _tensors_in(part, depth - 1)
+
+
+def exchange_parameters(
+    optimizer: Optimizers, successors: Mapping[Tensor, Sequence[Tensor]], names: Mapping[Tensor, str]
+) -> None:
+    """Give an optimizer other parameters in the place of some; their state begins anew.
+
+    Args:
+        optimizer: one, or several.
+        successors: what comes into the place of each parameter; nothing where it is gone.
+        names: those of all parameters of the graph.
+
+    Raises:
+        FxwidthError: an optimizer keeps one of them in an attribute, where the new one would not get.
+    """
+    going = {old: names[old] for old in successors}
+    for one in optimizers_in(optimizer):
+        refuse_kept_parameters(one, going)
+    for one in optimizers_in(optimizer):
+        for group in one.param_groups:
+            group["params"][:] = [new for old in group["params"] for new in successors.get(old, [old])]
+        for old in successors:
+            one.state.pop(old, None)

@@ -62,12 +62,18 @@ def original_of(module: fx.GraphModule) -> nn.Module | None:
 
 
 def resize_transaction(
-    *modules: nn.Module, optimizer: Optimizers | None = None, objects: Iterable[object] = ()
+    *modules: nn.Module,
+    optimizer: Optimizers | None = None,
+    objects: Iterable[object] = (),
+    holds: bool = False,
 ) -> Transaction:
-    """Return a transaction of all that a resize of some modules may change: their models and other graphs of these."""
+    """Return a transaction of all that a resize of some modules may change: their models and other graphs of these.
+
+    The arguments are those of `Transaction`.
+    """
     originals = [original_of(module) for module in modules if isinstance(module, fx.GraphModule)]
     own = [*modules, *(original for original in originals if original is not None)]
-    return Transaction(*own, *_other_graphs(own), optimizer=optimizer, objects=objects)
+    return Transaction(*own, *_other_graphs(own), optimizer=optimizer, objects=objects, holds=holds)
 
 
 def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
@@ -256,7 +262,12 @@ def _separate(module: nn.Module, others: Sequence[nn.Module]) -> None:
     shared = {id(part): (path, part) for other in others for path, part in walk(other) if id(part) in own}
     for path, part in shared.values():
         _refuse_own_forward(path, part)
-    copies = shallow_copies(part for _, part in shared.values())
+    own_copies(module, [part for _, part in shared.values()])
+
+
+def own_copies(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Put shallow copies in the place of some submodules of a graph, with the same tensors."""
+    copies = shallow_copies(parts)
     put_copies(module, copies)
     for _, part in walk(module):
         if isinstance(part, PartModes):

@@ -26,6 +26,8 @@ _Result = TypeVar("_Result")
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
 # The modules that the transactions under way put back, by identity.
 _UNDER_WAY: ContextVar[frozenset[int]] = ContextVar("under_way", default=frozenset())
+# The innermost transaction under way that takes those inside of it back with itself.
+_HOLDING: ContextVar[Transaction | None] = ContextVar("holding", default=None)
 
 
 def is_put_back(module: nn.Module) -> bool:
@@ -44,6 +46,8 @@ class Transaction:
         optimizer: likewise: its groups and its state, by identity.
         objects: others of which attributes may change.
         is_run_only: whether modules are but run, so that of plain layers only tensors and modes change meanwhile.
+        holds: whether transactions inside of this one, which have ended well, are taken back with it: what they knew
+            and this one does not, such as tensors that were written to, and companions.
     """
 
     def __init__(
@@ -52,7 +56,10 @@ class Transaction:
         optimizer: Optimizers | None = None,
         objects: Iterable[object] = (),
         is_run_only: bool = False,
+        holds: bool = False,
     ) -> None:
+        self._holds = holds
+        self._ended_well: list[Transaction] = []
         self._global_state = GlobalState()
         self.undo = ExitStack()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
@@ -77,17 +84,23 @@ class Transaction:
 
     def run(self, work: Callable[[], _Result]) -> _Result:
         """Return what the work returns; if it is ended by an exception or by Ctrl-C, nothing has changed."""
-        outer = _UNDER_WAY.get()
+        outer, holder = _UNDER_WAY.get(), _HOLDING.get()
         try:
             _UNDER_WAY.set(outer | self._modules)
+            # Each hands itself to the one right around it: taken back in reverse, each finds what it has left.
+            _HOLDING.set(self if self._holds or holder is not None else None)
             handing = handing_on(self._run, self._reached) if self._run is not None else nullcontext()
             with plain_surroundings(), values_taken(self._unfinished), handing:
-                return work()
+                result = work()
+            if holder is not None:
+                holder._ended_well.append(self)
+            return result
         except BaseException:
             self.roll_back()
             raise
         finally:
             _UNDER_WAY.set(outer)
+            _HOLDING.set(holder)
 
     def overwrite(self, tensor: Tensor, values: Tensor) -> None:
         """Give a tensor other values, in place."""
@@ -118,6 +131,9 @@ class Transaction:
             steps.callback(finish, self._unfinished)
             steps.callback(self.undo.close)
             steps.callback(self._global_state.put_back)
+            # The steps are taken from the last one: what was done inside goes first, the latest of it before the rest.
+            for inner in self._ended_well:
+                steps.callback(inner.roll_back)
 
 
 @dataclass

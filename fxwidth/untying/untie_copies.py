@@ -11,9 +11,15 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.analysis.roles import find_roles
 from fxwidth.axes.factors import Axis, Factor, find, nested_factors
 from fxwidth.axes.pins import STRUCTURAL
-from fxwidth.errors import FxwidthError
 from fxwidth.recording.channel_copies import NOTHING, copied_channels
-from fxwidth.recording.graph_meta import AXES, HISTORY, UNTIED, note_original, notes_of
+from fxwidth.recording.graph_meta import (
+    HISTORY,
+    UNTIED,
+    drop_notes_of_passes,
+    note_original,
+    notes_of,
+    refuse_groups_of_one,
+)
 from fxwidth.recording.tape import storage_of
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.family_table import is_move
@@ -63,12 +69,7 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _untie(gm: fx.GraphModule) -> None:
     analysis = analyze_module(gm)
-    known = notes_of(gm).get(AXES)
-    if known is not None:
-        raise FxwidthError(
-            f"{', '.join(map(repr, known.narrow))} of width one: only the record of the graph as it is tells where the "
-            "channels of such a group are. Call fxwidth.untie_copies before a group is given width one."
-        )
+    refuse_groups_of_one(gm, "fxwidth.untie_copies")
     moving = moving_nodes(analysis)
     tables = list(_worthwhile(analysis, moving))
     if tables:
@@ -185,3 +186,4 @@ def _rewrite(gm: fx.GraphModule, tables: list[CopyTable], serving: set[fx.Node])
     notes = notes_of(gm)
     gm.graph = graph
     notes |= {UNTIED: [*notes.get(UNTIED, ()), len(notes.get(HISTORY, ()))]}
+    drop_notes_of_passes(notes)

@@ -52,6 +52,7 @@ def prescribed_difference(
     maps: IndexMaps,
     inputs: Sequence[Any],
     dtype: torch.dtype | None = torch.float64,
+    kind: type[ResizedReplay] = ResizedReplay,
 ) -> tuple[float, int]:
     """Return the largest difference between what a resized module computes and what it must, and how many ops that are.
 
@@ -63,21 +64,21 @@ def prescribed_difference(
         maps: which channels were kept; only removals can be replayed.
         inputs: one real value per placeholder, of the recorded shapes.
         dtype: the precision of the module and the inputs; None for whatever that is.
+        kind: how the tape is run again.
     """
-    comparison = _Comparison(analysis, maps, inputs, dtype)
+    comparison = _Comparison(kind(analysis, maps, dtype), inputs)
     with evaluating(module), plain_kernels(), TapeRecorder(keeps, comparison.see):
         fx.Interpreter(module).run(*inputs, enable_io_processing=False)
+    comparison.end()
     return comparison.worst, comparison.compared
 
 
 class _Comparison:
     """Takes in the ops of a real run, and has the replay go along with it."""
 
-    def __init__(
-        self, analysis: Analysis, maps: IndexMaps, inputs: Sequence[Any], dtype: torch.dtype | None = torch.float64
-    ) -> None:
+    def __init__(self, replay: ResizedReplay, inputs: Sequence[Any]) -> None:
         self.worst, self.compared = 0.0, 0
-        self._replay = ResizedReplay(analysis, maps, dtype)
+        self._replay = replay
         self._steps = self._replay.steps(inputs)
         self._has_ended = False
 
@@ -86,14 +87,20 @@ class _Comparison:
         self._has_ended = self._has_ended or depends_on_values(call.func, call.arguments)
         if self._has_ended or not is_replayed(call):
             return
-        own = next(self._steps)
-        if own.name != call.name:
-            self.worst = float("inf")
+        own = next(self._steps, None)
+        if own is None or own.name != call.name:
+            # What follows is no more what it is compared with.
+            self.worst, self._has_ended = float("inf"), True
         elif call.func.overloadpacket not in _CHANCE:
             pairs = zip(call.outputs, map(self._replay.value, own.outputs), strict=True)
             floats = [(one, other) for one, other in pairs if one.is_floating_point()]
             self.worst = max([self.worst, *(largest_difference([one], [other]) for one, other in floats)])
             self.compared += len(floats)
+
+    def end(self) -> None:
+        """See that nothing is left that was to be done."""
+        if not self._has_ended and next(self._steps, None) is not None:
+            self.worst = float("inf")
 
 
 def _magnitude(tensor: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fxwidth
 from fxwidth.costs.registry import COSTS, Cost
 from fxwidth.options import has_target
-from fxwidth.passes import AnalyzeWidths, PlanWidths, ResizeWidths
+from fxwidth.passes import AnalyzeWidths, Pipeline, PlanWidths, ReportWidths, ResizeWidths
 from tests.zoo.nets import images, trained_like
 
 # What is shown meanwhile makes no difference to what is done.
@@ -178,6 +178,10 @@ def _passes(gm: fx.GraphModule, options: Options) -> None:
     assert PassManager(passes)(gm).modified
 
 
+def _pipeline(gm: fx.GraphModule, options: Options) -> None:
+    assert Pipeline(ResizeWidths(**_for_resize(options)), PlanWidths(**_for_plan(options)), ReportWidths())(gm).modified
+
+
 WAYS = {"evolve": _evolve, "Evolver": _evolver, "passes": _passes}
 
 
@@ -225,6 +229,13 @@ def test_an_option_does_the_same_on_every_way(name: str) -> None:
         assert _same(_tensors(gm), _tensors(wanted)), f"{name}= through {way} gives another network: {apart}"
         records = [one.meta["fxwidth_history"][-1] for one in (gm, wanted)]
         assert records[0] == records[1], f"{name}= through {way} is reported otherwise"
+
+
+@pytest.mark.parametrize("name", ["data", "optimizer", "also"])
+def test_an_option_does_the_same_in_a_pipeline(name: str) -> None:
+    wanted, gm = (_resized(way, ROWS[name], name) for way in (_direct, _pipeline))
+    assert _same(_tensors(gm), _tensors(wanted))
+    assert gm.meta["fxwidth_history"] == wanted.meta["fxwidth_history"]
 
 
 @pytest.mark.parametrize("name", ROWS)
