@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxwidth.distributed.agreement import agree_after, agree_before
+from fxwidth.distributed.sharded import Shard, Sharding
 from fxwidth.distributed.wrappers import refuse_what_cannot_be_renewed, renew, wrappers_of
 from fxwidth.errors import FxwidthError
 from fxwidth.rewriting.optimizers import Optimizers
@@ -29,37 +30,65 @@ class Replicas:
     Attributes:
         group: their process group; None where this process is by itself.
         wrappers: those that hold its parameters.
+        sharding: how its parameters are spread over the ranks.
     """
 
     group: distributed.ProcessGroup | None = None
     wrappers: Sequence[DistributedDataParallel] = ()
+    sharding: Sharding = field(default_factory=Sharding)
 
     @classmethod
     def of(
         cls,
-        module: nn.Module,
+        module: Any,
         process_group: distributed.ProcessGroup | None = None,
         known: Iterable[DistributedDataParallel] = (),
+        shard: Shard | None = None,
     ) -> Replicas:
-        """Return those of a module: a wrapper tells who they are, or else the caller.
+        """Return those of a module: a wrapper or sharded parameters tell who they are, or else the caller.
 
         Raises:
-            FxwidthError: a wrapper cannot be renewed, or is of another process group than is given.
+            FxwidthError: a wrapper cannot be renewed, or parameters cannot be spread anew, or they are of another
+                process group than is given.
         """
         check_process_group(process_group)
-        wrappers = wrappers_of(module, known)
+        if not isinstance(module, nn.Module):
+            return cls()
+        sharding, wrappers = Sharding.of(module, shard), wrappers_of(module, known)
+        told = [wrapper.process_group for wrapper in wrappers]
+        if sharding.group is not None:
+            told.append(sharding.group)
+        if wrappers and sharding.group is not None:
+            raise FxwidthError(
+                "the parameters of the graph are sharded, and a DistributedDataParallel is around it; of the two "
+                "fxwidth resizes one alone."
+            )
         group = process_group
         for wrapper in wrappers:
             refuse_what_cannot_be_renewed(wrapper)
-            own = wrapper.process_group
+        for own in told:
             if group is not None and _members(own) != _members(group):
                 raise FxwidthError(
-                    f"process_group= has the ranks {_members(group)}, and the DistributedDataParallel around the graph "
-                    f"{_members(own)}; leave process_group= out, as the wrapper tells it."
+                    f"process_group= has the ranks {_members(group)}, and the graph is trained by {_members(own)}; "
+                    "leave process_group= out, as the wrapper or the mesh tells it."
                 )
             group = own
-        is_alone = not wrappers and (group is None or distributed.get_world_size(group) == 1)
-        return cls(None if is_alone else group, wrappers)
+        is_alone = not told and (group is None or distributed.get_world_size(group) == 1)
+        return cls(None if is_alone else group, wrappers, sharding)
+
+    def looked_at(self, module: nn.Module, look: Callable[[], _Result]) -> _Result:
+        """Return what is found in a network whose parameters are whole for the while; all ranks do it together."""
+        if self.sharding.mesh is None:
+            return look()
+        transaction = Transaction(module)
+
+        def work() -> _Result:
+            self.sharding.make_whole(module, None, transaction)
+            found = look()
+            transaction.roll_back()
+            return found
+
+        return transaction.run(work)
 
     def run(
         self,
@@ -85,7 +114,9 @@ class Replicas:
         if self.group is None:
             transaction = resize_transaction(*modules, optimizer=optimizer, objects=objects)
             return transaction.run(lambda: work(transaction))
-        ranks = Ranks(self.group)
+        sharding = self.sharding
+        # Parts of one network see the same data.
+        ranks = Ranks(self.group, is_data_parallel=sharding.mesh is None or sharding.shard is not None)
         # What ends this process alone must not come between the agreement of all and the end of the transaction.
         with ExitStack() as held:
 
@@ -94,9 +125,11 @@ class Replicas:
                 return own.run(lambda: agreed(own))
 
             def agreed(own: Transaction) -> _Result:
+                taken = sharding.make_whole(modules[0], optimizer, own)
                 agree_before(ranks, modules, optimizer, own)
                 result = work(own)
                 agree_after(ranks, changed(result), optimizer)
+                sharding.spread(modules[0], optimizer, taken)
                 for wrapper in self.wrappers:
                     renew(wrapper)
                 held.enter_context(uninterrupted())

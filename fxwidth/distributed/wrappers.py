@@ -68,8 +68,9 @@ def _holding(module: nn.Module) -> list[DistributedDataParallel]:
 
 def _kinds(kind: type) -> Iterator[type]:
     yield kind
-    for inner in kind.__subclasses__():
-        yield from _kinds(inner)
+    inner: list[type] = kind.__subclasses__()
+    for one in inner:
+        yield from _kinds(one)
 
 
 def refuse_what_cannot_be_renewed(wrapper: DistributedDataParallel) -> None:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.distributed import ProcessGroup
 
 from fxwidth.distributed.replicas import Replicas
+from fxwidth.distributed.sharded import Shard
 from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
@@ -39,6 +40,7 @@ def evolve(
     *,
     optimizer: Optimizers | None = None,
     process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     output: Literal["graph"] = "graph",
     **options: Unpack[EvolveKeywords],
@@ -51,6 +53,7 @@ def evolve(
     *,
     optimizer: Optimizers | None = None,
     process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     output: Literal["module"],
     **options: Unpack[EvolveKeywords],
@@ -63,6 +66,7 @@ def evolve(
     *,
     optimizer: Optimizers | None = None,
     process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     output: Literal["graph", "module"] = "graph",
     **options: Unpack[EvolveKeywords],
@@ -79,6 +83,7 @@ def evolve(
         process_group: the ranks of `torch.distributed` that hold the same network and do this together, each with
             `data` of its own. Needless where a DistributedDataParallel is around the graph: that tells it, and its
             reducer is made anew.
+        shard: for a graph sharded by `torch.distributed.fsdp.fully_shard`, the function that does it; see `Evolver`.
         output: "graph" for the resized graph, or "module" for the model itself: the plan is then one that its class can
             hold (`for_module=model`), and its widths are written back to it (`fxwidth.write_back`).
         progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
@@ -132,8 +137,7 @@ def evolve(
         return [result, *resizing.graphs_beside]
 
     def whole() -> nn.Module:
-        # What is no module is refused by the trace.
-        replicas = Replicas.of(modules[0] if modules else nn.Module(), process_group)
+        replicas = Replicas.of(model, process_group, (), shard)
         return replicas.run(work, [*modules, *resizing.graphs_beside], changed, optimizer=optimizer, objects=objects)
 
     result = listening(progress, whole)

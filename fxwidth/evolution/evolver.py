@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fxwidth.costs.budget import Budget
 from fxwidth.costs.registry import cost_polynomial
 from fxwidth.distributed.replicas import Replicas
+from fxwidth.distributed.sharded import Shard
 from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolve import planned_and_resized
@@ -67,7 +68,10 @@ class Evolver:
         policy: "budget" or "thresholds"; by default the first where there is a target.
         process_group: the ranks of `torch.distributed` that train the same network and resize it together, each with
             batches of its own; all call `step` alike. Needless where a DistributedDataParallel is around the graph,
-            which tells it, and whose reducer is made anew at each resize.
+            which tells it, and whose reducer is made anew at each resize, and where its parameters are sharded.
+        shard: for a graph sharded by `torch.distributed.fsdp.fully_shard`, the function that does it, such as
+            `lambda gm: fully_shard(gm, mesh=mesh)`: parameters are whole on each rank during a resize, and sharded anew
+            after it. Tensor parallelism is kept without it, as long as widths are shared evenly (`align=`).
         options: those of `fxwidth.plan` and `fxwidth.resize`, as for `fxwidth.evolve`. The target, `params=` or
             `budget=`, is absolute or in ratios of the present costs. Without `data=` some of the batches given to
             `step` are looked at, drawn evenly from all, with their targets where there is a `loss=`; `recalibrate=None`
@@ -113,6 +117,7 @@ class Evolver:
         cooldown: int = 2,
         policy: Literal["budget", "thresholds"] | None = None,
         process_group: ProcessGroup | None = None,
+        shard: Shard | None = None,
         **options: Unpack[EvolveKeywords],
     ) -> None:
         self._settings = Settings(
@@ -139,9 +144,14 @@ class Evolver:
         gm = unwrapped(gm)
         if isinstance(gm, nn.Module):
             check_optimizer(optimizer, gm)
-            Replicas.of(gm, process_group, self._wrappers)
         self.gm = gm
         self.optimizer = optimizer
+        self._shard = shard
+        self._replicas.looked_at(gm, self._begin)
+
+    def _begin(self) -> None:
+        """Look at the graph, and where it is to go."""
+        gm = self.gm
         # A graph without shapes, or one that does not run, is refused now and not in mid-training.
         width_graph = WidthGraph(analyze_module(gm))
         companions_of(width_graph, self._resizing)
@@ -271,7 +281,11 @@ class Evolver:
             raise FxwidthError(f"load_state_dict takes what Evolver.state_dict returned, but received {form}.")
         progress, gathered = self._progress.following(state["progress"]), Gathered()
         gathered.load_state_dict(state["gathered"])
-        self._refuse_impossible(WidthGraph(analyze_module(self.gm)), progress.target)
+
+        def check() -> None:
+            self._refuse_impossible(WidthGraph(analyze_module(self.gm)), progress.target)
+
+        self._replicas.looked_at(self.gm, check)
         # In one step: nothing can come between the two.
         self.__dict__.update(_progress=progress, _gathered=gathered)
 
@@ -311,7 +325,7 @@ class Evolver:
 
     @property
     def _replicas(self) -> Replicas:
-        return Replicas.of(self.gm, self._process_group, self._wrappers)
+        return Replicas.of(self.gm, self._process_group, self._wrappers, self._shard)
 
     def _of_all_ranks(self, metric: float | None) -> float | None:
         """Return the mean of what the ranks give as the metric of an epoch: they must decide alike."""

@@ -12,6 +12,7 @@ from torch import fx
 from torch.distributed import ProcessGroup
 
 from fxwidth.distributed.replicas import Replicas
+from fxwidth.distributed.sharded import Shard
 from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
@@ -54,6 +55,7 @@ def resize(
     *,
     optimizer: Optimizers | None = None,
     process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     **options: Unpack[ResizeKeywords],
 ) -> fx.GraphModule:
@@ -75,6 +77,7 @@ def resize(
         process_group: the ranks of `torch.distributed` that hold the same network and do this together, each with
             `data` of its own. Needless where a DistributedDataParallel is around the graph: that tells it, and its
             reducer is made anew.
+        shard: for a graph sharded by `torch.distributed.fsdp.fully_shard`, the function that does it; see `Evolver`.
         data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
             with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
             norm statistics.
@@ -124,7 +127,7 @@ def resize(
         {'0': [1, 2]}
     """
     checked, wrapper, gm = options_from(ResizeOptions, {"optimizer": optimizer, **options}), gm, unwrapped(gm)
-    listening(progress, lambda: resize_with(gm, plan, checked, process_group))
+    listening(progress, lambda: resize_with(gm, plan, checked, process_group, shard))
     # The wrapper must not be garbage before.
     del wrapper
     return gm
@@ -135,6 +138,7 @@ def resize_with(
     plan: Mapping[str, int | Sequence[int]],
     options: ResizeOptions,
     process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
 ) -> None:
     """Do what `resize` does, with options that have been checked."""
 
@@ -145,7 +149,7 @@ def resize_with(
         resize_analyzed(width_graph, plan, options, transaction=transaction)
 
     modules = [gm, *options.graphs_beside]
-    replicas = Replicas.of(gm, process_group)
+    replicas = Replicas.of(gm, process_group, (), shard)
     replicas.run(work, modules, lambda _: modules, optimizer=options.optimizer)
 
 

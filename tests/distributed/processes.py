@@ -34,7 +34,8 @@ class Processes:
         self.processes = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(daemon=True, target=_serve, args=(rank, size, str(folder / "group"), there, seconds))
+            arguments = (rank, size, str(folder / "group"), there, seconds)
+            process = context.Process(daemon=True, target=_serve, args=arguments)
             process.start()
             there.close()
             self.ends.append(here)
