@@ -67,6 +67,9 @@ def loaded(rank: int, size: int, folder: str) -> Any:
     return found, state_of(gm, optimizer), len(evolver.history)
 
 
+# torch tells so, where there is no process group.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["from two to one", "from one to two"])
 def test_a_run_goes_on_with_other_ranks(two: Processes, tmp_path: Path, sizes: tuple[int, int]) -> None:
     before, after = sizes

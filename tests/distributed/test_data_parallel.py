@@ -55,7 +55,7 @@ def evolved(rank: int, size: int, options: dict[str, Any], unused: bool) -> Any:
     return trained(part, network, optimizer, evolver, options["stop"] + 3)
 
 
-@pytest.mark.parametrize("unused", [True, False])
+@pytest.mark.parametrize("unused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process_on_the_joint_batch(two: Processes, unused: bool) -> None:
     first, second = two.run(evolved, OPTIONS, unused)
     losses, states, weights = evolved(0, 1, OPTIONS, False)
@@ -68,6 +68,7 @@ def test_training_is_that_of_one_process_on_the_joint_batch(two: Processes, unus
     assert mean == pytest.approx(losses, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_ranks_stay_equal_where_growth_goes_by_the_loss(two: Processes) -> None:
     first, second = two.run(evolved, BY_LOSS, False)
     assert first[1] == second[1]
@@ -95,7 +96,12 @@ def evolved_at_once(rank: int, size: int, name: str, amounts: tuple[int, ...], o
 
 @pytest.mark.parametrize(
     ("name", "amounts", "options"),
-    [("mlp", (20, 20), {}), ("cnn", (3, 30), {}), ("cnn", (20, 0), {"rotate": False, "selection": "cholesky"})],
+    [
+        ("cnn", (3, 30), {}),
+        ("mlp", (20, 0), {"rotate": False, "selection": "cholesky"}),
+        pytest.param("mlp", (20, 20), {}, marks=pytest.mark.slow),
+        pytest.param("cnn", (20, 0), {"rotate": False, "selection": "cholesky"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_data_of_all_ranks_are_seen(two: Processes, name: str, amounts: tuple[int, ...], options: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fxwidth
 from fxwidth import FxwidthError
 from tests.distributed.networks import digest, inputs, mlp
-from tests.distributed.processes import Processes
+from tests.distributed.processes import PATIENCE, Processes
+from tests.distributed.test_data_parallel import OPTIONS, evolved
 
 
 def traced() -> Any:
@@ -65,7 +69,12 @@ def failing(rank: int, size: int, kind: str) -> Any:
     ("kind", "own", "others"),
     [
         ("data", "OwnError: the disk is full", "rank 1 has failed: OwnError: the disk is full."),
-        ("not finite", "holds NaN or infinite values", "rank 1 has failed: FxwidthError: input 'input' in batch 0"),
+        pytest.param(
+            "not finite",
+            "holds NaN or infinite values",
+            "rank 1 has failed: FxwidthError: input 'input' in batch 0",
+            marks=pytest.mark.slow,
+        ),
         ("Ctrl-C", "KeyboardInterrupt", "rank 1 has failed: KeyboardInterrupt."),
     ],
 )
@@ -151,3 +160,49 @@ def sharded(rank: int, size: int) -> str:
 def test_sharded_weights_are_never_taken_for_whole_ones(two: Processes) -> None:
     for message in two.run(sharded):
         assert "0.weight is sharded over processes (DTensor)" in message
+
+
+def killed(rank: int, size: int) -> Any:
+    gm = traced()
+    ddp = DistributedDataParallel(gm)
+    optimizer = torch.optim.Adam(gm.parameters())
+    ddp(inputs(0, 4, 6)).sum().backward()
+    optimizer.step()
+    before, reducer = digest(gm, optimizer), ddp.reducer
+    batches = [inputs(rank, 8, 6), inputs(rank + 3, 8, 6)]
+    with pytest.raises(FxwidthError) as caught:
+        fxwidth.evolve(ddp, params=0.5, data=dying(batches, rank == size - 1), optimizer=optimizer)
+    assert digest(gm, optimizer) == before
+    assert ddp.reducer is reducer
+    return str(caught.value)
+
+
+def dying(batches: list[Tensor], dies: bool) -> Iterator[Tensor]:
+    yield batches[0]
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield batches[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_others_have_what_they_had_if_one_is_killed(tmp_path: Path, size: int) -> None:
+    processes = Processes(size, tmp_path, seconds=20)
+    for end in processes.ends:
+        end.send((killed, ()))
+    for end in processes.ends[:-1]:
+        assert end.poll(PATIENCE)
+        fault, message = end.recv()
+        assert fault is None
+        assert f"the {size} ranks could not exchange what they have" in message
+        assert "Nothing has changed in this process" in message
+    processes.close()
+
+
+@pytest.mark.slow
+def test_four_ranks_stay_equal(tmp_path: Path) -> None:
+    processes = Processes(4, tmp_path)
+    results = processes.run(evolved, OPTIONS, False)
+    processes.close()
+    assert len(results[0][1]) == 10
+    assert all(found[1] == results[0][1] for found in results)

@@ -36,6 +36,7 @@ def in_parts(gm: Any) -> None:
 
 WAYS: dict[str, Any] = {"root": fully_shard, "by layers": by_layers, "tensor parallel": in_parts}
 SIZE = 8
+SLOW = pytest.mark.slow
 
 
 def state_of(gm: nn.Module, optimizer: Any) -> Any:
@@ -71,7 +72,9 @@ def trained(rank: int, size: int, way: str) -> Any:
     return losses, found, state_of(gm, optimizer)[0], evolver.history
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param("root", marks=SLOW), "by layers", pytest.param("tensor parallel", marks=SLOW)]
+)
 def test_training_is_that_of_one_process(two: Processes, way: str) -> None:
     first, second = two.run(trained, way)
     losses, found, weights, history = trained(0, 1, way)
@@ -115,7 +118,7 @@ def failed(rank: int, size: int, way: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("root", marks=SLOW), "by layers", "tensor parallel"])
 def test_a_failure_leaves_them_as_they_were(two: Processes, way: str) -> None:
     for message in two.run(failed, way):
         assert "the disk is full" in message
