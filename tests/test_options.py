@@ -36,13 +36,13 @@ RESIZE = {
 }  # fmt: skip
 EVOLVER: dict[str, Any] = {
     "every": 200, "start": 0, "rounds": None, "overshoot": 1.0, "breath": 1.25, "breaths": None, "stop": None,
-    "patience": None, "cooldown": 2, "policy": None,
+    "patience": None, "cooldown": 2, "policy": None, "process_group": None, "shard": None,
 }  # fmt: skip
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: PLAN | {"progress": True},
     fxwidth.frontier: PLAN | {"progress": True, "evaluate": None},
-    fxwidth.resize: RESIZE | {"progress": True},
-    fxwidth.evolve: PLAN | RESIZE | {"output": "graph", "progress": True},
+    fxwidth.resize: RESIZE | {"process_group": None, "shard": None, "progress": True},
+    fxwidth.evolve: PLAN | RESIZE | {"process_group": None, "shard": None, "output": "graph", "progress": True},
     fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,

@@ -100,23 +100,52 @@ def steps_of(history: Sequence[Mapping[str, Any]]) -> list[Step]:
 
 def written(gm: fx.GraphModule, slots: Slots, state: Mapping[str, Any]) -> dict[str, str]:
     """Return what the header of a file is to tell of a graph, and of what trains it."""
-    notes = notes_of(gm)
     tensors = {name: tensor for name, (tensor, _) in slots.items()}
     record = {
-        "version": _VERSION,
-        "versions": present_versions(),
-        "original": notes.get(ORIGINAL),
-        "history": encoded(list(notes.get(HISTORY, ())), "the history of resizes"),
-        "untied": list(notes.get(UNTIED, ())),
+        **_resizes(gm),
         "graph": record_of(gm),
         "unsound": [name for name, tensor in tensors.items() if not is_finite(tensor)],
         "layouts": {name: order for name, tensor in tensors.items() if (order := _order(tensor)) is not None},
         "state": dict(state),
         "evaluates": not gm.training,
-        "free_outputs": notes.get(FREE_OUTPUTS, ()),
         "takes_other_sizes": takes_other_sizes(gm),
     }
     return {_RECORD: json.dumps(record, allow_nan=False)}
+
+
+def resizes_as_text(gm: fx.GraphModule) -> str:
+    """Return what is needed to do the resizes of a graph again on a fresh one, as JSON text."""
+    return json.dumps(_resizes(gm), allow_nan=False)
+
+
+def _resizes(gm: fx.GraphModule) -> dict[str, Any]:
+    notes = notes_of(gm)
+    return {
+        "version": _VERSION,
+        "versions": present_versions(),
+        "original": notes.get(ORIGINAL),
+        "history": encoded(list(notes.get(HISTORY, ())), "the history of resizes"),
+        "untied": list(notes.get(UNTIED, ())),
+        "free_outputs": notes.get(FREE_OUTPUTS, ()),
+    }
+
+
+def resizes_in(text: str) -> FileRecord:
+    """Return what `resizes_as_text` has written.
+
+    Raises:
+        FxwidthError: it is something else, or of a later version.
+    """
+    try:
+        data = json.loads(text)
+        if data["version"] != _VERSION:
+            raise FxwidthError(f"the record is of version {data['version']}, and this fxwidth reads {_VERSION}.")
+        history = decoded(data["history"])
+        original = None if data["original"] is None else Fingerprint.of_data(data["original"])
+        free = checked(data.get("free_outputs", False))
+        return FileRecord(steps_of(history), list(data["untied"]), history, original, free_outputs=free)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise FxwidthError(f"this is no record of resizes ({error!r}); pass what resizes_of has returned.") from error
 
 
 def read(file: TensorFile) -> FileRecord:

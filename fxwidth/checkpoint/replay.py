@@ -1,34 +1,23 @@
-"""A fresh graph made what a file tells of: its resizes again, without a look at values, and then the values."""
+"""A fresh graph made what a file tells of: its resizes again, and then the values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxwidth.checkpoint.file_record import FileRecord, Step, is_finite, present_versions, steps_of
-from fxwidth.costs.registry import cost_polynomial
+from fxwidth.checkpoint.file_record import FileRecord, is_finite, present_versions
+from fxwidth.checkpoint.resize_replay import ResizeReplay, unfit
 from fxwidth.errors import FxwidthError, warn
-from fxwidth.groups.width_graph import WidthGraph
-from fxwidth.options import ResizeOptions
-from fxwidth.recording.graph_meta import FREE_OUTPUTS, HISTORY, ORIGINAL, UNTIED, notes_of
-from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.originals import original_of
 from fxwidth.rewriting.successors import with_values
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.tensor_slots import named_tensors, set_slot, tensor_slots
-from fxwidth.serialization.graph_record import DifferentGraphError, Fingerprint, adopt
+from fxwidth.serialization.graph_record import DifferentGraphError, adopt
 from fxwidth.serialization.tensor_files import TensorFile
-from fxwidth.tracing.analyze import analyze_module
-from fxwidth.untying.untie_copies import untie_copies
-
-# A history may go through widths larger than the last ones; beyond this many times the parameters of the file and of
-# the model together, the file alone does not warrant the memory.
-_LARGEST = 16
 
 
 @dataclass(frozen=True)
@@ -61,69 +50,15 @@ class Replay:
         Raises:
             FxwidthError: the file is of another model.
         """
-        done = self._steps_done()
-        self._check_original()
-        if self.record.free_outputs:
-            notes_of(self.module)[FREE_OUTPUTS] = self.record.free_outputs
-        for number, step in enumerate(self.record.steps):
-            if number >= done:
-                self._untie(number)
-                self._resize(step)
-        self._untie(len(self.record.steps))
+        count = sum(entry.end - entry.begin for entry in self.file.entries.values())
+        resizes = ResizeReplay(
+            self.file.path, self.record, self.module, self.transaction, self.optimizer, None if self.trusted else count
+        )
+        resizes.run()
         self._check_tensors()
         self._adopt()
         self._fill()
-        self._note_history()
-
-    def _steps_done(self) -> int:
-        """Return how many of the resizes the graph has seen already: it may go on from where it is."""
-        notes = notes_of(self.module)
-        own, untied = steps_of(notes.get(HISTORY, ())), notes.get(UNTIED, [])
-        saved = self.record.steps
-        same = [(one.widths, one.kept) for one in own] == [(one.widths, one.kept) for one in saved[: len(own)]]
-        if not same or [number for number in self.record.untied if number < len(own)] != [
-            number for number in untied if number < len(own)
-        ]:
-            raise self._unfit(
-                f"the graph has been resized {len(own)} times, otherwise than the one in the file; pass a fresh model"
-            )
-        return len(own)
-
-    def _check_original(self) -> None:
-        saved, own = self.record.original, notes_of(self.module).get(ORIGINAL)
-        if saved is None or own is None:
-            return
-        difference = saved.difference(Fingerprint.of_data(own))
-        if difference is not None:
-            raise self._unfit(f"{difference}; make the model with the settings that it had")
-
-    def _untie(self, number: int) -> None:
-        if number in self.record.untied and number not in notes_of(self.module).get(UNTIED, ()):
-            untie_copies(self.module)
-
-    def _resize(self, step: Step) -> None:
-        graph = WidthGraph(analyze_module(self.module))
-        plan = {_present_name(graph, name): width for name, width in step.widths.items()}
-        self._refuse_huge(graph, plan)
-        options = ResizeOptions(exact=False, optimizer=self.optimizer)
-        known = {"norms": step.norms, "kept": step.kept, "copies": step.copies}
-        resize_analyzed(graph, plan, options, transaction=self.transaction, blind=True, **known)
-
-    def _refuse_huge(self, graph: WidthGraph, plan: Mapping[str, int]) -> None:
-        if self.trusted:
-            return
-        for name, width in plan.items():
-            if type(width) is not int or width < 1:
-                raise self._unfit(f"it gives {name!r} the width {width!r}")
-        count = cost_polynomial(graph, "params")
-        values = sum(entry.end - entry.begin for entry in self.file.entries.values())
-        present = max(count({}), sum(tensor.numel() for tensor, _ in tensor_slots(self.module).values()))
-        wanted = count({graph[name].factor: width for name, width in plan.items()})
-        if wanted > _LARGEST * (values + present):
-            raise FxwidthError(
-                f"{self.file.path} goes through {int(wanted):,} parameters on the way to those in it, which is more "
-                f"than {_LARGEST} times what it and the model hold; if you trust the file, pass trusted=True."
-            )
+        resizes.note_history()
 
     def _check_tensors(self) -> None:
         """Check the header of the file against the graph: names, shapes and dtypes."""
@@ -229,24 +164,8 @@ class Replay:
         new.data = torch.empty_permuted(values.shape, list(order), dtype=values.dtype, device=device).copy_(values)
         return new
 
-    def _note_history(self) -> None:
-        if self.record.history is None:
-            return
-        notes = notes_of(self.module)
-        # Whether the model goes along is told of this one.
-        own = [record.get("original") for record in notes.get(HISTORY, ())]
-        told = [{**saved, "original": mine} for saved, mine in zip(self.record.history, own, strict=True)]
-        if told:
-            notes[HISTORY] = told
-
     def _unfit(self, why: str) -> FxwidthError:
-        return FxwidthError(f"{self.file.path} does not fit this model: {why}.")
-
-
-def _present_name(graph: WidthGraph, name: str) -> str:
-    """Return what a group is called now; in earlier versions all names of a graph that is one call began with it."""
-    without = name.removeprefix("model.")
-    return without if name not in graph and without in graph else name
+        return unfit(self.file.path, why)
 
 
 def state_tensor(file: TensorFile, name: Any) -> Tensor:

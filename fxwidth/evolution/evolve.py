@@ -7,7 +7,11 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from torch import fx, nn
+from torch.distributed import ProcessGroup
 
+from fxwidth.distributed.replicas import Replicas
+from fxwidth.distributed.sharded import Shard
+from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.rebuilding import plain_objects
@@ -18,8 +22,8 @@ from fxwidth.planning.planner import Plan, plan_with_evidence
 from fxwidth.recording.width_history import note_written_back
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import traced_model
 from fxwidth.work_progress import Progress, listening, tell
@@ -35,6 +39,8 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     output: Literal["graph"] = "graph",
     **options: Unpack[EvolveKeywords],
@@ -46,6 +52,8 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     output: Literal["module"],
     **options: Unpack[EvolveKeywords],
@@ -57,6 +65,8 @@ def evolve(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizers | None = None,
+    process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     output: Literal["graph", "module"] = "graph",
     **options: Unpack[EvolveKeywords],
@@ -66,10 +76,14 @@ def evolve(
     Args:
         model: any module or GraphModule. The returned graph is the model to use from now on; a GraphModule is resized
             itself, another module if its own code does at the new widths what the graph does, and else stays as it was:
-            see `fxwidth.resize`.
+            see `fxwidth.resize`. Of a DistributedDataParallel it is the graph in it.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
+        process_group: the ranks of `torch.distributed` that hold the same network and do this together, each with
+            `data` of its own. Needless where a DistributedDataParallel is around the graph: that tells it, and its
+            reducer is made anew.
+        shard: for a graph sharded by `torch.distributed.fsdp.fully_shard`, the function that does it; see `Evolver`.
         output: "graph" for the resized graph, or "module" for the model itself: the plan is then one that its class can
             hold (`for_module=model`), and its widths are written back to it (`fxwidth.write_back`).
         progress: whether to show in a terminal, or else to log, after a second, how far the work has come; or a
@@ -99,6 +113,7 @@ def evolve(
     """
     if output not in _OUTPUTS:
         raise FxwidthError(f'output={output!r} must be "graph", or "module" for the model itself.')
+    wrapper, model = model, unwrapped(model)
     to_module = output == "module" and not isinstance(model, fx.GraphModule)
     if to_module and isinstance(model, nn.Module):
         options = {"for_module": model, **options}
@@ -107,11 +122,9 @@ def evolve(
     for module in modules:
         check_optimizer(optimizer, module)
     objects = [one for module in modules for one in plain_objects(module)] if to_module else []
-    transaction = resize_transaction(*modules, *resizing.graphs_beside, optimizer=optimizer, objects=objects)
-
     traced: fx.GraphModule | None = None
 
-    def work() -> nn.Module:
+    def work(transaction: Transaction) -> nn.Module:
         nonlocal traced
         traced = module = traced_model(model, example_inputs, example_kwargs)
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
@@ -120,7 +133,16 @@ def evolve(
             return written_back(module, model, transaction)
         return module
 
-    result = listening(progress, lambda: transaction.run(work))
+    def changed(result: nn.Module) -> list[nn.Module]:
+        return [result, *resizing.graphs_beside]
+
+    def whole() -> nn.Module:
+        replicas = Replicas.of(model, process_group, (), shard)
+        return replicas.run(work, [*modules, *resizing.graphs_beside], changed, optimizer=optimizer, objects=objects)
+
+    result = listening(progress, whole)
+    # The wrapper must not be garbage before.
+    del wrapper
     if traced is not None and result is not traced:
         note_written_back(result, traced)
     return result
@@ -145,5 +167,7 @@ def planned_and_resized(
     # A plan counts on those changes of basis alone that the resize will make.
     chosen, evidence = plan_with_evidence(width_graph, replace(planning, rotate=resizing.rotates))
     chosen = chosen if revise is None else revise(chosen)
+    if (ranks := ranks_at_work()) is not None:
+        chosen = ranks.first("the plan", chosen)
     # Without a budget a plan does not look at the data, and a resize still can.
     return chosen, resize_analyzed(width_graph, chosen, resizing, evidence=evidence, transaction=transaction)

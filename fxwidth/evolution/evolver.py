@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
 
 from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 
 from fxwidth.costs.budget import Budget
 from fxwidth.costs.registry import cost_polynomial
+from fxwidth.distributed.replicas import Replicas
+from fxwidth.distributed.sharded import Shard
+from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolve import planned_and_resized
 from fxwidth.evolution.progress import Progress
@@ -26,8 +31,8 @@ from fxwidth.planning.group_choice import without_modules
 from fxwidth.planning.planner import Plan, refuse_impossible
 from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
-from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.process_groups import Ranks, of_all_ranks
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.statistics.calibration_data import Gathered
 from fxwidth.tracing.analyze import analyze_module
@@ -48,7 +53,7 @@ class Evolver:
     `fxwidth.plan` decide, and layers may grow again.
 
     Args:
-        gm: a graph from `fxwidth.trace`.
+        gm: a graph from `fxwidth.trace`, or a DistributedDataParallel of one.
         optimizer: the optimizer that trains it or a part of it; a list where several do, each for its parameters.
         every: steps between two resizes; or "epoch", for one at each call of `epoch`.
         start: steps (or epochs) before the first.
@@ -61,6 +66,12 @@ class Evolver:
         patience: with every="epoch", only resize once the metric given to `epoch` has not fallen for so many epochs.
         cooldown: by thresholds, for how many resizes a group that has grown does not shrink, and the reverse.
         policy: "budget" or "thresholds"; by default the first where there is a target.
+        process_group: the ranks of `torch.distributed` that train the same network and resize it together, each with
+            batches of its own; all call `step` alike. Needless where a DistributedDataParallel is around the graph,
+            which tells it, and whose reducer is made anew at each resize, and where its parameters are sharded.
+        shard: for a graph sharded by `torch.distributed.fsdp.fully_shard`, the function that does it, such as
+            `lambda gm: fully_shard(gm, mesh=mesh)`: parameters are whole on each rank during a resize, and sharded anew
+            after it. Tensor parallelism is kept without it, as long as widths are shared evenly (`align=`).
         options: those of `fxwidth.plan` and `fxwidth.resize`, as for `fxwidth.evolve`. The target, `params=` or
             `budget=`, is absolute or in ratios of the present costs. Without `data=` some of the batches given to
             `step` are looked at, drawn evenly from all, with their targets where there is a `loss=`; `recalibrate=None`
@@ -105,6 +116,8 @@ class Evolver:
         patience: int | None = None,
         cooldown: int = 2,
         policy: Literal["budget", "thresholds"] | None = None,
+        process_group: ProcessGroup | None = None,
+        shard: Shard | None = None,
         **options: Unpack[EvolveKeywords],
     ) -> None:
         self._settings = Settings(
@@ -126,10 +139,19 @@ class Evolver:
             data=self._gathered if resizing.data is None else resizing.data,
             recalibrate=not self._gathers if recalibrate is None else recalibrate,
         )
+        self._wrappers = [gm] if isinstance(gm, DistributedDataParallel) else []
+        self._process_group = process_group
+        gm = unwrapped(gm)
         if isinstance(gm, nn.Module):
             check_optimizer(optimizer, gm)
         self.gm = gm
         self.optimizer = optimizer
+        self._shard = shard
+        self._replicas.looked_at(gm, self._begin)
+
+    def _begin(self) -> None:
+        """Look at the graph, and where it is to go."""
+        gm = self.gm
         # A graph without shapes, or one that does not run, is refused now and not in mid-training.
         width_graph = WidthGraph(analyze_module(gm))
         companions_of(width_graph, self._resizing)
@@ -216,7 +238,7 @@ class Evolver:
         settings = self._settings
         if not settings.by_epoch:
             raise FxwidthError(f"epoch() counts epochs, and every={settings.every} counts steps; give every='epoch'.")
-        value = None if metric is None else float(metric)
+        value = self._of_all_ranks(None if metric is None else float(metric))
         if settings.patience is not None and (value is None or not abs(value) < float("inf")):
             raise FxwidthError(f"epoch(metric) needs a finite number with patience=, but received {metric!r}.")
         known = self._progress
@@ -259,7 +281,11 @@ class Evolver:
             raise FxwidthError(f"load_state_dict takes what Evolver.state_dict returned, but received {form}.")
         progress, gathered = self._progress.following(state["progress"]), Gathered()
         gathered.load_state_dict(state["gathered"])
-        self._refuse_impossible(WidthGraph(analyze_module(self.gm)), progress.target)
+
+        def check() -> None:
+            self._refuse_impossible(WidthGraph(analyze_module(self.gm)), progress.target)
+
+        self._replicas.looked_at(self.gm, check)
         # In one step: nothing can come between the two.
         self.__dict__.update(_progress=progress, _gathered=gathered)
 
@@ -289,12 +315,24 @@ class Evolver:
         budget = Budget.of(dict(target)) if target else None
         refuse_impossible(width_graph, self._planning.to(budget))
 
-    def _as_a_whole(self, due: bool, work: Any) -> Plan | None:
-        together = [self.gm, *self._resizing.graphs_beside]
-        modules, optimizer = (together, self.optimizer) if due else ([], None)
-        transaction = resize_transaction(*modules, optimizer=optimizer, objects=(self, self._gathered))
-        found: Plan | None = transaction.run(lambda: work(transaction))
-        return found
+    def _as_a_whole(self, due: bool, work: Callable[[Transaction], Plan | None]) -> Plan | None:
+        objects = (self, self._gathered)
+        if not due:
+            # Steps between resizes are of each rank by itself.
+            return Replicas().run(work, (), lambda _: (), optimizer=None, objects=objects)
+        modules = [self.gm, *self._resizing.graphs_beside]
+        return self._replicas.run(work, modules, lambda _: modules, optimizer=self.optimizer, objects=objects)
+
+    @property
+    def _replicas(self) -> Replicas:
+        return Replicas.of(self.gm, self._process_group, self._wrappers, self._shard)
+
+    def _of_all_ranks(self, metric: float | None) -> float | None:
+        """Return the mean of what the ranks give as the metric of an epoch: they must decide alike."""
+        if metric is None or (group := self._replicas.group) is None:
+            return metric
+        told = Ranks(group).gather("the metric of an epoch", metric)
+        return sum(told) / len(told)
 
     def _remember(self, batch: Sequence[Any]) -> None:
         if self._loss is not None:
@@ -343,7 +381,9 @@ class Evolver:
     def _data(self) -> Any:
         if not self._gathers:
             return self._planning.data
-        gathered = self._gathered if self._gathered.batches else None
+        # Some ranks may have none.
+        has_some = any(of_all_ranks("whether there are batches", [bool(self._gathered.batches)]))
+        gathered = self._gathered if has_some else None
         if self._loss is not None and gathered is None:
             raise FxwidthError(
                 "loss= is taken on batches of training, and none has been given to step() yet; call it with the "

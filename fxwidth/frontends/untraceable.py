@@ -52,18 +52,27 @@ def refuse_unmade(model: nn.Module) -> None:
             )
 
 
-def refuse_packed(model: nn.Module) -> None:
-    """Check that the weights of a model are all here, as numbers: not in parts on several processes, nor packed.
+def refuse_sharded(model: nn.Module) -> None:
+    """Check that the weights of a model are whole, and not in parts on several processes.
 
     Raises:
-        FxwidthError: they are sharded, or all layers with weights are quantized.
+        FxwidthError: they are sharded.
     """
     for name, tensor in model.named_parameters():
         if type(tensor).__name__ in _SHARDED:
-            raise FxwidthError(
-                f"{name} is sharded over processes ({type(tensor).__name__}), so that no process has all its channels; "
-                "resize the model before it is sharded, and shard the result."
-            )
+            raise FxwidthError(f"{name} is sharded over processes ({type(tensor).__name__}), {_WHOLE}")
+    for name, part in model.named_modules():
+        # Between two steps the weights of such a module may be whole for a while.
+        if any(kind.__name__ in _SHARDING and kind.__module__.startswith(_FSDP) for kind in type(part).__mro__):
+            raise FxwidthError(f"{name or 'the model'!r} is sharded over processes ({type(part).__name__}), {_WHOLE}")
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Check that the weights of a model are there as numbers, and not packed.
+
+    Raises:
+        FxwidthError: all layers with weights are quantized.
+    """
     packed = [name for name, part in model.named_modules() if type(part).__module__.startswith(_QUANTIZED)]
     if packed and not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise FxwidthError(
@@ -72,5 +81,7 @@ def refuse_packed(model: nn.Module) -> None:
         )
 
 
+_WHOLE = "so that no process has all its channels; resize the model before it is sharded, and shard the result."
+_SHARDING, _FSDP = frozenset({"FSDPModule", "FullyShardedDataParallel"}), "torch.distributed."
 _SHARDED = frozenset({"DTensor", "FlatParameter", "ShardedTensor"})
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")

@@ -21,6 +21,7 @@ from fxwidth.growth.new_entries import new_positions
 from fxwidth.growth.tape_index import Slot
 from fxwidth.option_keywords import Loss
 from fxwidth.runtime.finiteness import accumulation_dtype
+from fxwidth.runtime.process_groups import of_all_ranks, rank_share
 from fxwidth.statistics.calibration_data import batches_from, targets_of
 from fxwidth.weights.reparametrised import weight_values
 
@@ -43,7 +44,8 @@ def labelled_batches(width_graph: WidthGraph, data: Iterable[Any]) -> list[Batch
     Raises:
         FxwidthError: there are none, one does not fit the graph, or one has no targets.
     """
-    analysis, result, samples = width_graph.analysis, [], 0
+    analysis, samples, enough = width_graph.analysis, 0, rank_share(_SAMPLES)
+    result: list[Batch] = []
     for number, batch in enumerate([data] if isinstance(data, Tensor) else data):
         targets = targets_of(analysis, batch)
         for values in batches_from(analysis, [batch], None):
@@ -54,8 +56,9 @@ def labelled_batches(width_graph: WidthGraph, data: Iterable[Any]) -> list[Batch
                 )
             result.append((values, targets))
             samples += analysis.samples_in(values)
-        if samples >= _SAMPLES:
+        if samples >= enough:
             break
+    result = list(of_all_ranks("the batches with targets", result))
     if not result:
         raise FxwidthError("data gave no batches; pass at least one (a generator can be gone through only once).")
     return result

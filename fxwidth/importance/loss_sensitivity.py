@@ -25,6 +25,7 @@ from fxwidth.importance.sensitivity_fit import Rise, rates_of
 from fxwidth.option_keywords import Loss
 from fxwidth.reconstruction.folding import fold
 from fxwidth.recording.readonly_runs import copies, left_as_it_is
+from fxwidth.runtime.process_groups import of_all_ranks, rank_share
 from fxwidth.runtime.pytrees import sample_count
 from fxwidth.runtime.tensor_slots import substituted
 from fxwidth.selection.error_curves import Errors, share_of
@@ -37,6 +38,8 @@ _PROBED_SHARES = (0.2, 0.4)
 _WEIGHING = "weighing groups"
 # Into how many parts a batch is divided to see how much the rise differs between samples.
 _PARTS = 16
+# About how many samples the loss is taken on.
+_REMEMBERED = 256
 
 
 class Remembered:
@@ -47,7 +50,7 @@ class Remembered:
         limit: about how many samples are remembered.
     """
 
-    def __init__(self, data: Iterable[Any], limit: int = 256) -> None:
+    def __init__(self, data: Iterable[Any], limit: int = _REMEMBERED) -> None:
         self.batches: list[Any] = []
         self._data = data
         self._limit = limit
@@ -80,12 +83,13 @@ def calibrated(
     assert data is not None
     if isinstance(data, Tensor):
         data = list(batches_from(width_graph.analysis, data, None))
-    seen = Remembered(data)
+    seen = Remembered(data, rank_share(_REMEMBERED))
     # Weights alone are evidence enough for some methods: the batches are gone through for the loss all the same.
     evidence = gather_evidence(width_graph, seen, selection, rotates)
     if not seen.batches:
         collections.deque(itertools.islice(seen, 1), 0)
-    rates = loss_rates(evidence.unrotated(), groups, seen.batches, loss)
+    batches = list(of_all_ranks("the batches for the loss", seen.batches))
+    rates = loss_rates(evidence.unrotated(), groups, batches, loss)
     return evidence, {group: rates[group] * evidence.errors(group) for group in each(groups, _WEIGHING)}
 
 

@@ -17,6 +17,7 @@ from fxwidth.axes.index_maps import NEW, Indices
 from fxwidth.recording.readonly_runs import copies, looking_on
 from fxwidth.recording.tape import OpCall, bind
 from fxwidth.rules.family_table import running_norm
+from fxwidth.runtime.process_groups import of_all_ranks, rank_share
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.statistics.calibration_data import batches_from, cut_anew
 from fxwidth.weights.readers import Wiring
@@ -85,7 +86,8 @@ class Recalibration:
         self._module = analysis.module
         self._others = frozenset(others)
         # Each batch is normalised by itself after the resize, so results would depend on how the data are cut.
-        self._batches = list(cut_anew(analysis, batches_from(analysis, data, SAMPLES), SAMPLES))
+        own = batches_from(analysis, data, rank_share(SAMPLES))
+        self._batches = list(cut_anew(analysis, of_all_ranks("the batches for batch norms", own), SAMPLES))
         self._tensors = {name: tensor.detach().clone() for name, (tensor, _) in _buffers(self._module).items()}
         self._before = [self._run(values, None, {}) for values in self._batches]
 

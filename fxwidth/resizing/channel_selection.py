@@ -16,6 +16,7 @@ from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.basis_change import Rotation, rotated
 from fxwidth.resizing.requested import Known, Requested
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.statistics.moments import Moments
 from fxwidth.weights.readers import wiring_of
 from fxwidth.work_progress import each
@@ -76,6 +77,9 @@ def select_channels(
     evidence = _evidence(width_graph, asked, data, options, known)
     groups = each(list(asked.widths), "choosing channels")
     kept = {group: _kept(evidence, group, asked.widths[group], asked) for group in groups}
+    if (ranks := ranks_at_work()) is not None:
+        first = ranks.first("the channels to keep", [own.tolist() for own in kept.values()])
+        kept = {group: np.asarray(own, dtype=np.int64) for group, own in zip(kept, first, strict=True)}
     # All bases are found before any weight changes: readers of one group write another.
     shrinking = (group for group, width in asked.widths.items() if width < group.width and group not in asked.channels)
     bases = {group: basis for group in shrinking if (basis := evidence.rotation(group)) is not None}

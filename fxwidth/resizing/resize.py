@@ -9,8 +9,12 @@ from typing import Any, Unpack
 
 import torch
 from torch import fx
+from torch.distributed import ProcessGroup
 
 from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.distributed.replicas import Replicas
+from fxwidth.distributed.sharded import Shard
+from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.option_keywords import ResizeKeywords
@@ -34,6 +38,7 @@ from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.other_sizes import other_size
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
+from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
@@ -50,6 +55,8 @@ def resize(
     plan: Mapping[str, int | Sequence[int]],
     *,
     optimizer: Optimizers | None = None,
+    process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
     progress: Progress = True,
     **options: Unpack[ResizeKeywords],
 ) -> fx.GraphModule:
@@ -64,10 +71,14 @@ def resize(
     graphs that were traced from the model, or from a part of it, stay as they were before in the same way.
 
     Args:
-        gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes.
+        gm: a graph from `fxwidth.trace`, or any GraphModule that carries shapes; or a DistributedDataParallel of one.
         plan: group name -> new width, or the channels to keep, ascending, as in `{"conv1": 24, "conv2": [0, 2, 5]}`;
             groups that are not named stay.
         optimizer: the optimizer that trains `gm` or a part of it; a list where several do, each for its parameters.
+        process_group: the ranks of `torch.distributed` that hold the same network and do this together, each with
+            `data` of its own. Needless where a DistributedDataParallel is around the graph: that tells it, and its
+            reducer is made anew.
+        shard: for a graph sharded by `torch.distributed.fsdp.fully_shard`, the function that does it; see `Evolver`.
         data: batches of inputs from which to see what the readers see: any iterable of tensors, of tuples that begin
             with the inputs, or of dicts of them by name; without them, that is estimated from the weights and batch
             norm statistics.
@@ -116,8 +127,10 @@ def resize(
         >>> fxwidth.report(gm).resizes[-1]["kept"]
         {'0': [1, 2]}
     """
-    checked = options_from(ResizeOptions, {"optimizer": optimizer, **options})
-    listening(progress, lambda: resize_with(gm, plan, checked))
+    checked, wrapper, gm = options_from(ResizeOptions, {"optimizer": optimizer, **options}), gm, unwrapped(gm)
+    listening(progress, lambda: resize_with(gm, plan, checked, process_group, shard))
+    # The wrapper must not be garbage before.
+    del wrapper
     return gm
 
 
@@ -134,16 +147,24 @@ class Resized:
     maps: IndexMaps | None
 
 
-def resize_with(gm: fx.GraphModule, plan: Mapping[str, int | Sequence[int]], options: ResizeOptions) -> Resized:
+def resize_with(
+    gm: fx.GraphModule,
+    plan: Mapping[str, int | Sequence[int]],
+    options: ResizeOptions,
+    process_group: ProcessGroup | None = None,
+    shard: Shard | None = None,
+) -> Resized:
     """Do what `resize` does, with options that have been checked."""
-    transaction = resize_transaction(gm, *options.graphs_beside, optimizer=options.optimizer)
 
-    def work() -> Resized:
+    def work(transaction: Transaction) -> Resized:
         width_graph = WidthGraph(analyze_module(gm))
+        _refuse_different_plans(plan)
         _refuse_needless_data(requested(width_graph, plan, options.exact), options)
         return Resized(width_graph, _resize(width_graph, plan, options, Known(keeps_eps=_keeps_eps(plan)), transaction))
 
-    return transaction.run(work)
+    modules = [gm, *options.graphs_beside]
+    replicas = Replicas.of(gm, process_group, (), shard)
+    return replicas.run(work, modules, lambda _: modules, optimizer=options.optimizer)
 
 
 def resize_analyzed(
@@ -247,6 +268,16 @@ def _keeps_eps(plan: Mapping[str, int | Sequence[int]]) -> bool:
     """Tell whether the module for which a plan was made has one number for the eps of several norms."""
     told = plan.notes.get(FOR_MODULE) if isinstance(plan, Plan) else None
     return isinstance(told, Mapping) and bool(told.get("keeps_eps"))
+
+
+def _refuse_different_plans(plan: Mapping[str, int | Sequence[int]]) -> None:
+    """Check that all ranks, if there are several, were given the same plan."""
+    ranks = ranks_at_work()
+    for rank, other in enumerate(ranks.gather("the plan", Plan(plan)) if ranks is not None else ()):
+        if other != Plan(plan):
+            raise FxwidthError(
+                f"rank {rank} was given another plan than this one; make it on one rank, and broadcast it to all."
+            )
 
 
 def _refuse_needless_data(asked: Requested, options: ResizeOptions) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import signal
-import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxwidth.rewriting.optimizers import Optimizers, optimizers_in
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.global_state import GlobalState
+from fxwidth.runtime.held_interrupts import uninterrupted
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_state import finish, handing_on, is_plain_layer, kept_by, values_taken, walk
 from fxwidth.runtime.tensor_slots import overwrite
@@ -172,19 +171,3 @@ def _refill(container: Any, old: Any) -> None:
     ):
         container.clear()
         container.update(old)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back for a while: it is answered at the end. Handlers belong to the main thread."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    held: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            signal.raise_signal(signal.SIGINT)

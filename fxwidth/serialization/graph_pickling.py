@@ -24,7 +24,7 @@ _GRAPH, _COMPILED = "_graph", "_compiled_call_impl"
 
 def pickle_as_data(module: fx.GraphModule) -> None:
     """Have a graph pickled and copied node by node, and the graphs in it likewise when that is done."""
-    kind: Any = type(module)
+    kind: Any = _own_class(type(module))
     # The class of anything else is shared with what is no concern of ours.
     assert isinstance(module, fx.GraphModule)
     if vars(kind).get("__reduce__") is not _reduced:
@@ -75,7 +75,8 @@ def _load_state_dict(module: fx.GraphModule, state_dict: Mapping[str, Any], *arg
             "fxwidth.load, which resizes a fresh model; or resize this graph first, by the plan that led to those "
             "widths: fxwidth.resize(gm, plan)."
         )
-    return super(type(module), module).load_state_dict(state_dict, *args, **kwargs)
+    # Classes may be put before that of the graph, as fully_shard does it.
+    return super(_own_class(type(module)), module).load_state_dict(state_dict, *args, **kwargs)
 
 
 def blank(base: type[fx.GraphModule], name: str) -> fx.GraphModule:
@@ -131,9 +132,15 @@ def _prepare(module: fx.GraphModule) -> None:
             pickle_as_data(part)
 
 
+def _own_class(kind: type) -> Any:
+    """Return the class that torch.fx has made for a graph module alone."""
+    return next((base for base in kind.__mro__ if base.__qualname__.rpartition(".")[2] == "GraphModuleImpl"), kind)
+
+
 def _base(kind: type) -> Any:
     """Return the class of a graph module without the one that torch.fx has made for it alone."""
-    return next(base for base in kind.__mro__ if base.__qualname__.rpartition(".")[2] != "GraphModuleImpl")
+    own = _own_class(kind).__mro__
+    return next(base for base in own if base.__qualname__.rpartition(".")[2] != "GraphModuleImpl")
 
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fxwidth.recording.tape import TapeRecorder, bind
 from fxwidth.rules.family_table import running_norm
 from fxwidth.rules.registry import keeps
 from fxwidth.runtime.finiteness import is_sound
+from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
 from fxwidth.statistics.calibration_data import Gathered, batches_from, cut_anew
 from fxwidth.statistics.constant_evidence import constant_inputs, without_constants
@@ -206,6 +207,12 @@ def collect_moments(width_graph: WidthGraph, batches: Iterable[Sequence[Any]], *
                     "devices or shapes now, call fxwidth.analyze(gm, example_inputs) first, by which later calls go."
                 ) from error
             samples += size
+    ranks = ranks_at_work()
+    # Of noise all ranks see the same.
+    if ranks is not None and source != "noise":
+        observer.pool(ranks)
+        told = ranks.gather("the samples", samples)
+        samples = sum(told) if ranks.is_data_parallel else told[0]
     if samples == 0:
         raise FxwidthError("data gave no batches; pass at least one (a generator can be gone through only once).")
     seen = observer.seen()

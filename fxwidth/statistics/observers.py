@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.recording.tape import OpCall, TapeRecorder
-from fxwidth.runtime.finiteness import accumulation_dtype
-from fxwidth.runtime.tensor_slots import real_rows
+from fxwidth.runtime.process_groups import Ranks
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, Measure, Probe
+from fxwidth.statistics.row_sums import Average, RowSum, pool
 
 ROWS_PER_BATCH = 65_536
-# How many channels are multiplied with all at a time.
-_CHANNELS = 512
-
-# Between these, sums of squares are far from the ends of single precision.
-_LEAST, _MOST = 1e-14, 1e15
 
 OTHER_OPS = "it ran other ops than when it was analysed"
 NOT_FINITE = "its inputs are not finite"
@@ -40,74 +34,12 @@ class Seen:
     missed: dict[str, str] = field(default_factory=dict)
 
 
-class _Sum:
-    """Mean and covariance of rows, accumulated batch by batch about the first batch's mean, for precision."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.samples = 0
-        self._origin: Tensor | None = None
-
-    def add(self, rows: Tensor, samples: int) -> None:
-        """Take in rows, [rows, channels], of so many samples; real and imaginary parts are seen one by one."""
-        rows = real_rows(rows)
-        wide = accumulation_dtype(rows)
-        work = rows if rows.dtype == torch.float64 else rows.float()
-        if self._origin is None:
-            self._precision = torch.finfo(work.dtype).eps
-            self._origin = work.to(wide).mean(0)
-            self._first = torch.zeros_like(self._origin)
-            self._second = self._first.new_zeros(len(self._origin), len(self._origin))
-        if work.dtype != wide and not _has_squares(work):
-            work = work.to(wide)
-        shifted = work - self._origin.to(work.dtype)
-        self._first += shifted.to(wide).sum(0)
-        # Part by part: where the sum is as large as the model, another of its size is too much.
-        for part, channels in zip(self._second.split(_CHANNELS), shifted.T.split(_CHANNELS), strict=True):
-            part += channels @ shifted
-        self.rows += len(rows)
-        self.samples += samples
-
-    def moment(self) -> Moment:
-        """Return the moments of all rows; the sum is used up by it."""
-        assert self._origin is not None
-        shift = self._first / self.rows
-        covariance = self._second.div_(self.rows).addr_(shift, shift, alpha=-1)
-        del self._second
-        return Moment(self._origin + shift, covariance, self.rows, self.samples, self._precision)
-
-
-def _has_squares(rows: Tensor) -> bool:
-    """Tell whether the squares of the largest entries are within the range of single precision."""
-    low, high = rows.aminmax()
-    largest = max(-float(low), float(high))
-    return largest == 0 or _LEAST < largest < _MOST
-
-
-class _Average:
-    """The mean of arrays, weighted by what they are themselves averages of."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.weight = 0
-
-    def add(self, values: Tensor, weight: int) -> None:
-        """Take in one array that is the sum of so many."""
-        self.total = values if self.total is None else self.total + values
-        self.weight += weight
-
-    def value(self) -> Tensor:
-        """Return the mean so far."""
-        assert self.total is not None
-        return self.total / self.weight
-
-
 def _is_finite(values: Tensor) -> bool:
     # A sum is finite only if all its terms are, and needs no memory.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
-def _sum_of(probe: Probe) -> object:
+def _sum_of(probe: Probe) -> Hashable:
     """Return what tells one sum from another: probes with the same keys add to one."""
     return probe.keys if probe.measure == Measure.MOMENT else probe
 
@@ -123,8 +55,8 @@ class Observer:
         self._probes: dict[int, list[Probe]] = {}
         for probe in probes:
             self._probes.setdefault(probe.call.index, []).append(probe)
-        self._sums: dict[object, _Sum | _Average] = {}
-        self._parts: dict[object, list[Probe]] = {}
+        self._sums: dict[Hashable, RowSum | Average] = {}
+        self._parts: dict[Hashable, list[Probe]] = {}
         for probe in probes:
             self._parts.setdefault(_sum_of(probe), []).append(probe)
         self._expected: deque[OpCall] = deque()
@@ -135,7 +67,7 @@ class Observer:
         self._parameters = {
             id(one): id(entry.tensor) for entry in analysis.parameters.values() for one in (entry.tensor, entry.fake)
         }
-        self._too_large: set[object] = set()
+        self._too_large: set[Hashable] = set()
 
     def begin(self, node: str) -> None:
         """Expect the ops of a node."""
@@ -206,6 +138,26 @@ class Observer:
         """The op that is to come next in the node at work."""
         return self._expected[0] if self._expected else None
 
+    def pool(self, ranks: Ranks) -> None:
+        """Take in what the other ranks have seen in runs of the same graph on data of their own.
+
+        Raises:
+            FxwidthError: one has failed, or could not be reached.
+        """
+        keys = list(self._parts)
+        large = [place for place, key in enumerate(keys) if key in self._too_large]
+        told = ranks.gather("what was missed", (self.missed, self._strayed, self._found, large))
+        if not ranks.is_data_parallel:
+            told = told[:1]
+        # In the order of the ranks, for all to have the same.
+        self.missed = {}
+        for missed, strayed, found, places in told:
+            self.missed = {**missed, **self.missed}
+            self._strayed |= strayed
+            self._found |= found
+            self._too_large |= {keys[place] for place in places}
+        pool(ranks, self._sums, keys)
+
     def seen(self) -> Seen:
         """Return all that was seen."""
         result = Seen(missed=self.missed)
@@ -216,7 +168,7 @@ class Observer:
                 self.is_unseen(probe.call) for probe in probes
             ):
                 continue
-            probe, value = probes[0], total.moment() if isinstance(total, _Sum) else total.value()
+            probe, value = probes[0], total.moment() if isinstance(total, RowSum) else total.value()
             if not _is_finite(value.covariance if isinstance(value, Moment) else value):
                 is_seen = isinstance(value, Moment) and _is_finite(value.mean)
                 self.missed[probe.call.node] = TOO_LARGE if is_seen or key in self._too_large else NOT_FINITE
@@ -236,14 +188,14 @@ class Observer:
 
     def _measure(self, probe: Probe, tensor: Tensor) -> None:
         if probe.measure == Measure.MOMENT:
-            total = self._sums.setdefault(_sum_of(probe), _Sum())
-            assert isinstance(total, _Sum)
+            total = self._sums.setdefault(_sum_of(probe), RowSum())
+            assert isinstance(total, RowSum)
             # An input that is seen in several places is one input all the same.
             samples = self.samples if self._parts[_sum_of(probe)][0] is probe else 0
             total.add(probe.rows(tensor, ROWS_PER_BATCH // probe.places), samples)
         else:
-            average = self._sums.setdefault(_sum_of(probe), _Average())
-            assert isinstance(average, _Average)
+            average = self._sums.setdefault(_sum_of(probe), Average())
+            assert isinstance(average, Average)
             average.add(*probe.squares(tensor))
             if not _is_finite(average.value()) and _is_finite(tensor):
                 self._too_large.add(_sum_of(probe))

@@ -25,6 +25,7 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, call_of
 from fxwidth.frontends.placeholder_calls import bound_to_placeholders
+from fxwidth.frontends.untraceable import refuse_sharded
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, EXAMPLES, FREE_OUTPUTS, INPUTS, VALUES, InMemory, notes_of
@@ -88,6 +89,7 @@ def analyze_module(
         raise FxwidthError(
             f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
         )
+    refuse_sharded(module)
     call = call_of(example_inputs, example_kwargs)
     tell("analysing")
     with without_collections():

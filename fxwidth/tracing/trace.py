@@ -14,7 +14,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
-from fxwidth.frontends.untraceable import refuse_packed, refuse_scripts, refuse_unmade
+from fxwidth.frontends.untraceable import refuse_packed, refuse_scripts, refuse_sharded, refuse_unmade
 from fxwidth.recording.graph_meta import CALL, note_original, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
@@ -87,6 +87,7 @@ def traced_model(
 def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
     refuse_scripts(model)
     refuse_unmade(model)
+    refuse_sharded(model)
     refuse_packed(model)
     refuse_nan(model)
     module, analysis = (
