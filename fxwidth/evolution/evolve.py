@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.exported_programs import program_of_graph
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.rebuilding import plain_objects
 from fxwidth.modules.write_back import written_back
@@ -50,9 +52,18 @@ def evolve(
     output: Literal["module"],
     **options: Unpack[EvolveKeywords],
 ) -> _Model: ...
+@overload
+def evolve(
+    model: ExportedProgram,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: Progress = True,
+    **options: Unpack[EvolveKeywords],
+) -> ExportedProgram: ...
 @tells_options(PlanOptions, ResizeOptions)
 def evolve(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -60,13 +71,14 @@ def evolve(
     progress: Progress = True,
     output: Literal["graph", "module"] = "graph",
     **options: Unpack[EvolveKeywords],
-) -> nn.Module:
+) -> nn.Module | ExportedProgram:
     """Trace a model, plan new widths by its spectra, and resize it.
 
     Args:
         model: any module or GraphModule. The returned graph is the model to use from now on; a GraphModule is resized
             itself, another module if its own code does at the new widths what the graph does, and else stays as it was:
-            see `fxwidth.resize`.
+            see `fxwidth.resize`. An ExportedProgram stays as it was, and a new one is returned that takes the same
+            inputs and is of the same kind, training or inference IR.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
@@ -78,7 +90,7 @@ def evolve(
             `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
 
     Returns:
-        The resized graph, or the model.
+        The resized graph, the model, or an ExportedProgram.
 
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used, or the class of the model cannot hold the
@@ -99,6 +111,8 @@ def evolve(
     """
     if output not in _OUTPUTS:
         raise FxwidthError(f'output={output!r} must be "graph", or "module" for the model itself.')
+    if isinstance(model, ExportedProgram):
+        _refuse_for_programs(optimizer, output)
     to_module = output == "module" and not isinstance(model, fx.GraphModule)
     if to_module and isinstance(model, nn.Module):
         options = {"for_module": model, **options}
@@ -111,10 +125,13 @@ def evolve(
 
     traced: fx.GraphModule | None = None
 
-    def work() -> nn.Module:
+    def work() -> nn.Module | ExportedProgram:
         nonlocal traced
         traced = module = traced_model(model, example_inputs, example_kwargs)
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
+        if isinstance(model, ExportedProgram):
+            tell("exporting", is_long=True)
+            return program_of_graph(module, model)
         if to_module:
             tell("writing back")
             return written_back(module, model, transaction)
@@ -124,6 +141,20 @@ def evolve(
     if traced is not None and result is not traced:
         note_written_back(result, traced)
     return result
+
+
+def _refuse_for_programs(optimizer: Optimizers | None, output: str) -> None:
+    """Check that nothing is asked of an ExportedProgram that goes with a module alone."""
+    if optimizer is not None:
+        raise FxwidthError(
+            "optimizer= trains the parameters of a module, and an ExportedProgram is given back as a new one. Make the "
+            "optimizer for a graph, fxwidth.trace(program), and resize that."
+        )
+    if output == "module":
+        raise FxwidthError(
+            'output="module" is for models of a class of their own; an ExportedProgram is given back as one. Leave it '
+            "out."
+        )
 
 
 def planned_and_resized(
