@@ -16,6 +16,8 @@ Entry = int | tuple[int, ...]
 FOR_MODULE = "for_module"
 # The note that tells the widths that groups had when a plan was made.
 BEFORE = "before"
+# The note that tells the times that `Budget(measure=)` has measured, in microseconds.
+MEASURED = "measured"
 # How many channels an error lists.
 _SHOWN = 12
 
@@ -106,6 +108,9 @@ class Plan(Mapping[str, Entry]):
         for name, (old, new) in (self.notes.get("cost") or {}).items():
             share = f" ({new / old:.1%})" if old else ""
             yield f"{name}: {old:,.0f} -> {new:,.0f}{share}"
+        if times := self.notes.get(MEASURED):
+            present, planned, limit = (times[name] for name in ("present", "planned", "limit"))
+            yield f"measured latency: {present:,.0f} -> {planned:,.0f} of {limit:,.0f} allowed"
         if self.notes.get("errors"):
             source = self.notes.get("evidence")
             yield f"predicted error: {self.notes['error']:.4g}" + (f", from {source}" if source else "")

@@ -23,6 +23,7 @@ from fxwidth.penalties.growing_penalty import GrowingPenalty
 from fxwidth.penalties.spectral_penalty import spectral_penalty
 from fxwidth.planning.planner import Plan, plan
 from fxwidth.reporting import Report, report
+from fxwidth.resizing import plain_copies  # noqa: F401  (gives measured budgets their copies)
 from fxwidth.resizing.optimizer_state import Replacement, optimizer_state_rule
 from fxwidth.resizing.resize import resize
 from fxwidth.selection.registry import selection_method

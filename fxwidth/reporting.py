@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from fxwidth.errors import FxwidthError
 from fxwidth.group_spectra import GroupSpectrum
@@ -165,11 +166,11 @@ class Report:
         return place
 
 
-def report(gm: nn.Module) -> Report:
+def report(gm: nn.Module | ExportedProgram) -> Report:
     """Return what `resize`, `evolve` and `Evolver` have done to a graph.
 
     Args:
-        gm: the graph; or a module that `evolve(..., output="module")` or `write_back` has returned, as long as it is
+        gm: the graph; or a module or an ExportedProgram that `evolve` or `write_back` has returned, as long as it is
             the same object.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ CASES: dict[str, tuple[int, Any]] = {
     "language_model": (150, lambda accuracy: accuracy > 0.7),
     "detector": (30, lambda share: share < 1),
     "ultralytics_detector": (40, lambda share: share < 1),
+    "deploy_exported": (7, lambda difference: difference < 1e-6),
+    "deploy_inductor": (7, lambda difference: difference < 1e-6),
+    "deploy_onnx": (7, lambda difference: difference < 1e-6),
+    "deploy_quantized": (7, lambda share: share < 0.05),
 }
 # What stands for a network that would take minutes.
 SMALL: dict[str, tuple[Callable[[Path], Any], ...]] = {
@@ -62,7 +67,11 @@ NEEDED = {
     "language_model": ("transformers",),
     "timm_model": ("timm",),
     "ultralytics_detector": ("ultralytics",),
+    "deploy_onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "deploy_quantized": ("torchao",),
 }
+# Of these a compiler makes programs, which takes it as long as the others take together.
+LONG = {"deploy_inductor"}
 
 
 def test_every_example_has_a_case() -> None:
@@ -70,7 +79,7 @@ def test_every_example_has_a_case() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])
 def test_it_runs(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -78,7 +87,9 @@ def test_it_runs(
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("YOLO_OFFLINE", "true")
     for package in NEEDED.get(name, ()):
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason=f"pip install {package}, which fxwidth[test] or fxwidth[deploy] holds")
+    if name in LONG and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler, such as g++")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

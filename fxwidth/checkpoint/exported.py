@@ -22,6 +22,7 @@ from fxwidth.checkpoint.file_record import present_versions
 from fxwidth.checkpoint.other_forms import EXPORTED, other_form
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Inputs, Outputs, native
+from fxwidth.frontends.exported_programs import plain_graph
 from fxwidth.recording.graph_meta import HISTORY, INPUTS, notes_of
 from fxwidth.runtime.atomic_files import replacing
 from fxwidth.runtime.contexts import quiet
@@ -119,10 +120,7 @@ def _module_of(
     program: torch.export.ExportedProgram, defaults: Mapping[str, Any], never_one: Sequence[int]
 ) -> fx.GraphModule:
     """Return the graph of a program; it can be called like the graph that was saved, where its arguments are plain."""
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    # A module of torch.export asks for all arguments at each call, and refuses train() and eval().
-    module = fx.GraphModule(module, module.graph, "Exported")
+    module = plain_graph(program)
     codegen: Any = module.graph._codegen
     spec, own = codegen.pytree_info, module.graph.find_nodes(op="placeholder")
     arguments, named = spec.in_spec.children() if hasattr(spec.in_spec, "children") else spec.in_spec.children_specs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from fxwidth.axes.factors import Factor
 from fxwidth.axes.polynomials import Polynomial, entries_polynomial
 from fxwidth.costs import activation_memory, latency  # noqa: F401  (register their costs)
 from fxwidth.costs.counts import call_flops
+from fxwidth.costs.measured_latency import Measure, measured_polynomial
 from fxwidth.costs.registry import cost_polynomial, cost_unit
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.channel_group import ChannelGroup
@@ -40,9 +41,13 @@ class Budget:
         latency: microseconds of one forward pass in eval mode on the example inputs, predicted from times measured on
             the device that the parameters are on.
         costs: bounds on costs of your own, by the names that `fxwidth.cost` has registered them under.
+        measure: with `latency`, a function by which to measure it where the network is to run, such as another device
+            or run time: called with a copy of the graph at other widths, in evaluation mode, it returns the seconds of
+            a forward pass. A plan is measured, and made anew if it misses the bound; `notes["measured"]` tells the
+            times.
 
     Raises:
-        FxwidthError: nothing is bounded, there is no such cost, or a bound is out of range.
+        FxwidthError: nothing is bounded, there is no such cost, a bound is out of range, or `measure` is no function.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -57,6 +62,7 @@ class Budget:
     activation_memory: int | float | None = None
     latency: int | float | None = None
     costs: Mapping[str, int | float] = field(default_factory=dict, hash=False)
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         _check_own(self.costs)
@@ -64,7 +70,7 @@ class Budget:
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         object.__setattr__(self, "costs", {name: plain_number(bound) for name, bound in self.costs.items()})
         if not self.bounds:
-            names = ", ".join(f"{field.name}=" for field in fields(self))
+            names = ", ".join(f"{name}=" for name in (*SHORTHANDS, "costs"))
             raise FxwidthError(f"a budget bounds at least one of {names}")
         for name, value in self.bounds.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -76,17 +82,24 @@ class Budget:
                 )
             if isinstance(value, int) and value < 1:
                 raise FxwidthError(f"{name}={value} must be at least 1.")
+        if self.measure is not None and not callable(self.measure):
+            raise FxwidthError(
+                f"measure={self.measure!r} must be a function of a graph that returns the seconds of a forward pass."
+            )
+        if self.measure is not None and self.latency is None:
+            raise FxwidthError("measure= measures latency; give latency= too, or leave it out.")
 
     @classmethod
     def of(cls, bounds: Mapping[str, int | float]) -> Budget:
         """Return the budget of some bounds, by the names of costs."""
         own = {name: bound for name, bound in bounds.items() if name not in SHORTHANDS}
-        return cls(**{name: bound for name, bound in bounds.items() if name in SHORTHANDS}, costs=own)
+        short: dict[str, Any] = {name: bound for name, bound in bounds.items() if name in SHORTHANDS}
+        return cls(**short, costs=own)
 
     @property
     def bounds(self) -> dict[str, int | float]:
         """The bounds that are set, by name."""
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "costs"}
+        own = {name: getattr(self, name) for name in SHORTHANDS}
         return {name: value for name, value in {**own, **self.costs}.items() if value is not None}
 
 
@@ -124,17 +137,26 @@ def _check_own(costs: Any) -> None:
 _COUNTED = ("params", "flops")
 
 
-def bounds_of(width_graph: WidthGraph, budget: Budget) -> list[Bound]:
+def bounds_of(width_graph: WidthGraph, budget: Budget, of_latency: float = 1.0) -> list[Bound]:
     """Return what a budget means for one graph.
+
+    Args:
+        width_graph: the graph.
+        budget: the budget.
+        of_latency: the share of the bound on latency that is to be met.
 
     Raises:
         FxwidthError: a cost cannot be known of this model.
     """
     result = []
     for name, given in budget.bounds.items():
-        cost = cost_polynomial(width_graph, name)
+        is_latency = name == "latency"
+        if is_latency and budget.measure is not None:
+            cost = measured_polynomial(width_graph, budget.measure)
+        else:
+            cost = cost_polynomial(width_graph, name)
         limit = given if isinstance(given, int) else given * cost({})
-        result.append(Bound(name, given, cost, limit if name == "latency" else int(limit)))
+        result.append(Bound(name, given, cost, of_latency * limit if is_latency else int(limit)))
     return result
 
 

@@ -31,7 +31,7 @@ from fxwidth.recording.tape import OpCall, tensors_in, unbind
 from fxwidth.statistics.synthetic_inputs import noise_draws
 
 # The shares of every free width at which each op is timed: three unknowns per op, and one time to spare.
-_SHARES = (1.0, 0.75, 0.5, 0.25)
+SHARES = (1.0, 0.75, 0.5, 0.25)
 _REPEATS = 5
 _LEAST_SECONDS = 2e-3
 _ROUNDS = 500
@@ -80,7 +80,7 @@ def _measured(width_graph: WidthGraph, _clearings: int) -> Polynomial:
     times: dict[int, list[float]] = {}
     widths: list[dict[Factor, int]] = []
     with left_as_it_is(analysis.module):
-        for share in _SHARES:
+        for share in SHARES:
             widths.append({g.factor: max(1, round(share * g.width)) for g in width_graph.free})
             maps = IndexMaps(analysis.space, {factor: np.arange(width) for factor, width in widths[-1].items()})
             for index, once in _TimedReplay(analysis, maps).times(inputs).items():
@@ -89,7 +89,7 @@ def _measured(width_graph: WidthGraph, _clearings: int) -> Polynomial:
         whole = seconds_of(lambda: analysis.module(*call.args, **call.kwargs), _device(analysis))
     parts = []
     for index, seconds in times.items():
-        work = [call_flops(width_graph, analysis.calls[index]), _traffic(analysis, analysis.calls[index])]
+        work = [call_flops(width_graph, analysis.calls[index]), traffic(analysis, analysis.calls[index])]
         features = np.array([[1.0, *(part(at) for part in work)] for at in widths])
         rates = nonnegative_fit(features, np.array(seconds)).tolist()
         parts += list(zip(rates, [Polynomial({(): 1}), *work], strict=True))
@@ -141,7 +141,7 @@ def _inputs(analysis: Analysis) -> list[Any]:
     ]
 
 
-def _traffic(analysis: Analysis, call: OpCall) -> Polynomial:
+def traffic(analysis: Analysis, call: OpCall) -> Polynomial:
     """Return the bytes of an op's operands and results."""
     tensors = [(tensor, call.axes[tensor]) for tensor in {tensor: tensor for tensor in call.inputs}.values()]
     tensors += list(zip(call.outputs, call.output_axes, strict=True))

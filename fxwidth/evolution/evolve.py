@@ -8,11 +8,13 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 
 from torch import fx, nn
 from torch.distributed import ProcessGroup
+from torch.export import ExportedProgram
 
 from fxwidth.distributed.replicas import Replicas
 from fxwidth.distributed.sharded import Shard
 from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.exported_programs import program_of_graph
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.rebuilding import plain_objects
 from fxwidth.modules.write_back import written_back
@@ -58,9 +60,18 @@ def evolve(
     output: Literal["module"],
     **options: Unpack[EvolveKeywords],
 ) -> _Model: ...
+@overload
+def evolve(
+    model: ExportedProgram,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: Progress = True,
+    **options: Unpack[EvolveKeywords],
+) -> ExportedProgram: ...
 @tells_options(PlanOptions, ResizeOptions)
 def evolve(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -70,13 +81,14 @@ def evolve(
     progress: Progress = True,
     output: Literal["graph", "module"] = "graph",
     **options: Unpack[EvolveKeywords],
-) -> nn.Module:
+) -> nn.Module | ExportedProgram:
     """Trace a model, plan new widths by its spectra, and resize it.
 
     Args:
         model: any module or GraphModule. The returned graph is the model to use from now on; a GraphModule is resized
             itself, another module if its own code does at the new widths what the graph does, and else stays as it was:
-            see `fxwidth.resize`. Of a DistributedDataParallel it is the graph in it.
+            see `fxwidth.resize`. Of a DistributedDataParallel it is the graph in it. An ExportedProgram stays as it
+            was, and a new one is returned that takes the same inputs and is of the same kind, training or inference IR.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
@@ -92,7 +104,7 @@ def evolve(
             `selection`, `exact`, `rotate` and `loss` are for both, a loss where it is looked at.
 
     Returns:
-        The resized graph, or the model.
+        The resized graph, the model, or an ExportedProgram.
 
     Raises:
         FxwidthError: the model, the inputs or the options cannot be used, or the class of the model cannot hold the
@@ -113,6 +125,8 @@ def evolve(
     """
     if output not in _OUTPUTS:
         raise FxwidthError(f'output={output!r} must be "graph", or "module" for the model itself.')
+    if isinstance(model, ExportedProgram):
+        _refuse_for_programs(optimizer, output, {"process_group": process_group, "shard": shard})
     wrapper, model = model, unwrapped(model)
     to_module = output == "module" and not isinstance(model, fx.GraphModule)
     if to_module and isinstance(model, nn.Module):
@@ -124,19 +138,23 @@ def evolve(
     objects = [one for module in modules for one in plain_objects(module)] if to_module else []
     traced: fx.GraphModule | None = None
 
-    def work(transaction: Transaction) -> nn.Module:
+    def work(transaction: Transaction) -> nn.Module | ExportedProgram:
         nonlocal traced
         traced = module = traced_model(model, example_inputs, example_kwargs)
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
+        if isinstance(model, ExportedProgram):
+            tell("exporting", is_long=True)
+            return program_of_graph(module, model)
         if to_module:
             tell("writing back")
             return written_back(module, model, transaction)
         return module
 
-    def changed(result: nn.Module) -> list[nn.Module]:
+    def changed(result: nn.Module | ExportedProgram) -> list[nn.Module]:
+        assert isinstance(result, nn.Module)
         return [result, *resizing.graphs_beside]
 
-    def whole() -> nn.Module:
+    def whole() -> nn.Module | ExportedProgram:
         replicas = Replicas.of(model, process_group, (), shard)
         return replicas.run(work, [*modules, *resizing.graphs_beside], changed, optimizer=optimizer, objects=objects)
 
@@ -146,6 +164,26 @@ def evolve(
     if traced is not None and result is not traced:
         note_written_back(result, traced)
     return result
+
+
+def _refuse_for_programs(optimizer: Optimizers | None, output: str, of_ranks: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of an ExportedProgram that goes with a module alone."""
+    for name, value in of_ranks.items():
+        if value is not None:
+            raise FxwidthError(
+                f"{name}= is for graphs that several ranks hold, and an ExportedProgram is given back as a new one. "
+                "Resize a graph on all ranks, fxwidth.trace(program), and export that."
+            )
+    if optimizer is not None:
+        raise FxwidthError(
+            "optimizer= trains the parameters of a module, and an ExportedProgram is given back as a new one. Make the "
+            "optimizer for a graph, fxwidth.trace(program), and resize that."
+        )
+    if output == "module":
+        raise FxwidthError(
+            'output="module" is for models of a class of their own; an ExportedProgram is given back as one. Leave it '
+            "out."
+        )
 
 
 def planned_and_resized(

@@ -133,6 +133,11 @@ class Evolver:
         self._gathers = options.get("data") is None
         # Of a generator's batches those that are looked at are kept for the next round.
         self._planning, resizing = both_options(options, optimizer, later=self._gathered)
+        if self._planning.target is not None and self._planning.target.measure is not None:
+            raise FxwidthError(
+                "an Evolver plans in the midst of training and does not call measure=; leave it out, which predicts "
+                "latency on the device of the parameters, or call fxwidth.evolve."
+            )
         self._resizing = replace(
             resizing,
             # Batches of training are still to come.

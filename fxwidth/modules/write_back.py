@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.exported_programs import program_of_graph
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.class_fit import fit_class
 from fxwidth.modules.class_runs import ClassRuns, Failure
@@ -27,7 +29,11 @@ from fxwidth.tracing.analyze import analyze_module
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
+@overload
+def write_back(gm: fx.GraphModule, model: _Model) -> _Model: ...
+@overload
+def write_back(gm: fx.GraphModule, model: ExportedProgram) -> ExportedProgram: ...
+def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Module | ExportedProgram:
     """Put the widths, parameters and buffers of a graph into a module of the class that was traced.
 
     The sizes that the class keeps in attributes and in its configuration are set to what is needed; which these are is
@@ -42,12 +48,15 @@ def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
 
     A model of Hugging Face transformers gets a configuration from which `from_pretrained` builds the same sizes.
 
+    An ExportedProgram is not written to: the graph becomes a new one, with the signature, the kind (training or
+    inference IR) and the sizes of inputs of the one that was traced.
+
     Args:
         gm: the graph, resized or not.
-        model: the model that was traced, another one of its class, or one on the meta device.
+        model: the model that was traced, another one of its class, or one on the meta device; or the ExportedProgram.
 
     Returns:
-        `model`.
+        `model`, or the new ExportedProgram.
 
     Raises:
         FxwidthError: the class cannot hold these widths; the message names the place in its code or the entry of its
@@ -62,6 +71,10 @@ def write_back(gm: fx.GraphModule, model: _Model) -> _Model:
     """
     if not isinstance(gm, fx.GraphModule):
         raise FxwidthError(f"write_back takes a graph from fxwidth.trace, but received {type(gm).__name__}.")
+    if isinstance(model, ExportedProgram):
+        program = program_of_graph(gm, model)
+        note_written_back(program, gm)
+        return program
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         raise FxwidthError(
             f"write_back takes a module of the class that was traced, but received {type(model).__name__}."

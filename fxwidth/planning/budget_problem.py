@@ -29,7 +29,12 @@ class BudgetProblem:
     """Widths to be found for groups, some of them together, within bounds on costs."""
 
     def __init__(
-        self, width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions, why: Mapping[str, str]
+        self,
+        width_graph: WidthGraph,
+        units: Sequence[Class],
+        options: PlanOptions,
+        why: Mapping[str, str],
+        of_latency: float = 1.0,
     ) -> None:
         """Pose the problem that options pose.
 
@@ -38,11 +43,12 @@ class BudgetProblem:
             units: those that may change, some of them together.
             options: with a target.
             why: by group name, why it stays, of groups that are neither pinned nor left out by an option.
+            of_latency: the share of the bound on latency that is to be met.
         """
         assert options.target is not None
         self._width_graph = width_graph
         self._why = why
-        self.bounds = bounds_of(width_graph, options.target)
+        self.bounds = bounds_of(width_graph, options.target, of_latency)
         self._groups = [group for unit in units for group in unit.groups]
         limits, growing = Limits.of(options, width_graph), self._may_grow(units, options)
         factor = growth_factor(self.bounds, [group for unit in growing for group in unit.groups])

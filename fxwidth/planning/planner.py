@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Unpack
 
 from fxwidth.costs.budget import Bound
@@ -19,9 +21,10 @@ from fxwidth.options import PlanOptions, options_from, tells_options
 from fxwidth.planning.budget_problem import BudgetProblem, by_factor
 from fxwidth.planning.constraints import Class, Limits, classes, tied_classes
 from fxwidth.planning.group_choice import chosen_groups
+from fxwidth.planning.measured_budgets import as_measured
 from fxwidth.planning.thresholds import by_thresholds
 from fxwidth.planning.uniform_ratio import by_ratio
-from fxwidth.plans import BEFORE, FOR_MODULE, Plan
+from fxwidth.plans import BEFORE, FOR_MODULE, MEASURED, Plan
 from fxwidth.rewriting.looks import looking_at
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.selection.error_curves import Errors
@@ -153,28 +156,65 @@ def _under_budgets(
 ) -> list[tuple[Plan, Evidence | None]]:
     problems = [_problem(width_graph, units, options) for options in asked]
     # What is out of reach is refused before the data are looked at.
-    at_hand = [problem.at_hand() for problem in problems]
-    known: tuple[Evidence, dict[ChannelGroup, Errors]] | None = None
-    rehearsals: Rehearsals | None = None
-    if None in at_hand:
+    for problem in problems:
+        problem.at_hand()
+
+    @cache
+    def looked() -> tuple[Evidence, dict[ChannelGroup, Errors], Rehearsals | None]:
         groups, first = [group for unit in units for group in unit.groups], asked[0]
-        known = calibrated(width_graph, groups, first.data, first.loss, first.selection, first.rotate)
-        rehearsals = Rehearsals(known[0]) if has_inputs(known[0]) else None
+        evidence, errors = calibrated(width_graph, groups, first.data, first.loss, first.selection, first.rotate)
+        return evidence, errors, Rehearsals(evidence) if has_inputs(evidence) else None
+
     result: list[tuple[Plan, Evidence | None]] = []
-    for problem, ready, options in each(list(zip(problems, at_hand, asked, strict=True)), "choosing widths"):
-        if ready is not None:
-            widths, errors, evidence = *ready, None
+    for problem, options in each(list(zip(problems, asked, strict=True)), "choosing widths"):
+        choose = partial(_chosen_at, width_graph, units, options, problem, looked)
+        target, told = options.target, dict[str, Any]()
+        if target is not None and target.measure is not None:
+            found, told[MEASURED] = as_measured(width_graph, target, choose, _widths_of)
         else:
-            assert known is not None
-            evidence, errors = known
-            widths = problem.chosen(errors, rehearsals)
-        settled = _settled(width_graph, widths, options)
-        result.append((_noted(width_graph, settled, problem.bounds, errors, evidence), evidence))
+            found = choose(1.0)
+        made = _noted(width_graph, found.widths, problem.bounds, found.errors, found.evidence)
+        made.notes.update(told)
+        result.append((made, found.evidence))
     return result
 
 
-def _problem(width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions) -> BudgetProblem:
-    return BudgetProblem(width_graph, units, options, _held_by_module(width_graph, options))
+@dataclass(frozen=True)
+class _Chosen:
+    """Widths with the errors that they were chosen by, and the evidence for these; None where there was no choice."""
+
+    widths: Mapping[ChannelGroup, int]
+    errors: Mapping[ChannelGroup, Errors]
+    evidence: Evidence | None
+
+
+def _widths_of(chosen: _Chosen) -> Mapping[ChannelGroup, int]:
+    return chosen.widths
+
+
+def _chosen_at(
+    width_graph: WidthGraph,
+    units: Sequence[Class],
+    options: PlanOptions,
+    problem: BudgetProblem,
+    looked: Callable[[], tuple[Evidence, dict[ChannelGroup, Errors], Rehearsals | None]],
+    of_latency: float,
+) -> _Chosen:
+    """Return the widths for a share of the bound on latency; those of the whole bound solve the given problem."""
+    if of_latency != 1:
+        problem = _problem(width_graph, units, options, of_latency)
+    ready = problem.at_hand()
+    if ready is not None:
+        return _Chosen(_settled(width_graph, ready[0], options), ready[1], None)
+    evidence, errors, rehearsals = looked()
+    widths = problem.chosen(errors, rehearsals)
+    return _Chosen(_settled(width_graph, widths, options), errors, evidence)
+
+
+def _problem(
+    width_graph: WidthGraph, units: Sequence[Class], options: PlanOptions, of_latency: float = 1.0
+) -> BudgetProblem:
+    return BudgetProblem(width_graph, units, options, _held_by_module(width_graph, options), of_latency)
 
 
 def _settled(

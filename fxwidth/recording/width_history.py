@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from fxwidth.recording.graph_meta import HISTORY, notes_of
 
@@ -17,17 +18,17 @@ def resizes_of(module: fx.GraphModule) -> tuple[dict[str, Any], ...]:
 
 
 # A module keeps nothing of ours: it is of the user's class, saved and compared as such.
-_of_modules: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], ...]] = WeakKeyDictionary()
+_of_modules: WeakKeyDictionary[nn.Module | ExportedProgram, tuple[dict[str, Any], ...]] = WeakKeyDictionary()
 
 
-def note_written_back(model: nn.Module, module: fx.GraphModule) -> None:
-    """Note that a module has the widths of a graph now."""
+def note_written_back(model: nn.Module | ExportedProgram, module: fx.GraphModule) -> None:
+    """Note that a module or a program has the widths of a graph now."""
     _of_modules[model] = resizes_of(module)
 
 
 def resizes_written_back(model: object) -> tuple[dict[str, Any], ...] | None:
-    """Return the resizes of the graph that a module was written back from; None where it was not."""
-    return _of_modules.get(model) if isinstance(model, nn.Module) else None
+    """Return the resizes of the graph that a module or a program was written back from; None where it was not."""
+    return _of_modules.get(model) if isinstance(model, (nn.Module, ExportedProgram)) else None
 
 
 def courses(resizes: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:

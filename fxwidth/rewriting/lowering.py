@@ -156,7 +156,9 @@ class Lowering:
         contiguous = partial(self._call, torch.ops.aten.contiguous.default)
         func, arguments = for_any_layout(func, arguments, contiguous)
         args, kwargs = unbind(func, arguments)
-        node = self._graph.call_function(PLAIN_FUNCTIONS.get(func, func), args, kwargs)
+        # An overload makes fixed numbers of sizes where `torch.jit` traces them; the function does not.
+        function = torch.reshape if func is torch.ops.aten.reshape.default else PLAIN_FUNCTIONS.get(func, func)
+        node = self._graph.call_function(function, args, kwargs)
         self._remember(call.result, node)
         if isinstance(call.result, Tensor):
             self._known[id(call.result)] = node
@@ -185,7 +187,7 @@ class Lowering:
         for node in self._graph.nodes:
             value = self._analysis.node_values.get(node.name)
             if any(value is tensor for tensor in inputs):
-                return self._graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
+                return self._graph.call_method("size", (node, 0))
         raise FxwidthError("the graph has no tensor input to take the batch size from.")
 
     def _has_batch(self, tensor: Tensor) -> bool:

@@ -77,6 +77,13 @@ def _extremum(c: RuleContext) -> Sequence[Sequence[Axis]]:
 rule(aten.aminmax, family=_MAXIMUM)(_reduction("maximum"))
 
 
+@rule(aten.histc, family=Reduction("histogram"))
+def _histogram(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    for dim in range(len(c.axes("self"))):
+        c.mix("self", dim, "histogram")
+    return [[c.fixed(c["bins"])]]
+
+
 @rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def _softmax(c: RuleContext) -> Sequence[Sequence[Axis]]:
     signal = c.axes("self")

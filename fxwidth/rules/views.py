@@ -93,6 +93,17 @@ def _reshape(call: OpCall, maps: IndexMaps) -> ResizedCall:
     return torch.ops.aten.reshape.default, {"self": call.arguments["self"], "shape": sizes}
 
 
+@rule(aten.resize, family=Movement(Move.COPY))
+def _resize(c: RuleContext) -> Sequence[Sequence[Axis]]:
+    """Leave a tensor as it is: observers resize what they have observed to what they observe, once it is as large."""
+    if list(c.outputs[0].shape) != c.shape("self"):
+        raise RuleDeclinedError("a tensor of another size in the same memory")
+    return [c.axes("self")]
+
+
+literal_rule(aten.resize)(_sizes_of_result)
+
+
 @rule(aten.expand, family=Movement(Move.EXPANSION))
 def _expand(c: RuleContext) -> Sequence[Sequence[Axis]]:
     # A dim that is copied has no structure: it takes that of whatever it meets next.

@@ -14,6 +14,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
+from fxwidth.frontends.exported_programs import call_of_program, graph_of_program
 from fxwidth.frontends.untraceable import refuse_packed, refuse_scripts, refuse_sharded, refuse_unmade
 from fxwidth.recording.graph_meta import CALL, note_original, notes_of
 from fxwidth.rewriting.originals import remember_original
@@ -25,7 +26,7 @@ from fxwidth.work_progress import Progress, listening
 
 
 def trace(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -45,8 +46,12 @@ def trace(
     then on. It is not kept alive by the graph. The graph may list its parameters in the order of their use: the state
     dict of an optimizer, which goes by order, belongs to an optimizer that is made for the same module.
 
+    The graph of an ExportedProgram has tensors of its own, so that the program stays as it is, and is of the one mode
+    that was exported; `fxwidth.write_back(gm, program)` makes a program of it again.
+
     Args:
-        model: a module, in the mode (train or eval) that the graph is to start in, or a GraphModule traced by anyone.
+        model: a module, in the mode (train or eval) that the graph is to start in, a GraphModule traced by anyone, or
+            an ExportedProgram, whose own example inputs are taken where none are given.
         example_inputs: a tensor; a tuple of positional arguments; or a dict of arguments by name. Arguments may be
             lists, dicts and other objects with tensors in them. Of tensors only shapes and dtypes matter. The first
             dim, the batch, may differ later, and image sizes and lengths where the model's code lets them. Needless
@@ -68,18 +73,21 @@ def trace(
 
 
 def traced_model(
-    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> fx.GraphModule:
     """Do what `trace` does, as a part of other work.
 
     Raises:
         FxwidthError: as for `trace`.
     """
+    call = call_of(example_inputs, example_kwargs)
+    if isinstance(model, ExportedProgram):
+        call = call_of_program(model) if call is None else call
+        model = graph_of_program(model)
     if not isinstance(model, nn.Module):
         raise FxwidthError(
             f"trace takes an nn.Module or a GraphModule, but received {_kind(model)}.{_instead_of(model)}"
         )
-    call = call_of(example_inputs, example_kwargs)
     # The exporter's settings are context variables: they end with the context.
     return copy_context().run(Transaction(model).run, partial(_trace, model, call))
 
@@ -112,9 +120,6 @@ def _kind(given: Any) -> str:
 
 def _instead_of(given: Any) -> str:
     """Return what to pass in the place of something that is often taken for a model."""
-    if isinstance(given, ExportedProgram):
-        own = "the model that it was exported from, or exported.module()"
-        return f" Pass {own}; a file of fxwidth.save is read by fxwidth.load."
     if isinstance(given, type) and issubclass(given, nn.Module):
         return f" Make one: {given.__name__}(...)."
     if isinstance(given, (str, Path)):

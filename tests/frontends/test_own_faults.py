@@ -82,16 +82,8 @@ def test_a_wrong_kind_of_inputs_is_named(kind: str, function: Any) -> None:
         function(plain(), given)
 
 
-def exported() -> Any:
-    return torch.export.export(plain().eval(), (X,))
-
-
 MODELS: dict[str, tuple[Any, str]] = {
     "class": (lambda: nn.Identity, r"received the class Identity\. Make one: Identity\(\.\.\.\)"),
-    "program": (
-        exported,
-        r"received ExportedProgram\. Pass the model that it was exported from, or exported\.module\(\)",
-    ),
     "path": (lambda: "model.pt2", r"received str\. A file is read by fxwidth\.load\(path\)"),
     "state": (lambda: plain().state_dict(), r"received OrderedDict\. A state dict belongs into a model"),
     "array": (lambda: np.zeros(3), r"received ndarray\.$"),

@@ -176,6 +176,7 @@ for _name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort"):
     row(_name, 2, 1, lambda s: [t(s.a, s.b, s.c), 1])
 row("aminmax", 3, 0, lambda s: [t(s.a, s.b, s.c)], dim=1)
 row("aminmax", 2, 0, lambda s: [t(s.a, s.b)])
+row("histc", 2, 0, lambda s: [t(s.a, s.b), 7, -2.0, 2.0])
 row("topk", 2, 1, lambda s: [t(s.a, s.b, s.c), 2, 1])
 
 # -- positions: their dims stay fixed --
@@ -394,6 +395,8 @@ row("stack", 2, 0, lambda s: [[t(s.a, s.b), t(s.a, s.b)], -1])
 row("constant_pad_nd", 4, 0, lambda s: [t(s.a, s.b), [2, 3]])
 row("constant_pad_nd", 5, 0, lambda s: [t(s.a, s.h), [-2, -3, 2, 0]])
 row("slice_scatter", 4, 0, lambda s: [t(s.a, s.h), t(s.a, s.h - 4), 1, 2, -2])
+# To a larger size it adds entries of no value.
+row("resize", 2, 0, lambda s: [t(s.a, s.b), [s.a, s.b]], by_value=False)
 row("as_strided", 2, 0, lambda s: [t(s.a, s.b), [s.a, s.b], [s.b, 1]])
 row("as_strided", 2, 0, lambda s: [t(s.a, 1, s.b), [s.a, 1, s.b], [s.b, 99, 1], 0])
 row("as_strided", 0, 2, lambda s: [t(s.b, s.b), [s.b, s.b], [1, s.b]])

@@ -62,3 +62,28 @@ def test_what_is_observed_of_rows_goes_with_them(observes: bool) -> None:
         assert gm.get_submodule("rows").scale.shape == (4,)
         # The extremes that are observed go on to move a little.
         assert (gm(x) - before).abs().max() < (0.02 if observes else 1e-5)
+
+
+def test_observers_of_a_prepared_graph_survive_a_resize() -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(32, 5)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program.module(), quantizer)
+    prepared(x)
+    observed = {name: buffer.clone() for name, buffer in prepared.named_buffers()}
+    gm = fxwidth.resize(fxwidth.trace(prepared, x), {"0": 7})
+    for name, buffer in gm.named_buffers():
+        if buffer.shape == observed[name].shape:
+            assert torch.equal(buffer, observed[name]), f"{name} has seen what is not the user's"
+    sizes = {tuple(one.min_val.shape) for one in gm.modules() if hasattr(one, "min_val")}
+    assert sizes == {(), (7,), (3,)}
+    before = gm(x)
+    torch.testing.assert_close(convert_pt2e(gm)(x), before, rtol=0.1, atol=0.03)
