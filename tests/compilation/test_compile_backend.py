@@ -24,6 +24,10 @@ def _nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
+# Neither draws inputs nor looks at data: for what does not depend on how channels are chosen.
+QUICK: dict[str, Any] = {"selection": "magnitude", "fold": False}
+
+
 def shrinking(model: nn.Module, **options: Any) -> tuple[Callable[..., Any], Any]:
     backend = fxwidth.compile_backend(inner="eager", **{"params": 0.5, **options})
     return torch.compile(model, backend=backend), backend
@@ -43,7 +47,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 @pytest.mark.parametrize("with_data", [False, True])
 def test_it_is_what_evolve_makes_at_all_batch_sizes(name: str, with_data: bool) -> None:
     model, x = CASES[name]()
-    options = {"data": [torch.randn(64, *x.shape[1:], dtype=x.dtype)]} if with_data else {}
+    options = {"data": [torch.randn(2000, *x.shape[1:], dtype=x.dtype)]} if with_data else {}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     evolved = fxwidth.evolve(copy.deepcopy(model), x, params=0.5, **options)
     compiled, backend = shrinking(model, **options)
@@ -58,7 +62,7 @@ def test_it_is_what_evolve_makes_at_all_batch_sizes(name: str, with_data: bool) 
 
 
 def test_a_repr_tells_what_has_been_shrunk() -> None:
-    compiled, backend = shrinking(evaluated())
+    compiled, backend = shrinking(evaluated(), **QUICK)
     assert repr(backend) == "<compile_backend by 'eager': nothing captured yet>"
     compiled(images())
     assert repr(backend).startswith("<compile_backend by 'eager': 1,205 -> ")
@@ -66,8 +70,9 @@ def test_a_repr_tells_what_has_been_shrunk() -> None:
 
 def test_all_sizes_may_be_symbols() -> None:
     model, x = evaluated(), images()
-    evolved = fxwidth.evolve(copy.deepcopy(model), x, params=0.5)
-    compiled = torch.compile(model, backend=fxwidth.compile_backend(inner="eager", params=0.5), dynamic=True)
+    evolved = fxwidth.evolve(copy.deepcopy(model), x, params=0.5, **QUICK)
+    backend = fxwidth.compile_backend(inner="eager", params=0.5, **QUICK)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
     for batch, size in ((4, 8), (3, 9)):
         x = torch.randn(batch, 3, size, size, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), evolved(x), rtol=1e-9, atol=1e-9)
@@ -75,10 +80,10 @@ def test_all_sizes_may_be_symbols() -> None:
 
 def test_a_graph_that_breaks_is_shrunk_in_parts_to_the_same_share() -> None:
     model = trained_like(Broken())
-    compiled, backend = shrinking(model)
+    compiled, backend = shrinking(model, **QUICK)
     x = torch.randn(5, 6, dtype=torch.float64)
-    hidden = fxwidth.evolve(copy.deepcopy(model.first), x, params=0.5)(x)
-    wanted = fxwidth.evolve(copy.deepcopy(model.second), hidden, params=0.5)(hidden)
+    hidden = fxwidth.evolve(copy.deepcopy(model.first), x, params=0.5, **QUICK)(x)
+    wanted = fxwidth.evolve(copy.deepcopy(model.second), hidden, params=0.5, **QUICK)(hidden)
     torch.testing.assert_close(compiled(x), wanted, rtol=1e-9, atol=1e-9)
     assert len(backend._parts) == 2
 
@@ -109,7 +114,7 @@ def test_parts_without_free_groups_pass_through_with_a_warning() -> None:
 
 def test_gradients_are_refused() -> None:
     model, x = evaluated(), images()
-    compiled, _ = shrinking(model)
+    compiled, _ = shrinking(model, **QUICK)
     wanted = compiled(x)
     with torch.enable_grad(), pytest.raises(FxwidthError, match=r"for inference, but gradients are on and parameters"):
         compiled(x)
@@ -124,7 +129,7 @@ def test_gradients_are_refused() -> None:
 
 def test_writes_are_refused() -> None:
     model, x = evaluated().train(), images()
-    compiled, _ = shrinking(model)
+    compiled, _ = shrinking(model, **QUICK)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(FxwidthError, match=r"writes to its buffer .*as batch norms do in training.*model.eval\(\)"):
         compiled(x)
@@ -165,13 +170,13 @@ def _write_statistics(model: nn.Sequential) -> None:
     model[1].running_var.mul_(2)
 
 
-CHANGES = [_write, _write_by_data, _load, _assign, _give_data, _write_statistics]
+_SLOW = [pytest.param(change, marks=pytest.mark.slow) for change in (_write, _load, _give_data)]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [_write_by_data, _assign, _write_statistics, *_SLOW])
 def test_weights_that_have_changed_are_refused_until_all_is_compiled_anew(change: Callable[..., None]) -> None:
     model, x = evaluated(), images()
-    compiled, backend = shrinking(model)
+    compiled, backend = shrinking(model, **QUICK)
     before = compiled(x)
     change(model)
     with pytest.raises(FxwidthError, match=r"since|is another tensor than when .*torch.compiler.reset\(\)"):
@@ -179,7 +184,8 @@ def test_weights_that_have_changed_are_refused_until_all_is_compiled_anew(change
     torch.compiler.reset()
     after = compiled(x)
     assert not torch.allclose(after, before)
-    torch.testing.assert_close(after, fxwidth.evolve(copy.deepcopy(model), x, params=0.5)(x), rtol=1e-9, atol=1e-9)
+    wanted = fxwidth.evolve(copy.deepcopy(model), x, params=0.5, **QUICK)(x)
+    torch.testing.assert_close(after, wanted, rtol=1e-9, atol=1e-9)
     assert len(backend._parts) == 1
 
 
@@ -197,7 +203,7 @@ def test_weights_are_taken_by_identity_and_shared_ones_stay_shared() -> None:
 
     model, x = trained_like(Shared()), torch.randn(5, 6, dtype=torch.float64)
     # Noise in the place of data is drawn in the order in which parameters are registered.
-    data = [torch.randn(50, 6, dtype=torch.float64)]
+    data = [torch.randn(4000, 6, dtype=torch.float64)]
     compiled, backend = shrinking(model, params=0.8, data=data)
     evolved = fxwidth.evolve(copy.deepcopy(model), x, params=0.8, data=data)
     torch.testing.assert_close(compiled(x), evolved(x), rtol=1e-9, atol=1e-9)
@@ -206,7 +212,7 @@ def test_weights_are_taken_by_identity_and_shared_ones_stay_shared() -> None:
 
 def test_data_of_several_inputs_go_by_name() -> None:
     model = trained_like(TwoInputs())
-    x, y = (torch.randn(40, 5, dtype=torch.float64) for _ in range(2))
+    x, y = (torch.randn(4000, 5, dtype=torch.float64) for _ in range(2))
     y = 3 * y
     compiled, _ = shrinking(model, data=[{"x": x, "y": y}])
     evolved = fxwidth.evolve(copy.deepcopy(model), (x, y), params=0.5, data=[{"x": x, "y": y}])
@@ -227,7 +233,7 @@ def test_functions_among_ops_are_refused() -> None:
             return self.b(torch.cond(x.sum() > 0, lambda x: x.relu(), lambda x: x.tanh(), (x,)))
 
     with pytest.raises(FxwidthError, match=r"'cond', which takes functions, such as the branches of torch.cond"):
-        shrinking(Choosing())[0](torch.ones(2, 4))
+        shrinking(Choosing(), **QUICK)[0](torch.ones(2, 4))
 
 
 def test_a_number_that_is_no_size_is_refused() -> None:
@@ -239,7 +245,7 @@ def test_a_number_that_is_no_size_is_refused() -> None:
         def forward(self, x: Tensor, times: int) -> Tensor:
             return self.b(self.a(x)) * times
 
-    compiled, x = shrinking(Scaled())[0], torch.ones(2, 4)
+    compiled, x = shrinking(Scaled(), **QUICK)[0], torch.ones(2, 4)
     compiled(x, 3)
     with pytest.raises(FxwidthError, match=r"a number that is no size of its inputs.*dynamic=False"):
         compiled(x, 4)
