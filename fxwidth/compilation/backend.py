@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ from fxwidth.tracing.live_batch import read_batch_of_input
 
 _FLAG = "_is_compiling_flag"
 _NOT_OF_A_GRAPH = {
+    "optimizer": "trains the parameters of a model, and not those of a shrunken copy",
     "for_module": "holds widths in attributes of a class",
     "also": "resizes other graphs too",
 }
 
 
-@tells_options(PlanOptions, ResizeOptions)
+@tells_options(PlanOptions, ResizeOptions, but=tuple(_NOT_OF_A_GRAPH))
 def compile_backend(
     *, inner: Backend = "inductor", **options: Unpack[EvolveKeywords]
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
@@ -65,8 +67,9 @@ def compile_backend(
         >>> backend
         <compile_backend by 'eager': 212 -> 95 parameters>
     """
+    told: Mapping[str, Any] = options
     for name, why in _NOT_OF_A_GRAPH.items():
-        if options.get(name):
+        if told.get(name):
             raise FxwidthError(f"{name}= {why}, which a backend of torch.compile does not see; call fxwidth.evolve.")
     given = options.copy()
     given["data"] = replayed(options.get("data"))
@@ -128,7 +131,7 @@ class _ShrinkingBackend:
         self._parts = [part for part in self._parts if part.weights.are_unchanged()]
         known = [part for part in self._parts if part.weights.are_those(weights)]
         for part in known:
-            same = with_same_weights(bound.module, part.floats, part.shrunk, self._planning.exact)
+            same = with_same_weights(copy.deepcopy(bound.module), part.floats, part.shrunk, self._planning.exact)
             if same is not None:
                 return same
         self._refuse_for_whole_model()

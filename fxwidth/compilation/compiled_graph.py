@@ -99,7 +99,6 @@ class CompiledGraph:
         self._backend = CountedBackend(backend, options.get("dynamic"), "backend")
         self._cache_size = cache_size
         self._known: OrderedDict[Hashable, _Versions] = OrderedDict()
-        self._networks = set[int]()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph as it is at present.
@@ -108,9 +107,8 @@ class CompiledGraph:
             FxwidthError: a hook of the graph itself, or a forward put over its own, would not run; or the graph calls
                 what `torch.compile` cannot look into.
         """
-        network = self._present.key()
-        self._networks.add(hash(network))
-        versions, before = self._versions((network, modes_of(self.gm))), self._backend.graphs
+        key = self._present.number(), modes_of(self.gm)
+        versions, before = self._versions(key), self._backend.graphs
         try:
             return versions.function(*args, **kwargs)
         except torch._dynamo.exc.Unsupported as error:
@@ -127,7 +125,7 @@ class CompiledGraph:
     @property
     def networks(self) -> int:
         """How many networks the graph has been."""
-        return len(self._networks)
+        return self._present.known
 
     @property
     def graphs(self) -> int:

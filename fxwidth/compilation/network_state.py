@@ -1,4 +1,4 @@
-"""What a graph is at present, as a key under which its compiled code is found again."""
+"""What a graph is at present, by which its compiled code is found again."""
 
 from __future__ import annotations
 
@@ -30,10 +30,16 @@ class PresentNetwork:
         self._module = module
         self._tables: list[dict[str, Any]] = []
         self._glance: Any = None
-        self._key: Hashable = None
+        self._number = 0
+        self._known: dict[Hashable, int] = {}
 
-    def key(self) -> Hashable:
-        """Return the key of the network; it is made anew where a module, a tensor, a hook or the code is another.
+    @property
+    def known(self) -> int:
+        """How many networks there have been."""
+        return len(self._known)
+
+    def number(self) -> int:
+        """Return the number of the network; it is looked up where a module, a tensor, a hook or the code is another.
 
         Raises:
             FxwidthError: a hook of the graph itself, or a forward put over its own, would not run.
@@ -44,8 +50,9 @@ class PresentNetwork:
             parts = list(self._module.modules())
             self._tables = [getattr(part, table) for part in parts for table in (*_TABLES, *_HOOKS)]
             self._glance = code, self._identities()
-            self._key = self._module.code, _names_in(self._module), *map(_part, parts)
-        return self._key
+            key = self._module.code, _names_in(self._module), *map(_part, parts)
+            self._number = self._known.setdefault(key, len(self._known))
+        return self._number
 
     def _identities(self) -> list[int]:
         # Most tables are empty, and each call pays for this.

@@ -83,10 +83,10 @@ class WatchedWeights:
             FxwidthError: one is another tensor, or has been written to.
         """
         for position, known in self._watched.items():
-            tensor: Any = inputs[position]
-            if known.tensor() is not tensor:
+            own = known.tensor()
+            if own is None or own is not inputs[position]:
                 raise _changed(known.name, "is another tensor than when")
-            if (tensor._version, tensor.data_ptr()) != (known.version, known.place):
+            if (own._version, own.data_ptr()) != (known.version, known.place):
                 raise _changed(known.name, "has been written to since")
         found = self._entries_of(inputs)
         if not all(map(torch.equal, found, self._entries)):

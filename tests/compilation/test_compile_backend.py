@@ -101,6 +101,23 @@ def test_what_is_for_a_whole_model_is_refused_for_a_second_part(options: Any, to
         compiled(torch.randn(5, 6, dtype=torch.float64))
 
 
+def test_other_ops_at_another_size_are_shrunk_by_themselves_with_a_warning() -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if len(x) < 4 else x.tanh())
+
+    model = trained_like(Branching(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)))
+    compiled, _ = shrinking(model, **QUICK)
+    plain = nn.Sequential(*copy.deepcopy(list(model)))
+    evolved = fxwidth.evolve(plain, torch.randn(3, 6, dtype=torch.float64), params=0.5, **QUICK)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), evolved(x), rtol=1e-9, atol=1e-9)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with pytest.warns(FxwidthWarning, match="captured a part of the model anew, by other ops"):
+        found = compiled(x)
+    torch.testing.assert_close(found, evolved(x.tanh()), rtol=1e-9, atol=1e-9)
+
+
 def test_parts_without_free_groups_pass_through_with_a_warning() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     x = torch.randn(5, 4)
@@ -251,6 +268,23 @@ def test_a_number_that_is_no_size_is_refused() -> None:
         compiled(x, 4)
 
 
+def test_a_number_that_becomes_a_constant_is_watched() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, times: float) -> Tensor:
+            return self.b(self.a(x)) * times
+
+    model, x = Scaled(), torch.ones(2, 4)
+    compiled = torch.compile(model, backend=fxwidth.compile_backend(inner="eager", params=0.8, **QUICK), dynamic=True)
+    once = compiled(x, 2.0)
+    assert torch.equal(compiled(x, 2.0), once)
+    with pytest.raises(FxwidthError, match=r"a number that the model computes with was 2.0 .*is 3.0 now"):
+        compiled(x, 3.0)
+
+
 def test_weights_of_inference_mode_and_a_target_out_of_reach_are_refused() -> None:
     x = torch.ones(2, 4)
     with torch.inference_mode():
@@ -268,6 +302,7 @@ def test_weights_of_inference_mode_and_a_target_out_of_reach_are_refused() -> No
         ({"inner": "inductr"}, "inner='inductr' is no backend"),
         ({"for_module": nn.Linear(2, 2)}, "for_module= holds widths"),
         ({"also": [fxwidth.trace(nn.Linear(2, 2), torch.ones(2, 2))]}, "also= resizes other graphs"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "optimizer= trains the parameters"),
         ({"parms": 0.5}, "parms= is no option of fxwidth.plan; did you mean params="),
         ({"params": -1}, "params"),
         ({"data": 3}, "data is a int"),
