@@ -155,7 +155,7 @@ def main() -> None:
     evolution = in_child(__file__, "--measure", "evolution")
     models = [in_child(__file__, "--measure", name, "--inner", options.inner) for name in MODELS]
     facts = machine("torch", "torchvision", "transformers")
-    record = {"machine": facts, "evolution": evolution, "models": models}
+    record = {"machine": facts, "inner": options.inner, "evolution": evolution, "models": models}
     write("compiled-evolution", render(evolution, models, facts, options.inner), record, options.results)
 
 

@@ -131,7 +131,8 @@ class _ShrinkingBackend:
         self._parts = [part for part in self._parts if part.weights.are_unchanged()]
         known = [part for part in self._parts if part.weights.are_those(weights)]
         for part in known:
-            same = with_same_weights(copy.deepcopy(bound.module), part.floats, part.shrunk, self._planning.exact)
+            module, names = copy.deepcopy(bound.module), set(bound.paths.values())
+            same = with_same_weights(module, names, part.floats, part.shrunk, self._planning.exact)
             if same is not None:
                 return same
         self._refuse_for_whole_model()

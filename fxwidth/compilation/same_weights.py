@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,12 +21,13 @@ def floats_of(module: fx.GraphModule) -> list[float]:
 
 
 def with_same_weights(
-    module: fx.GraphModule, floats: list[float], shrunk: fx.GraphModule, exact: bool
+    module: fx.GraphModule, names: Collection[str], floats: list[float], shrunk: fx.GraphModule, exact: bool
 ) -> fx.GraphModule | None:
     """Return a graph resized as another of the same parameters is, or None where it is not that graph at other sizes.
 
     Args:
-        module: the graph, with parameters of the same names; it is resized in place.
+        module: the graph; it is resized in place.
+        names: those of its parameters and buffers, which are the same in the other graph.
         floats: the real numbers in the other graph before it was resized.
         shrunk: the other graph, resized.
         exact: as for `fxwidth.resize`.
@@ -36,7 +37,7 @@ def with_same_weights(
     with suppress(FxwidthError):
         for record in resizes_of(shrunk):
             resize(module, _plan(record), selection="magnitude", fold=False, rotate=False, exact=exact, progress=False)
-        return module if _take_over(module, shrunk) else None
+        return module if _take_over(module, names, shrunk) else None
     return None
 
 
@@ -45,8 +46,11 @@ def _plan(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: new if new >= old else record["kept"].get(name, new) for name, (old, new) in record["widths"].items()}
 
 
-def _take_over(module: fx.GraphModule, shrunk: fx.GraphModule) -> bool:
-    """Give a graph the tensors and the real numbers of another; tell whether the two have the same ops and shapes."""
+def _take_over(module: fx.GraphModule, names: Collection[str], shrunk: fx.GraphModule) -> bool:
+    """Give a graph the weights and the real numbers of another; tell whether the two have the same ops and shapes.
+
+    Constants, which may go by sizes of inputs, are its own.
+    """
     own, other = named_tensors(module), named_tensors(shrunk)
     numbers = floats_of(shrunk)
     alike = (
@@ -58,7 +62,7 @@ def _take_over(module: fx.GraphModule, shrunk: fx.GraphModule) -> bool:
     if not alike:
         return False
     for name, (_, places) in tensor_slots(module).items():
-        for holder, attribute in places:
+        for holder, attribute in places if name in names else ():
             set_slot(holder, attribute, other[name])
     left = iter(numbers)
     for node in module.graph.nodes:
