@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "ChannelGroup",
+    "CompiledGraph",
     "Evolver",
     "Frontier",
     "FxwidthError",
@@ -32,6 +33,8 @@ __all__ = [
     "TaskMoments",
     "WidthGraph",
     "analyze",
+    "compile",
+    "compile_backend",
     "cost",
     "cost_polynomial",
     "evolve",

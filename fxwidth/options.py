@@ -6,7 +6,7 @@ What each of them does is told by `fxwidth.plan` and `fxwidth.resize`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from inspect import Parameter, signature
 from typing import Any, TypeVar
@@ -274,8 +274,13 @@ def has_target(given: Mapping[str, Any]) -> bool:
     return any(given.get(name) is not None for name in ("budget", *SHORTHANDS))
 
 
-def tells_options(*kinds: type) -> Callable[[_Function], _Function]:
-    """Have the signature of a function name, in the place of its `**options`, the options of some kinds one by one."""
+def tells_options(*kinds: type, but: Collection[str] = ()) -> Callable[[_Function], _Function]:
+    """Have the signature of a function name, in the place of its `**options`, the options of some kinds one by one.
+
+    Args:
+        kinds: their classes.
+        but: the names of those that the function does not take.
+    """
 
     def telling(function: _Function) -> _Function:
         told = signature(function)
@@ -284,7 +289,7 @@ def tells_options(*kinds: type) -> Callable[[_Function], _Function]:
         more = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
             for name, field in found.items()
-            if name not in told.parameters
+            if name not in told.parameters and name not in but
         ]
         function.__signature__ = told.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
         return function

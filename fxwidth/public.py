@@ -7,6 +7,8 @@ from fxwidth.axes.polynomials import Polynomial
 from fxwidth.budget_frontier import Frontier, frontier
 from fxwidth.checkpoint.loading import load
 from fxwidth.checkpoint.saving import save
+from fxwidth.compilation.backend import compile_backend
+from fxwidth.compilation.compiled_graph import CompiledGraph, compile  # noqa: A004 - as torch.compile
 from fxwidth.costs.budget import Budget
 from fxwidth.costs.layers import LayerCosts, cost
 from fxwidth.costs.registry import cost_polynomial
@@ -35,6 +37,7 @@ from fxwidth.work_progress import ProgressUpdate
 __all__ = [
     "Budget",
     "ChannelGroup",
+    "CompiledGraph",
     "Evolver",
     "Frontier",
     "FxwidthError",
@@ -52,6 +55,8 @@ __all__ = [
     "TaskMoments",
     "WidthGraph",
     "analyze",
+    "compile",
+    "compile_backend",
     "cost",
     "cost_polynomial",
     "evolve",

@@ -38,12 +38,15 @@ EVOLVER: dict[str, Any] = {
     "every": 200, "start": 0, "rounds": None, "overshoot": 1.0, "breath": 1.25, "breaths": None, "stop": None,
     "patience": None, "cooldown": 2, "policy": None, "process_group": None, "shard": None,
 }  # fmt: skip
+NOT_OF_A_GRAPH = ("optimizer", "for_module", "also")
 TAKES: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.plan: PLAN | {"progress": True},
     fxwidth.frontier: PLAN | {"progress": True, "evaluate": None},
     fxwidth.resize: RESIZE | {"process_group": None, "shard": None, "progress": True},
     fxwidth.evolve: PLAN | RESIZE | {"process_group": None, "shard": None, "output": "graph", "progress": True},
     fxwidth.Evolver: PLAN | RESIZE | EVOLVER,
+    fxwidth.compile_backend: {n: v for n, v in (PLAN | RESIZE).items() if n not in NOT_OF_A_GRAPH}
+    | {"inner": "inductor"},
     PlanWidths: PLAN,
     ResizeWidths: RESIZE,
     ShrinkWidths: RESIZE,
@@ -55,6 +58,7 @@ POSITIONAL: dict[Callable[..., Any], dict[str, Any]] = {
     fxwidth.resize: {"gm": Parameter.empty, "plan": Parameter.empty},
     fxwidth.evolve: {"model": Parameter.empty, "example_inputs": None, "example_kwargs": None},
     fxwidth.Evolver: {"gm": Parameter.empty, "optimizer": None},
+    fxwidth.compile_backend: {},
     PlanWidths: {},
     ResizeWidths: {"plan": None},
     ShrinkWidths: {"plan": None},

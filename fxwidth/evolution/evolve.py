@@ -26,7 +26,7 @@ from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.process_groups import ranks_at_work
-from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.analyze import analyze_module, refuse_without_parameters
 from fxwidth.tracing.trace import traced_model
 from fxwidth.work_progress import Progress, listening, tell
 
@@ -86,9 +86,10 @@ def evolve(
 
     Args:
         model: any module or GraphModule. The returned graph is the model to use from now on; a GraphModule is resized
-            itself, another module if its own code does at the new widths what the graph does, and else stays as it was:
-            see `fxwidth.resize`. Of a DistributedDataParallel it is the graph in it. An ExportedProgram stays as it
-            was, and a new one is returned that takes the same inputs and is of the same kind, training or inference IR.
+            itself, unless its parameters are among its inputs (see `fxwidth.trace`), another module if its own code
+            does at the new widths what the graph does, and else stays as it was: see `fxwidth.resize`. Of a
+            DistributedDataParallel it is the graph in it. An ExportedProgram stays as it was, and a new one is returned
+            that takes the same inputs and is of the same kind, training or inference IR.
         example_inputs: as for `fxwidth.trace`; needless when the graph carries shapes.
         example_kwargs: arguments by name, beside positional ones in `example_inputs`.
         optimizer: the optimizer that trains the model; a list where several do, each for its parameters.
@@ -141,6 +142,9 @@ def evolve(
     def work(transaction: Transaction) -> nn.Module | ExportedProgram:
         nonlocal traced
         traced = module = traced_model(model, example_inputs, example_kwargs)
+        refuse_without_parameters(module)
+        if module is not model and isinstance(model, fx.GraphModule):
+            check_optimizer(optimizer, module)
         planned_and_resized(WidthGraph(analyze_module(module)), planning, resizing, transaction)
         if isinstance(model, ExportedProgram):
             tell("exporting", is_long=True)

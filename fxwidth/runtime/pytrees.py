@@ -212,16 +212,12 @@ def _holds(value: Any, kinds: tuple[type, ...], seen: set[int]) -> bool:
     return any(_holds(part, kinds, seen) for part in _parts(value))
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> list[Any]:
+    # A list: torch.compile cannot leave a generator that goes through another halfway.
     if _is_container(value):
-        yield from pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
-        return
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
-    for _, part in named_attributes(value):
-        yield part
+        return pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*items, *(part for _, part in named_attributes(value))]
 
 
 def named_attributes(value: Any) -> Iterator[tuple[str, Any]]:

@@ -71,7 +71,27 @@ def analyze(
         a group is named after the first layer that writes it, or else reads it...
     """
     free = None if free_outputs is None else checked(free_outputs)
-    return listening(progress, lambda: WidthGraph(analyze_module(gm, example_inputs, example_kwargs, free)))
+    analysis = listening(progress, lambda: analyze_module(gm, example_inputs, example_kwargs, free))
+    refuse_without_parameters(gm)
+    return WidthGraph(analysis)
+
+
+def refuse_without_parameters(module: fx.GraphModule) -> None:
+    """Check that there is a parameter in a graph, or a tensor that may be meant for one.
+
+    Raises:
+        FxwidthError: there is none, and so nothing that can have another width.
+    """
+    if tensor_slots(module):
+        return
+    inputs = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    told = f"{', '.join(inputs[:3])}{', ...' if len(inputs) > 3 else ''}" if inputs else "none"
+    raise FxwidthError(
+        f"nothing in the graph is a parameter: it holds none, and none of its inputs ({told}) was an nn.Parameter when "
+        "it was traced. Graphs of torch.compile, aot_autograd and make_fx take the parameters as inputs: call "
+        "fxwidth.trace(gm, example_inputs) with the nn.Parameters themselves among the inputs, or "
+        "torch.compile(model, backend=fxwidth.compile_backend(params=0.5))."
+    )
 
 
 def analyze_module(

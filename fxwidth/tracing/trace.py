@@ -15,6 +15,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Call, arguments_of, call_of
 from fxwidth.frontends.exported_programs import call_of_program, graph_of_program
+from fxwidth.frontends.lifted_parameters import with_parameters
 from fxwidth.frontends.untraceable import refuse_packed, refuse_scripts, refuse_sharded, refuse_unmade
 from fxwidth.recording.graph_meta import CALL, note_original, notes_of
 from fxwidth.rewriting.originals import remember_original
@@ -22,6 +23,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.front_end_attempts import traced
+from fxwidth.tracing.live_batch import read_batch_of_input
 from fxwidth.work_progress import Progress, listening
 
 
@@ -34,12 +36,17 @@ def trace(
 ) -> fx.GraphModule:
     """Return a model as an fx graph that records the shapes of its inputs.
 
-    A GraphModule is taken as it is. Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export`
-    (non-strict, any size that the model's code allows) where that fails. The graph takes the arguments of the model, by
-    position or by name, and returns what the model returns. Arguments that are left out are fixed at their defaults. It
-    does in `train()` and `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose
-    two modes no graph can hold are called as they are; where that cannot be, the graph is that of the mode the model is
-    in, in which only dropout and batch norm follow, and an `FxwidthWarning` names the place.
+    A GraphModule is taken as it is. Where `example_inputs` hold an `nn.Parameter`, as for graphs of dynamo,
+    aot_autograd and `make_fx`, a copy of it is returned that holds copies of the parameters among its inputs, and takes
+    those inputs that are left; so it is with an `nn.Buffer`, and with what dynamo names as a buffer. Of other inputs
+    the sizes are not the graph's to change.
+
+    Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export` (non-strict, any size that the
+    model's code allows) where that fails. The graph takes the arguments of the model, by position or by name, and
+    returns what the model returns. Arguments that are left out are fixed at their defaults. It does in `train()` and
+    `eval()` what the model does there: dropout, batch norm, noise, stochastic depth. Parts whose two modes no graph can
+    hold are called as they are; where that cannot be, the graph is that of the mode the model is in, in which only
+    dropout and batch norm follow, and an `FxwidthWarning` names the place.
 
     Parameters are shared with the model, so an optimizer made for the model goes on. A resize of the graph resizes the
     model too, if its own code does the same at the new widths; else the model stays as it is and shares nothing from
@@ -97,6 +104,10 @@ def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
     refuse_unmade(model)
     refuse_sharded(model)
     refuse_packed(model)
+    bound = with_parameters(model, call) if isinstance(model, fx.GraphModule) else None
+    if bound is not None:
+        model, call = bound.module, bound.call
+        read_batch_of_input(model, call)
     refuse_nan(model)
     module, analysis = (
         (model, analyze_module(model, call)) if isinstance(model, fx.GraphModule) else traced(model, call)
