@@ -32,14 +32,18 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fxwidth
 from benchmarks.support.machine import machine
-from benchmarks.support.results import options_of, write
+from benchmarks.support.results import options_of, read_record, write
 from benchmarks.support.tables import header, heading, line
 from fxwidth.evolution.evolver import parameter_count
 
 EVENTS, EVERY, ROUNDS = 10, 2, 4
 BATCH, TOKENS, WORDS = 8, 12, 64
+# One process by itself, that sees the rows of each batch in another order: what differs then does so by rounding alone,
+# which decides between channels and widths that are equally good.
+ORDERS = [f"one process, rows in order {seed}" for seed in range(1, 5)]
 # (network, way, ranks)
 CASES = [
+    *((name, way, 1) for name in ("CNN", "llama") for way in ORDERS),
     ("CNN", "DDP", 2),
     ("CNN", "DDP", 4),
     ("CNN", "FSDP2", 2),
@@ -47,7 +51,7 @@ CASES = [
     ("llama", "DDP", 2),
     ("llama", "DDP", 4),
     ("llama", "FSDP2", 2),
-    ("llama", "tensor parallel", 2),
+    ("llama", "tensor parallel (last MLP)", 2),
 ]
 
 
@@ -91,7 +95,9 @@ def llama() -> tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]]]:
 _TOLD = (
     "Ranks are processes that talk by gloo on one machine, in float64; the differences are the largest over all steps "
     "and all weights, to one process on the joint batches. Seconds are wall seconds, the median of ten evolutions, "
-    "of processes that share the cores with each other and with other work: they tell little."
+    "of processes that share the cores with each other and with other work: they tell little. Where losses differ by "
+    "more than rounding, compare one process by itself that sees the rows of each batch in other orders: choices "
+    "between channels or widths that are equally good hang on the last bit there too."
 )
 NETWORKS = {"CNN": cnn, "llama": llama}
 
@@ -118,10 +124,10 @@ def divide(name: str, gm: Any, ranks: int) -> None:
         parallelize_module(gm, mesh, {"6": ColwiseParallel(), "8": RowwiseParallel()})
         return
     # The exported graph reads weights itself, and calls no layers on which parallel styles could put hooks.
+    # Of the last layer alone: what attention reshapes must be plain tensors there.
     for path, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        for layer in range(2):
-            part = gm.get_submodule(f"model.layers.{layer}.mlp.{path}")
-            part.weight = nn.Parameter(distribute_tensor(part.weight.detach(), mesh, [Shard(dim)]))
+        part = gm.get_submodule(f"model.layers.1.mlp.{path}")
+        part.weight = nn.Parameter(distribute_tensor(part.weight.detach(), mesh, [Shard(dim)]))
 
 
 def train(rank: int, ranks: int, name: str, way: str) -> dict[str, Any]:
@@ -129,11 +135,20 @@ def train(rank: int, ranks: int, name: str, way: str) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.experimental import implicit_replication
 
-    model, batch = NETWORKS[name]()
+    model, ordered = NETWORKS[name]()
+    seed = ORDERS.index(way) + 1 if way in ORDERS else None
+    places = (
+        torch.arange(BATCH) if seed is None else torch.randperm(BATCH, generator=torch.Generator().manual_seed(seed))
+    )
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        x, y = ordered(step)
+        return x[places], y[places]
+
     gm = fxwidth.trace(model, (batch(0)[0],))
     network: Any = gm
     options: dict[str, Any] = {}
-    is_divided = way == "tensor parallel"
+    is_divided = way.startswith("tensor parallel")
     if ranks > 1 and way == "DDP":
         network = DistributedDataParallel(gm)
     elif ranks > 1 and way == "FSDP2":
@@ -188,9 +203,17 @@ def work(rank: int, ranks: int, name: str, way: str, folder: str) -> None:
 
 def measure(name: str, way: str, ranks: int, alone: dict[str, Any]) -> dict[str, Any]:
     """Return how several ranks compare with each other and with one process."""
+    if ranks == 1:
+        return compared(name, way, [train(0, 1, name, way)], alone)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (ranks, name, way, folder), nprocs=ranks)  # type: ignore[attr-defined,no-untyped-call]
         found = [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+    return compared(name, way, found, alone)
+
+
+def compared(name: str, way: str, found: list[dict[str, Any]], alone: dict[str, Any]) -> dict[str, Any]:
+    """Return how what was found on some ranks compares with each other and with one process."""
+    ranks = len(found)
     equal = [len({one["digests"][event] for one in found}) == 1 for event in range(len(found[0]["digests"]))]
     means = [sum(one["losses"][step] for one in found) / ranks for step in range(len(alone["losses"]))]
     weights = found[0]["weights"]
@@ -237,16 +260,19 @@ def render(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
 def main() -> None:
     """Run all cases, and write the results."""
     parser = options_of(__doc__)
+    parser.add_argument("--resume", action="store_true", help="leave out what the record has")
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = machine("torch", "transformers")
-    rows: list[dict[str, Any]] = []
+    before = read_record("distributed", options.results) if options.resume else None
+    rows: list[dict[str, Any]] = before["cases"] if before else []
+    known = {(row["network"], row["way"], row["ranks"]) for row in rows}
     for name in NETWORKS:
-        alone = train(0, 1, name, "one process")
-        for case, way, ranks in CASES:
-            if case == name:
-                rows.append(measure(name, way, ranks, alone))
-                write("distributed", render(rows, facts), {"machine": facts, "cases": rows}, options.results)
+        left = [(way, ranks) for case, way, ranks in CASES if case == name and (name, way, ranks) not in known]
+        alone = train(0, 1, name, "one process") if left else {}
+        for way, ranks in left:
+            rows.append(measure(name, way, ranks, alone))
+            write("distributed", render(rows, facts), {"machine": facts, "cases": rows}, options.results)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Both are llama configurations of the second generation on the meta device: parameters have shapes and types alone. They
 are traced, analysed and planned under budgets of half of the parameters and half of the flops, in one process with one
-thread each. What moments and eigenproblems would take is not measured but counted, by the formulas in the table, from the
-probes and groups of the analysis. Writes a JSON and a markdown table to benchmarks/results/.
+thread each. What moments and eigenproblems would take is not measured but counted, by the formulas in the table, from
+the probes and groups of the analysis. Writes a JSON and a markdown table to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -157,9 +157,12 @@ def render(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
             left = [f"{after / before:.1%}" for before, after in (plan["cost"][key] for key in ("params", "flops"))]
             lines.append(line(row["model"], f"{budget}=0.5", plan["groups"], *left))
     lines += ["", "## Moments and eigenproblems on 8 GPUs: counted, not measured", ""]
+    assumed = (
+        f"Assumed: {GPUS} GPUs of {MEMORY / GIB:.0f} GiB, {HALF:.0e} flops a second in bf16, {FULL:.0e} in float32 "
+        f"and float64, {LINK:.0e} bytes a second between them; {SEEN:,} tokens; weights in bf16."
+    )
     lines += [
-        f"Assumed: {GPUS} GPUs of {MEMORY / GIB:.0f} GiB, {HALF:.0e} flops a second in bf16, {FULL:.0e} in float32 and "
-        f"float64, {LINK:.0e} bytes a second between them; {SEEN:,} tokens; weights in bf16.",
+        assumed,
         "",
         FORMULAS,
         *header("", *(row["model"] for row in rows)),

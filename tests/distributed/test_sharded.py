@@ -42,7 +42,9 @@ SLOW = pytest.mark.slow
 def state_of(gm: nn.Module, optimizer: Any) -> Any:
     """Return the whole parameters and the whole state of the optimizer."""
     named = {name: whole(one.detach()).clone() for name, one in gm.named_parameters()}
-    states = [{key: whole(value) for key, value in optimizer.state.get(one, {}).items()} for one in gm.parameters()]
+    states = [
+        {key: whole(value).clone() for key, value in optimizer.state.get(one, {}).items()} for one in gm.parameters()
+    ]
     return named, states
 
 
