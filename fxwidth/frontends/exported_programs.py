@@ -75,7 +75,7 @@ def program_of_graph(module: fx.GraphModule, program: ExportedProgram) -> Export
     """Return a graph as a program that is called as another one is, with its signature and its sizes.
 
     Args:
-        module: a graph from `graph_of_program`, resized or not; it stays as it is.
+        module: a graph from `graph_of_program`, resized or not; it stays as it is, and shares its tensors.
         program: the program that it was made of.
 
     Raises:
@@ -85,10 +85,10 @@ def program_of_graph(module: fx.GraphModule, program: ExportedProgram) -> Export
     call = call_of_program(program)
     made = None
     for kind in (DIMS, HINTS):
-        sizes = dynamic_shapes(_user_values(program), program.range_constraints, kind)
-        # By position, those by name in their order: so `torch.export` takes the tree of the two.
-        shapes = pytree.tree_unflatten(sizes, _in_spec(program))
         try:
+            sizes = dynamic_shapes(_user_values(program), program.range_constraints, kind)
+            # By position, those by name in their order: so `torch.export` takes the tree of the two.
+            shapes = pytree.tree_unflatten(sizes, _in_spec(program))
             made = _exported(shell, call, (*shapes[0], *shapes[1].values()), program)
             break
         except Exception as error:
@@ -102,6 +102,8 @@ def program_of_graph(module: fx.GraphModule, program: ExportedProgram) -> Export
         ) from failure
     refuse_lost(program, made)
     made._example_inputs = program.example_inputs
+    for key, value in program.graph_module.meta.items():
+        made.graph_module.meta.setdefault(key, value)
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TypeVar, overload
 
@@ -48,8 +49,8 @@ def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Mod
 
     A model of Hugging Face transformers gets a configuration from which `from_pretrained` builds the same sizes.
 
-    An ExportedProgram is not written to: the graph becomes a new one, with the signature, the kind (training or
-    inference IR) and the sizes of inputs of the one that was traced.
+    An ExportedProgram is not written to: a copy of the graph becomes a new one, with the signature, the kind (training
+    or inference IR) and the sizes of inputs of the one that was traced.
 
     Args:
         gm: the graph, resized or not.
@@ -72,7 +73,8 @@ def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Mod
     if not isinstance(gm, fx.GraphModule):
         raise FxwidthError(f"write_back takes a graph from fxwidth.trace, but received {type(gm).__name__}.")
     if isinstance(model, ExportedProgram):
-        program = program_of_graph(gm, model)
+        # What the graph becomes later is no concern of the program.
+        program = program_of_graph(copy.deepcopy(gm), model)
         note_written_back(program, gm)
         return program
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):

@@ -300,6 +300,20 @@ def test_its_own_examples_are_taken_or_others_and_it_is_reported() -> None:
     assert again.state_dict["first.weight"].shape < after.state_dict["first.weight"].shape
 
 
+def test_a_program_stays_when_its_graph_is_resized_and_trained_on() -> None:
+    program = small()
+    program.graph_module.meta["by the user"] = 3
+    gm = fxwidth.resize(fxwidth.trace(program), {"first": 6})
+    after = fxwidth.write_back(gm, program)
+    assert after.graph_module.meta["by the user"] == 3
+    before = after.module()(X).detach()
+    fxwidth.resize(gm, {"first": 3})
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            parameter.zero_()
+    assert torch.equal(after.module()(X), before)
+
+
 def test_a_copy_unflattens_to_the_modules_that_it_had() -> None:
     after = fxwidth.evolve(small(), ratio=0.5)
     parts = torch.export.unflatten(after)
