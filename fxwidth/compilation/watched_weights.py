@@ -31,12 +31,6 @@ class _Watched:
             return False
         return torch.equal(_spread(tensor), self.entries)
 
-    def is_as(self, other: _Watched) -> bool:
-        """Tell whether it is the same tensor as another, in the same state."""
-        same = self.tensor() is not None and self.tensor() is other.tensor()
-        state = (self.version, self.place) == (other.version, other.place)
-        return same and state and torch.equal(self.entries, other.entries)
-
 
 class WatchedWeights:
     """Tells whether a graph is called with the very weights that it was called with before, and these as they were.
@@ -72,9 +66,9 @@ class WatchedWeights:
         return all(one.is_unchanged() for one in self._watched.values())
 
     def are_those(self, others: WatchedWeights) -> bool:
-        """Tell whether these are the same tensors as others, under the same names, in the same state."""
-        own, other = ({one.name: one for one in each._watched.values()} for each in (self, others))
-        return own.keys() == other.keys() and all(one.is_as(other[name]) for name, one in own.items())
+        """Tell whether these are the same tensors as others, which are unchanged, under the same names."""
+        own, other = ({one.name: one.tensor() for one in each._watched.values()} for each in (self, others))
+        return own.keys() == other.keys() and all(tensor is other[name] for name, tensor in own.items())
 
     def refuse_changed(self, inputs: Sequence[Any]) -> None:
         """Check that the weights among some inputs are those that are watched.
