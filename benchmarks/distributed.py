@@ -95,8 +95,8 @@ _TOLD = (
     "and all weights, to one process on the joint batches. Seconds are wall seconds, the median of ten evolutions, "
     "of processes that share the cores with each other and with other work: they tell little. Where losses differ by "
     "more than rounding, compare one process by itself that sees the rows of each batch in other orders: choices "
-    "between channels or widths that are equally good hang on the last bit there too. The llama is not divided by tensor "
-    "parallelism: its exported graph calls no layers, on which parallel styles could put hooks."
+    "between channels or widths that are equally good hang on the last bit there too. The llama is not divided by "
+    "tensor parallelism: its exported graph calls no layers, on which parallel styles could put hooks."
 )
 NETWORKS = {"CNN": cnn, "llama": llama}
 
