@@ -48,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
 GPUS, MEMORY, HALF, FULL, LINK = 8, 80 * GIB, 3e14, 2e13, 2e11
 # How many tokens are looked at: 1,024 samples of 2,048.
 SEEN = 1024 * 2048
+_TITLE = "Language models of {} parameters: planned without values, and counted with"
 FORMULAS = """\
 - sums: 8 Σ C² bytes, over the places where readers see C contracted channels (one sum in float64 per place)
 - taking them: 2 N Σ C² flops in float32 for N rows, of which each GPU has an eighth; the forward passes beside, N times
@@ -142,7 +143,7 @@ def estimate(row: dict[str, Any]) -> dict[str, float]:
 
 def render(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     """Return the results as markdown."""
-    lines = heading("Language models of 7 and 70 billion parameters: planned without values, and counted with", facts)
+    lines = heading(_TITLE.format(" and ".join(row["model"] for row in rows)), facts)
     lines += ["CPU seconds of one thread (wall seconds in brackets); memory is the peak of the whole process.", ""]
     lines += header(
         "model", "parameters", "free groups", "trace", "analyze", "plan params=0.5", "plan flops=0.5", "memory"
