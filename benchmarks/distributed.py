@@ -37,8 +37,7 @@ from fxwidth.evolution.evolver import parameter_count
 
 EVENTS, EVERY, ROUNDS = 10, 2, 4
 BATCH, TOKENS, WORDS = 8, 12, 64
-# One process by itself, that sees the rows of each batch in another order: what differs then does so by rounding alone,
-# which decides between channels and widths that are equally good.
+# One process by itself, that sees the rows of each batch in another order: what differs then began with rounding alone.
 ORDERS = [f"one process, rows in order {seed}" for seed in range(1, 5)]
 # (network, way, ranks)
 CASES = [
@@ -94,9 +93,9 @@ _TOLD = (
     "Ranks are processes that talk by gloo on one machine, in float64; the differences are the largest over all steps "
     "and all weights, to one process on the joint batches. Seconds are wall seconds, the median of ten evolutions, "
     "of processes that share the cores with each other and with other work: they tell little. Where losses differ by "
-    "more than rounding, compare one process by itself that sees the rows of each batch in other orders: choices "
-    "between channels or widths that are equally good hang on the last bit there too. The llama is not divided by "
-    "tensor parallelism: its exported graph calls no layers, on which parallel styles could put hooks."
+    "more than rounding, compare one process by itself that sees the rows of each batch in other orders: such "
+    "differences are there without other ranks too. The llama is not divided by tensor parallelism: torch failed at a "
+    "reshape of a DTensor, and with the last MLP alone divided at the gradient of the CPU's flash attention."
 )
 NETWORKS = {"CNN": cnn, "llama": llama}
 

@@ -118,7 +118,8 @@ def test_what_is_measured_is_the_resized_network(options: dict[str, Any]) -> Non
     found = fxwidth.frontier(whole, params=SHARES, evaluate=evaluate, **options)
     assert found.present == 0
     assert found.measured is not None
-    assert all(value > 0 for value in found.measured)
+    # Channels that are zero on these images are dropped first, where what is measured is zero or rounding.
+    assert found.measured[-1] > 1e-6
     assert found.measured == tuple(float((one - seen[0]).square().mean()) for one in seen[1:])
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
     options = {**options, "data": [labelled()]} if "data" in options else options
