@@ -105,10 +105,10 @@ MISUSES: tuple[Misuse, ...] = (
     ),
     Misuse("a fault in forward", lambda: api.trace(Branching(), inputs()), "no such branch", "misuse_cases.py"),
     Misuse(
-        "an exported program",
-        lambda: api.trace(torch.export.export(network(), (inputs(),)), inputs()),
-        "ExportedProgram",
-        ".module()",
+        "an exported program without parameters",
+        lambda: api.trace(torch.export.export(nn.ReLU(), (inputs(),)), inputs()),
+        "nothing in the ExportedProgram is a parameter",
+        "Export a module whose weights are nn.Parameter",
     ),
     Misuse(
         "an optimizer as a model",

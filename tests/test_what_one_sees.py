@@ -44,6 +44,7 @@ def evolver() -> fxwidth.Evolver:
 # What is shown of each class that is public.
 SHOWN: dict[type, Callable[[], Any]] = {
     fxwidth.Budget: lambda: fxwidth.Budget(params=0.5),
+    fxwidth.CompiledGraph: lambda: fxwidth.compile(traced(), backend="eager"),
     fxwidth.ChannelGroup: lambda: groups()["0"],
     fxwidth.Evolver: evolver,
     fxwidth.Frontier: lambda: fxwidth.frontier(groups(), params=[0.75, 0.5]),
