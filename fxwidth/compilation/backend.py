@@ -120,8 +120,8 @@ class _ShrinkingBackend:
         if bound is None or not WidthGraph(analyze_module(bound.module, bound.call)).free:
             what = "holds no parameters" if bound is None else "has no group whose width may change"
             warn(
-                f"a graph that torch.compile has captured {what}, and is compiled as it is: {_described(found)}. To see "
-                "why, trace the model by fxwidth.trace and print fxwidth.analyze of it."
+                f"a graph that torch.compile has captured {what}, and is compiled as it is: {_described(found)}. To "
+                "see why, trace the model by fxwidth.trace and print fxwidth.analyze of it."
             )
             return CompiledGraph(module, self._inner, 1, {})
         read_batch_of_input(bound.module, bound.call)
@@ -142,8 +142,8 @@ class _ShrinkingBackend:
         if known:
             warn(
                 "torch.compile has captured a part of the model anew, by other ops, as for other sizes of inputs; it "
-                "is shrunk by itself, and may answer otherwise than the first. Compare an output of both, or compile with "
-                "dynamic=True."
+                "is shrunk by itself, and may answer otherwise than the first. Compare an output of both, or compile "
+                "with dynamic=True."
             )
         floats, before = floats_of(bound.module), _count(bound.module)
         options, data = self._options.copy(), self._options.get("data")

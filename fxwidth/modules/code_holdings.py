@@ -71,17 +71,24 @@ class InCode:
 
     def _failure(self, units: Sequence[Mapping[str, int]]) -> Failure | None:
         """Return where units fail that are narrowed at once, each by a ratio of its own."""
-        return self._trials.failure(self._all_narrowed(units))
+        return next((found for one in self._all_narrowed(units) if (found := self._trials.failure(one))), None)
 
     def _problem(self, units: Sequence[Mapping[str, int]]) -> str | None:
         """Return what is in the way when they are written back, as what the code does in training alone."""
-        return self._trials.problem(self._all_narrowed(units), None) if units else None
+        return next((told for one in self._all_narrowed(units) if (told := self._trials.problem(one, None))), None)
 
-    def _all_narrowed(self, units: Sequence[Mapping[str, int]]) -> dict[str, int]:
-        widths: dict[str, int] = {}
-        for number, unit in enumerate(units):
-            widths |= _narrowed(unit, number)
-        return {name: max(width, self._groups[name].least.width) for name, width in widths.items()}
+    def _all_narrowed(self, units: Sequence[Mapping[str, int]]) -> Iterator[dict[str, int]]:
+        """Yield widths at which each unit has a part of its own left: neighbours less and less, then more and more.
+
+        Code that cuts a dim into equal parts, as `chunk` does, takes parts of which the first is greater by one.
+        """
+        numbers = range(len(units))
+        for order in (numbers, numbers[::-1]) if len(units) > 1 else (numbers,):
+            widths: dict[str, int] = {}
+            for number, unit in zip(order, units, strict=True):
+                widths |= _narrowed(unit, number)
+            if widths:
+                yield {name: max(width, self._groups[name].least.width) for name, width in widths.items()}
 
     def _culprits(
         self, units: Sequence[dict[str, int]], fails: Callable[[Sequence[dict[str, int]]], object]

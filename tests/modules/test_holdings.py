@@ -6,6 +6,7 @@ from torch import nn
 
 import fxwidth
 from fxwidth.modules.holdings import Holdings, Tie
+from fxwidth.modules.probing import module_holdings
 
 
 def _near(widths):
@@ -64,3 +65,30 @@ def test_groups_that_go_together_are_rounded_together():
     held = Holdings([Tie({"a": 1, "b": 3}, "")], problem=lambda widths: "odd" if widths["a"] % 2 else None)
     assert held.settled({"a": 7, "b": 21, "c": 5}, lambda name, width: True) == {"a": 6, "b": 18, "c": 4}
     assert held.settled({"a": 8, "b": 24, "c": 5}, lambda name, width: True) == {"a": 8, "b": 24, "c": 5}
+
+
+class CutInHalves(nn.Module):
+    """Some layers, and then one that is cut into equal parts, whose halves go ways of their own."""
+
+    def __init__(self, before: int, is_second_first: bool) -> None:
+        super().__init__()
+        self.before = nn.Sequential(*(nn.Linear(6 if n == 0 else 16, 16) for n in range(before)))
+        self.both = nn.Linear(16 if before else 6, 32)
+        self.one, self.other, self.last = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 3)
+        self.is_second_first = is_second_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.both(self.before(x).tanh()).tanh().chunk(2, 1)
+        parts = [self.one(a), self.other(b)]
+        return self.last(torch.cat(parts[::-1] if self.is_second_first else parts, 1))
+
+
+@pytest.mark.parametrize("is_second_first", [False, True])
+@pytest.mark.parametrize("before", range(6))
+def test_halves_that_one_chunk_makes_go_together_wherever_they_are(before: int, is_second_first: bool) -> None:
+    """Halves that differ by one are what `chunk` gives of an odd width, if the first is the greater one."""
+    model = CutInHalves(before, is_second_first).double()
+    graph = fxwidth.analyze(fxwidth.trace(model, torch.randn(2, 6, dtype=torch.float64)))
+    holdings = module_holdings(graph, model)
+    assert {"both#0", "both#1"} <= {group.name for group in graph.free}
+    assert [tie.units for tie in holdings.ties if "both#0" in tie.units] == [{"both#0": 1, "both#1": 1}]
