@@ -7,6 +7,7 @@ import doctest
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,13 @@ def as_told(told: str, printed: str) -> bool:
     return _CHECKER.check_output(told, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
 
 
+def _pages() -> list[Any]:
+    slow = [ROOT / "docs" / "guides" / "detector.md"]
+    return [pytest.param(page, marks=pytest.mark.slow if page in slow else ()) for page in with_blocks()]
+
+
 @pytest.mark.usefixtures("tables_as_before")
-@pytest.mark.parametrize("page", with_blocks(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", _pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_blocks_run_and_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")

@@ -130,6 +130,7 @@ def test_random_networks(seed: int) -> None:
     each_and_all(make, [example_input()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_whole_models(name: str) -> None:
     model, x = build(name)

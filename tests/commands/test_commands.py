@@ -190,6 +190,7 @@ def test_weights_are_read_from_a_file(folder: Path) -> None:
     assert ranks == [pytest.approx(1.0, abs=1e-3)] * 2
 
 
+@pytest.mark.slow
 def test_compare_tells_costs_times_and_outputs(folder: Path) -> None:
     found = data("compare", "own_models:wider", "own_models:with_inputs")
     assert found["params"] == [420, 212]
@@ -231,6 +232,7 @@ def test_a_folder_of_images_is_data(folder: Path) -> None:
 
 # Of one on the meta device a trace says that its two modes differ, which of one with values it does not.
 @pytest.mark.filterwarnings("ignore::fxwidth.errors.FxwidthWarning")
+@pytest.mark.slow
 def test_a_configuration_of_transformers_is_a_model(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

@@ -227,6 +227,7 @@ class Windows(Exported):
         return self.last(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_sizes_that_are_too_involved_stay_those_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(Windows)
     open_sizes: list[int] = []

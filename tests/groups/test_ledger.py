@@ -12,6 +12,7 @@ from tests.zoo import models
 REWRITE = "if this is meant, rewrite the ledger with python -m tests.oracles.ledger"
 # What is as large as in the field takes seconds; one of each kind is not left out.
 SLOW = {f"zoo: {name}" for name in models.FULL_SIZE} - {"zoo: vit_b_16", "zoo: efficientnet_b0"}
+SLOW |= {"detectors: faster_rcnn", "detectors: retina_net"}
 NETWORKS = networks()
 LEDGER = committed()
 

@@ -78,7 +78,7 @@ def _planned(make, is_training=False, device="cpu") -> tuple[nn.Module, torch.fx
     return model, fxwidth.resize(gm, plan)
 
 
-@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("is_training", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", _CASES)
 def test_the_class_holds_it_as_one_op_and_drops_out_as_before(name, is_training):
     model, gm = _planned(_CASES[name], is_training)

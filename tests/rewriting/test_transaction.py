@@ -211,7 +211,15 @@ PARTS = {with_companions: 7}
 WALKS = [(make, part) for make in CASES for part in range(PARTS.get(make, 1))]
 
 
-@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+# What others show too, and what takes longest: an evolved graph beside another one, and passes, which have such a test.
+LONGEST = (evolved_beside_a_graph, passed)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(one, marks=pytest.mark.slow if one in LONGEST else ()) for one in CASES],
+    ids=lambda make: make.__name__,
+)
 def test_an_interruption_changes_nothing(make: Callable[[], Work]) -> None:
     make().run()  # what is remembered of ops for the next time makes it go by fewer calls
     calls, committing = counted(make().run).count, counted(make().run, since=COMMIT).count
