@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import gather_evidence
 from fxwidth.option_keywords import Chosen
-from fxwidth.passes.conditions import PLANNED, SHAPES
+from fxwidth.passes.conditions import ALONE, PLANNED, SHAPES
 from fxwidth.passes.width_pass import WidthPass
 from fxwidth.planning.group_choice import chosen_groups
 from fxwidth.reconstruction.basis_change import Rotation, rotated, rotation
@@ -53,7 +53,7 @@ class ChangeBasis(WidthPass):
         False
     """
 
-    needs = (SHAPES,)
+    needs = (SHAPES, ALONE)
     spoils = (PLANNED,)
 
     def __init__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxwidth.analysis.input_specs import input_specs
+from fxwidth.distributed.wrappers import wrappers_of
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.graph_meta import GROUPS, PLAN, REPORT, RESIZED_FROM, VERIFIED, notes_of
 from fxwidth.simplification.modes import evaluates
@@ -52,6 +53,12 @@ SHAPES = Condition(
     "make it by fxwidth.trace(model, example_inputs), or run AnalyzeWidths(example_inputs) before it",
     _has_shapes,
 )
+ALONE = Condition(
+    "no DistributedDataParallel is around it",
+    "it works on one rank by itself, so run it on all ranks alike before the graph is wrapped, or delete the wrapper "
+    "and make it again after it",
+    lambda gm: not wrappers_of(gm),
+)
 EVALUATES = Condition("it is in eval mode", "call gm.eval() before it", evaluates)
 ANALYZED = Condition("its groups are noted in gm.meta", "run AnalyzeWidths before it", _has_note(GROUPS))
 PLANNED = Condition(
@@ -69,4 +76,4 @@ REPORTED = Condition("a report is left in gm.meta", "run ReportWidths before it"
 
 OF_THE_GRAPH = (ANALYZED, PLANNED, RESIZED, VERIFIED_WIDTHS, REPORTED)
 """What tells of a graph as it is: whatever changes it spoils these."""
-CONDITIONS = (SHAPES, EVALUATES, *OF_THE_GRAPH)
+CONDITIONS = (SHAPES, ALONE, EVALUATES, *OF_THE_GRAPH)

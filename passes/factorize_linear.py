@@ -15,7 +15,7 @@ from fxwidth.factorization.chosen_ranks import Candidate, ranks_for_cost, ranks_
 from fxwidth.factorization.two_layers import LowRankLayer, factorize, separable_layers, with_spectra
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.importance.estimates import refuse_negative_variances
-from fxwidth.passes.conditions import OF_THE_GRAPH, SHAPES
+from fxwidth.passes.conditions import ALONE, OF_THE_GRAPH, SHAPES
 from fxwidth.passes.width_pass import WidthPass
 from fxwidth.plain_numbers import plain_number
 from fxwidth.recording.graph_meta import refuse_groups_of_one
@@ -64,7 +64,7 @@ class FactorizeLinear(WidthPass):
         )
     """
 
-    needs = (SHAPES,)
+    needs = (SHAPES, ALONE)
     spoils = OF_THE_GRAPH
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxwidth.passes.conditions import EVALUATES, OF_THE_GRAPH, SHAPES
+from fxwidth.passes.conditions import ALONE, EVALUATES, OF_THE_GRAPH, SHAPES
 from fxwidth.passes.width_pass import WidthPass
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer, refuse_other_than_optimizers
 from fxwidth.rewriting.originals import resize_transaction
@@ -33,7 +33,7 @@ class FoldBatchNorm(WidthPass):
         )
     """
 
-    needs = (SHAPES, EVALUATES)
+    needs = (SHAPES, ALONE, EVALUATES)
     spoils = OF_THE_GRAPH
 
     def __init__(self, optimizer: Optimizers | None = None) -> None:

@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxwidth.errors import FxwidthError
+from fxwidth.frontends.untraceable import refuse_sharded
 from fxwidth.passes.any_changes import keep_all
 from fxwidth.passes.conditions import CONDITIONS, Condition
 from fxwidth.passes.pass_order import Step, ordered
@@ -75,6 +76,7 @@ class Pipeline(PassBase):
                 f"Pipeline takes a torch.fx.GraphModule, but received {type(graph_module).__name__}; call "
                 "fxwidth.trace first."
             )
+        refuse_sharded(graph_module)
         order = self.order(graph_module)
         transaction = pass_transaction(order, graph_module)
         result: PassResult = transaction.run(lambda: self._run(order, graph_module, transaction))

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxwidth.errors import FxwidthError
-from fxwidth.passes.conditions import SHAPES
+from fxwidth.passes.conditions import ALONE, SHAPES
 from fxwidth.passes.width_pass import WidthPass
 from fxwidth.reconstruction.bn_averages import averaged_statistics
 from fxwidth.rewriting.originals import resize_transaction
@@ -38,7 +38,7 @@ class RecalibrateBatchNorm(WidthPass):
         True
     """
 
-    needs = (SHAPES,)
+    needs = (SHAPES, ALONE)
 
     def __init__(self, data: Iterable[Any]) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
 from torch.optim import Optimizer
 
 from fxwidth.errors import FxwidthError
@@ -131,7 +132,9 @@ def members(steps: Iterable[object]) -> Iterator[WidthPass]:
         if isinstance(one, WidthPass):
             yield one
         else:
-            yield from members(getattr(one, "steps", ()))
+            # Pipelines hold steps, a PassManager passes; its own `steps` is a number.
+            inner = one.passes if isinstance(one, PassManager) else getattr(one, "steps", ())
+            yield from members(inner if isinstance(inner, Iterable) else ())
 
 
 def _each(optimizer: Optimizers | None) -> list[Optimizer]:

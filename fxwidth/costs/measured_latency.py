@@ -17,6 +17,7 @@ from fxwidth.costs.latency import SHARES, nonnegative_fit, traffic
 from fxwidth.errors import FxwidthError
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.plain_numbers import plain_number
+from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.work_progress import each, listening
 
 # Given a graph that is resized to some widths, how many seconds it takes.
@@ -54,7 +55,7 @@ def measured_polynomial(width_graph: WidthGraph, measure: Measure) -> Polynomial
 
 
 def microseconds_at(width_graph: WidthGraph, measure: Measure, widths: Mapping[str, int], which: str) -> float:
-    """Return what a function measures of a copy of a graph with some widths.
+    """Return what a function measures of a copy of a graph with some widths: on rank 0, where several work together.
 
     Args:
         width_graph: the graph, which stays as it is.
@@ -82,7 +83,8 @@ def microseconds_at(width_graph: WidthGraph, measure: Measure, widths: Mapping[s
             f"measure= returned {given!r} for a copy of the graph {which}; return the seconds of one forward pass, a "
             "finite number above zero."
         )
-    return _MICROSECONDS * float(seconds)
+    time, ranks = _MICROSECONDS * float(seconds), ranks_at_work()
+    return time if ranks is None else ranks.first("a measured time", time)
 
 
 def _fitted(width_graph: WidthGraph, measure: Measure) -> Polynomial:

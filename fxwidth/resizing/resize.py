@@ -42,7 +42,7 @@ from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.statistics.calibration_data import replayed
 from fxwidth.statistics.moments import has_values
 from fxwidth.statistics.remembered_noise import forget_noise
-from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.analyze import analyze_module, refuse_other_than_graph
 from fxwidth.weights.readers import wiring_of
 from fxwidth.work_progress import Progress, listening
 
@@ -128,6 +128,7 @@ def resize(
         {'0': [1, 2]}
     """
     checked, wrapper, gm = options_from(ResizeOptions, {"optimizer": optimizer, **options}), gm, unwrapped(gm)
+    refuse_other_than_graph(gm)
     listening(progress, lambda: resize_with(gm, plan, checked, process_group, shard))
     # The wrapper must not be garbage before.
     del wrapper

@@ -94,6 +94,18 @@ def refuse_without_parameters(module: fx.GraphModule) -> None:
     )
 
 
+def refuse_other_than_graph(module: object) -> None:
+    """Check that a graph was given.
+
+    Raises:
+        FxwidthError: it is something else.
+    """
+    if not isinstance(module, fx.GraphModule):
+        raise FxwidthError(
+            f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
+        )
+
+
 def analyze_module(
     module: fx.GraphModule,
     example_inputs: Any = None,
@@ -105,10 +117,7 @@ def analyze_module(
     Raises:
         FxwidthError: no shapes are known, or the graph does not run on them.
     """
-    if not isinstance(module, fx.GraphModule):
-        raise FxwidthError(
-            f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
-        )
+    refuse_other_than_graph(module)
     refuse_sharded(module)
     call = call_of(example_inputs, example_kwargs)
     tell("analysing")

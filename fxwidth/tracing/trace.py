@@ -88,6 +88,7 @@ def traced_model(
         FxwidthError: as for `trace`.
     """
     call = call_of(example_inputs, example_kwargs)
+    is_captured = isinstance(model, ExportedProgram)
     if isinstance(model, ExportedProgram):
         call = call_of_program(model) if call is None else call
         model = graph_of_program(model)
@@ -96,10 +97,10 @@ def traced_model(
             f"trace takes an nn.Module or a GraphModule, but received {_kind(model)}.{_instead_of(model)}"
         )
     # The exporter's settings are context variables: they end with the context.
-    return copy_context().run(Transaction(model).run, partial(_trace, model, call))
+    return copy_context().run(Transaction(model).run, partial(_trace, model, call, is_captured))
 
 
-def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
+def _trace(model: nn.Module, call: Call | None, is_captured: bool) -> fx.GraphModule:
     refuse_scripts(model)
     refuse_unmade(model)
     refuse_sharded(model)
@@ -107,6 +108,7 @@ def _trace(model: nn.Module, call: Call | None) -> fx.GraphModule:
     bound = with_parameters(model, call) if isinstance(model, fx.GraphModule) else None
     if bound is not None:
         model, call = bound.module, bound.call
+    if isinstance(model, fx.GraphModule) and call is not None and (is_captured or bound is not None):
         read_batch_of_input(model, call)
     refuse_nan(model)
     module, analysis = (

@@ -25,7 +25,7 @@ from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.family_table import is_move
 from fxwidth.rules.op_families import Move
 from fxwidth.runtime.pytrees import deep_tensors
-from fxwidth.tracing.analyze import analyze_module
+from fxwidth.tracing.analyze import analyze_module, refuse_other_than_graph
 from fxwidth.untying.copy_tables import CopyTable, copy_tables
 from fxwidth.untying.moving_nodes import Moving, moving_nodes, reads_by_number
 
@@ -63,6 +63,7 @@ def untie_copies(gm: fx.GraphModule) -> fx.GraphModule:
         >>> [(group.name, group.width) for group in fxwidth.analyze(gm).free]
         [('a', 6), ('b', 12)]
     """
+    refuse_other_than_graph(gm)
     Transaction(gm).run(lambda: _untie(gm))
     return gm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxwidth
-from fxwidth import FxwidthError
+from fxwidth import FxwidthError, passes
 from tests.distributed.networks import digest, inputs, mlp
 from tests.distributed.processes import PATIENCE, Processes
 from tests.distributed.test_data_parallel import OPTIONS, evolved
@@ -206,3 +206,49 @@ def test_four_ranks_stay_equal(tmp_path: Path) -> None:
     processes.close()
     assert len(results[0][1]) == 10
     assert all(found[1] == results[0][1] for found in results)
+
+
+PASSES: dict[str, Callable[[], passes.WidthPass]] = {
+    "ChangeBasis": lambda: passes.ChangeBasis([inputs(0, 8, 6)]),
+    "RecalibrateBatchNorm": lambda: passes.RecalibrateBatchNorm([inputs(0, 8, 6)]),
+    "FactorizeLinear": lambda: passes.FactorizeLinear(params=0.9),
+    "FoldBatchNorm": passes.FoldBatchNorm,
+}
+
+
+def passed(rank: int, size: int, name: str) -> Any:
+    gm = traced().eval()
+    ddp = DistributedDataParallel(gm)
+    before, messages = digest(gm, None), []
+    for run in (PASSES[name](), passes.Pipeline(PASSES[name]())):
+        with pytest.raises(FxwidthError) as caught:
+            run(gm)
+        messages.append(str(caught.value))
+    ddp(inputs(rank, 4, 6)).sum().backward()
+    return messages, digest(gm, None) == before
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_that_see_one_rank_alone_are_refused_in_a_wrapper(two: Processes, name: str) -> None:
+    for messages, is_same in two.run(passed, name):
+        assert is_same
+        assert all(name in one and "no DistributedDataParallel is around it" in one for one in messages)
+
+
+def varying(rank: int, size: int) -> Any:
+    times = iter(range(1, 1000))
+
+    def measure(gm: Any) -> float:
+        """Return times that go with the widths and differ between the ranks and from call to call."""
+        return sum(one.numel() for one in gm.parameters()) * (1 + 0.05 * ((next(times) * (rank + 2)) % 7) / 7)
+
+    gm = traced()
+    ddp = DistributedDataParallel(gm)
+    fxwidth.evolve(ddp, budget=fxwidth.Budget(latency=0.6, measure=measure), data=[inputs(rank, 8, 6)])
+    return digest(gm, None)
+
+
+@pytest.mark.filterwarnings("ignore::fxwidth.FxwidthWarning")
+def test_times_that_differ_between_ranks_make_one_plan(two: Processes) -> None:
+    one, other = two.run(varying)
+    assert one == other

@@ -150,3 +150,17 @@ def refused(rank: int, size: int, kind: str) -> str:
 def test_what_cannot_be_spread_anew_is_refused(two: Processes, kind: str, told: str) -> None:
     for message in two.run(refused, kind):
         assert told in message
+
+
+def piped(rank: int, size: int) -> Any:
+    gm = fxwidth.trace(mlp(), inputs(0, 2, 6))
+    fully_shard(gm)
+    wanted = gm(inputs(0, 4, 6))
+    with pytest.raises(FxwidthError, match="sharded over processes") as caught:
+        fxwidth.passes.Pipeline(lambda _: None)(gm)
+    assert torch.equal(gm(inputs(0, 4, 6)), wanted)
+    return str(caught.value)
+
+
+def test_a_pipeline_leaves_a_sharded_graph_as_it_is(two: Processes) -> None:
+    assert all("resize" in told for told in two.run(piped))

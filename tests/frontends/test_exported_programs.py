@@ -372,3 +372,24 @@ def test_each_thing_that_would_be_lost_is_seen(name: str) -> None:
     refuse_lost(before, before)
     with pytest.raises(FxwidthError, match=message):
         refuse_lost(before, make())
+
+
+@pytest.mark.parametrize("data", [None, 3])
+def test_numbers_that_are_sizes_of_the_batch_stay_no_such(data: int | None) -> None:
+    """Decomposed, a layer on tokens is a view of as many rows as the example has; noise and data have others."""
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).double().eval()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    options = {} if data is None else {"data": [x.repeat(data, 1, 1)]}
+    small = fxwidth.evolve(program, params=0.6, **options)
+    assert sum(one.numel() for one in small.parameters()) < 0.6 * sum(one.numel() for one in model.parameters())
+    direct = fxwidth.evolve(fxwidth.trace(model, x), params=0.6, **options)
+    assert small.module()(x).shape == (2, 5, 3)
+    if data is not None:
+        torch.testing.assert_close(small.module()(x), direct(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("call", [lambda one: fxwidth.resize(one, {"up": 3}), fxwidth.untie_copies])
+def test_what_takes_graphs_alone_says_so(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(FxwidthError, match=r"GraphModule is needed, but received ExportedProgram; call fxwidth\.trace"):
+        call(small())

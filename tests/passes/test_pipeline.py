@@ -383,3 +383,19 @@ def test_passes_in_training_mode_keep_it() -> None:
     Pipeline(AnalyzeWidths(), PlanWidths(params=0.6), ResizeWidths(), VerifyWidths(), CleanUp())(gm)
     assert gm.training
     assert all(part.training for part in gm.modules())
+
+
+def test_a_pass_manager_is_a_step_and_its_optimizers_are_put_back_too() -> None:
+    gm = fxwidth.trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
+    optimizer = torch.optim.Adam(gm.parameters())
+    manager = PassManager([PlanWidths(params=0.5, rotate=False), ResizeWidths(optimizer=optimizer)])
+    held = [id(one) for one in optimizer.param_groups[0]["params"]]
+
+    def fails(_: fx.GraphModule) -> None:
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        Pipeline(manager, fails)(gm)
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == held
+    assert Pipeline(manager)(gm).modified
+    assert gm.get_parameter("0.weight").shape[0] < 8
