@@ -12,7 +12,14 @@ from typing import Any, Unpack
 import torch
 from torch import fx
 
-from fxwidth.compilation.captured_graphs import Captured, captured, refuse_other_constants, refuse_writes
+from fxwidth.compilation.captured_graphs import (
+    Captured,
+    GradientsNeededError,
+    captured,
+    refuse_gradients,
+    refuse_other_constants,
+    refuse_writes,
+)
 from fxwidth.compilation.compiled_graph import CompiledGraph
 from fxwidth.compilation.counted_backend import Backend, CountedBackend
 from fxwidth.compilation.same_weights import floats_of, with_same_weights
@@ -108,11 +115,17 @@ class _ShrinkingBackend:
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Return what runs in the place of a graph of dynamo's."""
         try:
-            with _outside_of_compilation():
-                return self._compiled(module, inputs)
+            return self._compiled_outside(module, inputs)
+        except GradientsNeededError:
+            # Versions of torch differ in whether they capture the graph anew where its weights no longer need any.
+            return _Later(partial(self._compiled_outside, module))
         except FxwidthError as error:
             # Raised in here it would come out as an error of torch's, and could be suppressed.
             return partial(_refuse, str(error))
+
+    def _compiled_outside(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with _outside_of_compilation():
+            return self._compiled(module, inputs)
 
     def _compiled(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         found = captured(module, examples)
@@ -188,9 +201,23 @@ class _Runner:
 
     def __call__(self, *given: Any) -> Any:
         refuse_other_constants(self.constants, given)
+        refuse_gradients(given)
         tensors = [given[position] for position in self.positions]
         self.weights.refuse_changed(tensors)
         return self.compiled(*(tensors[position] for position in self.inputs))
+
+
+@dataclass
+class _Later:
+    """Compiles a graph at its first call that needs no gradients, and refuses the calls before."""
+
+    make: Callable[[Sequence[Any]], Callable[..., Any]]
+    made: Callable[..., Any] | None = None
+
+    def __call__(self, *given: Any) -> Any:
+        if self.made is None:
+            self.made = self.make(given)
+        return self.made(*given)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class Captured:
     constants: Mapping[int, float]
 
 
+class GradientsNeededError(FxwidthError):
+    """A graph is called so that gradients would be needed, which another call of it may not ask for."""
+
+
 def captured(module: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     """Return a graph of dynamo's as one that takes tensors alone, named as the model's arguments where they tell.
 
@@ -50,7 +54,7 @@ def captured(module: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         FxwidthError: the graph is needed with gradients, calls functions of its own, or takes numbers that are no
             sizes.
     """
-    _refuse_gradients(module, inputs)
+    refuse_gradients(inputs, _switches_gradients_on(module))
     _refuse_functions(module)
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
     placeholders = copied.graph.find_nodes(op="placeholder")
@@ -71,18 +75,30 @@ def captured(module: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     return Captured(copied, tuple(inputs[position] for position in left), tuple(left), constants)
 
 
-def _refuse_gradients(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def refuse_gradients(inputs: Sequence[Any], is_switched_on: bool = False) -> None:
+    """Check that nobody needs the gradients of a graph.
+
+    Args:
+        inputs: what it is called with.
+        is_switched_on: whether it asks for gradients itself.
+
+    Raises:
+        GradientsNeededError: one of its inputs needs them.
+    """
     needing = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-    switched = any(
-        node.target is torch._C._set_grad_enabled and bool(node.args and node.args[0]) for node in module.graph.nodes
-    )
-    if needing and (torch.is_grad_enabled() or switched):
+    if needing and (is_switched_on or torch.is_grad_enabled()):
         what = "parameters require" if isinstance(needing[0], nn.Parameter) else "an input requires"
-        raise FxwidthError(
+        raise GradientsNeededError(
             f"compile_backend is for inference, but gradients are on and {what} one, which the captured graph would "
             "not give to the model. Call the model under torch.no_grad() or torch.inference_mode(); to train, "
             f"{_EVOLVE}."
         )
+
+
+def _switches_gradients_on(module: fx.GraphModule) -> bool:
+    return any(
+        node.target is torch._C._set_grad_enabled and bool(node.args and node.args[0]) for node in module.graph.nodes
+    )
 
 
 def _refuse_functions(module: fx.GraphModule) -> None:

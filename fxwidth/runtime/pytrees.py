@@ -147,7 +147,7 @@ class _Flattener:
             if self._is_state:
                 self.states.append(value)
             return Leaf(len(self.leaves) - 1, self._is_state)
-        if not _holds(value, self._kinds, set()):
+        if not _holds(value, self._kinds, []):
             return Constant(value)
         if _is_container(value):
             parts, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
@@ -203,12 +203,13 @@ def _is_container(value: Any) -> bool:
     return not pytree.tree_structure(value, is_leaf=lambda part: part is not value).is_leaf()
 
 
-def _holds(value: Any, kinds: tuple[type, ...], seen: set[int]) -> bool:
+def _holds(value: Any, kinds: tuple[type, ...], seen: list[Any]) -> bool:
     if isinstance(value, kinds):
         return True
-    if value is None or isinstance(value, (int, float, complex, *_OPAQUE)) or id(value) in seen:
+    if value is None or isinstance(value, (int, float, complex, *_OPAQUE)) or any(value is one for one in seen):
         return False
-    seen.add(id(value))
+    # By `is`, since torch.compile of torch 2.11 knows no `id` of a dict.
+    seen.append(value)
     return any(_holds(part, kinds, seen) for part in _parts(value))
 
 

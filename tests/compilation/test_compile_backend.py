@@ -142,6 +142,9 @@ def test_gradients_are_refused() -> None:
         assert torch.equal(compiled(x), wanted)
         with pytest.raises(FxwidthError, match="an input requires"):
             compiled(images().requires_grad_())
+        model.requires_grad_(True)
+        with pytest.raises(FxwidthError, match="parameters require"):
+            compiled(x)
 
 
 def test_writes_are_refused() -> None:
