@@ -14,6 +14,7 @@ from fxwidth.passes.conditions import CONDITIONS, Condition
 from fxwidth.passes.pass_order import Step, ordered
 from fxwidth.passes.width_pass import WidthPass, pass_transaction
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.tracing.analyze import refuse_other_than_graph
 
 
 class Pipeline(PassBase):
@@ -71,11 +72,7 @@ class Pipeline(PassBase):
         Raises:
             FxwidthError: there is no order that works, or a pass fails; nothing has changed.
         """
-        if not isinstance(graph_module, fx.GraphModule):
-            raise FxwidthError(
-                f"Pipeline takes a torch.fx.GraphModule, but received {type(graph_module).__name__}; call "
-                "fxwidth.trace first."
-            )
+        refuse_other_than_graph(graph_module, "Pipeline")
         refuse_sharded(graph_module)
         order = self.order(graph_module)
         transaction = pass_transaction(order, graph_module)

@@ -14,6 +14,7 @@ from fxwidth.passes.conditions import Condition
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.tracing.analyze import refuse_other_than_graph
 
 
 class WidthPass(PassBase):
@@ -83,11 +84,7 @@ class WidthPass(PassBase):
         Raises:
             FxwidthError: a condition does not hold; the message names it, and what brings it about.
         """
-        if not isinstance(graph_module, fx.GraphModule):
-            raise FxwidthError(
-                f"{self.name} takes a torch.fx.GraphModule, but received {type(graph_module).__name__}; call "
-                "fxwidth.trace first."
-            )
+        refuse_other_than_graph(graph_module, self.name)
         for condition in self.needs:
             if not condition.holds(graph_module):
                 raise FxwidthError(f"{self.name} needs that {condition.name}; {condition.remedy}.")

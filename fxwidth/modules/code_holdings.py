@@ -78,9 +78,10 @@ class InCode:
         return next((told for one in self._all_narrowed(units) if (told := self._trials.problem(one, None))), None)
 
     def _all_narrowed(self, units: Sequence[Mapping[str, int]]) -> Iterator[dict[str, int]]:
-        """Yield widths at which each unit has a part of its own left: neighbours less and less, then more and more.
+        """Yield widths at which neighbouring units keep different parts: first falling along the units, then rising.
 
-        Code that cuts a dim into equal parts, as `chunk` does, takes parts of which the first is greater by one.
+        One pattern is not enough: code that cuts a dim into equal parts, as `chunk` does, takes an odd width with a
+        first part that is greater by one.
         """
         numbers = range(len(units))
         for order in (numbers, numbers[::-1]) if len(units) > 1 else (numbers,):

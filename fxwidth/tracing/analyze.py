@@ -94,16 +94,19 @@ def refuse_without_parameters(module: fx.GraphModule) -> None:
     )
 
 
-def refuse_other_than_graph(module: object) -> None:
+def refuse_other_than_graph(module: object, taker: str | None = None) -> None:
     """Check that a graph was given.
+
+    Args:
+        module: what was given.
+        taker: what takes it, as the error names it.
 
     Raises:
         FxwidthError: it is something else.
     """
     if not isinstance(module, fx.GraphModule):
-        raise FxwidthError(
-            f"a torch.fx.GraphModule is needed, but received {type(module).__name__}; call fxwidth.trace first."
-        )
+        wanted = "a torch.fx.GraphModule is needed" if taker is None else f"{taker} takes a torch.fx.GraphModule"
+        raise FxwidthError(f"{wanted}, but received {type(module).__name__}; call fxwidth.trace first.")
 
 
 def analyze_module(
