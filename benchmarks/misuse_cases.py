@@ -87,6 +87,7 @@ mse = nn.functional.mse_loss
 MISUSES: tuple[Misuse, ...] = (
     # Tracing
     Misuse("trace without inputs", lambda: api.analyze(api.trace(Branching())), "", "example_inputs"),
+    Misuse("a batch without samples", lambda: api.evolve(network(), inputs(0), params=0.5), "0 samples", "one or more"),
     Misuse("inputs of another width", lambda: api.trace(network(), torch.randn(2, 5)), "(2, 5)", "example_inputs"),
     Misuse(
         "a DataLoader as inputs",

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxwidth.compilation.captured_graphs import (
     Captured,
-    GradientsNeededError,
     captured,
     refuse_gradients,
     refuse_other_constants,
@@ -36,6 +35,8 @@ from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.live_batch import read_batch_of_input
 
 _FLAG = "_is_compiling_flag"
+# What torch.compile took apart itself may hold what it does not take a second time.
+_IN_PARTS = {"fullgraph": False}
 _NOT_OF_A_GRAPH = {
     "optimizer": "trains the parameters of a model, and not those of a shrunken copy",
     "for_module": "holds widths in attributes of a class",
@@ -52,7 +53,8 @@ def compile_backend(
     For inference: the model itself stays as it is, and so do its weights. What is compiled is what `fxwidth.evolve`
     makes of the captured graph with the same options. Where the model's code breaks the graph, each part is shrunk
     alone to the same share, and a part in which nothing can be is compiled as it is, with a warning. Further graphs of
-    a part, as for other sizes of inputs, get the same weights. A call is refused if the weights have changed since.
+    a part, as for other sizes of inputs, get the same weights. Each model that it compiles is shrunk by itself, and so
+    is one whose parameters were replaced; a call is refused if they have been written to since.
 
     Args:
         inner: the backend that compiles what is shrunk, as for `torch.compile`.
@@ -62,7 +64,7 @@ def compile_backend(
     Raises:
         FxwidthError: an option cannot be used. A call of the compiled model raises one where gradients are needed, the
             model writes to its buffers or inputs, calls ops that take functions, such as `torch.cond`, or cannot be
-            shrunk to the target, and where its weights have changed.
+            shrunk to the target, and where its weights have been written to.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
@@ -114,20 +116,20 @@ class _ShrinkingBackend:
 
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Return what runs in the place of a graph of dynamo's."""
+        runner = _Runner(partial(self._compiled_outside, module))
         try:
-            return self._compiled_outside(module, inputs)
-        except GradientsNeededError:
-            # Versions of torch differ in whether they capture the graph anew where its weights no longer need any.
-            return _Later(partial(self._compiled_outside, module))
-        except FxwidthError as error:
-            # Raised in here it would come out as an error of torch's, and could be suppressed.
-            return partial(_refuse, str(error))
+            runner.prepare(inputs)
+        except Exception as error:
+            # Raised in here it would come out as an error of torch's, and could be suppressed. Versions of torch differ
+            # in whether they capture a graph anew where its weights need gradients no longer.
+            runner.error = error
+        return runner
 
-    def _compiled_outside(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compiled_outside(self, module: fx.GraphModule, inputs: Sequence[Any]) -> _Version:
         with _outside_of_compilation():
             return self._compiled(module, inputs)
 
-    def _compiled(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    def _compiled(self, module: fx.GraphModule, examples: Sequence[Any]) -> _Version:
         found = captured(module, examples)
         bound = with_parameters(found.module, Call(found.inputs, {}))
         if bound is None or not WidthGraph(analyze_module(bound.module, bound.call)).free:
@@ -136,14 +138,14 @@ class _ShrinkingBackend:
                 f"a graph that torch.compile has captured {what}, and is compiled as it is: {_described(found)}. To "
                 "see why, trace the model by fxwidth.trace and print fxwidth.analyze of it."
             )
-            return CompiledGraph(module, self._inner, 1, {})
+            return _AsItIs(CompiledGraph(module, self._inner, 1, _IN_PARTS))
         read_batch_of_input(bound.module, bound.call)
         refuse_writes(found.module, found.inputs, bound.paths)
         weights = WatchedWeights(bound.paths, found.inputs)
-        compiled = CompiledGraph(self._shrunk(bound, weights), self._inner, 1, {})
-        return _Runner(found.positions, found.constants, bound.inputs, weights, compiled)
+        compiled = CompiledGraph(self._shrunk(bound, weights, found.inputs), self._inner, 1, _IN_PARTS)
+        return _Shrunk(found.positions, found.constants, bound.inputs, found.is_single, weights, compiled)
 
-    def _shrunk(self, bound: Bound, weights: WatchedWeights) -> fx.GraphModule:
+    def _shrunk(self, bound: Bound, weights: WatchedWeights, inputs: Sequence[Any]) -> fx.GraphModule:
         self._parts = [part for part in self._parts if part.weights.are_unchanged()]
         known = [part for part in self._parts if part.weights.are_those(weights)]
         for part in known:
@@ -161,6 +163,8 @@ class _ShrinkingBackend:
         floats, before = floats_of(bound.module), _count(bound.module)
         options, data = self._options.copy(), self._options.get("data")
         options["data"] = None if data is None else _Fitting(data, len(bound.inputs))
+        for name in ("only", "keep"):
+            options[name] = _with_parts_of(bound, inputs, options.get(name))
         shrunk = evolve(bound.module, bound.call.args, bound.call.kwargs, **options)
         self._parts.append(_Part(weights, floats, before, shrunk))
         return shrunk
@@ -181,14 +185,28 @@ class _ShrinkingBackend:
             )
 
 
+class _Version(Protocol):
+    """What is compiled for some weights."""
+
+    def is_for(self, given: Sequence[Any]) -> bool:
+        """Tell whether what dynamo gives holds these weights."""
+
+    def is_current(self) -> bool:
+        """Tell whether the weights are there, and as they were."""
+
+    def __call__(self, *given: Any) -> Any:
+        """Run it with what dynamo gives."""
+
+
 @dataclass(frozen=True, eq=False)
-class _Runner:
+class _Shrunk:
     """Runs what is compiled with those of dynamo's inputs that are left, if the weights are what they were.
 
     Attributes:
         positions: of the tensors among what dynamo gives.
         constants: numbers among it that the graph has, by their positions.
         inputs: the positions of what is no weight among the tensors.
+        is_single: whether dynamo takes a tuple of what it returns.
         weights: those that the model had.
         compiled: what is compiled.
     """
@@ -196,28 +214,74 @@ class _Runner:
     positions: tuple[int, ...]
     constants: Mapping[int, float]
     inputs: tuple[int, ...]
+    is_single: bool
     weights: WatchedWeights
     compiled: CompiledGraph
+
+    def is_for(self, given: Sequence[Any]) -> bool:
+        return self.weights.are_among(self._tensors(given))
+
+    def is_current(self) -> bool:
+        return self.weights.are_unchanged()
 
     def __call__(self, *given: Any) -> Any:
         refuse_other_constants(self.constants, given)
         refuse_gradients(given)
-        tensors = [given[position] for position in self.positions]
+        tensors = self._tensors(given)
         self.weights.refuse_changed(tensors)
-        return self.compiled(*(tensors[position] for position in self.inputs))
+        answer = self.compiled(*(tensors[position] for position in self.inputs))
+        return (answer,) if self.is_single else answer
+
+    def _tensors(self, given: Sequence[Any]) -> list[Any]:
+        return [given[position] for position in self.positions]
+
+
+@dataclass(frozen=True, eq=False)
+class _AsItIs:
+    """Runs what was captured: there is nothing to shrink in it."""
+
+    compiled: CompiledGraph
+
+    def is_for(self, given: Sequence[Any]) -> bool:  # noqa: ARG002 - that of the protocol
+        return True
+
+    def is_current(self) -> bool:
+        return True
+
+    def __call__(self, *given: Any) -> Any:
+        return self.compiled(*given)
 
 
 @dataclass
-class _Later:
-    """Compiles a graph at its first call that needs no gradients, and refuses the calls before."""
+class _Runner:
+    """Runs a graph of dynamo's by what is compiled for the weights that it is called with.
 
-    make: Callable[[Sequence[Any]], Callable[..., Any]]
-    made: Callable[..., Any] | None = None
+    One graph serves all models of a class: dynamo passes it the weights of the one that is called.
+
+    Attributes:
+        make: compiles the graph for what it is given.
+        versions: what is compiled.
+        error: what the first call has to raise, since dynamo would change it.
+    """
+
+    make: Callable[[Sequence[Any]], _Version]
+    versions: list[_Version] = field(default_factory=list)
+    error: Exception | None = None
+
+    def prepare(self, given: Sequence[Any]) -> _Version:
+        """Return what is compiled for the weights among what dynamo gives, compiled now if it is not there."""
+        for version in self.versions:
+            if version.is_for(given):
+                return version
+        self.versions = [version for version in self.versions if version.is_current()]
+        self.versions.append(self.make(given))
+        return self.versions[-1]
 
     def __call__(self, *given: Any) -> Any:
-        if self.made is None:
-            self.made = self.make(given)
-        return self.made(*given)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return self.prepare(given)(*given)
 
 
 @dataclass(frozen=True)
@@ -253,8 +317,16 @@ def _outside_of_compilation() -> Iterator[None]:
             setattr(torch.compiler, _FLAG, before)
 
 
-def _refuse(message: str, *_: Any) -> Any:
-    raise FxwidthError(message)
+def _with_parts_of(bound: Bound, inputs: Sequence[Any], chosen: Any) -> Any:
+    """Return what is chosen of a model with its modules as those of a graph that holds copies of its parameters."""
+    if chosen is None or isinstance(chosen, str):
+        return chosen
+    found: list[Any] = []
+    for one in [chosen] if isinstance(chosen, nn.Module) else chosen:
+        own = set(map(id, one.parameters())) if isinstance(one, nn.Module) else set()
+        paths = [path for position, path in bound.paths.items() if id(inputs[position]) in own]
+        found += [bound.module.get_submodule(path.rpartition(".")[0]) for path in paths] or [one]
+    return found
 
 
 def _count(module: fx.GraphModule) -> int:

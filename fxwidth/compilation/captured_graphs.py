@@ -31,12 +31,14 @@ class Captured:
         inputs: an example of each input.
         positions: where in what was captured the inputs are.
         constants: the numbers by their positions that dynamo passes as tensors, and that are constants here.
+        is_single: whether it returns one value, as a model does, where dynamo's returns a tuple of it.
     """
 
     module: fx.GraphModule
     inputs: tuple[Any, ...]
     positions: tuple[int, ...]
     constants: Mapping[int, float]
+    is_single: bool
 
 
 class GradientsNeededError(FxwidthError):
@@ -70,9 +72,10 @@ def captured(module: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     for position in sizes:
         _replace_size(placeholders[position], [placeholders[other] for other in left])
     _name_as_arguments([placeholders[position] for position in left])
+    is_single = _takes_out_of_tuple(copied.graph)
     copied.graph.lint()
     copied.recompile()
-    return Captured(copied, tuple(inputs[position] for position in left), tuple(left), constants)
+    return Captured(copied, tuple(inputs[position] for position in left), tuple(left), constants, is_single)
 
 
 def refuse_gradients(inputs: Sequence[Any], is_switched_on: bool = False) -> None:
@@ -158,6 +161,16 @@ def _dims_of(number: fx.Node, tensors: Sequence[fx.Node]) -> Iterator[tuple[fx.N
 
 def _symbol(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _takes_out_of_tuple(graph: fx.Graph) -> bool:
+    """Have a graph return what it returns a tuple of, for losses, which are functions of this; tell if it did."""
+    output = graph.output_node()
+    (returned,) = output.args
+    if not isinstance(returned, (tuple, list)) or len(returned) != 1:
+        return False
+    output.args = (returned[0],)
+    return True
 
 
 def _name_as_arguments(placeholders: Sequence[fx.Node]) -> None:

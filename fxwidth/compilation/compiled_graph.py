@@ -93,10 +93,11 @@ class CompiledGraph:
         if not is_integer(cache_size) or cache_size < 1:
             raise FxwidthError(f"cache_size={cache_size!r} must be an integer of at least 1: networks to keep code of.")
         _refuse_unknown(options)
+        self._backend = CountedBackend(backend, options.get("dynamic"), "backend")
+        _refuse_unusable(backend, options)
         self.gm = gm
         self._present = PresentNetwork(gm)
         self._options = {"fullgraph": True, **options}
-        self._backend = CountedBackend(backend, options.get("dynamic"), "backend")
         self._cache_size = cache_size
         self._known: OrderedDict[Hashable, _Versions] = OrderedDict()
 
@@ -161,3 +162,12 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
             if name == "align":
                 hint = " Widths are the plan's: give align= to the Evolver, fxwidth.plan or fxwidth.evolve."
             raise FxwidthError(f"{name}= is no option of torch.compile; they are {', '.join(taken)}.{hint}")
+
+
+def _refuse_unusable(backend: Backend, options: dict[str, Any]) -> None:
+    """Check the values of options as torch does for a function of one's own: it is not compiled before its call."""
+    try:
+        torch.compile(lambda: None, backend=backend, **options)
+    except Exception as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise FxwidthError(f"torch.compile does not take {told}: {error}") from error

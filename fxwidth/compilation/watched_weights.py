@@ -35,8 +35,8 @@ class _Watched:
 class WatchedWeights:
     """Tells whether a graph is called with the very weights that it was called with before, and these as they were.
 
-    Told are other tensors, writes that torch counts, and by way of `.data` other memory and writes to any of 32 entries
-    spread over each tensor.
+    Told are writes that torch counts, and by way of `.data` other memory and writes to any of 32 entries spread over
+    each tensor.
 
     Args:
         names: of the weights, by their positions among the inputs.
@@ -70,21 +70,26 @@ class WatchedWeights:
         own, other = ({one.name: one.tensor() for one in each._watched.values()} for each in (self, others))
         return own.keys() == other.keys() and all(tensor is other[name] for name, tensor in own.items())
 
+    def are_among(self, inputs: Sequence[Any]) -> bool:
+        """Tell whether the weights among some inputs of the graph are these tensors."""
+        return all(known.tensor() is inputs[position] for position, known in self._watched.items())
+
     def refuse_changed(self, inputs: Sequence[Any]) -> None:
-        """Check that the weights among some inputs are those that are watched.
+        """Check that these weights are as they were.
+
+        Args:
+            inputs: those of the graph, with these weights among them.
 
         Raises:
-            FxwidthError: one is another tensor, or has been written to.
+            FxwidthError: one has been written to.
         """
         for position, known in self._watched.items():
-            own = known.tensor()
-            if own is None or own is not inputs[position]:
-                raise _changed(known.name, "is another tensor than when")
+            own = inputs[position]
             if (own._version, own.data_ptr()) != (known.version, known.place):
-                raise _changed(known.name, "has been written to since")
+                raise _changed(known.name)
         found = self._entries_of(inputs)
         if not all(map(torch.equal, found, self._entries)):
-            raise _changed("a parameter or buffer", "has been written to since")
+            raise _changed("a parameter or buffer")
 
     def _entries_of(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Return some entries of all weights, those of one dtype and device as one tensor."""
@@ -105,8 +110,8 @@ def _spread(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((count,), (span // count,))
 
 
-def _changed(name: str, how: str) -> FxwidthError:
+def _changed(name: str) -> FxwidthError:
     return FxwidthError(
-        f"{name} {how} the model was shrunk by compile_backend, and what is compiled has the weights of then. Call "
-        "torch.compiler.reset(), after which the next call shrinks the model anew."
+        f"{name} has been written to since the model was shrunk by compile_backend, and what is compiled has the "
+        "weights of then. Call torch.compiler.reset(), after which the next call shrinks the model anew."
     )

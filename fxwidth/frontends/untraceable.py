@@ -81,7 +81,10 @@ def refuse_packed(model: nn.Module) -> None:
         )
 
 
-_WHOLE = "so that no process has all its channels; resize the model before it is sharded, and shard the result."
+_WHOLE = (
+    "so that no process has all its channels; resize the model before it is sharded, and shard the result. A graph "
+    "that is sharded is taken by fxwidth.resize, fxwidth.evolve and an Evolver, with shard= where fully_shard did it."
+)
 _SHARDING, _FSDP = frozenset({"FSDPModule", "FullyShardedDataParallel"}), "torch.distributed."
 _SHARDED = frozenset({"DTensor", "FlatParameter", "ShardedTensor"})
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")

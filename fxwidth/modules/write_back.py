@@ -118,7 +118,8 @@ def _refuse_other_names(runs: ClassRuns) -> None:
         if isinstance(tensor, nn.Parameter) and id(tensor) not in known:
             raise FxwidthError(
                 f"{name} of the graph is none of {type(model).__name__}; pass a module of the class that was traced, "
-                "built as that was."
+                "built as that was. Where a pass has folded or split layers since, no module of the class has these: "
+                "write back before such a pass, or keep the graph."
             )
     for name, (tensor, _) in runs.slots.items():
         if name not in runs.entries and tensor.is_meta and name not in unsaved_tensors(model):

@@ -239,7 +239,10 @@ def _is_composite(func: OpOverload) -> bool:
 def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
     """Run attention and RMS norms whole and the rest as plain ops, so that models are seen as the same few ops."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    caches = torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # A weight is cast at each use, and not by the first alone: nodes are also run one by one, and more than once.
+    torch.set_autocast_cache_enabled(False)
     try:
         # no_grad and not inference_mode: the latter keeps composite ops and forbids in-place updates later.
         with (
@@ -250,4 +253,5 @@ def plain_kernels(whole_ops: WholeOps | None = None) -> Iterator[None]:
         ):
             yield
     finally:
+        torch.set_autocast_cache_enabled(caches)
         torch.backends.mha.set_fastpath_enabled(fastpath)

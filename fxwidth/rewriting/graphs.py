@@ -19,6 +19,7 @@ from fxwidth.recording.graph_meta import FREE_OUTPUTS, notes_of
 from fxwidth.recording.tape import plain_kernels
 from fxwidth.rewriting.added_modules import Additions, drop_unread_constants
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_calls, sizes_by_shape
+from fxwidth.rewriting.autocast_nodes import AutocastNodes
 from fxwidth.rewriting.batch_checks import patched_differs_in_batch
 from fxwidth.rewriting.literals import patch
 from fxwidth.rewriting.lowering import Lowering
@@ -88,7 +89,7 @@ class _Rewriter:
     def run(self) -> RewrittenGraph:
         analysis = self._analysis
         holders = self._holders()
-        with evaluating(self._module), substituted(self._module, self._fakes):
+        with evaluating(self._module), substituted(self._module, self._fakes), AutocastNodes() as autocast:
             for holder in holders:
                 self._edits.apply(holder, sizes_by_shape(holder))
             inputs = iter(analysis.inputs)
@@ -99,6 +100,8 @@ class _Rewriter:
                     self._values[node] = next(inputs)
                 elif node.op == "output":
                     self._check_outputs(node)
+                elif autocast.switch(node):
+                    self._values[node] = self._old_values[node]
                 else:
                     self._rewrite(node)
         drop_unread_constants(self._graph)

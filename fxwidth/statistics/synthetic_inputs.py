@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxwidth.analysis.result import Analysis
+from fxwidth.errors import FxwidthError
 from fxwidth.recording.graph_meta import VALUES, notes_of
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import as_family
@@ -146,12 +147,15 @@ def noise_draws(
         seed: what the noise is made from.
         work: about how many multiplications it may take.
         cautious: whether integers are those of the example wherever they are known.
+
+    Raises:
+        FxwidthError: the graph was traced without a sample.
     """
     examples, structure = flatten(tuple(analysis.inputs), (Tensor,))
     has_counts = any(count is not None for count in _counts(analysis))
     leaves = [_leaf(analysis, *pair) for pair in zip(examples, _sources(analysis, cautious), strict=True)]
     bags = _bags(leaves)
-    recorded = bags or analysis.samples_in(analysis.inputs)
+    recorded = bags or _recorded(analysis)
     smooth = tuple(leaf.is_image for leaf in leaves)
     places = tuple(leaf.has_places for leaf in leaves)
     kinds = 2 if any(places) else 1
@@ -224,14 +228,25 @@ def _finished(white: Tensor, smooth: bool, levels: Levels | None) -> Tensor:
 
 def _largest_batch(analysis: Analysis) -> int:
     """Return of how many samples all activations can be kept at once."""
-    recorded = analysis.samples_in(analysis.inputs)
+    recorded = _recorded(analysis)
     sizes = [max(1, tensor.numel() // recorded) for call in analysis.calls for tensor in call.outputs] or [1]
     return max(16, min(_LARGEST_ACTIVATION // max(sizes), _KEPT // sum(sizes)))
 
 
+def _recorded(analysis: Analysis) -> int:
+    """Return how many samples the example holds."""
+    samples = analysis.samples_in(analysis.inputs)
+    if not samples:
+        raise FxwidthError(
+            "the graph was traced with a batch of 0 samples, which tell nothing of what one of them takes; trace the "
+            "model with one or more."
+        )
+    return samples
+
+
 def products_per_sample(analysis: Analysis) -> float:
     """Return how many multiplications the contractions of a graph take for one sample."""
-    return sum(map(_products, analysis.calls)) / analysis.samples_in(analysis.inputs)
+    return sum(map(_products, analysis.calls)) / _recorded(analysis)
 
 
 def _counts(analysis: Analysis) -> list[Tensor | None]:
@@ -254,7 +269,7 @@ def _samples_wanted(probes: Sequence[Probe], recorded: int, most: int | None) ->
 
 def _products_in_all(analysis: Analysis, probes: Sequence[Probe]) -> float:
     """Return how many multiplications a sample takes, with the second moments that are asked for; one at least."""
-    moments = sum(map(_products_of_moment, probes)) / analysis.samples_in(analysis.inputs)
+    moments = sum(map(_products_of_moment, probes)) / _recorded(analysis)
     return max(1.0, products_per_sample(analysis) + moments)
 
 

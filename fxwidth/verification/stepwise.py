@@ -21,6 +21,10 @@ aten = torch.ops.aten
 
 # What these hold is chance until it is written to.
 _CHANCE = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.detach)
+# What reshapes: it copies first where the layout asks for it, which goes by the kernel that wrote the tensor, as that
+# kernel goes by sizes.
+_COPIES = (aten.clone,)
+_VIEWS = ("view", "_unsafe_view", "reshape")
 
 
 def stepwise_difference(
@@ -85,10 +89,10 @@ class _Comparison:
     def see(self, call: OpCall) -> None:
         """Compare one op that has just run."""
         self._has_ended = self._has_ended or depends_on_values(call.func, call.arguments)
-        if self._has_ended or not is_replayed(call):
+        if self._has_ended or not is_replayed(call) or _copies(call):
             return
-        own = next(self._steps, None)
-        if own is None or own.name != call.name:
+        own = self._next()
+        if own is None or _kind(own) != _kind(call):
             # What follows is no more what it is compared with.
             self.worst, self._has_ended = float("inf"), True
         elif call.func.overloadpacket not in _CHANCE:
@@ -99,8 +103,20 @@ class _Comparison:
 
     def end(self) -> None:
         """See that nothing is left that was to be done."""
-        if not self._has_ended and next(self._steps, None) is not None:
+        if not self._has_ended and self._next() is not None:
             self.worst = float("inf")
+
+    def _next(self) -> OpCall | None:
+        """Run the replay up to the next op that is compared."""
+        return next((call for call in self._steps if not _copies(call)), None)
+
+
+def _copies(call: OpCall) -> bool:
+    return call.func.overloadpacket in _COPIES
+
+
+def _kind(call: OpCall) -> str:
+    return "view" if call.name in _VIEWS else call.name
 
 
 def _magnitude(tensor: Tensor) -> float:

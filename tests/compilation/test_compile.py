@@ -248,6 +248,8 @@ def test_a_graph_that_cannot_be_compiled_as_a_whole_is_told() -> None:
         (lambda gm: fxwidth.compile(gm, backend="inductr"), "backend='inductr' is no backend of torch.compile; "),
         (lambda gm: fxwidth.compile(gm, backend=3), "backend=3 must be the name of a backend"),
         (lambda gm: fxwidth.compile(gm, cache_size=0), "cache_size=0 must be an integer of at least 1"),
+        (lambda gm: fxwidth.compile(gm, mode="nope"), "does not take mode='nope': Unrecognized mode=nope"),
+        (lambda gm: fxwidth.compile(gm, options={"nope": 1}), "does not take options={'nope': 1}: Unexpected optimiz"),
         (lambda gm: fxwidth.compile(gm, align=8), "align= is no option of torch.compile; .*give align= to the Evolver"),
     ],
 )  # fmt: skip

@@ -51,6 +51,14 @@ def test_a_model_of_which_nobody_knows_keeps_its_tensors_too() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_class_does_not_hold_what_is_folded() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()))
+    gm = fxwidth.trace(model, images())
+    FoldBatchNorm()(gm)
+    with pytest.raises(fxwidth.FxwidthError, match=r"Where a pass has folded or split layers since, .* write back bef"):
+        fxwidth.write_back(gm, model)
+
+
 def test_ops_without_training_are_folded() -> None:
     model, x = settled(nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.BatchNorm2d(4), nn.ReLU())), images()
     program = torch.export.export(model, (x,)).run_decompositions()

@@ -29,6 +29,21 @@ from fxwidth.passes import (
 from tests.passes.networks import images, largest, settled, small_graph
 
 
+class Attention(nn.Module):
+    """Attention whose heads have their sizes spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what x attends to in itself."""
+        batch, length, _ = x.shape
+        query, key, value = (one(x).view(batch, length, 4, 8).transpose(1, 2) for one in (self.q, self.k, self.v))
+        answer = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return self.o(answer.reshape(batch, length, -1))  # type: ignore[no-any-return]
+
+
 class TestShrinkAndGrow:
     def test_each_does_its_part_of_a_plan_and_leaves_the_rest(self) -> None:
         _, gm, _ = small_graph()
@@ -108,6 +123,23 @@ class TestVerify:
             # Zeros tell where channels were removed alone, and no norm counts them.
             assert (found["by_zeros"] is None) == ("up" in plan or "one" in plan)
             assert found["by_zeros"] is None or found["by_zeros"] < 1e-12
+
+    @pytest.mark.parametrize("plan", [{"q#0": 2}, {"q#1": 4}, {"v#1": 4}, {"q#1": 4, "v#1": 2}])
+    def test_attention_by_another_kernel_passes(self, plan: dict[str, int]) -> None:
+        """Which kernel runs goes by the sizes of a head, and whether the answer is copied before a reshape by it."""
+        torch.manual_seed(0)
+        x = torch.randn(2, 5, 16, dtype=torch.float64)
+        gm = ResizeWidths(plan)(fxwidth.trace(Attention().double(), x)).graph_module
+        found = VerifyWidths()(gm).graph_module.meta["fxwidth_verified"]
+        assert found["compared"] > 20
+        assert found["by_ops"] < 1e-12
+        assert found["by_zeros"] < 1e-12
+        with torch.no_grad():
+            gm.get_submodule("v").weight.mul_(2)  # type: ignore[operator, union-attr]
+            gm.get_submodule("o").register_forward_hook(lambda _, __, out: out * 2)
+        # What is called is what is seen: a doubled answer is another op.
+        with pytest.raises(FxwidthError, match="VerifyWidths: an op of the resized graph differs"):
+            VerifyWidths()(gm)
 
     def test_refitted_recalibrated_and_trained_graphs_pass(self) -> None:
         _, gm, x = small_graph()
