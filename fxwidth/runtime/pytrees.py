@@ -147,7 +147,7 @@ class _Flattener:
             if self._is_state:
                 self.states.append(value)
             return Leaf(len(self.leaves) - 1, self._is_state)
-        if not _holds(value, self._kinds, []):
+        if not _holds(value, self._kinds, [] if torch.compiler.is_compiling() else {}):
             return Constant(value)
         if _is_container(value):
             parts, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
@@ -203,14 +203,25 @@ def _is_container(value: Any) -> bool:
     return not pytree.tree_structure(value, is_leaf=lambda part: part is not value).is_leaf()
 
 
-def _holds(value: Any, kinds: tuple[type, ...], seen: list[Any]) -> bool:
+def _holds(value: Any, kinds: tuple[type, ...], seen: dict[int, Any] | list[Any]) -> bool:
     if isinstance(value, kinds):
         return True
-    if value is None or isinstance(value, (int, float, complex, *_OPAQUE)) or any(value is one for one in seen):
+    # A fake tensor's attributes lead to all that was ever computed of sizes.
+    if value is None or isinstance(value, (int, float, complex, Tensor, *_OPAQUE)) or _is_known(value, seen):
         return False
-    # By `is`, since torch.compile of torch 2.11 knows no `id` of a dict.
-    seen.append(value)
     return any(_holds(part, kinds, seen) for part in _parts(value))
+
+
+def _is_known(value: Any, seen: dict[int, Any] | list[Any]) -> bool:
+    """Tell whether a value was met before, and note it, so that its id is not given to another one."""
+    if isinstance(seen, dict):
+        known = id(value) in seen
+        seen[id(value)] = value
+        return known
+    # By `is`, since torch.compile of torch 2.11 knows no `id` of a dict.
+    known = any(value is one for one in seen)
+    seen.append(value)
+    return known
 
 
 def _parts(value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxwidth.runtime.pytree_differences import difference
 from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild, states_in
@@ -89,6 +90,27 @@ def test_circles_end() -> None:
     cache.me = cache  # type: ignore[attr-defined]
     again = map_leaves(torch.neg, cache)
     assert again.me is again
+
+
+def test_tensors_are_not_looked_into() -> None:
+    """The attributes of a fake one lead to its mode, and to all that was ever computed of sizes."""
+    with FakeTensorMode():
+        fake = torch.empty(2)
+    seen: list[Any] = []
+
+    class Watching:
+        def __init__(self) -> None:
+            self.tensor = fake
+
+        def __getattribute__(self, name: str) -> Any:
+            seen.append(name)
+            return super().__getattribute__(name)
+
+    fake.watching = Watching()  # type: ignore[attr-defined]
+    assert flatten([fake, {"a": fake}], (torch.SymInt,))[0] == []
+    assert not seen
+    assert flatten(fake.watching, (torch.Tensor,))[0] == [fake]
+    assert "__dict__" in seen
 
 
 def test_only_containers_and_dataclasses_are_there_to_be_read() -> None:
