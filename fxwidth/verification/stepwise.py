@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxwidth.analysis.op_signatures import is_copy, is_view
 from fxwidth.analysis.replay import ResizedReplay, ZeroedReplay, is_replayed
 from fxwidth.analysis.result import Analysis
 from fxwidth.axes.index_maps import IndexMaps
@@ -21,10 +22,6 @@ aten = torch.ops.aten
 
 # What these hold is chance until it is written to.
 _CHANCE = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.detach)
-# What reshapes: it copies first where the layout asks for it, which goes by the kernel that wrote the tensor, as that
-# kernel goes by sizes.
-_COPIES = (aten.clone,)
-_VIEWS = ("view", "_unsafe_view", "reshape")
 
 
 def stepwise_difference(
@@ -89,7 +86,7 @@ class _Comparison:
     def see(self, call: OpCall) -> None:
         """Compare one op that has just run."""
         self._has_ended = self._has_ended or depends_on_values(call.func, call.arguments)
-        if self._has_ended or not is_replayed(call) or _copies(call):
+        if self._has_ended or not is_replayed(call) or is_copy(call.func):
             return
         own = self._next()
         if own is None or _kind(own) != _kind(call):
@@ -108,15 +105,12 @@ class _Comparison:
 
     def _next(self) -> OpCall | None:
         """Run the replay up to the next op that is compared."""
-        return next((call for call in self._steps if not _copies(call)), None)
-
-
-def _copies(call: OpCall) -> bool:
-    return call.func.overloadpacket in _COPIES
+        return next((call for call in self._steps if not is_copy(call.func)), None)
 
 
 def _kind(call: OpCall) -> str:
-    return "view" if call.name in _VIEWS else call.name
+    # A reshape copies where the layout asks for it, which goes by the kernel that wrote the tensor, as that goes by sizes.
+    return "view" if is_view(call.func) else call.name
 
 
 def _magnitude(tensor: Tensor) -> float:
