@@ -109,7 +109,7 @@ class _Comparison:
 
 
 def _kind(call: OpCall) -> str:
-    # A reshape copies where the layout asks for it, which goes by the kernel that wrote the tensor, as that goes by sizes.
+    # A reshape copies where the layout asks for it, which goes by the kernel that wrote the tensor.
     return "view" if is_view(call.func) else call.name
 
 
