@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -147,8 +148,12 @@ class _LargerBatch:
 
 def enlarged(tensor: Tensor, axes: Axes, maps: IndexMaps) -> Tensor:
     """Return a tensor of the sizes that maps give its axes."""
-    shape = [maps.size(axis) for axis in axes]
-    if list(tensor.shape) == shape:
+    return with_shape(tensor, [maps.size(axis) for axis in axes])
+
+
+def with_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of another shape whose dims lie in the same order in memory; itself if it has that shape."""
+    if list(tensor.shape) == list(shape):
         return tensor
     # Which ops a linear layer runs depends on the order of the dims in memory.
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

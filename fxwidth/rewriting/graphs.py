@@ -268,7 +268,8 @@ class _Rewriter:
                 "apart into ATen ops. Keep its groups with keep=."
             )
         self._old.refuse_other_in_batch(name, problem)
-        result, inserted = self._lowering.lower(node, name, self._old_values, self._old.in_training(node, problem))
+        in_training, sizes = self._old.in_training(node, problem), self._old.followings(node)
+        result, inserted = self._lowering.lower(node, name, self._old_values, in_training, sizes)
         for new in inserted:
             self._values[new] = self._run_inserted(new, name, problem)
         node.replace_all_uses_with(result)

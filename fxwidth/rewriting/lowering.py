@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from fxwidth.errors import FxwidthError
 from fxwidth.recording.composite_ops import PLAIN_FUNCTIONS
 from fxwidth.recording.layouts import for_any_layout
 from fxwidth.recording.tape import OpCall, unbind
+from fxwidth.rewriting.free_sizes import Following, Followings, leaves_of
 from fxwidth.rewriting.training_behaviour import Kept, Step
 from fxwidth.rewriting.training_runs import Dropout
 from fxwidth.rules.registry import resized_call
@@ -56,6 +57,7 @@ class Lowering:
         old_name: str,
         old_values: dict[fx.Node, Any],
         in_training: tuple[Sequence[Step], Any] | None = None,
+        sizes: Followings | None = None,
     ) -> tuple[fx.Node, list[fx.Node]]:
         """Insert the prescribed ops before a node; return the node of its result and all inserted nodes, in order.
 
@@ -64,14 +66,18 @@ class Lowering:
             old_name: its name on the tape.
             old_values: what nodes were on the tape.
             in_training: what it does in training and the result of that, where it differs from evaluation.
+            sizes: how the numbers in its ops follow sizes of what it takes.
         """
         last = node.prev
         self._known: dict[int, fx.Node] = {}
+        calls = self._analysis.calls_of(old_name)
+        # All or none: a part of the numbers of another size would make something else of it.
+        self._followings = sizes if sizes and all(self._can_follow(call, sizes[call.index]) for call in calls) else {}
         with self._graph.inserting_before(node):
             for source in node.all_input_nodes:
                 self._remember(old_values[source], source)
             if in_training is None:
-                for call in self._analysis.calls_of(old_name):
+                for call in calls:
                     self._emit(call)
                 value = self._analysis.node_values[old_name]
             else:
@@ -133,10 +139,8 @@ class Lowering:
     def _masked(self, scores: fx.Node, arguments: dict[str, Any]) -> fx.Node:
         mask = arguments["attn_mask"]
         if arguments["is_causal"]:
-            # Positions are fixed where their order matters.
-            lengths = arguments["query"].shape[-2], arguments["key"].shape[-2]
-            above = torch.ones(lengths, dtype=torch.bool, device=arguments["query"].device).triu(1)
-            scores = self._call(torch.masked_fill, scores, self._graph.get_attr(self._add_constant(above)), -math.inf)
+            ones = self._graph.call_function(torch.ones_like, (scores,), {"dtype": torch.bool})
+            scores = self._call(torch.masked_fill, scores, self._call(torch.triu, ones, 1), -math.inf)
         if mask is None:
             return scores
         if mask.dtype != torch.bool:
@@ -152,7 +156,10 @@ class Lowering:
             return
         func, arguments = resized_call(call, self._maps)
         _, larger = resized_call(call, self._larger)
-        arguments = {name: self._argument(value, larger[name]) for name, value in arguments.items()}
+        sizes = _by_argument(call, arguments, self._followings.get(call.index, ())) or {}
+        arguments = {
+            name: self._argument(value, larger[name], iter(sizes.get(name, ()))) for name, value in arguments.items()
+        }
         contiguous = partial(self._call, torch.ops.aten.contiguous.default)
         func, arguments = for_any_layout(func, arguments, contiguous)
         args, kwargs = unbind(func, arguments)
@@ -163,14 +170,58 @@ class Lowering:
         if isinstance(call.result, Tensor):
             self._known[id(call.result)] = node
 
-    def _argument(self, value: Any, larger: Any) -> Any:
+    def _argument(self, value: Any, larger: Any, sizes: Iterator[tuple[int, Following] | None]) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._argument(own, other, sizes) for own, other in zip(value, larger, strict=True)]
+        followed = next(sizes, None)
         if isinstance(value, Tensor):
             return self._tensor(value)
-        if isinstance(value, (list, tuple)):
-            return [self._argument(own, other) for own, other in zip(value, larger, strict=True)]
-        if isinstance(value, int) and not isinstance(value, bool) and value != larger:
-            return self._with_batch(value, larger - value)
-        return value
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if followed is not None:
+            return self._with_sizes(value, larger, *followed)
+        return self._with_batch(value, larger - value) if value != larger else value
+
+    def _can_follow(self, call: OpCall, followings: Sequence[Following | None]) -> bool:
+        """Tell whether the numbers of an op follow sizes as they did, whatever has become of widths in them."""
+        if not any(followings):
+            return True
+        _, arguments = resized_call(call, self._maps)
+        _, larger = resized_call(call, self._larger)
+        sizes = _by_argument(call, arguments, followings)
+        if sizes is None:
+            return False
+        for name, nested in sizes.items():
+            own, other = leaves_of(arguments[name]), leaves_of(larger[name])
+            for value, grown, how in zip(own, other, nested, strict=True):
+                if how is not None and not self._is_followed(value, grown, *how):
+                    return False
+        return True
+
+    def _is_followed(self, value: int, larger: int, before: int, following: Following) -> bool:
+        if not following.is_multiple:
+            return value == larger == before
+        count, rest = divmod(value, self._divisor(following, value != larger))
+        batch = self._analysis.batch
+        has_batch = value == larger or (batch is not None and value * (batch.size + 1) == larger * batch.size)
+        return count > 0 and not rest and has_batch
+
+    def _divisor(self, following: Following, has_batch: bool) -> int:
+        sizes = [one.size for one in following.sizes]
+        return math.prod([*sizes, self._analysis.batch.size] if has_batch and self._analysis.batch else sizes)
+
+    def _with_sizes(self, value: int, larger: int, before: int, following: Following) -> fx.Node:
+        """Compute a number from the sizes of the moment."""
+        node, *others = [self._graph.call_method("size", (one.source, one.dim)) for one in following.sizes]
+        if not following.is_multiple:
+            return self._plus(node, before - following.sizes[0].size)
+        for other in [*others, self._batch_node()] if value != larger else others:
+            node = self._call(operator.mul, node, other)
+        count = value // self._divisor(following, value != larger)
+        return self._call(operator.mul, node, count) if count != 1 else node
+
+    def _plus(self, node: fx.Node, offset: int) -> fx.Node:
+        return self._call(operator.add, node, offset) if offset else node
 
     def _with_batch(self, value: int, slope: int) -> fx.Node:
         """Compute a size that is linear in the batch from the batch of the moment."""
@@ -179,8 +230,7 @@ class Lowering:
         node = self._batch_node()
         if slope != 1:
             node = self._graph.call_function(operator.mul, (node, slope))
-        offset = value - slope * batch.size
-        return self._graph.call_function(operator.add, (node, offset)) if offset else node
+        return self._plus(node, value - slope * batch.size)
 
     def _batch_node(self) -> fx.Node:
         inputs = [tensor for tensor in deep_tensors(self._analysis.inputs) if self._has_batch(tensor)]
@@ -213,3 +263,20 @@ class Lowering:
             f"node {name!r} returns a {type(value).__name__}, which cannot be rebuilt from ATen ops; "
             "trace the model so that this module is taken apart, or keep its groups with keep=."
         )
+
+
+def _by_argument(
+    call: OpCall, resized: Mapping[str, Any], followings: Sequence[Following | None]
+) -> dict[str, list[Any]] | None:
+    """Return, for each argument, what its numbers were and how they follow sizes, in order; None for those that stay.
+
+    None as a whole where the new sizes take other arguments.
+    """
+    each = iter(followings)
+    found: dict[str, list[Any]] = {}
+    for name, value in call.arguments.items():
+        leaves = leaves_of(value)
+        if name not in resized or len(leaves_of(resized[name])) != len(leaves):
+            return None
+        found[name] = [None if how is None else (leaf, how) for leaf, how in zip(leaves, each, strict=False)]
+    return found if found.keys() == resized.keys() else None

@@ -14,6 +14,7 @@ from fxwidth.frontends.as_traced import AsTraced
 from fxwidth.frontends.train_eval_merge import TrainingFlag
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.batch_checks import differs_in_batch
+from fxwidth.rewriting.free_sizes import Followings, followings
 from fxwidth.rewriting.training_behaviour import Step, training_steps
 from fxwidth.rewriting.training_runs import UnexplainedError
 from fxwidth.runtime.contexts import quiet
@@ -62,6 +63,11 @@ class OldSizes:
                 f"size as it does: for a batch larger by one it does {other}. Keep its groups with keep=, or trace "
                 "the model so that this module is taken apart."
             )
+
+    def followings(self, node: fx.Node) -> Followings:
+        """Return how the numbers in the ops of a node follow sizes of what it takes."""
+        with self.restored(), quiet():
+            return followings(self._analysis, node, self._values)
 
     def in_training(self, node: fx.Node, problem: str) -> tuple[list[Step], Any] | None:
         """Return what a node does in training, where that can differ.
