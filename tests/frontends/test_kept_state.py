@@ -156,7 +156,9 @@ KEEPERS: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("looks", [False, True], ids=["symbolic", "export"])
+@pytest.mark.parametrize(
+    "looks", [pytest.param(False, marks=pytest.mark.slow, id="symbolic"), pytest.param(True, id="export")]
+)
 @pytest.mark.parametrize("keep", COUNTERS, ids=lambda keep: keep.__name__)
 def test_counters_go_on(keep: Callable[[Any, Tensor], Any], looks: bool) -> None:
     model = network(keep, looks).train()

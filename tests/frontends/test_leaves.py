@@ -42,8 +42,6 @@ from tests.zoo.networks_of_values import (
     targets,
 )
 
-by_detector = pytest.mark.parametrize("name", DETECTORS)
-
 
 def rows(count: int = 5) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -257,7 +255,9 @@ def test_a_model_without_values_cannot_look_at_them() -> None:
 # -- detectors -----------------------------------------------------------------------------------------------------
 
 
-@by_detector
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "single_shot" else pytest.mark.slow) for name in DETECTORS]
+)
 def test_detectors_are_halved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = detector(name)
     with torch.no_grad():

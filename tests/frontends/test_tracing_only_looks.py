@@ -228,8 +228,14 @@ class Keeping(nn.Module):
         return self.down(h)
 
 
-@pytest.mark.parametrize("looks", [False, True])
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize(
+    ("name", "looks"),
+    [
+        *((name, False) for name in WRITES),
+        # An export is watched as the other ways are.
+        *(pytest.param(name, True, marks=() if name in ("frozen", "slots") else pytest.mark.slow) for name in WRITES),
+    ],
+)
 def test_containers_are_put_back_as_they_were(name: str, looks: bool) -> None:
     make, write = WRITES[name]
     model = Keeping(make(), write, looks).double()

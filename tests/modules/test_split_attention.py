@@ -93,7 +93,13 @@ def test_the_class_holds_it_as_one_op_and_drops_out_as_before(name, is_training)
     assert not torch.equal(model(_X), model(_X))
 
 
-@pytest.mark.parametrize("name", ["attention", "decoder", "with a mask of places", "causal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("decoder", "with a mask of places", "causal")),
+    ],
+)
 def test_it_is_held_where_there_are_no_values(name):
     model, gm = _planned(_CASES[name], device="meta")
     assert fxwidth.write_back(gm, model).first.out_features < 32

@@ -279,7 +279,7 @@ def test_whatever_ends_a_pipeline_leaves_everything_as_it_was(error: type[BaseEx
     assert not model.training
 
 
-@pytest.mark.parametrize("error", [PlantedError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [PlantedError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
 def test_what_only_a_resize_inside_of_a_step_knew_is_taken_back_too(error: type[BaseException]) -> None:
     model, gm, x = small_graph()
     optimizer, teacher = stepped(gm, x), copy.deepcopy(gm)
