@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import fx, nn
@@ -35,8 +35,6 @@ from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.live_batch import read_batch_of_input
 
 _FLAG = "_is_compiling_flag"
-# What torch.compile took apart itself may hold what it does not take a second time.
-_IN_PARTS = {"fullgraph": False}
 _NOT_OF_A_GRAPH = {
     "optimizer": "trains the parameters of a model, and not those of a shrunken copy",
     "for_module": "holds widths in attributes of a class",
@@ -138,12 +136,17 @@ class _ShrinkingBackend:
                 f"a graph that torch.compile has captured {what}, and is compiled as it is: {_described(found)}. To "
                 "see why, trace the model by fxwidth.trace and print fxwidth.analyze of it."
             )
-            return _AsItIs(CompiledGraph(module, self._inner, 1, _IN_PARTS))
+            every = tuple(range(len(examples)))
+            return _Version(every, {}, every, False, WatchedWeights({}, ()), self._inside(module))
         read_batch_of_input(bound.module, bound.call)
         refuse_writes(found.module, found.inputs, bound.paths)
         weights = WatchedWeights(bound.paths, found.inputs)
-        compiled = CompiledGraph(self._shrunk(bound, weights, found.inputs), self._inner, 1, _IN_PARTS)
-        return _Shrunk(found.positions, found.constants, bound.inputs, found.is_single, weights, compiled)
+        compiled = self._inside(self._shrunk(bound, weights, found.inputs))
+        return _Version(found.positions, found.constants, bound.inputs, found.is_single, weights, compiled)
+
+    def _inside(self, module: fx.GraphModule) -> CompiledGraph:
+        # What torch.compile took apart itself may hold what it does not take a second time.
+        return CompiledGraph(module, self._inner, 1, {"fullgraph": False})
 
     def _shrunk(self, bound: Bound, weights: WatchedWeights, inputs: Sequence[Any]) -> fx.GraphModule:
         self._parts = [part for part in self._parts if part.weights.are_unchanged()]
@@ -185,21 +188,8 @@ class _ShrinkingBackend:
             )
 
 
-class _Version(Protocol):
-    """What is compiled for some weights."""
-
-    def is_for(self, given: Sequence[Any]) -> bool:
-        """Tell whether what dynamo gives holds these weights."""
-
-    def is_current(self) -> bool:
-        """Tell whether the weights are there, and as they were."""
-
-    def __call__(self, *given: Any) -> Any:
-        """Run it with what dynamo gives."""
-
-
 @dataclass(frozen=True, eq=False)
-class _Shrunk:
+class _Version:
     """Runs what is compiled with those of dynamo's inputs that are left, if the weights are what they were.
 
     Attributes:
@@ -219,9 +209,11 @@ class _Shrunk:
     compiled: CompiledGraph
 
     def is_for(self, given: Sequence[Any]) -> bool:
+        """Tell whether what dynamo gives holds these weights."""
         return self.weights.are_among(self._tensors(given))
 
     def is_current(self) -> bool:
+        """Tell whether the weights are there, and as they were."""
         return self.weights.are_unchanged()
 
     def __call__(self, *given: Any) -> Any:
@@ -234,22 +226,6 @@ class _Shrunk:
 
     def _tensors(self, given: Sequence[Any]) -> list[Any]:
         return [given[position] for position in self.positions]
-
-
-@dataclass(frozen=True, eq=False)
-class _AsItIs:
-    """Runs what was captured: there is nothing to shrink in it."""
-
-    compiled: CompiledGraph
-
-    def is_for(self, given: Sequence[Any]) -> bool:  # noqa: ARG002 - that of the protocol
-        return True
-
-    def is_current(self) -> bool:
-        return True
-
-    def __call__(self, *given: Any) -> Any:
-        return self.compiled(*given)
 
 
 @dataclass

@@ -41,10 +41,6 @@ class Captured:
     is_single: bool
 
 
-class GradientsNeededError(FxwidthError):
-    """A graph is called so that gradients would be needed, which another call of it may not ask for."""
-
-
 def captured(module: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     """Return a graph of dynamo's as one that takes tensors alone, named as the model's arguments where they tell.
 
@@ -86,12 +82,12 @@ def refuse_gradients(inputs: Sequence[Any], is_switched_on: bool = False) -> Non
         is_switched_on: whether it asks for gradients itself.
 
     Raises:
-        GradientsNeededError: one of its inputs needs them.
+        FxwidthError: one of its inputs needs them.
     """
     needing = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     if needing and (is_switched_on or torch.is_grad_enabled()):
         what = "parameters require" if isinstance(needing[0], nn.Parameter) else "an input requires"
-        raise GradientsNeededError(
+        raise FxwidthError(
             f"compile_backend is for inference, but gradients are on and {what} one, which the captured graph would "
             "not give to the model. Call the model under torch.no_grad() or torch.inference_mode(); to train, "
             f"{_EVOLVE}."

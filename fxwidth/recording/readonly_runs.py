@@ -37,5 +37,6 @@ def left_as_it_is(module: nn.Module, *, evaluates: bool = True) -> Iterator[None
     tensors = {name: tensor for name, (tensor, _) in tensor_slots(module).items()}
     buffers = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
     mode = evaluating(module) if evaluates else nullcontext()
-    with mode, restored(module), substituted(module, buffers):
+    # What modules hold is looked at in their own mode: what an interruption leaves to be put back late must have it.
+    with restored(module), mode, substituted(module, buffers):
         yield
