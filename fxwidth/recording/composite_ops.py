@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxwidth.recording.channel_copies import copied_channels, copies_as_one_op
@@ -219,6 +219,11 @@ class WholeOps(TorchFunctionMode):
     def __init__(self, see: See | None = None) -> None:
         super().__init__()
         self._see = see
+
+    def __exit__(self, *error: Any) -> None:
+        """End it, unless it has been ended: after an interruption a context around it may be left late."""
+        if _get_current_function_mode() is self:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one Python-level function."""

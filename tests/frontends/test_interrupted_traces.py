@@ -121,6 +121,16 @@ def test_an_interruption_changes_nothing(name: str) -> None:
     assert_undone(name, some)
 
 
+def test_an_interruption_where_a_look_ends_by_an_error_leaves_the_modes() -> None:
+    """Its contexts are then left late, and in no order: each must put back what was before all of them."""
+    assert_undone(
+        "leaves",
+        lambda functions: sorted(
+            {p for place, points in functions.items() if "readonly_runs.py" in place for p in (points[0], points[-1])}
+        ),
+    )
+
+
 def test_an_interruption_is_heeded_where_torch_raises_an_error_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Symbolic tracing, which would be taken for one that has failed."""
 
