@@ -21,7 +21,7 @@ from torch.nn import functional
 from fxwidth.recording import composite_ops
 from fxwidth.recording.tape import OpCall
 
-_MASKS = frozenset({"masked_fill", "add", "logical_not"})
+_MASKS = frozenset({"masked_fill", "add", "logical_not", "ones_like", "detach", "triu"})
 _PARTS = _MASKS | frozenset({"mul", "transpose", "expand", "view", "_unsafe_view", "clone", "bmm", "_safe_softmax"})
 
 
@@ -72,8 +72,7 @@ def _in_parts(
         key, value = (one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in (key, value))
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(above, -math.inf)
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     if attn_mask is not None:
         is_boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(attn_mask.logical_not(), -math.inf) if is_boolean else scores + attn_mask
@@ -100,6 +99,8 @@ class _Parts:
             mask = writer.inputs[1]
             before = self._writer(mask, "logical_not")
             if writer.name == "masked_fill" and before is None:
+                if is_causal or not self._is_above_diagonal(mask):
+                    return None
                 is_causal = True
             else:
                 masks.append(mask if before is None else before.inputs[0])
@@ -138,6 +139,13 @@ class _Parts:
             outputs=list(last.outputs),
         )
         return start, end, whole
+
+    def _is_above_diagonal(self, mask: Tensor) -> bool:
+        above = self._writer(mask, "triu")
+        if above is None or above.arguments["diagonal"] != 1:
+            return False
+        ones = self._writer(above.inputs[0], "ones_like", "detach")
+        return ones is not None and (ones.name == "ones_like" or self._writer(ones.inputs[0], "ones_like") is not None)
 
     def _writer(self, tensor: Tensor, *names: str) -> OpCall | None:
         """Return the op of one of some names that gave a tensor, perhaps under another shape."""

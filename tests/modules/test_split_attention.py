@@ -130,6 +130,16 @@ def test_another_scale_or_another_mask_is_refused(device):
         fxwidth.write_back(gm, model)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_another_order_of_positions_is_refused(device):
+    model, gm = _planned(Causal, device=device)
+    above = next(node for node in gm.graph.nodes if node.target is torch.triu)
+    above.update_arg(1, 2)
+    gm.recompile()
+    with pytest.raises(fxwidth.FxwidthError, match=r"where mul .* is needed"):
+        fxwidth.write_back(gm, model)
+
+
 def test_what_no_op_tells_is_told_by_values():
     model, gm = _planned(Attention)
     scaled = next(node for node in gm.graph.nodes if node.target is torch.mul and isinstance(node.args[1], float))
