@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import fx, nn
 
+from fxwidth.compilation.autocast_regions import with_autocast_regions
 from fxwidth.compilation.captured_graphs import (
     Captured,
     captured,
@@ -146,7 +147,7 @@ class _ShrinkingBackend:
 
     def _inside(self, module: fx.GraphModule) -> CompiledGraph:
         # What torch.compile took apart itself may hold what it does not take a second time.
-        return CompiledGraph(module, self._inner, 1, {"fullgraph": False})
+        return CompiledGraph(with_autocast_regions(module), self._inner, 1, {"fullgraph": False})
 
     def _shrunk(self, bound: Bound, weights: WatchedWeights, inputs: Sequence[Any]) -> fx.GraphModule:
         self._parts = [part for part in self._parts if part.weights.are_unchanged()]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-_ENTER: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
-_EXIT: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 
 
 class AutocastNodes:
@@ -27,14 +27,14 @@ class AutocastNodes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         while self._open:
-            _EXIT(self._open.pop())
+            EXIT_AUTOCAST(self._open.pop())
 
     def switch(self, node: fx.Node) -> bool:
         """Do what a node does to autocast; return whether it is such a node."""
-        if node.target is _ENTER:
-            self._open.append(_ENTER(*node.args, **node.kwargs))
-        elif node.target is _EXIT:
-            _EXIT(self._open.pop())
+        if node.target is ENTER_AUTOCAST:
+            self._open.append(ENTER_AUTOCAST(*node.args, **node.kwargs))
+        elif node.target is EXIT_AUTOCAST:
+            EXIT_AUTOCAST(self._open.pop())
         else:
             return False
         return True
