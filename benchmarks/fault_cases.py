@@ -1226,7 +1226,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/rewriting/autocast_nodes.py",
         "autocast stays on behind a flat graph's end of it",
-        "_EXIT(self._open.pop())\n        else:",
+        "EXIT_AUTOCAST(self._open.pop())\n        else:",
         "pass\n        else:",
         ("compilation/test_compile_backend.py",),
     ),

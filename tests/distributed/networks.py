@@ -18,7 +18,8 @@ def mlp() -> nn.Module:
 def cnn(*, norms: bool = False) -> nn.Module:
     torch.manual_seed(0)
     norm = [nn.BatchNorm2d(12)] if norms else []
-    layers = [nn.Conv2d(3, 12, 3, padding=1), *norm, nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()]
+    other = [nn.BatchNorm2d(12)] if norms else []
+    layers = [nn.Conv2d(3, 12, 3, padding=1), *norm, nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1), *other, nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3)).double()
 
 

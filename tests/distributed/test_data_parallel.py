@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxwidth
+from fxwidth.reconstruction import bn_recalibration
+from fxwidth.runtime.process_groups import Ranks, rank_share
 from tests.distributed.networks import cnn, digest, inputs, mlp
 from tests.distributed.processes import Processes
 
@@ -130,6 +133,60 @@ def test_running_statistics_are_equal_after_a_resize(two: Processes) -> None:
     assert not torch.equal(first, second)
     for key in one:
         assert torch.equal(one[key], other[key])
+
+
+def other_buffers(rank: int, size: int) -> Any:
+    """Choose channels by what runs with statistics that differ between the ranks."""
+    gm = fxwidth.trace(cnn(norms=True), inputs(0, 2, 3, 8, 8)).eval()
+    gm.get_buffer("1.running_var").copy_(inputs(20 + rank, 12).exp())
+    gm.get_buffer("1.running_mean").copy_(inputs(30 + rank, 12))
+    parts = [inputs(3 + one, 16, 3, 8, 8) for one in ([rank] if size > 1 else [0, 1])]
+    fxwidth.evolve(gm, params=0.5, data=parts, process_group=dist.group.WORLD if size > 1 else None)
+    return {name: one.detach() for name, one in gm.state_dict().items()}
+
+
+def test_buffers_are_those_of_the_first_rank_where_they_are_looked_at(two: Processes) -> None:
+    wanted = other_buffers(0, 1)
+    for found in two.run(other_buffers):
+        for key, one in wanted.items():
+            torch.testing.assert_close(found[key], one, rtol=1e-7, atol=1e-9)
+
+
+def recalibrated(rank: int, size: int) -> Any:
+    """Give more data than are looked at, which are few here."""
+    with patch.object(bn_recalibration, "SAMPLES", 16):
+        gm = fxwidth.trace(cnn(norms=True), inputs(0, 2, 3, 8, 8)).train()
+        data = [inputs(40 + 10 * rank + number, 8, 3, 8, 8) for number in range(3)]
+        if size == 1:
+            data = [inputs(40, 8, 3, 8, 8), inputs(50, 8, 3, 8, 8)]
+        group = dist.group.WORLD if size > 1 else None
+        # Nothing else looks at data then.
+        options: dict[str, Any] = {"selection": "magnitude", "fold": False, "rotate": False}
+        fxwidth.resize(gm, {"0": 9}, data=data, recalibrate=True, process_group=group, **options)
+    return gm.get_buffer("4.running_mean"), gm.get_buffer("4.running_var")
+
+
+def test_ranks_share_the_number_of_samples_to_look_at(two: Processes) -> None:
+    wanted = recalibrated(0, 1)
+    for found in two.run(recalibrated):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def shares(rank: int, size: int) -> list[int]:
+    found = [rank_share(5)]
+    for is_data_parallel in (True, False):
+        ranks = Ranks(dist.group.WORLD, is_data_parallel=is_data_parallel)
+
+        def work(ranks: Ranks = ranks) -> None:
+            found.append(rank_share(5))
+            ranks.end()
+
+        ranks.run(work)
+    return found
+
+
+def test_a_share_is_a_whole_number_and_all_of_it_where_data_are_the_same(two: Processes) -> None:
+    assert two.run(shares) == [[5, 3, 5], [5, 3, 5]]
 
 
 def trained_on(rank: int, size: int) -> Any:

@@ -126,6 +126,29 @@ def test_a_failure_leaves_them_as_they_were(two: Processes, way: str) -> None:
         assert "the disk is full" in message
 
 
+def with_gradients(rank: int, size: int, way: str) -> Any:
+    gm = fxwidth.trace(mlp(), inputs(0, 2, 6))
+    options: dict[str, Any] = {}
+    if size > 1:
+        WAYS[way](gm)
+        options = {} if way == "tensor parallel" else {"shard": WAYS[way]}
+    for number in range(2):  # they add up
+        gm(inputs(number, 4, 6)).square().mean().backward()
+    data = inputs(0, 8, 6)
+    fxwidth.resize(gm, {"0": 10, "2": 18}, data=[data[4 * rank :][:4] if options else data], **options)
+    return {name: None if one.grad is None else whole(one.grad).clone() for name, one in gm.named_parameters()}
+
+
+@pytest.mark.parametrize("way", [pytest.param("root", marks=SLOW), "by layers", "tensor parallel"])
+def test_gradients_come_through_a_resize(two: Processes, way: str) -> None:
+    wanted = with_gradients(0, 1, way)
+    assert all(one is not None and one.abs().sum() > 0 for one in wanted.values())
+    for found in two.run(with_gradients, way):
+        assert found.keys() == wanted.keys()
+        for name, one in wanted.items():
+            torch.testing.assert_close(found[name], one, rtol=1e-7, atol=1e-9)
+
+
 def refused(rank: int, size: int, kind: str) -> str:
     gm = fxwidth.trace(mlp(), inputs(0, 2, 6))
     WAYS["tensor parallel" if kind in ("uneven", "needless") else "root"](gm)
