@@ -306,7 +306,7 @@ FAULTS: tuple[Fault, ...] = (
         ("evolution/test_evolution.py", "resizing/test_options.py"),
     ),
     Fault(
-        "fxwidth/evolution/evolver.py",
+        "fxwidth/evolution/training_batches.py",
         "of several inputs the first alone is gathered",
         "for value in batch if deep_tensors(value))[:count]",
         "for value in batch if deep_tensors(value))[:1]",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -19,8 +19,10 @@ from fxwidth.distributed.wrappers import unwrapped
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolve import planned_and_resized
 from fxwidth.evolution.progress import Progress
-from fxwidth.evolution.schedule import Phase, Schedule
+from fxwidth.evolution.schedule import Phase
 from fxwidth.evolution.settings import Settings
+from fxwidth.evolution.timing import Timing
+from fxwidth.evolution.training_batches import TrainingBatches
 from fxwidth.gradients.informed_rows import labelled_batches
 from fxwidth.gradients.reader_step import mean_loss
 from fxwidth.groups.width_graph import WidthGraph
@@ -32,14 +34,12 @@ from fxwidth.planning.planner import Plan, refuse_impossible
 from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.runtime.process_groups import Ranks, of_all_ranks
-from fxwidth.runtime.pytrees import deep_tensors, map_leaves
+from fxwidth.runtime.process_groups import Ranks
 from fxwidth.statistics.calibration_data import Gathered
 from fxwidth.tracing.analyze import analyze_module
 
-_ROUNDS = 8
-# A network has stopped to get better by breathing after so many breaths without a loss lower by this share.
-_BREATHS, _SHARE = 2, 0.01
+# By this share the loss after a breath must be lower for the network to have got better.
+_SHARE = 0.01
 
 
 class Evolver:
@@ -169,7 +169,7 @@ class Evolver:
         self._progress = Progress(first, goals)
         self._refuse_impossible(width_graph, goals)
         if goals:
-            self._settings.refuse_late(self._schedule.lead)
+            self._settings.refuse_late(self._timing.schedule.lead)
 
     def __repr__(self) -> str:
         progress = self._progress
@@ -185,20 +185,7 @@ class Evolver:
     @property
     def finished(self) -> bool:
         """Whether nothing will change any more."""
-        settings, progress = self._settings, self._progress
-        if not progress.target:
-            return settings.stop is not None and progress.ticks >= settings.stop
-        schedule = self._schedule
-        if progress.event <= schedule.lead or schedule.phase(progress.event) is Phase.FOLD:
-            return False
-        breaths = (len(progress.history) - schedule.lead) // 2
-        return (
-            not settings.breathes
-            or breaths >= (settings.breaths or breaths + 1)
-            or progress.breaths_without >= _BREATHS
-            # There must be time to fold back.
-            or (settings.stop is not None and self._next_tick + settings.interval > settings.stop)
-        )
+        return self._timing.is_over
 
     def step(self, *batch: Any) -> Plan | None:
         """Count one training step, and resize when it is time.
@@ -214,14 +201,14 @@ class Evolver:
             FxwidthError: the target cannot be reached; nothing has changed, and the step can be taken again. So it is
                 after any other exception, Ctrl-C included.
         """
-        due = not self._settings.by_epoch and self._is_due
+        due = not self._settings.by_epoch and self._timing.is_due
 
         def work(transaction: Transaction) -> Plan | None:
             known = self._progress
             ticks = known.ticks + (not self._settings.by_epoch)
             self._progress = replace(known, steps=known.steps + 1, ticks=ticks)
             if due or not self.finished:
-                self._remember(batch)
+                self._batches.remember(self.gm, batch)
             return self._resize(transaction) if due else None
 
         return self._as_a_whole(due, work)
@@ -249,7 +236,7 @@ class Evolver:
         known = self._progress
         is_better = value is not None and (known.metric is None or value < known.metric)
         waited = 0 if is_better else known.epochs_without + 1
-        due = self._is_due and (settings.patience is None or waited >= settings.patience)
+        due = self._timing.is_due and (settings.patience is None or waited >= settings.patience)
 
         def work(transaction: Transaction) -> Plan | None:
             metric = value if is_better else known.metric
@@ -295,22 +282,12 @@ class Evolver:
         self.__dict__.update(_progress=progress, _gathered=gathered)
 
     @property
-    def _schedule(self) -> Schedule:
-        settings, progress = self._settings, self._progress
-        rounds = settings.rounds or _ROUNDS
-        return Schedule(progress.first, progress.target, rounds, settings.overshoot, settings.breath)
+    def _timing(self) -> Timing:
+        return Timing(self._settings, self._progress)
 
     @property
-    def _next_tick(self) -> int:
-        """The step, or epoch, of the next event."""
-        settings = self._settings
-        since = max(0, self._progress.ticks - settings.start)
-        return settings.start + (since // settings.interval + 1) * settings.interval
-
-    @property
-    def _is_due(self) -> bool:
-        """Whether the step, or epoch, that is counted next is one to resize at."""
-        return not self.finished and self._progress.ticks + 1 == self._next_tick
+    def _batches(self) -> TrainingBatches:
+        return TrainingBatches(self._gathered, None if self._gathers else self._planning.data, self._loss)
 
     @property
     def _loss(self) -> Loss | None:
@@ -339,36 +316,24 @@ class Evolver:
         told = Ranks(group).gather("the metric of an epoch", metric)
         return sum(told) / len(told)
 
-    def _remember(self, batch: Sequence[Any]) -> None:
-        if self._loss is not None:
-            if self._gathers and batch:
-                self._gathered.add(tuple(map_leaves(Tensor.detach, value) for value in batch))
-            return
-        count = len(self.gm.graph.find_nodes(op="placeholder"))
-        inputs = tuple(map_leaves(Tensor.detach, value) for value in batch if deep_tensors(value))[:count]
-        if self._gathers and inputs:
-            self._gathered.add(inputs)
-
     def _resize(self, transaction: Transaction) -> Plan:
-        width_graph, known, data = WidthGraph(analyze_module(self.gm)), self._progress, self._data()
-        before, is_bounded = parameter_count(self.gm), bool(known.target)
-        phase = self._schedule.phase(known.event) if is_bounded else Phase.THRESHOLDS
-        budget = self._schedule.budget_after(known.event) if is_bounded else None
-        planning = self._planning.to(budget, data=data)
+        width_graph, known = WidthGraph(analyze_module(self.gm)), self._progress
+        data, timing, before = self._batches.to_look_at(), self._timing, parameter_count(self.gm)
+        planning = self._planning.to(timing.budget, data=data)
         resizing = replace(self._resizing, optimizer=self.optimizer, data=data)
-        revise = None if is_bounded else partial(self._without_reversals, width_graph)
+        revise = None if known.target else partial(self._without_reversals, width_graph)
         chosen, _ = planned_and_resized(width_graph, planning, resizing, transaction, revise)
         changes = {name: [width_graph[name].width, width] for name, width in chosen.widths.items()}
         record = {
             "step": known.steps,
-            "phase": phase.value,
+            "phase": timing.phase.value,
             "params_before": before,
             "params_after": parameter_count(self.gm),
             "widths": changes,
         }
         turns = {name: (1 if new > old else -1, known.event) for name, (old, new) in changes.items()}
         self._progress = replace(known, turns={**known.turns, **turns}, history=(*known.history, record))
-        if phase is Phase.FOLD and self._loss is not None and data is not None:
+        if timing.phase is Phase.FOLD and self._loss is not None and data is not None:
             self._judge_breath(data)
         return chosen
 
@@ -382,19 +347,6 @@ class Evolver:
             if direction == own or known.event - event > self._settings.cooldown:
                 kept[name] = width
         return Plan(kept, plan.notes)
-
-    def _data(self) -> Any:
-        if not self._gathers:
-            return self._planning.data
-        # Some ranks may have none.
-        has_some = any(of_all_ranks("whether there are batches", [bool(self._gathered.batches)]))
-        gathered = self._gathered if has_some else None
-        if self._loss is not None and gathered is None:
-            raise FxwidthError(
-                "loss= is taken on batches of training, and none has been given to step() yet; call it with the "
-                "inputs and the targets, step(x, y), or pass data=."
-            )
-        return gathered
 
     def _judge_breath(self, data: Any) -> None:
         """Note whether the last breath has lowered the loss on what is kept of the data."""
