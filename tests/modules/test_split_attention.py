@@ -113,7 +113,7 @@ def test_another_dropout_is_refused(device):
         fxwidth.write_back(gm, model)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), "meta"])
 def test_another_scale_or_another_mask_is_refused(device):
     model, gm = _planned(lambda: Attention(torch.zeros(5, 5, dtype=torch.float64)), device=device)
     scale = next(node for node in gm.graph.nodes if node.target is torch.mul)
@@ -130,7 +130,7 @@ def test_another_scale_or_another_mask_is_refused(device):
         fxwidth.write_back(gm, model)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), "meta"])
 def test_another_order_of_positions_is_refused(device):
     model, gm = _planned(Causal, device=device)
     above = next(node for node in gm.graph.nodes if node.target is torch.triu)

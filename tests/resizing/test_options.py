@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -18,7 +19,11 @@ import fxwidth
 from fxwidth.costs.registry import COSTS, Cost
 from fxwidth.options import has_target
 from fxwidth.passes import AnalyzeWidths, Pipeline, PlanWidths, ReportWidths, ResizeWidths
-from tests.zoo.nets import images, trained_like
+from tests.zoo import nets
+from tests.zoo.nets import trained_like
+
+# Small: the network is resized in five ways for each option.
+images = partial(nets.images, size=5)
 
 # What is shown meanwhile makes no difference to what is done.
 PLAN = [name for name in signature(fxwidth.plan).parameters if name not in ("width_graph", "progress")]
