@@ -35,7 +35,7 @@ from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.process_groups import Ranks
-from fxwidth.statistics.calibration_data import Gathered
+from fxwidth.statistics.gathered_batches import Gathered
 from fxwidth.tracing.analyze import analyze_module
 
 # By this share the loss after a breath must be lower for the network to have got better.
@@ -318,7 +318,7 @@ class Evolver:
 
     def _resize(self, transaction: Transaction) -> Plan:
         width_graph, known = WidthGraph(analyze_module(self.gm)), self._progress
-        data, timing, before = self._batches.to_look_at(), self._timing, parameter_count(self.gm)
+        data, timing, before = self._batches.to_look_at(width_graph.analysis), self._timing, parameter_count(self.gm)
         planning = self._planning.to(timing.budget, data=data)
         resizing = replace(self._resizing, optimizer=self.optimizer, data=data)
         revise = None if known.target else partial(self._without_reversals, width_graph)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -15,12 +14,16 @@ from fxwidth.analysis.result import Analysis
 from fxwidth.errors import FxwidthError
 from fxwidth.recording.batch_dim import takes_larger
 from fxwidth.runtime.pytree_differences import difference
-from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild, sample_count
+from fxwidth.runtime.pytrees import deep_tensors, flatten, map_leaves, rebuild
 from fxwidth.statistics.allowed_batches import AllowedBatches
 from fxwidth.statistics.integer_inputs import Offsets, integer_sources
 
 # The bytes that the largest result of an op may take for a batch that is cut anew.
 _MEMORY = 2**28
+
+
+class UnfitBatchError(FxwidthError):
+    """A batch has other sizes than the example, or values that are not finite, which others may not have."""
 
 
 def input_names(analysis: Analysis) -> list[str]:
@@ -60,6 +63,19 @@ def batches_from(analysis: Analysis, data: Iterable[Any], limit: int | None) -> 
             yield values
         if left is not None and (left := left - size) <= 0:
             return
+
+
+def refusal_of(analysis: Analysis, batch: Any, number: int) -> UnfitBatchError | None:
+    """Return why a batch cannot be looked at, where others of its kind may be.
+
+    Raises:
+        FxwidthError: it is of another kind than the graph takes.
+    """
+    try:
+        _fitted(analysis, batch, number)
+    except UnfitBatchError as error:
+        return error
+    return None
 
 
 def cut_anew(analysis: Analysis, batches: Iterable[Sequence[Any]], most: int) -> Iterator[list[Any]]:
@@ -213,53 +229,6 @@ def replayed(data: Iterable[Any] | None) -> Iterable[Any] | None:
     return Replayed(data) if isinstance(data, Iterator) else data
 
 
-class Gathered:
-    """Batches of training, a few of them kept such that each had the same chance: those that are kept can be iterated.
-
-    Args:
-        samples: about how many inputs are kept.
-
-    Source: algorithm R of J. S. Vitter, Random Sampling with a Reservoir (1985).
-    """
-
-    def __init__(self, samples: int = 512) -> None:
-        self.batches: list[Any] = []
-        self._samples = samples
-        self._seen = 0
-        self._random = random.Random(0)
-
-    def add(self, batch: Any) -> None:
-        """Take in one batch."""
-        self._seen += 1
-        size = sample_count(batch)
-        if len(self.batches) < max(4, -(-self._samples // max(1, size))):
-            self.batches.append(batch)
-            return
-        place = self._random.randrange(self._seen)
-        if place < len(self.batches):
-            self.batches[place] = batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is kept, and how many have been seen."""
-        return {"batches": list(self.batches), "seen": self._seen, "random": self._random.getstate()}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Go on where another one was.
-
-        Raises:
-            FxwidthError: the state is none of these.
-        """
-        if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
-            raise FxwidthError(f"the state of gathered batches is {type(state).__name__}, and not what was saved.")
-        self.batches, self._seen = list(state["batches"]), state["seen"]
-        version, numbers, spare = state["random"]
-        self._random.setstate((version, tuple(numbers), spare))
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the batches that are kept."""
-        return iter(self.batches)
-
-
 def targets_of(analysis: Analysis, batch: Any) -> tuple[Any, ...]:
     """Return what a batch holds beside the graph's inputs: what follows them, or a dict as a whole."""
     if _is_argument(batch, analysis.inputs):
@@ -296,12 +265,12 @@ def _all_checked(analysis: Analysis, value: Any, example: Any, place: str) -> An
 def _checked(analysis: Analysis, tensor: Tensor, example: Tensor, place: str) -> Tensor:
     shape, expected = tuple(tensor.shape), tuple(example.shape)
     if analysis.is_single and shape != expected:
-        raise FxwidthError(
+        raise UnfitBatchError(
             f"{place} has shape {shape}, the graph takes one sample of shape {expected} at a time; pass an iterable of "
             "such samples."
         )
     if len(shape) != len(expected) or shape[1:] != expected[1:]:
-        raise FxwidthError(
+        raise UnfitBatchError(
             f"{place} has shape {shape}, the graph was analysed with {expected}; "
             "pass batches of that shape (only the first dim, the batch, may differ)."
         )
@@ -313,5 +282,5 @@ def _of_kind(tensor: Tensor, example: Tensor, place: str) -> Tensor:
         raise FxwidthError(f"{place} is {tensor.dtype}, the graph was analysed with {example.dtype}; convert it.")
     entries = tensor if tensor.layout is torch.strided else tensor.to_sparse_coo().coalesce().values()
     if tensor.is_floating_point() and not bool(entries.isfinite().all()):
-        raise FxwidthError(f"{place} holds NaN or infinite values; leave such samples out.")
+        raise UnfitBatchError(f"{place} holds NaN or infinite values; leave such samples out.")
     return tensor.detach().to(example.device, example.dtype)

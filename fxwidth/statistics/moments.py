@@ -24,9 +24,10 @@ from fxwidth.rules.registry import keeps
 from fxwidth.runtime.finiteness import is_sound
 from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.runtime.pytrees import deep_tensors, map_leaves
-from fxwidth.statistics.calibration_data import Gathered, batches_from, cut_anew
+from fxwidth.statistics.calibration_data import batches_from, cut_anew
 from fxwidth.statistics.constant_evidence import constant_inputs, without_constants
 from fxwidth.statistics.data_impressions import impressions
+from fxwidth.statistics.gathered_batches import Gathered
 from fxwidth.statistics.integer_inputs import integer_sources
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.observation_points import Key, find_probes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxwidth.statistics.calibration_data import Gathered
+from fxwidth.statistics.gathered_batches import Gathered
 
 
 def test_a_reservoir_keeps_some_of_all_that_passed_by() -> None:

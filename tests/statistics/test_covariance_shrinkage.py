@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fxwidth
 from fxwidth.importance.estimates import gather_evidence
-from fxwidth.statistics.calibration_data import Gathered
 from fxwidth.statistics.covariance_shrinkage import shrunk
+from fxwidth.statistics.gathered_batches import Gathered
 from fxwidth.statistics.moment import Moment
 from fxwidth.statistics.moments import Moments, moments_from_data, moments_from_noise
 from fxwidth.statistics.observation_points import find_probes
