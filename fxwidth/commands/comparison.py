@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
 import fxwidth
+from fxwidth.commands.faults import InputError
 from fxwidth.commands.models import Opened
 from fxwidth.tables import Table
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Seconds that each model runs for, at least.
 _SECONDS = 0.3
@@ -18,23 +23,58 @@ _UNITS = {"params": "parameters", "flops": "flops", "activation_memory": "bytes 
 
 
 def compared(a: Opened, b: Opened, *, runs: bool) -> dict[str, Any]:
-    """Return what each of two models costs, and how far apart their outputs are, as plain data.
+    """Return what each of two models costs for the same inputs, and how far apart their outputs are, as plain data.
 
     Args:
         a: one model.
         b: another.
         runs: whether to run both, on the same inputs, for times, and, of models with weights, for outputs.
+
+    Raises:
+        InputError: they take different inputs.
     """
+    a, b = _alike(a, b)
     graphs = [one.trace() for one in (a, b)]
     found: dict[str, Any] = {"models": [a.name, b.name]}
     for name in ("params", "flops", "activation_memory"):
         found[name] = [_cost(graph, name) for graph in graphs]
     if runs:
-        inputs = [_inputs(one, graph) for one, graph in zip((a, b), graphs, strict=True)]
-        found["seconds"] = [_seconds(graph, own) for graph, own in zip(graphs, inputs, strict=True)]
+        inputs = _drawn(a.inputs)
+        found["seconds"] = [_seconds(graph, inputs) for graph in graphs]
         if a.has_values and b.has_values:
             found["output_difference"] = _difference(graphs, inputs)
     return found
+
+
+def _alike(a: Opened, b: Opened) -> tuple[Opened, Opened]:
+    """Return two models with the same example of inputs: where none was typed, one that both take."""
+    known = [_carried(one) for one in (a, b)]
+    if _shapes(known[0]) == _shapes(known[1]):
+        return replace(a, inputs=known[0]), replace(b, inputs=known[0])
+    # A graph from a file carries the inputs that it was traced with, and often takes others.
+    for inputs, other in ((known[0], b), (known[1], a)):
+        with suppress(fxwidth.FxwidthError):
+            replace(other, inputs=inputs).trace()
+            return replace(a, inputs=inputs), replace(b, inputs=inputs)
+    taken = " and ".join(f"{one.name} {_told_shapes(own)}" for one, own in zip((a, b), known, strict=True))
+    raise InputError(f"the models are compared on the same inputs, but {taken}; give --input that both take.")
+
+
+def _carried(opened: Opened) -> Any:
+    """Return an example of what a model takes: its own, or of the shapes that its graph carries."""
+    if opened.inputs is not None:
+        return opened.inputs
+    nodes = opened.trace().graph.find_nodes(op="placeholder")
+    return tuple(_like(node.meta["tensor_meta"]) for node in nodes if "tensor_meta" in node.meta)
+
+
+def _shapes(inputs: Any) -> list[Any]:
+    return [getattr(leaf, "shape", leaf) for leaf in pytree.tree_leaves(inputs)]
+
+
+def _told_shapes(inputs: Any) -> str:
+    shapes = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    return f"was given {', '.join('x'.join(map(str, leaf.shape)) for leaf in shapes)}"
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -53,7 +93,7 @@ def table(found: dict[str, Any]) -> Table:
 
 def _told(difference: float | None) -> str:
     if difference is None:
-        return "outputs: not compared, their inputs or shapes differ"
+        return "outputs: not compared, their shapes differ"
     return f"outputs: differ by {difference:.3g} of the norm of the first"
 
 
@@ -65,13 +105,10 @@ def _cost(graph: torch.fx.GraphModule, name: str) -> int | None:
         return None
 
 
-def _inputs(opened: Opened, graph: torch.fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what to call a model with: its example, or numbers of the shapes that the graph carries."""
+def _drawn(inputs: Any) -> _Inputs:
+    """Return what to call a model with: random numbers of the shapes of an example."""
     torch.manual_seed(0)
-    if opened.inputs is None:
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder" and "tensor_meta" in node.meta]
-        return tuple(_like(node.meta["tensor_meta"]) for node in nodes), {}
-    leaves, structure = pytree.tree_flatten(opened.inputs)
+    leaves, structure = pytree.tree_flatten(inputs)
     drawn = pytree.tree_unflatten(
         [_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
     )
@@ -86,21 +123,17 @@ def _like(tensor: Any) -> torch.Tensor:
     return torch.ones(tuple(tensor.shape), dtype=tensor.dtype)
 
 
-def _seconds(graph: torch.fx.GraphModule, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> float:
+def _seconds(graph: torch.fx.GraphModule, inputs: _Inputs) -> float:
     args, kwargs = inputs
     with torch.no_grad():
         timer = Timer("graph(*args, **kwargs)", globals={"graph": graph, "args": args, "kwargs": kwargs})
         return float(timer.blocked_autorange(min_run_time=_SECONDS).median)
 
 
-def _difference(
-    graphs: list[torch.fx.GraphModule], inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> float | None:
-    shapes = [[getattr(leaf, "shape", leaf) for leaf in pytree.tree_leaves(own)] for own in inputs]
-    if shapes[0] != shapes[1]:
-        return None
+def _difference(graphs: list[torch.fx.GraphModule], inputs: _Inputs) -> float | None:
+    args, kwargs = inputs
     with torch.no_grad():
-        answers = [pytree.tree_leaves(graph(*own[0], **own[1])) for graph, own in zip(graphs, inputs, strict=True)]
+        answers = [pytree.tree_leaves(graph(*args, **kwargs)) for graph in graphs]
     tensors = [[leaf for leaf in own if isinstance(leaf, torch.Tensor)] for own in answers]
     if [tensor.shape for tensor in tensors[0]] != [tensor.shape for tensor in tensors[1]]:
         return None

@@ -54,9 +54,10 @@ class Opened:
     Attributes:
         name: what was typed for it.
         module: the model, in evaluation mode.
-        inputs: an example; None where the graph carries shapes.
+        inputs: an example; None where a graph goes by the shapes that it carries.
         has_values: whether its weights are such that one can learn from their numbers.
         shapes: those of the inputs, as text, where they were typed.
+        is_graph: whether it is a graph already, from a file.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Opened:
     inputs: Any
     has_values: bool
     shapes: Sequence[str] = ()
+    is_graph: bool = False
 
     def trace(self) -> fx.GraphModule:
         """Return the model as a graph.
@@ -74,6 +76,12 @@ class Opened:
         """
         from fxwidth.frontends.input_misfits import misfit_of
 
+        if self.is_graph:
+            gm = fxwidth.trace(self.module)
+            if self.inputs is not None:
+                # It goes by these from now on.
+                fxwidth.analyze(gm, self.inputs)
+            return gm
         try:
             return fxwidth.trace(self.module, self.inputs)
         except FxwidthError as error:
@@ -173,13 +181,14 @@ def _from_file(source: Source) -> Opened:
         if source.architecture is not None:
             raise InputError(f"{path} holds the whole graph; leave out --architecture.")
         loaded: nn.Module = fxwidth.load(path, trusted=source.trusted)
-        return Opened(source.name, loaded.eval(), None, has_values=True)
+        inputs = example_inputs(source.shapes, on_meta=False) if source.shapes else None
+        return Opened(source.name, loaded.eval(), inputs, has_values=True, shapes=source.shapes, is_graph=True)
     if source.architecture is None:
         raise InputError(f"{path} holds tensors only; say of which model, as in --architecture torchvision:resnet18.")
     # The values come from the file.
     fresh = open_model(Source(source.architecture, source.shapes), for_values=True)
     loaded = fxwidth.load(path, fresh.module, fresh.inputs, trusted=source.trusted)
-    return Opened(source.name, loaded.eval(), None, has_values=True)
+    return Opened(source.name, loaded.eval(), fresh.inputs, has_values=True, shapes=source.shapes, is_graph=True)
 
 
 def _from_function(source: Source, module_name: str, attribute: str) -> Opened:

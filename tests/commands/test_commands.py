@@ -36,6 +36,9 @@ def wider():
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(2, 8)
 
+def of_images():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), torch.randn(2, 3, 8, 8)
+
 def batches():
     return [torch.randn(32, 8) for _ in range(2)]
 """
@@ -214,6 +217,41 @@ def test_a_model_is_compared_with_a_file(folder: Path) -> None:
     refused = CliRunner().invoke(app, ["compare", "own_models:with_inputs", "small.pt2", *named])
     assert refused.exit_code == 2
     assert "neither model is one" in refused.output
+
+
+@pytest.mark.parametrize("runs", [("--no-run",), pytest.param((), marks=pytest.mark.slow)])
+def test_models_are_compared_on_the_same_inputs(folder: Path, runs: tuple[str, ...]) -> None:
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.pt2")
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.safetensors")
+    of_tensors = "small.safetensors", "--architecture", "own_models:with_inputs"
+    flops = []
+    for batch in (1, 4):
+        typed = "--input", f"{batch}x8", *runs
+        files = data("compare", "small.pt2", *of_tensors, *typed)["flops"]
+        whole = data("compare", "own_models:with_inputs", "small.pt2", *typed)["flops"]
+        assert files[0] == files[1] == whole[1]
+        assert whole[0] % batch == 0
+        flops.append(whole)
+    assert [4 * one for one in flops[0]] == flops[1]
+    # The file carries another batch than the model comes with.
+    found = data("compare", "own_models:with_inputs", "small.pt2", *runs)["flops"]
+    assert found[1] / found[0] == flops[0][1] / flops[0][0]
+    assert data("compare", "small.pt2", "own_models:with_inputs", *runs)["flops"][::-1] == [
+        flops[0][0] * 2,
+        flops[0][1] * 2,
+    ]
+
+
+def test_models_that_take_different_inputs_are_not_compared(folder: Path) -> None:
+    refused = CliRunner().invoke(app, ["compare", "own_models:with_inputs", "own_models:of_images", "--no-run"])
+    assert refused.exit_code == 2
+    assert "give --input that both take" in refused.output
+
+
+def test_a_file_is_looked_at_with_the_inputs_that_are_typed(folder: Path) -> None:
+    run("evolve", "own_models:with_inputs", "--params", "0.5", "--out", "small.pt2")
+    one, four = (data("inspect", "small.pt2", "--input", f"{batch}x8")["flops"] for batch in (1, 4))
+    assert 4 * one == four
 
 
 def test_a_folder_of_images_is_data(folder: Path) -> None:
