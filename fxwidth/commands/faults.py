@@ -20,6 +20,13 @@ STATUSES = (
     f"Exit status: 0 when done, {FAILED} for a model or a budget that cannot be worked with, {WRONG_INPUT} for wrong "
     "input, such as an unknown model or a missing file, 130 after Ctrl-C."
 )
+# What messages of the package say to call, and what is typed for it.
+AS_TYPED = {
+    "print(fxwidth.analyze(gm)) lists": "fxwidth inspect lists",
+    "print(width_graph) lists": "fxwidth inspect lists",
+    "Pass trusted=True": "Pass --trusted",
+    "pass trusted=True": "pass --trusted",
+}
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -36,7 +43,10 @@ def telling(function: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
             with _plain_warnings(), _progress_in_lines():
                 function(*args, **kwargs)
         except FxwidthError as error:
-            typer.echo(f"Error: {error}", err=True)
+            told = str(error)
+            for called, typed in AS_TYPED.items():
+                told = told.replace(called, typed)
+            typer.echo(f"Error: {told}", err=True)
             raise typer.Exit(WRONG_INPUT if isinstance(error, InputError) else FAILED) from error
 
     return told

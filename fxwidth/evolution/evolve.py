@@ -25,6 +25,7 @@ from fxwidth.recording.width_history import note_written_back
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.tracing.analyze import analyze_module, refuse_without_parameters
 from fxwidth.tracing.trace import traced_model
@@ -128,7 +129,7 @@ def evolve(
         raise FxwidthError(f'output={output!r} must be "graph", or "module" for the model itself.')
     if isinstance(model, ExportedProgram):
         _refuse_for_programs(optimizer, output, {"process_group": process_group, "shard": shard})
-    wrapper, model = model, unwrapped(model)
+    wrapper, model = model, unwrapped(uncompiled(model))
     to_module = output == "module" and not isinstance(model, fx.GraphModule)
     if to_module and isinstance(model, nn.Module):
         options = {"for_module": model, **options}
@@ -162,12 +163,11 @@ def evolve(
         replicas = Replicas.of(model, process_group, (), shard)
         return replicas.run(work, [*modules, *resizing.graphs_beside], changed, optimizer=optimizer, objects=objects)
 
-    result = listening(progress, whole)
     # The wrapper must not be garbage before.
-    del wrapper
+    result = listening(progress, whole)
     if traced is not None and result is not traced:
         note_written_back(result, traced)
-    return result
+    return wrapper if to_module else result
 
 
 def _refuse_for_programs(optimizer: Optimizers | None, output: str, of_ranks: Mapping[str, Any]) -> None:

@@ -162,7 +162,8 @@ def arguments_of(model: nn.Module, call: Call | None) -> list[Argument]:
                 raise FxwidthError(told) from error
             raise FxwidthError(
                 f"the model takes {len(signature.parameters)} inputs ({', '.join(signature.parameters)}), but "
-                f"example_inputs has {_given(call)}: {error}; {CALL_FORMS}.{_of_shape(call.args)}"
+                f"example_inputs has {_given(call)}: {error}; {CALL_FORMS}."
+                f"{_of_shape(call.args)}{_of_dict(signature, call)}"
             ) from error
     result: list[Argument] = []
     for parameter in _taken_by_graph(signature, bound):
@@ -198,6 +199,15 @@ def _of_shape(given: Sequence[Any]) -> str:
     if not given or not all(type(value) is int for value in given):
         return ""
     return f" These are whole numbers: for an input of that shape, pass torch.randn{tuple(given)}."
+
+
+def _of_dict(signature: inspect.Signature, call: Call) -> str:
+    """Return what helps where a dict that may be one input was given as one of inputs by name."""
+    needed = [one.name for one in signature.parameters.values() if one.default is UNKNOWN and one.kind in _POSITIONAL]
+    if call.args or len(needed) != 1 or signature.parameters.keys() & call.kwargs.keys():
+        return ""
+    shown = ", ".join(f"{name!r}: ..." for name in call.kwargs)
+    return f" Where the dict is itself the one input, {needed[0]!r}, wrap it: ({{{shown}}},)."
 
 
 def _taken_by_graph(signature: inspect.Signature, bound: Mapping[str, Any]) -> Iterator[inspect.Parameter]:

@@ -75,7 +75,7 @@ class WidthGraph:
             if several := named(name, self._by_name):
                 told = ", ".join(map(repr, several[:_SHOWN])) + (", ..." if several[_SHOWN:] else "")
                 raise FxwidthError(f"{name!r} stands for {len(several)} channel groups ({told}); give one of them.")
-            hint = proposed(self.near(name))
+            hint = self.proposal(name)
             raise FxwidthError(
                 f"there is no channel group {name!r}{f'; {hint}' if hint else '.'} print(fxwidth.analyze(gm)) lists "
                 "all groups."
@@ -89,6 +89,19 @@ class WidthGraph:
             name: what was typed; one for the last layer, such as "head" or "fc", means it however it is called.
         """
         return near_names(name, self._by_name, [one for one, kind in self.kinds.items() if kind is Kind.OUTPUT])
+
+    def proposal(self, name: str) -> str:
+        """Return what to tell of a name that is no group's: the groups that a layer writes, or near names."""
+        written = [
+            group.name
+            for group in self.groups
+            if any(site.parameter.startswith(f"{name}.") and site.role is not Role.READER for site in group.sites)
+        ]
+        if not written:
+            return proposed(self.near(name))
+        shown = ", ".join(map(repr, written[:_SHOWN])) + (", ..." if written[_SHOWN:] else "")
+        kind = "groups" if len(written) > 1 else "group"
+        return f"the layer of this name writes the {kind} {shown}, named after the first layer that does."
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name

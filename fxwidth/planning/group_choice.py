@@ -58,7 +58,7 @@ def matching(width_graph: WidthGraph, chosen: Chosen, option: str) -> list[Chann
         matches = named(one, names)
         if not matches:
             inside = [f"{one}.*"] if named(f"{one}.*", names) else []
-            hint = proposed(inside or width_graph.near(one))
+            hint = proposed(inside) if inside else width_graph.proposal(one)
             raise FxwidthError(
                 f"{option}={one!r} matches no group; {f'{hint} ' if hint else ''}print(width_graph) lists all groups."
             )

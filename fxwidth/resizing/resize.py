@@ -37,6 +37,7 @@ from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.other_sizes import other_size
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.statistics.calibration_data import replayed
@@ -127,7 +128,8 @@ def resize(
         >>> fxwidth.report(gm).resizes[-1]["kept"]
         {'0': [1, 2]}
     """
-    checked, wrapper, gm = options_from(ResizeOptions, {"optimizer": optimizer, **options}), gm, unwrapped(gm)
+    checked = options_from(ResizeOptions, {"optimizer": optimizer, **options})
+    wrapper, gm = gm, unwrapped(uncompiled(gm))
     refuse_other_than_graph(gm)
     listening(progress, lambda: resize_with(gm, plan, checked, process_group, shard))
     # The wrapper must not be garbage before.

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,11 +177,13 @@ def _fitted(analysis: Analysis, batch: Any, number: int) -> list[Any]:
     names = input_names(analysis)
     wanted = [i for i, value in enumerate(analysis.inputs) if deep_tensors(value)]
     if isinstance(batch, Mapping) and not _is_argument(batch, analysis.inputs):
+        _refuse_arrays([batch.get(names[i]) for i in wanted], number)
         missing = [names[i] for i in wanted if not deep_tensors(batch.get(names[i]))]
         if missing:
             raise FxwidthError(
                 f"batch {number} of data holds {sorted(map(str, batch))} but no tensor {missing[0]!r}; "
                 f"pass dicts with the graph's inputs by name: {[names[i] for i in wanted]}."
+                f"{_of_dict(batch, names, analysis.inputs)}"
             )
         given = [batch[names[i]] for i in wanted]
     else:
@@ -189,6 +192,7 @@ def _fitted(analysis: Analysis, batch: Any, number: int) -> list[Any]:
         )
         if parts and isinstance(parts[0], Mapping) and not _is_argument(parts[0], analysis.inputs):
             return _fitted(analysis, parts[0], number)  # inputs by name, then targets
+        _refuse_arrays(parts[: len(wanted)], number)
         given = [part for part in parts if deep_tensors(part)][: len(wanted)]
         if len(given) < len(wanted):
             raise FxwidthError(
@@ -227,6 +231,25 @@ class Replayed:
 def replayed(data: Iterable[Any] | None) -> Iterable[Any] | None:
     """Return data such that a generator can be gone through several times; other objects as they are."""
     return Replayed(data) if isinstance(data, Iterator) else data
+
+
+def _of_dict(batch: Mapping[Any, Any], names: Sequence[str], inputs: Sequence[Any]) -> str:
+    """Return what helps where a dict with more in it than an input that is a dict was given for this."""
+    for name, example in zip(names, inputs, strict=True):
+        if isinstance(example, Mapping) and example.keys() < batch.keys():
+            more = sorted(map(str, batch.keys() - example.keys()))
+            return (
+                f" The input {name!r} is itself a dict, of {sorted(map(str, example))}: leave {more} out of it, and "
+                "pass targets behind it, (inputs, targets)."
+            )
+    return ""
+
+
+def _refuse_arrays(parts: Sequence[Any], number: int) -> None:
+    if any(flatten(part, (np.ndarray,))[0] for part in parts):
+        raise FxwidthError(
+            f"batch {number} of data holds a numpy array, where the graph takes tensors; pass torch.from_numpy(array)."
+        )
 
 
 def targets_of(analysis: Analysis, batch: Any) -> tuple[Any, ...]:
@@ -280,6 +303,8 @@ def _checked(analysis: Analysis, tensor: Tensor, example: Tensor, place: str) ->
 def _of_kind(tensor: Tensor, example: Tensor, place: str) -> Tensor:
     if tensor.dtype != example.dtype and tensor.is_floating_point() != example.is_floating_point():
         raise FxwidthError(f"{place} is {tensor.dtype}, the graph was analysed with {example.dtype}; convert it.")
+    if tensor.is_meta:
+        raise FxwidthError(f"{place} is on the meta device and has no values; pass tensors with numbers in them.")
     entries = tensor if tensor.layout is torch.strided else tensor.to_sparse_coo().coalesce().values()
     if tensor.is_floating_point() and not bool(entries.isfinite().all()):
         raise UnfitBatchError(f"{place} holds NaN or infinite values; leave such samples out.")

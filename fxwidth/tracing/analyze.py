@@ -31,6 +31,7 @@ from fxwidth.recording.data_dependent import VALUE_ERRORS, ValueRecord
 from fxwidth.recording.graph_meta import AXES, EXAMPLES, FREE_OUTPUTS, INPUTS, VALUES, InMemory, notes_of
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rewriting.trial_rewrites import pin_what_is_written_in
+from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.gc_pause import without_collections
 from fxwidth.runtime.tensor_slots import tensor_slots
 from fxwidth.runtime.trace_guards import UntraceableError, heeding_refusals
@@ -71,6 +72,7 @@ def analyze(
         a group is named after the first layer that writes it, or else reads it...
     """
     free = None if free_outputs is None else checked(free_outputs)
+    gm = uncompiled(gm)
     analysis = listening(progress, lambda: analyze_module(gm, example_inputs, example_kwargs, free))
     refuse_without_parameters(gm)
     return WidthGraph(analysis)

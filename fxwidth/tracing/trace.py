@@ -20,6 +20,7 @@ from fxwidth.frontends.untraceable import refuse_packed, refuse_scripts, refuse_
 from fxwidth.recording.graph_meta import CALL, note_original, notes_of
 from fxwidth.rewriting.originals import remember_original
 from fxwidth.rewriting.transaction import Transaction
+from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.front_end_attempts import traced
@@ -36,10 +37,10 @@ def trace(
 ) -> fx.GraphModule:
     """Return a model as an fx graph that records the shapes of its inputs.
 
-    A GraphModule is taken as it is. Where `example_inputs` hold an `nn.Parameter`, as for graphs of dynamo,
-    aot_autograd and `make_fx`, a copy of it is returned that holds copies of the parameters among its inputs, and takes
-    those inputs that are left; so it is with an `nn.Buffer`, and with what dynamo names as a buffer. Of other inputs
-    the sizes are not the graph's to change.
+    A GraphModule is taken as it is, and what `torch.compile(module)` returns as the module in it. Where
+    `example_inputs` hold an `nn.Parameter`, as for graphs of dynamo, aot_autograd and `make_fx`, a copy of the graph is
+    returned that holds copies of the parameters among its inputs, and takes those inputs that are left; so it is with
+    an `nn.Buffer`, and with what dynamo names as a buffer. Of other inputs the sizes are not the graph's to change.
 
     Other modules are traced by `torch.fx` symbolic tracing, and by `torch.export` (non-strict, any size that the
     model's code allows) where that fails. The graph takes the arguments of the model, by position or by name, and
@@ -87,7 +88,7 @@ def traced_model(
     Raises:
         FxwidthError: as for `trace`.
     """
-    call = call_of(example_inputs, example_kwargs)
+    call, model = call_of(example_inputs, example_kwargs), uncompiled(model)
     is_captured = isinstance(model, ExportedProgram)
     if isinstance(model, ExportedProgram):
         call = call_of_program(model) if call is None else call

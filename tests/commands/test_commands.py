@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import fxwidth
 from fxwidth import work_progress
-from fxwidth.commands import changing, looking
+from fxwidth.commands import changing, faults, looking
 from fxwidth.commands.app import app
 from fxwidth.groups.group_names import named
 
@@ -37,7 +37,7 @@ def wider():
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(2, 8)
 
 def of_images():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), torch.randn(2, 3, 8, 8)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), torch.randn(2, 3, 9, 9)
 
 def batches():
     return [torch.randn(32, 8) for _ in range(2)]
@@ -246,6 +246,19 @@ def test_models_that_take_different_inputs_are_not_compared(folder: Path) -> Non
     refused = CliRunner().invoke(app, ["compare", "own_models:with_inputs", "own_models:of_images", "--no-run"])
     assert refused.exit_code == 2
     assert "give --input that both take" in refused.output
+
+
+def test_remedies_are_what_is_typed(folder: Path) -> None:
+    source = "\n".join(
+        path.read_text() for path in Path(fxwidth.__file__).parent.rglob("*.py") if path.name != "faults.py"
+    )
+    joined = re.sub(r'" *\n *f?"', "", source)
+    for called in faults.AS_TYPED:
+        assert called in joined, f"no message says {called!r} any more"
+    refused = CliRunner().invoke(app, ["explain", "own_models:with_inputs", "nothing_like_it"])
+    assert "fxwidth inspect lists all groups" in refused.output
+    fxwidth.save(fxwidth.trace(small_net(), torch.randn(2, 8)), "graph.pt")
+    assert "Pass --trusted" in CliRunner().invoke(app, ["inspect", "graph.pt"]).output
 
 
 def test_a_file_is_looked_at_with_the_inputs_that_are_typed(folder: Path) -> None:
