@@ -161,6 +161,7 @@ class TestNoise:
 class TestGathered:
     """What an Evolver keeps of training."""
 
+    @pytest.mark.slow
     def test_every_batch_has_the_same_chance(self) -> None:
         counts = torch.zeros(40)
         for seed in range(200):
