@@ -17,10 +17,10 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.class_fit import fit_class
 from fxwidth.modules.class_runs import ClassRuns, Failure
 from fxwidth.modules.graph_calls import arguments_of_graph
+from fxwidth.modules.model_edits import ModelEdits
 from fxwidth.modules.proofs import refuse_other_values
-from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors, write_entries
+from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors
 from fxwidth.recording.width_history import note_written_back
-from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.originals import original_of, part_others, remember_original
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
@@ -42,6 +42,9 @@ def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Mod
     at two batch sizes, in evaluation and in training, and the outputs must be equal. The module shares its parameters
     with the graph from then on, so that an optimizer of the graph goes on with it, and is resized with it where it can
     be; where the model that was traced is another one that is resized with the graph, it gets copies.
+
+    Of a configuration in which a size changes, and of any other object, the model gets a copy that all of its modules
+    share: what others hold stays as it is. What cannot be copied is refused.
 
     What the forward does not read, such as `num_features` of timm, stays: no trial tells that it is such a size.
     Parameters that it reads in no mode, such as the mask token of a classifier, get the size that the configuration
@@ -98,11 +101,9 @@ def _written(gm: fx.GraphModule, model: nn.Module, transaction: Transaction) -> 
     runs = ClassRuns(analysis, model, arguments_of_graph(gm))
     _refuse_other_names(runs)
     part_others(gm, model, transaction)
-    fitted = fit_class(runs, IndexMaps(analysis.space, {}), AttributeEdits())
+    fitted = fit_class(runs, IndexMaps(analysis.space, {}), ModelEdits(model))
     if fitted.problem is not None:
         raise FxwidthError(_refusal(analysis, model, fitted.problem))
-    if fitted.changes:
-        write_entries(model.config, fitted.changes)
     _put_in_place(gm, runs, fitted.built)
     refuse_other_values(gm, model, runs)
 
