@@ -16,11 +16,11 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.modules.class_runs import ClassRuns, Failure
 from fxwidth.modules.code_sizes import Pairs, fit_sizes, set_layer_sizes, sizes_in_ops
 from fxwidth.modules.config_fit import fit_config
-from fxwidth.modules.graph_calls import arguments_of_graph
 from fxwidth.modules.model_edits import ModelEdits
 from fxwidth.modules.proofs import eager_failure, training_failure
 from fxwidth.modules.rebuilding import Rebuilding, Shapes, attributes_of_entries, made_otherwise, take_differences
 from fxwidth.rewriting.attributes import UnsettableError
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.runtime.tensor_slots import named_tensors
 
 

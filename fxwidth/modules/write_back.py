@@ -16,11 +16,11 @@ from fxwidth.frontends.exported_programs import program_of_graph
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.class_fit import fit_class
 from fxwidth.modules.class_runs import ClassRuns, Failure
-from fxwidth.modules.graph_calls import arguments_of_graph
 from fxwidth.modules.model_edits import ModelEdits
 from fxwidth.modules.proofs import refuse_other_values
 from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors
 from fxwidth.recording.width_history import note_written_back
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.rewriting.originals import original_of, part_others, remember_original
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction

@@ -27,6 +27,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.frontends.own_modes import PartModes, switch_modes
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
+from fxwidth.rewriting.copied_originals import models_of_copies
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.rewriting.model_runs import fakes_of, observed, run_model
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.successors import twin
@@ -46,7 +48,7 @@ class _Original:
     arguments: tuple[Argument, ...]
 
 
-# Not in the graph module: what is copied or pickled has no original.
+# Not in the graph module, whose copies must not drag the model along.
 _ORIGINALS: WeakKeyDictionary[fx.GraphModule, _Original] = WeakKeyDictionary()
 
 
@@ -57,8 +59,14 @@ def remember_original(module: fx.GraphModule, model: nn.Module, arguments: Seque
 
 def original_of(module: fx.GraphModule) -> nn.Module | None:
     """Return the model that shares parameters with a graph that was traced from it, if it is still there."""
+    _find_models_of_copies()
     known = _ORIGINALS.get(module)
     return None if known is None else known.model()
+
+
+def _find_models_of_copies() -> None:
+    for graph, model in models_of_copies():
+        remember_original(graph, model, arguments_of_graph(graph))
 
 
 def resize_transaction(
@@ -85,6 +93,7 @@ def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
 
 
 def _sharing(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
+    _find_models_of_copies()
     own = {id(tensor) for module in modules for tensor, _ in tensor_slots(module).values()}
     known = set(map(id, modules))
     found = []
