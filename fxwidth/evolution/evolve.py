@@ -166,7 +166,7 @@ def evolve(
     # The wrapper must not be garbage before.
     del wrapper
     if traced is not None and result is not traced:
-        note_written_back(result, traced)
+        note_written_back(result, traced, is_traced=result is model)
     return result
 
 

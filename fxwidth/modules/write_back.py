@@ -21,7 +21,7 @@ from fxwidth.modules.proofs import refuse_other_values
 from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors
 from fxwidth.recording.width_history import note_written_back
 from fxwidth.rewriting.graph_calls import arguments_of_graph
-from fxwidth.rewriting.originals import original_of, part_others, remember_original
+from fxwidth.rewriting.originals import is_traced_from, original_of, part_others, remember_original
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.tensor_slots import named_tensors, set_slot
@@ -78,15 +78,16 @@ def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Mod
     if isinstance(model, ExportedProgram):
         # What the graph becomes later is no concern of the program.
         program = program_of_graph(copy.deepcopy(gm), model)
-        note_written_back(program, gm)
+        note_written_back(program, gm, is_traced=False)
         return program
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         raise FxwidthError(
             f"write_back takes a module of the class that was traced, but received {type(model).__name__}."
         )
     transaction = Transaction(gm, model, objects=plain_objects(model))
+    is_traced = is_traced_from(gm, model)
     transaction.run(lambda: _written(gm, model, transaction))
-    note_written_back(model, gm)
+    note_written_back(model, gm, is_traced)
     return model
 
 

@@ -39,8 +39,6 @@ from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
 from fxwidth.runtime.tensor_slots import Slots, copies_of, overwrite, set_slot, substituted, tensor_slots
 
-RESIZED, UNTOUCHED = "resized", "untouched"
-
 
 @dataclass(frozen=True)
 class _Original:
@@ -50,11 +48,21 @@ class _Original:
 
 # Not in the graph module, whose copies must not drag the model along.
 _ORIGINALS: WeakKeyDictionary[fx.GraphModule, _Original] = WeakKeyDictionary()
+# The first of each graph, also where the two have parted.
+_TRACED: WeakKeyDictionary[fx.GraphModule, ref[nn.Module]] = WeakKeyDictionary()
 
 
 def remember_original(module: fx.GraphModule, model: nn.Module, arguments: Sequence[Argument]) -> None:
     """Note of which model a graph is, and how that is called; the model is not kept alive."""
     _ORIGINALS[module] = _Original(ref(model), tuple(replace(argument, value=UNKNOWN) for argument in arguments))
+    _TRACED.setdefault(module, ref(model))
+
+
+def is_traced_from(module: fx.GraphModule, model: nn.Module) -> bool | None:
+    """Tell whether a graph was traced from a model; None where it was copied since, and that is not known."""
+    _find_models_of_copies()
+    known = _TRACED.get(module)
+    return None if known is None else known() is model
 
 
 def original_of(module: fx.GraphModule) -> nn.Module | None:
