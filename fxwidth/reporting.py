@@ -42,12 +42,12 @@ class Report:
             `fxwidth.untie_copies`), not_refitted (readers that lost channels without taking over what they read from
             them, products and reductions over channels, which have no weights to do so by, and gains and running
             statistics that keep their values, with the reason), original (what has become of the model that was traced:
-            "resized", "untouched", "written back" to since, or None where there is none, or none any more that shares parameters; one that
-            nobody holds any more is told of until Python has collected it), directions (the method by which new
-            channels were made; None where none were), not_informed (the weights in which they are orthogonal to the
-            others because the method's moments could not be taken there, with the reason), reader_step (the loss_before
-            and loss_after on batches held out, and the length of the step in units of the present columns, 0 for none;
-            None where none was asked for).
+            "resized", "untouched", "written back" to since, or None where there is none, or none any more that shares
+            parameters; one that nobody holds any more is told of until Python has collected it), directions (the method
+            by which new channels were made; None where none were), not_informed (the weights in which they are
+            orthogonal to the others because the method's moments could not be taken there, with the reason),
+            reader_step (the loss_before and loss_after on batches held out, and the length of the step in units of the
+            present columns, 0 for none; None where none was asked for).
         graph: the graph, for `to_html`; copies and pickles of a report leave it out.
 
     Example:
