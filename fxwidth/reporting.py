@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from fxwidth.errors import FxwidthError
 from fxwidth.group_spectra import GroupSpectrum
 from fxwidth.matplotlib_figures import name_lines, new_axes, refuse_other_pictures, save_figure
-from fxwidth.recording.width_history import courses, resizes_of, resizes_written_back
+from fxwidth.recording.width_history import RESIZED, UNTOUCHED, WRITTEN_BACK, courses, resizes_of, resizes_written_back
 from fxwidth.report_page.page import report_page
 from fxwidth.runtime.atomic_files import path_of, replacing
 from fxwidth.selection.registry import reads_moments
@@ -42,12 +42,12 @@ class Report:
             `fxwidth.untie_copies`), not_refitted (readers that lost channels without taking over what they read from
             them, products and reductions over channels, which have no weights to do so by, and gains and running
             statistics that keep their values, with the reason), original (what has become of the model that was traced:
-            "resized", "untouched", or None where there is none, or none any more that shares parameters; one that
-            nobody holds any more is told of until Python has collected it), directions (the method by which new
-            channels were made; None where none were), not_informed (the weights in which they are orthogonal to the
-            others because the method's moments could not be taken there, with the reason), reader_step (the loss_before
-            and loss_after on batches held out, and the length of the step in units of the present columns, 0 for none;
-            None where none was asked for).
+            "resized", "untouched", "written back" to since, or None where there is none, or none any more that shares
+            parameters; one that nobody holds any more is told of until Python has collected it), directions (the method
+            by which new channels were made; None where none were), not_informed (the weights in which they are
+            orthogonal to the others because the method's moments could not be taken there, with the reason),
+            reader_step (the loss_before and loss_after on batches held out, and the length of the step in units of the
+            present columns, 0 for none; None where none was asked for).
         graph: the graph, for `to_html`; copies and pickles of a report leave it out.
 
     Example:
@@ -219,6 +219,13 @@ def _share(counts: Sequence[int]) -> str:
     return f" ({after / before:.1%})" if before else ""
 
 
+_OF_ORIGINAL = {
+    RESIZED: "the traced model resized too",
+    UNTOUCHED: "the traced model left as it was",
+    WRITTEN_BACK: "the traced model resized by writing back",
+}
+
+
 def _done(record: dict[str, Any]) -> str:
     """Tell how channels were dropped: by what they were chosen, and what became of their readers."""
     evidence, selection = record["evidence"], record["selection"]
@@ -234,6 +241,5 @@ def _done(record: dict[str, Any]) -> str:
         parts += [f"channels chosen by {selection}{source}"] if is_chosen else []
         parts.append(f"readers refitted from {evidence}" if folded else "readers not refitted")
     parts += ["batch norm recalibrated"] if record.get("recalibrated") else []
-    told = {"resized": "the traced model resized too", "untouched": "the traced model left as it was"}
-    parts += [told[record["original"]]] if record.get("original") else []
+    parts += [_OF_ORIGINAL[record["original"]]] if record.get("original") else []
     return "".join(f", {part}" for part in parts)

@@ -166,7 +166,7 @@ def evolve(
     # The wrapper must not be garbage before.
     result = listening(progress, whole)
     if traced is not None and result is not traced:
-        note_written_back(result, traced)
+        note_written_back(result, traced, is_traced=result is model)
     return wrapper if to_module else result
 
 

@@ -7,7 +7,7 @@ does not refuse.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,10 +16,11 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.modules.class_runs import ClassRuns, Failure
 from fxwidth.modules.code_sizes import Pairs, fit_sizes, set_layer_sizes, sizes_in_ops
 from fxwidth.modules.config_fit import fit_config
-from fxwidth.modules.graph_calls import arguments_of_graph
+from fxwidth.modules.model_edits import ModelEdits
 from fxwidth.modules.proofs import eager_failure, training_failure
-from fxwidth.modules.rebuilding import Entry, Rebuilding, Shapes, made_otherwise, take_differences
-from fxwidth.rewriting.attributes import AttributeEdits
+from fxwidth.modules.rebuilding import Rebuilding, Shapes, attributes_of_entries, made_otherwise, take_differences
+from fxwidth.rewriting.attributes import UnsettableError
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.runtime.tensor_slots import named_tensors
 
 
@@ -30,32 +31,31 @@ class ClassFit:
     Attributes:
         problem: None, or what is in the way.
         built: the class, built anew, without values; None where it has no configuration.
-        changes: the entries of its configuration that change.
     """
 
     problem: Failure | str | None
     built: nn.Module | None = None
-    changes: Mapping[Entry, int] = field(default_factory=dict)
 
 
-def fit_class(
-    runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits, rebuilding: Rebuilding | None = None
-) -> ClassFit:
+def fit_class(runs: ClassRuns, maps: IndexMaps, edits: ModelEdits, rebuilding: Rebuilding | None = None) -> ClassFit:
     """Set a model's attributes to what widths need, and judge what it does at two batch sizes and in both modes.
 
     Args:
         runs: the model.
         maps: the widths.
-        edits: takes the changes of attributes; entries of the configuration are told alone.
+        edits: takes the changes of attributes and of the configuration.
         rebuilding: builds the class anew; None for one of its own.
     """
-    found = _fitted(runs, maps, edits, Rebuilding.of(runs.model) if rebuilding is None else rebuilding)
+    try:
+        found = _fitted(runs, maps, edits, Rebuilding.of(runs.model) if rebuilding is None else rebuilding)
+    except UnsettableError as error:
+        return ClassFit(str(error))
     if found.problem is None:
-        found = ClassFit(_otherwise(runs, maps), found.built, found.changes)
+        found = ClassFit(_otherwise(runs, maps), found.built)
     return found
 
 
-def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits, rebuilding: Rebuilding | None) -> ClassFit:
+def _fitted(runs: ClassRuns, maps: IndexMaps, edits: ModelEdits, rebuilding: Rebuilding | None) -> ClassFit:
     fakes, wanted, model = runs.fakes(maps), runs.wanted(maps), runs.model
     # A model that has been resized with the graph has the sizes of its configuration no more.
     old = runs if rebuilding is None else runs.of(rebuilding.base)
@@ -83,7 +83,8 @@ def _fitted(runs: ClassRuns, maps: IndexMaps, edits: AttributeEdits, rebuilding:
         return ClassFit(
             f"a {type(model).__name__} that is built anew would make other numbers in {buffer} than the graph has"
         )
-    return ClassFit(None, fitted.built, fitted.changes)
+    edits.apply_together(attributes_of_entries(model.config, fitted.changes))
+    return ClassFit(None, fitted.built)
 
 
 def _shapes(runs: ClassRuns, maps: IndexMaps) -> Shapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from fxwidth.analysis.op_signatures import Signature
 from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.modules.class_runs import ClassRuns, Failure, SeenOp
+from fxwidth.modules.model_edits import ModelEdits
 from fxwidth.recording.tape import OpCall
-from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
+from fxwidth.rewriting.attributes import UnsettableError, sizes_by_shape
 from fxwidth.rules.registry import resized_call
 from fxwidth.runtime.kept_objects import SIMPLE
 from fxwidth.runtime.module_state import walk
@@ -47,7 +48,7 @@ class _Trial:
         return type(self.owner), self.name
 
 
-def fit_sizes(runs: ClassRuns, run: Run, known: Mapping[str, Pairs], edits: AttributeEdits) -> Failure | None:
+def fit_sizes(runs: ClassRuns, run: Run, known: Mapping[str, Pairs], edits: ModelEdits) -> Failure | None:
     """Set attributes of a model's modules until its code does what is prescribed; return where that does not succeed.
 
     Args:
@@ -59,16 +60,16 @@ def fit_sizes(runs: ClassRuns, run: Run, known: Mapping[str, Pairs], edits: Attr
     habits: dict[tuple[type, str], None] = {}
     failure = run()
     while failure is not None:
-        tried = 0
+        tried, unset = 0, ""
         for trial in _trials(runs, failure, known, habits):
             tried += 1
             mark = edits.mark()
             try:
-                for one in trial:
-                    edits.apply(one.owner, {one.name: one.value})
+                edits.apply_together((one.owner, one.name, one.value) for one in trial)
                 after = run()
-            except Exception:
+            except Exception as error:
                 edits.undo(mark)
+                unset = unset or (f"; {error}" if isinstance(error, UnsettableError) else "")
                 continue
             if after is None or after.reached > failure.reached:
                 habits |= dict.fromkeys(one.habit for one in trial)
@@ -76,9 +77,9 @@ def fit_sizes(runs: ClassRuns, run: Run, known: Mapping[str, Pairs], edits: Attr
                 break
             edits.undo(mark)
             if tried > _TRIALS:
-                return failure
+                return replace(failure, what=f"{failure.what}{unset}")
         else:
-            return failure
+            return replace(failure, what=f"{failure.what}{unset}")
     return None
 
 
@@ -210,7 +211,7 @@ def _numbers(value: Any) -> list[Number]:
     return [value] if _is_number(value) else []
 
 
-def set_layer_sizes(runs: ClassRuns, fakes: Mapping[str, Any], edits: AttributeEdits) -> None:
+def set_layer_sizes(runs: ClassRuns, fakes: Mapping[str, Any], edits: ModelEdits) -> None:
     """Set the sizes that layers of torch keep beside their parameters, which these tell."""
     with substituted(runs.model, fakes, runs.slots, nullcontext):
         for _, part in walk(runs.model):

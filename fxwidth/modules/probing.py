@@ -17,10 +17,10 @@ from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.class_runs import ClassRuns
 from fxwidth.modules.code_holdings import InCode
 from fxwidth.modules.config_holdings import InConfig
-from fxwidth.modules.graph_calls import arguments_of_graph
 from fxwidth.modules.holdings import Holdings, Widths
 from fxwidth.modules.rebuilding import Rebuilding, plain_objects, unsaved_tensors
 from fxwidth.modules.trials import Trials
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.rewriting.transaction import Transaction
 
 

@@ -18,10 +18,10 @@ from fxwidth.axes.index_maps import IndexMaps
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import invoke
 from fxwidth.modules.class_runs import ClassRuns
-from fxwidth.modules.graph_calls import arguments_of_graph
 from fxwidth.modules.split_attention import attention_in_parts
 from fxwidth.recording.data_dependent import VALUE_ERRORS
 from fxwidth.recording.graph_meta import EXAMPLES, notes_of
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.runtime.contexts import evaluating, quiet, training
 from fxwidth.runtime.module_state import restored
 from fxwidth.runtime.pytrees import deep_tensors, flatten_each, map_leaves, rebuild_each

@@ -17,8 +17,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from fxwidth.modules.changed_objects import set_in_copy
 from fxwidth.modules.code_sizes import held_numbers
-from fxwidth.rewriting.attributes import AttributeEdits
+from fxwidth.modules.model_edits import Change, ModelEdits
 from fxwidth.runtime.module_state import walk
 from fxwidth.runtime.random_states import same_randomness
 from fxwidth.runtime.tensor_slots import named_tensors
@@ -63,7 +64,9 @@ class Rebuilding:
         config = getattr(model, "config", None)
         if config is None or not hasattr(config, "__dict__") or isinstance(config, (nn.Module, type)):
             return None
-        base = _made(type(model), copy.deepcopy(config))
+        base = None
+        with suppress(Exception):
+            base = _made(type(model), copy.deepcopy(config))
         if base is None or [n for n, _ in base.named_parameters()] != [n for n, _ in model.named_parameters()]:
             return None
         return cls(model, config, base)
@@ -81,7 +84,8 @@ class Rebuilding:
         if key not in self._built:
             config = copy.deepcopy(self.config)
             try:
-                write_entries(config, dict(key))
+                for owner, name, value in attributes_of_entries(config, dict(key)):
+                    set_in_copy(owner, name, value)
             except Exception:
                 self._built[key] = None
             else:
@@ -94,29 +98,39 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
 
 
-def write_entries(config: Any, changes: Changes) -> None:
-    """Set entries of a configuration."""
+def attributes_of_entries(config: Any, changes: Changes) -> Iterator[Change]:
+    """Yield the attributes in which a configuration has some entries, with what they become."""
+    found: dict[tuple[int, str], Change] = {}
     for entry, value in changes.items():
         owner = config
         for name in entry.path[:-1]:
             owner = getattr(owner, name)
+        key = id(owner), entry.path[-1]
         if entry.place is not None:
-            known = getattr(owner, entry.path[-1])
+            # Other places of the same list may have changed.
+            known = found[key][2] if key in found else getattr(owner, entry.path[-1])
             value = type(known)([*known[: entry.place], value, *known[entry.place + 1 :]])
-        setattr(owner, entry.path[-1], value)
+        found[key] = owner, entry.path[-1], value
+    yield from found.values()
 
 
-def take_differences(model: nn.Module, base: nn.Module, other: nn.Module, edits: AttributeEdits) -> None:
+def take_differences(model: nn.Module, base: nn.Module, other: nn.Module, edits: ModelEdits) -> None:
     """Set what differs in the attributes of two models of a class, and of their configurations, in a third."""
     befores, afters = dict(walk(base)), dict(walk(other))
     for path, part in walk(model):
         if path in befores and path in afters:
             known = {(_key(befores[path], owner), name): value for owner, name, value in _held(befores[path])}
             after = {(_key(afters[path], owner), name): value for owner, name, value in _held(afters[path])}
-            for owner, name, value in list(_held(part)):
-                key = (_key(part, owner), name)
-                if key in known and key in after and known[key] != after[key] and value == known[key]:
-                    edits.apply(owner, {name: after[key]})
+            edits.apply_together(_changes(part, known, after))
+
+
+def _changes(
+    part: nn.Module, known: Mapping[tuple[str, str], Any], after: Mapping[tuple[str, str], Any]
+) -> Iterator[Change]:
+    for owner, name, value in list(_held(part)):
+        key = (_key(part, owner), name)
+        if key in known and key in after and known[key] != after[key] and value == known[key]:
+            yield owner, name, after[key]
 
 
 def _held(part: nn.Module) -> Iterator[tuple[Any, str, Any]]:

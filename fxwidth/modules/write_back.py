@@ -16,12 +16,12 @@ from fxwidth.frontends.exported_programs import program_of_graph
 from fxwidth.groups.width_graph import WidthGraph
 from fxwidth.modules.class_fit import fit_class
 from fxwidth.modules.class_runs import ClassRuns, Failure
-from fxwidth.modules.graph_calls import arguments_of_graph
+from fxwidth.modules.model_edits import ModelEdits
 from fxwidth.modules.proofs import refuse_other_values
-from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors, write_entries
+from fxwidth.modules.rebuilding import plain_objects, unsaved_tensors
 from fxwidth.recording.width_history import note_written_back
-from fxwidth.rewriting.attributes import AttributeEdits
-from fxwidth.rewriting.originals import original_of, part_others, remember_original
+from fxwidth.rewriting.graph_calls import arguments_of_graph
+from fxwidth.rewriting.originals import is_traced_from, original_of, part_others, remember_original
 from fxwidth.rewriting.successors import twin
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.tensor_slots import named_tensors, set_slot
@@ -42,6 +42,9 @@ def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Mod
     at two batch sizes, in evaluation and in training, and the outputs must be equal. The module shares its parameters
     with the graph from then on, so that an optimizer of the graph goes on with it, and is resized with it where it can
     be; where the model that was traced is another one that is resized with the graph, it gets copies.
+
+    Of a configuration in which a size changes, and of any other object, the model gets a copy that all of its modules
+    share: what others hold stays as it is. What cannot be copied is refused.
 
     What the forward does not read, such as `num_features` of timm, stays: no trial tells that it is such a size.
     Parameters that it reads in no mode, such as the mask token of a classifier, get the size that the configuration
@@ -75,15 +78,16 @@ def write_back(gm: fx.GraphModule, model: nn.Module | ExportedProgram) -> nn.Mod
     if isinstance(model, ExportedProgram):
         # What the graph becomes later is no concern of the program.
         program = program_of_graph(copy.deepcopy(gm), model)
-        note_written_back(program, gm)
+        note_written_back(program, gm, is_traced=False)
         return program
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         raise FxwidthError(
             f"write_back takes a module of the class that was traced, but received {type(model).__name__}."
         )
     transaction = Transaction(gm, model, objects=plain_objects(model))
+    is_traced = is_traced_from(gm, model)
     transaction.run(lambda: _written(gm, model, transaction))
-    note_written_back(model, gm)
+    note_written_back(model, gm, is_traced)
     return model
 
 
@@ -98,11 +102,9 @@ def _written(gm: fx.GraphModule, model: nn.Module, transaction: Transaction) -> 
     runs = ClassRuns(analysis, model, arguments_of_graph(gm))
     _refuse_other_names(runs)
     part_others(gm, model, transaction)
-    fitted = fit_class(runs, IndexMaps(analysis.space, {}), AttributeEdits())
+    fitted = fit_class(runs, IndexMaps(analysis.space, {}), ModelEdits(model))
     if fitted.problem is not None:
         raise FxwidthError(_refusal(analysis, model, fitted.problem))
-    if fitted.changes:
-        write_entries(model.config, fitted.changes)
     _put_in_place(gm, runs, fitted.built)
     refuse_other_values(gm, model, runs)
 

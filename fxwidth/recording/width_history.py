@@ -11,6 +11,9 @@ from torch.export import ExportedProgram
 
 from fxwidth.recording.graph_meta import HISTORY, notes_of
 
+RESIZED, UNTOUCHED, WRITTEN_BACK = "resized", "untouched", "written back"
+"""What has become of the model that was traced."""
+
 
 def resizes_of(module: fx.GraphModule) -> tuple[dict[str, Any], ...]:
     """Return what was noted of each resize of a graph, oldest first."""
@@ -21,9 +24,22 @@ def resizes_of(module: fx.GraphModule) -> tuple[dict[str, Any], ...]:
 _of_modules: WeakKeyDictionary[nn.Module | ExportedProgram, tuple[dict[str, Any], ...]] = WeakKeyDictionary()
 
 
-def note_written_back(model: nn.Module | ExportedProgram, module: fx.GraphModule) -> None:
-    """Note that a module or a program has the widths of a graph now."""
-    _of_modules[model] = resizes_of(module)
+def note_written_back(model: nn.Module | ExportedProgram, module: fx.GraphModule, is_traced: bool | None) -> None:
+    """Note that a module or a program has the widths of a graph now.
+
+    Args:
+        model: the module or program.
+        module: the graph.
+        is_traced: whether that is the model which was traced, and so is no longer as it was before resizes; None where
+            that is not known.
+    """
+    told = [
+        {**record, "original": WRITTEN_BACK if is_traced else None} if record.get("original") == UNTOUCHED else record
+        for record in resizes_of(module)
+    ]
+    if is_traced and told:
+        notes_of(module)[HISTORY] = told
+    _of_modules[model] = resizes_of(module) if is_traced is False else tuple(told)
 
 
 def resizes_written_back(model: object) -> tuple[dict[str, Any], ...] | None:

@@ -19,6 +19,7 @@ from fxwidth.options import ResizeOptions
 from fxwidth.reconstruction.bn_recalibration import Recalibration
 from fxwidth.reconstruction.copied_channels import copy_tables
 from fxwidth.reconstruction.unfitted_uses import unfitted_uses
+from fxwidth.recording.width_history import RESIZED, UNTOUCHED
 from fxwidth.registration import name_of
 from fxwidth.resizing.channel_selection import ChannelSelection
 from fxwidth.resizing.optimizer_state import OptimizerUpdate, Replacement, plan_optimizer_update
@@ -29,7 +30,7 @@ from fxwidth.rewriting.added_modules import remove_unused
 from fxwidth.rewriting.attributes import AttributeEdits
 from fxwidth.rewriting.graphs import RewrittenGraph, rewrite_graph
 from fxwidth.rewriting.metadata import renew_metadata
-from fxwidth.rewriting.originals import RESIZED, UNTOUCHED, goes_along, leave_behind, original_of
+from fxwidth.rewriting.originals import goes_along, leave_behind, original_of
 from fxwidth.rewriting.successors import successor
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.rules.copies import channel_copies

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxwidth.axes.factors import Axis
 from fxwidth.axes.index_maps import IndexMaps
+from fxwidth.errors import FxwidthError
 from fxwidth.recording.tape import OpCall
 from fxwidth.rules.family_table import family_of, is_move
 from fxwidth.rules.op_families import Convolution, Family, Move, Norm, NormKind
@@ -130,6 +131,10 @@ def _channels(axis: Axis, maps: IndexMaps) -> int:
     return maps.with_larger_batch().size(axis) - size or size
 
 
+class UnsettableError(FxwidthError):
+    """An attribute that would have to hold another size does not let itself be set."""
+
+
 class AttributeEdits:
     """Changes of module attributes that can be taken back."""
 
@@ -139,10 +144,23 @@ class AttributeEdits:
     def apply(self, module: nn.Module, attributes: Attributes) -> None:
         """Set attributes, remembering what they were."""
         for name, value in attributes.items():
-            old = getattr(module, name)
-            if old != value:
-                self._undo.append((module, name, old))
-                setattr(module, name, value)
+            if getattr(module, name) != value:
+                self.put(module, name, value)
+
+    def put(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute, also to what says that it is equal to what is there.
+
+        Raises:
+            UnsettableError: the module's class does not let it be set.
+        """
+        self._undo.append((module, name, getattr(module, name)))
+        try:
+            setattr(module, name, value)
+        except Exception as error:
+            raise UnsettableError(
+                f"{name} of {type(module).__name__} cannot be set to {value!r}: {type(error).__name__}: {error}. Let "
+                "the class take another number there, or keep the groups of that size by keep=[...]."
+            ) from error
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -164,7 +182,9 @@ class AttributeEdits:
         """Set every attribute back that was set since a mark."""
         while len(self._undo) > mark:
             module, name, value = self._undo.pop()
-            setattr(module, name, value)
+            # What could not be set cannot be set back.
+            if getattr(module, name) is not value:
+                setattr(module, name, value)
 
     def take_back(self, modules: Iterable[nn.Module]) -> None:
         """Set the attributes of some modules back."""

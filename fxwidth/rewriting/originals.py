@@ -27,6 +27,8 @@ from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import UNKNOWN, Argument, invoke
 from fxwidth.frontends.own_modes import PartModes, switch_modes
 from fxwidth.rewriting.attributes import AttributeEdits, sizes_by_shape
+from fxwidth.rewriting.copied_originals import models_of_copies
+from fxwidth.rewriting.graph_calls import arguments_of_graph
 from fxwidth.rewriting.model_runs import fakes_of, observed, run_model
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.successors import twin
@@ -37,8 +39,6 @@ from fxwidth.runtime.module_state import restored, walk
 from fxwidth.runtime.pytrees import flatten_each, rebuild_each
 from fxwidth.runtime.tensor_slots import Slots, copies_of, overwrite, set_slot, substituted, tensor_slots
 
-RESIZED, UNTOUCHED = "resized", "untouched"
-
 
 @dataclass(frozen=True)
 class _Original:
@@ -46,19 +46,35 @@ class _Original:
     arguments: tuple[Argument, ...]
 
 
-# Not in the graph module: what is copied or pickled has no original.
+# Not in the graph module, whose copies must not drag the model along.
 _ORIGINALS: WeakKeyDictionary[fx.GraphModule, _Original] = WeakKeyDictionary()
+# The first of each graph, also where the two have parted.
+_TRACED: WeakKeyDictionary[fx.GraphModule, ref[nn.Module]] = WeakKeyDictionary()
 
 
 def remember_original(module: fx.GraphModule, model: nn.Module, arguments: Sequence[Argument]) -> None:
     """Note of which model a graph is, and how that is called; the model is not kept alive."""
     _ORIGINALS[module] = _Original(ref(model), tuple(replace(argument, value=UNKNOWN) for argument in arguments))
+    _TRACED.setdefault(module, ref(model))
+
+
+def is_traced_from(module: fx.GraphModule, model: nn.Module) -> bool | None:
+    """Tell whether a graph was traced from a model; None where it was copied since, and that is not known."""
+    _find_models_of_copies()
+    known = _TRACED.get(module)
+    return None if known is None else known() is model
 
 
 def original_of(module: fx.GraphModule) -> nn.Module | None:
     """Return the model that shares parameters with a graph that was traced from it, if it is still there."""
+    _find_models_of_copies()
     known = _ORIGINALS.get(module)
     return None if known is None else known.model()
+
+
+def _find_models_of_copies() -> None:
+    for graph, model in models_of_copies():
+        remember_original(graph, model, arguments_of_graph(graph))
 
 
 def resize_transaction(
@@ -85,6 +101,7 @@ def _other_graphs(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
 
 
 def _sharing(modules: Sequence[nn.Module]) -> list[fx.GraphModule]:
+    _find_models_of_copies()
     own = {id(tensor) for module in modules for tensor, _ in tensor_slots(module).values()}
     known = set(map(id, modules))
     found = []

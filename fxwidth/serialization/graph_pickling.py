@@ -11,6 +11,7 @@ import io
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, fx, nn
 
@@ -19,6 +20,8 @@ from fxwidth.runtime.kept_objects import Kept
 from fxwidth.runtime.module_state import walk
 from fxwidth.serialization.graph_data import GraphData, data_of, graph_of
 
+# Those of which nobody has asked yet.
+_NEW: WeakSet[fx.GraphModule] = WeakSet()
 _GRAPH, _COMPILED = "_graph", "_compiled_call_impl"
 
 
@@ -29,6 +32,14 @@ def pickle_as_data(module: fx.GraphModule) -> None:
     assert isinstance(module, fx.GraphModule)
     if vars(kind).get("__reduce__") is not _reduced:
         kind.__reduce__, kind.__deepcopy__, kind.load_state_dict = _reduced, _deepcopied, _load_state_dict
+        kind.__copy__ = _copied
+
+
+def new_copies() -> list[fx.GraphModule]:
+    """Return the graphs that have come out of a copy or a pickle since the last call."""
+    found = list(_NEW)
+    _NEW.clear()
+    return found
 
 
 def _reduced(module: fx.GraphModule) -> tuple[Any, ...]:
@@ -36,6 +47,14 @@ def _reduced(module: fx.GraphModule) -> tuple[Any, ...]:
     _prepare(module)
     made = _base(type(module)), type(module).__name__
     return blank, made, (_attributes(module), data_of(module.graph)), None, None, fill
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph module of the same graph, with the same tensors."""
+    copied: fx.GraphModule = super(_own_class(type(module)), module).__copy__()
+    pickle_as_data(copied)
+    _NEW.add(copied)
+    return copied
 
 
 def _deepcopied(module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
@@ -51,6 +70,7 @@ def _deepcopied(module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
     copied.__dict__.update(copy.deepcopy(_attributes(module), memo))
     copied.graph = graph
     pickle_as_data(copied)
+    _NEW.add(copied)
     for hook in module._deepcopy_hooks:
         hook(copied)
     return copied
@@ -92,6 +112,7 @@ def fill(module: fx.GraphModule, state: tuple[dict[str, Any], GraphData]) -> Non
     module.__setstate__(attributes)
     module.graph = graph_of(data, attributes.get("_tracer_cls"))
     pickle_as_data(module)
+    _NEW.add(module)
 
 
 def unpicklable(module: fx.GraphModule) -> str | None:
