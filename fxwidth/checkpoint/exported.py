@@ -19,6 +19,7 @@ from fxwidth.analysis.result import TensorSpec
 from fxwidth.checkpoint.file_record import present_versions
 from fxwidth.checkpoint.other_forms import EXPORTED, other_form
 from fxwidth.checkpoint.program_calls import NOT_ONE, called_alike
+from fxwidth.checkpoint.program_ops import refuse_unchecked
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import Inputs
 from fxwidth.recording.graph_meta import HISTORY, INPUTS, notes_of
@@ -85,6 +86,7 @@ def load_exported(path: Path, *, trusted: bool) -> fx.GraphModule:
     try:
         if not trusted:
             refuse_code(entries)
+            refuse_unchecked(entries)
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # torch makes the tensors that it reads on the default device, though they are told to be on the CPU.

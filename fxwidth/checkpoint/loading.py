@@ -64,7 +64,8 @@ def load(
             of `model`.
         evolver: likewise the `fxwidth.Evolver`, of the graph that is given as `model`.
         trusted: whether the file is from someone whom you trust: for Python's pickle, which can run any code, for
-            whole numbers in the graph that differ from the model's, and for sizes far beyond those of the file.
+            whole numbers in the graph that differ from the model's, for sizes far beyond those of the file, and for
+            ops of a ".pt2" file that do not check what they are given, such as `nn.LSTM` and `nn.EmbeddingBag`.
         convert: whether values of another floating dtype are rounded to that of the model; by default they are refused.
 
     Raises:
