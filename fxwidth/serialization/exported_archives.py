@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from fxwidth.errors import FxwidthError
 from fxwidth.serialization.tensor_files import damaged, opened
 
 _FOLDER, _RECORD = "archive/", "archive/extra/fxwidth.json"
@@ -105,7 +106,12 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
         if len(entries) + 1 != len(infos) or found != told["sha256"]:
             raise damaged(path, "its entries are not those that were written")
         record: dict[str, Any] = told["record"]
-    except (zipfile.BadZipFile, ValueError, TypeError, LookupError, NotImplementedError, OSError, EOFError) as error:
+        if not isinstance(record, dict) or not isinstance(record.get("versions"), dict):
+            raise damaged(path, "its record does not tell what wrote it")
+    except (FxwidthError, MemoryError):
+        raise
+    except Exception as error:
+        # zipfile has an error of another class for each thing that may be wrong with an archive.
         raise damaged(path, f"it is no archive of fxwidth.save ({error!r})") from error
     clean = io.BytesIO()
     with zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as archive:
