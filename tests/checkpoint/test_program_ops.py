@@ -121,3 +121,24 @@ def test_what_is_saved_is_loaded_without_trust(name: str, tmp_path: Path) -> Non
     gm = fxwidth.trace(make().double().eval(), x)
     fxwidth.save(gm, tmp_path / "a.pt2")
     torch.testing.assert_close(fxwidth.load(tmp_path / "a.pt2")(x), gm(x), rtol=1e-12, atol=1e-12)
+
+
+class Bags(nn.Module):
+    """Is made of kernels that take lengths as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.a = nn.EmbeddingBag(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.relu(self.words(x)))
+
+
+def test_own_layers_that_do_not_check_come_back_with_trust(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.arange(12).view(3, 4) % 9
+    gm = fxwidth.trace(Bags().double().eval(), x)
+    fxwidth.save(gm, tmp_path / "a.pt2")
+    with pytest.raises(FxwidthError, match=r"embedding_bag.*trusted=True"):
+        fxwidth.load(tmp_path / "a.pt2")
+    assert torch.equal(fxwidth.load(tmp_path / "a.pt2", trusted=True)(x), gm(x))
