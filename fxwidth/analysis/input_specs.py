@@ -69,15 +69,18 @@ def device_of(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
+def known_shape(value: Tensor | TensorMetadata) -> tuple[int, ...]:
+    """Return the shape of a value in a graph; a symbolic batch size takes the value it was exported with."""
+    return tuple(size if isinstance(size, int) else _hint(size) for size in value.shape)
+
+
 def _carried_spec(node: fx.Node) -> tuple[Any] | None:
     """Return what a placeholder's metadata says, as torch.export (`val`) or ShapeProp (`tensor_meta`) write it."""
     for key in ("val", "tensor_meta", "example_value"):
         known = node.meta.get(key)
         if isinstance(known, (Tensor, TensorMetadata)):
-            # A symbolic batch size takes the value it was exported with.
-            shape = tuple(size if isinstance(size, int) else _hint(size) for size in known.shape)
             owner = node.graph.owning_module
-            return (TensorSpec(shape, known.dtype, device_of(owner) if owner else torch.device("cpu")),)
+            return (TensorSpec(known_shape(known), known.dtype, device_of(owner) if owner else torch.device("cpu")),)
     if isinstance(node.meta.get("val"), (bool, int, float, str)):
         return (node.meta["val"],)
     return (node.args[0],) if node.args else None

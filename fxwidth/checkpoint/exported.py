@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,29 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.graph import CodeGen
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from fxwidth.analysis.input_specs import device_of, input_specs, real_inputs
 from fxwidth.analysis.result import TensorSpec
 from fxwidth.checkpoint.file_record import present_versions
 from fxwidth.checkpoint.other_forms import EXPORTED, other_form
+from fxwidth.checkpoint.program_calls import NOT_ONE, called_alike
+from fxwidth.checkpoint.program_ops import refuse_unchecked
 from fxwidth.errors import FxwidthError
-from fxwidth.frontends.call_signature import INPUTS_MODULE, OUTPUTS_MODULE, Inputs, Outputs, native
-from fxwidth.frontends.exported_programs import plain_graph
+from fxwidth.frontends.call_signature import Inputs
 from fxwidth.recording.graph_meta import HISTORY, INPUTS, notes_of
 from fxwidth.runtime.atomic_files import replacing
 from fxwidth.runtime.contexts import quiet
 from fxwidth.runtime.module_state import restored
-from fxwidth.runtime.pytrees import deep_tensors, flatten, flatten_each
+from fxwidth.runtime.pytrees import deep_tensors, flatten_each, rebuild_each
 from fxwidth.serialization.exported_archives import UnsafeArchiveError, read_archive, refuse_code, write_archive
 from fxwidth.serialization.plain_trees import decoded, encoded
 from fxwidth.tracing.analyze import analyze_module
 from fxwidth.tracing.trace import trace
-
-# How a graph of `trace` says that it does not hold for a batch of one.
-_NOT_ONE = "leaves[{}].size()[0] != 1"
 
 
 def save_exported(gm: fx.GraphModule, path: Path) -> None:
@@ -90,15 +86,16 @@ def load_exported(path: Path, *, trusted: bool) -> fx.GraphModule:
     try:
         if not trusted:
             refuse_code(entries)
+            refuse_unchecked(entries)
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # torch makes the tensors that it reads on the default device, though they are told to be on the CPU.
             with torch.device("cpu"):
                 program = torch.export.load(io.BytesIO(content))
-        module = _module_of(program, decoded(record["defaults"]), tuple(map(int, record["never_one"])))
+        module = called_alike(program, decoded(record["defaults"]), tuple(map(int, record["never_one"])))
         history = decoded(record["history"])
         if record["inputs"] is not None:
-            notes_of(module)[INPUTS] = decoded(record["inputs"], partial(_spec, device_of(module)))
+            _note_inputs(module, decoded(record["inputs"], partial(_spec, device_of(module))))
         gm = trace(module)
     except UnsafeArchiveError as error:
         raise FxwidthError(
@@ -116,53 +113,6 @@ def load_exported(path: Path, *, trusted: bool) -> fx.GraphModule:
     return gm
 
 
-def _module_of(
-    program: torch.export.ExportedProgram, defaults: Mapping[str, Any], never_one: Sequence[int]
-) -> fx.GraphModule:
-    """Return the graph of a program; it can be called like the graph that was saved, where its arguments are plain."""
-    module = plain_graph(program)
-    codegen: Any = module.graph._codegen
-    spec, own = codegen.pytree_info, module.graph.find_nodes(op="placeholder")
-    arguments, named = spec.in_spec.children() if hasattr(spec.in_spec, "children") else spec.in_spec.children_specs
-    if named.num_leaves or arguments.num_leaves != arguments.num_children != len(own):
-        return module
-    for node in own:
-        if node.name in defaults:
-            node.args = (defaults[node.name],)
-    _check_arguments(module, own, never_one)
-    _return_answer(module, spec.out_spec)
-    module.graph.set_codegen(CodeGen())
-    module.recompile()
-    return module
-
-
-def _check_arguments(module: fx.GraphModule, own: Sequence[fx.Node], never_one: Sequence[int]) -> None:
-    """Have the graph itself look at its arguments, as those of `trace` do."""
-    values = [node.meta["val"] for node in own]
-    leaves, structures = flatten_each(values, (Tensor,))
-    shapes = [[size if isinstance(size, int) else None for size in leaf.shape] for leaf in leaves]
-    guards = [_NOT_ONE.format(number) for number in never_one]
-    module.add_submodule(INPUTS_MODULE, Inputs([node.name for node in own], structures, shapes, guards))
-    with module.graph.inserting_after(own[-1]):
-        module.graph.call_module(INPUTS_MODULE, tuple(own))
-
-
-def _return_answer(module: fx.GraphModule, spec: Any) -> None:
-    """Have the graph itself put its results together, as those of `trace` do."""
-    output = next(iter(module.graph.find_nodes(op="output")))
-    results: Any = output.args[0]
-    tensors = [torch.empty(0) if isinstance(result, fx.Node) else result for result in results]
-    found, structure = flatten(_mutable(pytree.tree_unflatten(tensors, spec)))
-    nodes = {id(tensor): node for tensor, node in zip(tensors, results, strict=True)}
-    leaves = [nodes[id(tensor)] for tensor in found]
-    is_plain, value = native(structure, leaves)
-    if not is_plain:
-        module.add_submodule(OUTPUTS_MODULE, Outputs(structure))
-        with module.graph.inserting_before(output):
-            value = module.graph.call_module(OUTPUTS_MODULE, tuple(leaves))
-    output.args = (value,)
-
-
 def _never_one(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
     """Return the numbers of the tensors among the inputs whose first dim must not be one; all that a graph may ask.
 
@@ -170,7 +120,7 @@ def _never_one(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
         FxwidthError: it asks for something else.
     """
     guards = {guard for part in gm.modules() if isinstance(part, Inputs) for guard in part.guards}
-    numbers = [number for number in range(len(deep_tensors(inputs))) if _NOT_ONE.format(number) in guards]
+    numbers = [number for number in range(len(deep_tensors(inputs))) if NOT_ONE.format(number) in guards]
     is_flat = all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in inputs)
     if len(numbers) != len(guards) or (guards and not is_flat):
         raise FxwidthError(
@@ -180,18 +130,9 @@ def _never_one(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
     return numbers
 
 
-def _mutable(value: Any) -> Any:
-    """Return what a graph returns in the containers of Python, of which its output node has held others."""
-    if isinstance(value, dict) and type(value) in (dict, immutable_dict):
-        return {key: _mutable(part) for key, part in value.items()}
-    if type(value) in (list, tuple, immutable_list):
-        return (tuple if type(value) is tuple else list)(map(_mutable, value))
-    return value
-
-
 def _defaults(gm: fx.GraphModule) -> dict[str, Any]:
     """Return the defaults of those arguments that have plain ones."""
-    own = {node.name: node.args[0] for node in gm.graph.find_nodes(op="placeholder") if node.args}
+    own = {str(node.target): node.args[0] for node in gm.graph.find_nodes(op="placeholder") if node.args}
     return {name: value for name, value in own.items() if value is None or type(value) in (bool, int, float, str)}
 
 
@@ -209,6 +150,14 @@ def _specs_data(gm: fx.GraphModule) -> Any:
         return encoded(list(notes_of(gm).get(INPUTS, ())), "the inputs", data)
     except FxwidthError:
         return None
+
+
+def _note_inputs(module: fx.GraphModule, specs: Sequence[Any]) -> None:
+    """Note the inputs as a file tells of them, in the containers of the program, whose classes it does not tell."""
+    leaves, structures = flatten_each(specs, (TensorSpec,))
+    if INPUTS in notes_of(module):
+        _, structures = flatten_each(notes_of(module)[INPUTS], (TensorSpec,))
+    notes_of(module)[INPUTS] = rebuild_each(structures, leaves)
 
 
 def _spec(device: torch.device, kind: str, content: Any) -> TensorSpec:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxwidth.checkpoint.exported import load_exported
 from fxwidth.checkpoint.extra_state import put_extra_state
 from fxwidth.checkpoint.file_record import read
 from fxwidth.checkpoint.other_forms import EXPORTED, TENSORS
+from fxwidth.checkpoint.pickled import load_pickled, refuse_plain
 from fxwidth.checkpoint.replay import Replay, state_tensor
 from fxwidth.checkpoint.training_state import Evolving, check_training, further_of, put_state, refuse_missing
 from fxwidth.errors import FxwidthError
 from fxwidth.frontends.call_signature import call_of, takes_other_sizes
-from fxwidth.recording.graph_meta import notes_of
 from fxwidth.rewriting.optimizers import Optimizers
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.transaction import Transaction
 from fxwidth.runtime.atomic_files import path_of, unreadable
 from fxwidth.runtime.contexts import plain_surroundings
 from fxwidth.runtime.tensor_slots import tensor_slots
-from fxwidth.serialization import earlier_files
 from fxwidth.serialization.tensor_files import TensorFile, damaged, open_tensors
 from fxwidth.tracing.trace import trace
 
@@ -64,7 +61,8 @@ def load(
             of `model`.
         evolver: likewise the `fxwidth.Evolver`, of the graph that is given as `model`.
         trusted: whether the file is from someone whom you trust: for Python's pickle, which can run any code, for
-            whole numbers in the graph that differ from the model's, and for sizes far beyond those of the file.
+            whole numbers in the graph that differ from the model's, for sizes far beyond those of the file, and for
+            ops of a ".pt2" file that do not check what they are given, such as `nn.LSTM` and `nn.EmbeddingBag`.
         convert: whether values of another floating dtype are rounded to that of the model; by default they are refused.
 
     Raises:
@@ -104,6 +102,8 @@ def load(
                     "of the file, and the model that was saved."
                 ) from error
     if model is not None or optimizer is not None or evolver is not None:
+        if form != EXPORTED:
+            refuse_plain(path)
         raise FxwidthError(
             f"{path} holds the whole graph; leave out model=, optimizer= and evolver=, which go with a path that ends "
             f"in {TENSORS!r}."
@@ -191,36 +191,3 @@ def _made(model: nn.Module | Factory) -> nn.Module:
             f"model= takes an nn.Module or a function that makes one, but received {type(made).__name__}."
         )
     return made
-
-
-def refuse_untrusted(path: str | Path, *, trusted: bool) -> None:
-    """Check that what is to be unpickled is trusted.
-
-    Raises:
-        FxwidthError: it is not.
-    """
-    if not trusted:
-        raise FxwidthError(
-            f"{path} is read as Python's pickle, which can run any code. Pass trusted=True if it is from someone whom "
-            f"you trust; paths that end in {TENSORS!r} or {EXPORTED!r} get files that need no trust."
-        )
-
-
-def load_pickled(path: Path, *, trusted: bool) -> fx.GraphModule:
-    """Read a graph that was written as Python's pickle.
-
-    Raises:
-        FxwidthError: it is not trusted, or no such file.
-    """
-    refuse_untrusted(path, trusted=trusted)
-    try:
-        saved = torch.load(path, weights_only=False, pickle_module=earlier_files)
-    except FxwidthError:
-        raise
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise FxwidthError(f"{path} cannot be read ({error}); use another copy of the file.") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("module"), fx.GraphModule):
-        raise FxwidthError(f"{path} holds a {type(saved).__name__}, not a graph written by fxwidth.save.")
-    module: fx.GraphModule = saved["module"]
-    notes_of(module).update(saved["meta"])
-    return module

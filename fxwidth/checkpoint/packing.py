@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, fx
 
-from fxwidth.checkpoint.loading import load, refuse_untrusted
+from fxwidth.checkpoint.loading import load
+from fxwidth.checkpoint.pickled import refuse_untrusted
 from fxwidth.checkpoint.saving import save
 
 

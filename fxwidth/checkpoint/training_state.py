@@ -17,6 +17,8 @@ _OPTIMIZERS, _EVOLVER = "optimizers", "evolver"
 FURTHER = "further"
 """What else a file holds beside a graph, of whoever has written it."""
 _GROUPS, _STATE, _PARAMETERS = "param_groups", "state", "params"
+# How an optimizer that was given names calls the parameters of a group, one for each.
+_LABELS = "param_names"
 
 
 class Evolving(Protocol):
@@ -202,13 +204,21 @@ def _put_optimizer(gm: fx.GraphModule, optimizer: Optimizer, data: Mapping[str, 
             **decoded(data["rest"], found),
             _STATE: {**{numbers[name]: value for name, value in states.items()}, **decoded(data["unnamed"], found)},
             _GROUPS: [
-                {**options, _PARAMETERS: [numbers[name] for name in group]}
-                for options, group in zip(decoded(data["groups"], found), groups, strict=True)
+                {**_in_order(options, saved, group), _PARAMETERS: [numbers[name] for name in group]}
+                for options, saved, group in zip(decoded(data["groups"], found), data["names"], groups, strict=True)
             ],
         }
     )
     for name, saved in states.items():
         _undo_conversions(optimizer.state.get(parameters[numbers[name]]), saved)
+
+
+def _in_order(options: Mapping[str, Any], saved: Sequence[str], own: Sequence[str]) -> Mapping[str, Any]:
+    """Return the options of a group with the names of its parameters in the order that these have here."""
+    if _LABELS not in options:
+        return options
+    labels = dict(zip(saved, options[_LABELS], strict=True))
+    return {**options, _LABELS: [labels[name] for name in own]}
 
 
 def _undo_conversions(own: Any, saved: Any) -> None:

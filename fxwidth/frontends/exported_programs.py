@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
@@ -48,7 +48,33 @@ def plain_graph(program: ExportedProgram) -> fx.GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     # A module of torch.export asks for all arguments at each call, and refuses train() and eval().
-    return _with_graph(module, module.graph)
+    result = _with_graph(module, module.graph)
+    _tie(result)
+    return result
+
+
+def _tie(module: nn.Module) -> None:
+    """Make one tensor of those that are the same memory, as torch reads a tensor that a file has under two names."""
+    first: dict[Any, Tensor] = {}
+    for part in module.modules():
+        tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for held in tables:
+            for name, tensor in held.items():
+                if _is_in_memory(tensor):
+                    held[name] = first.setdefault(_place(tensor), tensor)
+
+
+def _is_in_memory(tensor: Any) -> bool:
+    # Of other classes of tensors nobody knows where they are.
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    return not tensor.is_meta and tensor.numel() > 0
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common that are one."""
+    memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    return (*memory, tensor.is_conj(), tensor.is_neg(), type(tensor), tensor.requires_grad)
 
 
 def _with_graph(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

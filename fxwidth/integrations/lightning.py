@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, fx
 
-from fxwidth.checkpoint.loading import refuse_untrusted
 from fxwidth.checkpoint.packing import packed, unpacked
+from fxwidth.checkpoint.pickled import refuse_untrusted
 from fxwidth.errors import FxwidthError
 from fxwidth.evolution.evolver import Evolver
 from fxwidth.integrations.evolving import Evolving

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +26,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield the path of a new file that takes the place of another once it is complete and on the disk.
 
     Whoever reads `path` finds the old file or the new one, also after a process has been killed or the power has gone.
-    Links are followed, and permissions stay. A pipe or a device cannot be replaced, and is written to itself.
+    Links are followed, and permissions stay; those of a new file are what the umask says. A pipe or a device cannot be
+    replaced, and is written to itself.
 
     Raises:
         FxwidthError: the file cannot be written; the old one is as it was.
@@ -41,11 +42,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
             _remove_stale(place)
             # Here, so that a folder that cannot be written to is told as such by whatever writes the file.
             target.open("xb").close()
+            # What writes the file may put one of its own in its place, which only its owner may read.
+            mode = _mode(target)
             yield target
             with target.open("rb+") as file:
                 os.fsync(file.fileno())
-            if place.exists():
-                shutil.copymode(place, target)
+            mode = _mode(place) if place.exists() else mode
+            # Some disks know no permissions, and refuse to be told.
+            if _mode(target) != mode:
+                target.chmod(mode)
             target.replace(place)
             _sync_folder(place.parent)
         finally:
@@ -99,6 +104,10 @@ def _told(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def _remove_stale(path: Path) -> None:

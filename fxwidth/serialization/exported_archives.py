@@ -18,10 +18,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from fxwidth.errors import FxwidthError
 from fxwidth.serialization.tensor_files import damaged, opened
 
 _FOLDER, _RECORD = "archive/", "archive/extra/fxwidth.json"
-_MODEL, _WEIGHTS, _CONSTANTS = (
+MODEL, _WEIGHTS, _CONSTANTS = (
     "archive/models/model.json",
     "archive/data/weights/model_weights_config.json",
     "archive/data/constants/model_constants_config.json",
@@ -65,10 +66,10 @@ def write_archive(target: Path, exported: bytes, record: Mapping[str, Any]) -> N
     """
     with zipfile.ZipFile(io.BytesIO(exported)) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    model = json.loads(entries[_MODEL])
-    for node in _nodes(model):
+    model = json.loads(entries[MODEL])
+    for node in nodes_of(model):
         node["metadata"] = {}
-    entries[_MODEL] = json.dumps(model).encode()
+    entries[MODEL] = json.dumps(model).encode()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in entries.items()}
     text = json.dumps({"record": record, "sha256": digests}, allow_nan=False)
     signed = json.dumps({"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
@@ -105,7 +106,12 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
         if len(entries) + 1 != len(infos) or found != told["sha256"]:
             raise damaged(path, "its entries are not those that were written")
         record: dict[str, Any] = told["record"]
-    except (zipfile.BadZipFile, ValueError, TypeError, LookupError, NotImplementedError, OSError, EOFError) as error:
+        if not isinstance(record, dict) or not isinstance(record.get("versions"), dict):
+            raise damaged(path, "its record does not tell what wrote it")
+    except (FxwidthError, MemoryError):
+        raise
+    except Exception as error:
+        # zipfile has an error of another class for each thing that may be wrong with an archive.
         raise damaged(path, f"it is no archive of fxwidth.save ({error!r})") from error
     clean = io.BytesIO()
     with zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as archive:
@@ -120,7 +126,7 @@ def refuse_code(entries: Mapping[str, bytes]) -> None:
     Raises:
         UnsafeArchiveError: it may.
     """
-    known = {_MODEL, _WEIGHTS, _CONSTANTS, _SAMPLES}
+    known = {MODEL, _WEIGHTS, _CONSTANTS, _SAMPLES}
     for name in entries:
         if name.startswith(f"{_FOLDER}models/") and name not in known:
             raise UnsafeArchiveError(f"it has another model, {name}")
@@ -130,7 +136,7 @@ def refuse_code(entries: Mapping[str, bytes]) -> None:
         folder = config.rpartition("/")[0]
         for name, payload in json.loads(entries[config])["config"].items():
             _refuse_payload(f"{folder}/{payload['path_name']}", name, payload, entries)
-    _refuse_model(json.loads(entries[_MODEL]))
+    _refuse_model(json.loads(entries[MODEL]))
 
 
 def _refuse_payload(place: str, name: str, payload: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
@@ -149,7 +155,7 @@ def _refuse_payload(place: str, name: str, payload: Mapping[str, Any], entries: 
 def _refuse_model(model: Mapping[str, Any]) -> None:
     if model["guards_code"]:
         raise UnsafeArchiveError("it has conditions on its inputs, which are code")
-    for node in _nodes(model):
+    for node in nodes_of(model):
         if not _OPERATORS.fullmatch(node["target"]):
             raise UnsafeArchiveError(f"it calls {node['target']!r}")
         if node["metadata"]:
@@ -166,7 +172,8 @@ def _refuse_model(model: Mapping[str, Any]) -> None:
             raise UnsafeArchiveError(f"it has the name {text[:80]!r}, and names become code")
 
 
-def _nodes(model: Any) -> Iterator[dict[str, Any]]:
+def nodes_of(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield the nodes of a program and of the graphs in it, as its archive tells of them."""
     return (part for part in _parts(model) if isinstance(part, dict) and {"target", "inputs", "outputs"} <= part.keys())
 
 

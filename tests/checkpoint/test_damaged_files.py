@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections import Counter
 from pathlib import Path
@@ -113,6 +114,35 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     write_earlier(tmp_path / "old.safetensors", tensors_in(path), earlier_texts(path))
     with pytest.raises(FxwidthError, match=r"holds NaN or infinite values in 0\.weight, of which its record does not"):
         files.load(tmp_path / "old.safetensors")
+
+
+def test_each_bit_of_the_table_of_an_archive(tmp_path: Path) -> None:
+    """Bits of it say "encrypted", "compressed by a method of another age", "on the second disk"."""
+    path = tmp_path / "a.pt2"
+    fxwidth.save(files.graph(), path)
+    content = path.read_bytes()
+    start = content.index(b"PK\x01\x02")
+    places = [*range(30), *range(start, start + 46), *range(len(content) - 22, len(content))]
+    intact = exported_archives.read_archive(path)
+    refusals = []
+    for place in places:
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            try:
+                assert exported_archives.read_archive(path) == intact
+            except FxwidthError as error:
+                refusals.append(str(error))
+    assert len(refusals) > len(places)
+    assert all("is damaged: " in text for text in refusals)
+
+
+@pytest.mark.parametrize("record", [7, [], {"versions": 7}, {}])
+def test_a_record_of_another_kind_is_told(record: object, tmp_path: Path) -> None:
+    exported = io.BytesIO()
+    torch.export.save(torch.export.export(files.network(), (files.inputs(),)), exported)
+    exported_archives.write_archive(tmp_path / "a.pt2", exported.getvalue(), record)  # type: ignore[arg-type]
+    with pytest.raises(FxwidthError, match="is damaged: its record does not tell"):
+        fxwidth.load(tmp_path / "a.pt2")
 
 
 def test_archives_tell_nothing_of_where_they_were_made(tmp_path: Path) -> None:

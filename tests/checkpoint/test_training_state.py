@@ -188,3 +188,25 @@ def test_tensors_are_written_once_each() -> None:
 
     again = decoded(data, found)
     assert again["a"] is again["b"][0] is one
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_names_in_groups_go_with_their_parameters(is_named: bool, tmp_path: Path) -> None:
+    def made(order: int) -> tuple[fx.GraphModule, Optimizer]:
+        gm = fxwidth.trace(files.network().double(), files.inputs().double())
+        named = list(gm.named_parameters())
+        groups: list[Any] = [named[:3][::order], named[3:][::order]]
+        if order < 0 and not is_named:
+            groups = [[parameter for _, parameter in group] for group in groups]
+        return gm, torch.optim.Adam([{"params": group} for group in groups])
+
+    (gm, optimizer), (again, other) = made(1), made(-1)
+    gm(files.inputs().double()).square().sum().backward()
+    optimizer.step()
+    fxwidth.save(gm, tmp_path / "a.safetensors", optimizer=optimizer)
+    fxwidth.load(tmp_path / "a.safetensors", again, optimizer=other)
+    names = {id(parameter): name for name, parameter in again.named_parameters()}
+    for group in other.param_groups:
+        assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]
+    for name, parameter in again.named_parameters():
+        assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[gm.get_parameter(name)]["exp_avg"])

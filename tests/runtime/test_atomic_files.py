@@ -131,3 +131,21 @@ def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
 def test_room_is_asked_for_where_room_can_help(kind: type[Exception]) -> None:
     asks = "make room" in str(unwritable("a", kind("why")))
     assert asks is (kind in (OSError, RuntimeError))  # torch tells of a full disk by a RuntimeError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("form", [*files.FORMS, ".pt"])
+def test_permissions_are_those_of_the_umask_or_of_the_file_before(form: str, tmp_path: Path) -> None:
+    path, saved = tmp_path / f"a{form}", files.graph()
+    for umask, mode in ((0o022, 0o644), (0o007, 0o660), (0o077, 0o600)):
+        path.unlink(missing_ok=True)
+        before = os.umask(umask)
+        try:
+            fxwidth.save(saved, path)
+            assert path.stat().st_mode & 0o777 == mode
+            for kept in (0o604, 0o640):
+                path.chmod(kept)
+                fxwidth.save(saved, path)
+                assert path.stat().st_mode & 0o777 == kept
+        finally:
+            os.umask(before)
