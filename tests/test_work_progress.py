@@ -478,7 +478,7 @@ def test_nothing_in_the_library_prints() -> None:
 
 def test_every_warning_says_what_to_do() -> None:
     """Warnings end in what helps: a sentence with a verb in the imperative, as `Trace`, `load` or `compare`."""
-    remedies = ("trace the model", "compare an output", "load it with", "ask for less")
+    remedies = ("trace the model", "compare an output", "load it with", "ask for less", "pass data=")
     texts = [
         "".join(part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str))
         for path in PACKAGE.rglob("*.py")

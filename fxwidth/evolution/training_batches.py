@@ -76,10 +76,11 @@ class TrainingBatches:
 
     def _tell(self, reason: UnfitBatchError, count: int, has_some: bool) -> None:
         left_out = count - len(self.gathered.batches)
-        told = (
-            f"{left_out} of the {count} batches given to step() that were kept are not looked at: {reason} Where sizes "
-            "vary, data= of the sizes of the example is looked at instead."
-        )
+        told = f"{left_out} of the {count} batches given to step() that were kept are not looked at: {reason}"
         if not has_some and self.loss is not None:
-            raise FxwidthError(f"loss= is taken on batches of training, and there are none: {told}")
-        warn(told if has_some else f"{told} Random inputs are looked at now.")
+            raise FxwidthError(
+                f"loss= is taken on batches of training, and there are none: {told} Where sizes "
+                "vary, pass data= of the sizes of the example."
+            )
+        noise = "" if has_some else " Random inputs are looked at now."
+        warn(f"{told}{noise} Where sizes vary, pass data= of the sizes of the example.")

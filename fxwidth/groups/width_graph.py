@@ -91,7 +91,11 @@ class WidthGraph:
         return near_names(name, self._by_name, [one for one, kind in self.kinds.items() if kind is Kind.OUTPUT])
 
     def proposal(self, name: str) -> str:
-        """Return what to tell of a name that is no group's: the groups that a layer writes, or near names."""
+        """Return what to tell of a name that is no group's: the groups that a layer writes, or near names.
+
+        Args:
+            name: what was typed.
+        """
         written = [
             group.name
             for group in self.groups
