@@ -70,8 +70,9 @@ NEEDED = {
     "deploy_onnx": ("onnx", "onnxscript", "onnxruntime"),
     "deploy_quantized": ("torchao",),
 }
-# Of these a compiler makes programs, which takes it as long as the others take together.
-LONG = {"deploy_inductor"}
+# Of the first a compiler makes programs, which takes it as long as the others take together; of the last a guide has a
+# smaller one.
+LONG = {"deploy_inductor", "ultralytics_detector", "language_model"}
 
 
 def test_every_example_has_a_case() -> None:
@@ -88,7 +89,7 @@ def test_it_runs(
     monkeypatch.setenv("YOLO_OFFLINE", "true")
     for package in NEEDED.get(name, ()):
         pytest.importorskip(package, reason=f"pip install {package}, which fxwidth[test] or fxwidth[deploy] holds")
-    if name in LONG and shutil.which("g++") is None:
+    if name == "deploy_inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler, such as g++")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
