@@ -61,10 +61,10 @@ FAULTS: tuple[Fault, ...] = (
         ("planning/test_planner.py",),
     ),
     Fault(
-        "fxwidth/planning/constraints.py",
+        "fxwidth/planning/group_choice.py",
         "groups named by keep= may change",
-        "found = [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]",
-        "found = [g for g in width_graph.free if (wanted is None or g in wanted)]",
+        "named = [g for g in width_graph.free if g not in kept and (wanted is None or g in wanted)]",
+        "named = [g for g in width_graph.free if (wanted is None or g in wanted)]",
         ("resizing/test_options.py", "planning/test_planner.py"),
     ),
     Fault(
@@ -77,8 +77,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/planning/thresholds.py",
         "of groups that go together the narrowest counts",
-        "widest = max(wanted.values())",
-        "widest = min(wanted.values())",
+        "widest = max(-(-wanted[group] // one)",
+        "widest = min(-(-wanted[group] // one)",
         ("planning/test_planner.py", "planning/test_budgets.py"),
     ),
     Fault(
@@ -133,7 +133,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/reconstruction/ridge.py",
         "channels that never vary take part",
-        "scale = torch.where(variance > rounding,",
+        "scale = torch.where(variance > nothing,",
         "scale = torch.where(variance > -1,",
         ("reconstruction/test_folding.py", "bases/test_exact_rank.py"),
     ),
@@ -189,7 +189,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/selection/error_curves.py",
         "shares are added up instead of their logarithms",
-        "-np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total",
+        "0.0 - np.log(np.clip(1.0 - lost / total, _LEAST_SHARE, 1.0)) * total",
         "(lost / total) * total",
         ("planning/test_planner.py", "selection/test_methods.py"),
     ),
@@ -238,8 +238,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/rewriting/lowering.py",
         "the example's batch is written in",
-        "if isinstance(value, int) and not isinstance(value, bool) and value != larger:",
-        "if False:",
+        "return self._with_batch(value, larger - value) if value != larger else value",
+        "return value",
         ("frontends/test_leaves.py", "rewriting/test_training_behaviour.py", "resizing/test_resize.py"),
     ),
     Fault(
@@ -264,7 +264,7 @@ FAULTS: tuple[Fault, ...] = (
         ("statistics/test_moments.py", "resizing/test_bad_data.py", "reconstruction/test_bn_recalibration.py"),
     ),
     Fault(
-        "fxwidth/statistics/calibration_data.py",
+        "fxwidth/statistics/gathered_batches.py",
         "a reservoir that keeps the first batches alone",
         "if place < len(self.batches):",
         "if False:",
@@ -320,11 +320,11 @@ FAULTS: tuple[Fault, ...] = (
         ("evolution/test_evolution.py",),
     ),
     Fault(
-        "passes/resize_widths.py",
+        "fxwidth/recording/graph_meta.py",
         "an old plan stays behind",
-        "graph_module.meta.pop(PLAN, None)",
-        "pass",
-        ("evolution/test_evolution.py",),
+        "for name in OF_PASSES:",
+        "for name in (GROUPS, RESIZED_FROM, VERIFIED, REPORT):",
+        ("evolution/test_evolution.py", "passes/test_passes_on_widths.py"),
     ),
     Fault(
         "passes/resize_widths.py",
@@ -448,7 +448,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fxwidth/rules/normalization.py",
         "a norm's eps stays as it was",
-        'eps = call.arguments["eps"] * maps.variance_ratio(call.index)',
+        'eps = call.arguments["eps"] * maps.eps_ratio(call.index)',
         'eps = call.arguments["eps"]',
         ("resizing/test_resize.py", "growth/test_growth.py", "rules/test_rules.py"),
     ),
@@ -735,18 +735,11 @@ FAULTS: tuple[Fault, ...] = (
         ("checkpoint/test_replay.py",),
     ),
     Fault(
-        "fxwidth/checkpoint/replay.py",
+        "fxwidth/checkpoint/resize_replay.py",
         "a history may go through any widths",
-        "wanted > _LARGEST * (values + present)",
+        "wanted > _LARGEST * (self.values + present)",
         "False",
         ("checkpoint/test_damaged_files.py",),
-    ),
-    Fault(
-        "fxwidth/checkpoint/replay.py",
-        "two tensors of a file go into one",
-        "            if other != name:",
-        "            if False:",
-        ("checkpoint/test_replay.py",),
     ),
     Fault(
         "fxwidth/tracing/analyze.py",
@@ -756,7 +749,7 @@ FAULTS: tuple[Fault, ...] = (
         ("checkpoint/test_converted_graphs.py",),
     ),
     Fault(
-        "fxwidth/checkpoint/replay.py",
+        "fxwidth/checkpoint/resize_replay.py",
         "a graph that has been resized is resized anew",
         "if number >= done:",
         "if True:",
@@ -770,7 +763,7 @@ FAULTS: tuple[Fault, ...] = (
         ("checkpoint/test_replay.py",),
     ),
     Fault(
-        "fxwidth/checkpoint/loading.py",
+        "fxwidth/checkpoint/pickled.py",
         "pickles are read untrusted",
         '    if not trusted:\n        raise FxwidthError(\n            f"{path} is read',
         '    if False:\n        raise FxwidthError(\n            f"{path} is read',
@@ -833,10 +826,10 @@ FAULTS: tuple[Fault, ...] = (
         ("frontends/test_questions.py",),
     ),
     Fault(
-        "fxwidth/frontends/eager_answers.py",
+        "fxwidth/runtime/tracing_questions.py",
         "torch is told too that nothing is traced",
-        '        if asker.startswith("torch."):\n            return truth\n',
-        "",
+        'return truth if asker.startswith("torch.") else told(asker, real.__name__, truth)',
+        "return told(asker, real.__name__, truth)",
         ("frontends/test_questions.py",),
     ),
     Fault(

@@ -10,6 +10,7 @@ from torch import distributed, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxwidth.errors import FxwidthError
+from fxwidth.runtime.compiled_modules import uncompiled
 
 _BY_HAND = (
     "Delete the wrapper before the resize, and make it again after it:\n"
@@ -20,11 +21,12 @@ _BY_HAND = (
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the graph in a DistributedDataParallel; anything else as it is.
+    """Return the graph in a DistributedDataParallel, the module in a wrapper of torch.compile; anything else as it is.
 
     Raises:
         FxwidthError: what is in the wrapper is no graph.
     """
+    model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         return model
     if not isinstance(model.module, fx.GraphModule):

@@ -25,7 +25,6 @@ from fxwidth.recording.width_history import note_written_back
 from fxwidth.resizing.resize import resize_analyzed
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.tracing.analyze import analyze_module, refuse_without_parameters
 from fxwidth.tracing.trace import traced_model
@@ -129,7 +128,7 @@ def evolve(
         raise FxwidthError(f'output={output!r} must be "graph", or "module" for the model itself.')
     if isinstance(model, ExportedProgram):
         _refuse_for_programs(optimizer, output, {"process_group": process_group, "shard": shard})
-    wrapper, model = model, unwrapped(uncompiled(model))
+    wrapper, model = model, unwrapped(model)
     to_module = output == "module" and not isinstance(model, fx.GraphModule)
     if to_module and isinstance(model, nn.Module):
         options = {"for_module": model, **options}

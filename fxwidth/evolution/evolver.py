@@ -34,7 +34,6 @@ from fxwidth.planning.planner import Plan, refuse_impossible
 from fxwidth.resizing.companions import companions_of
 from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.process_groups import Ranks
 from fxwidth.statistics.gathered_batches import Gathered
 from fxwidth.tracing.analyze import analyze_module
@@ -147,7 +146,7 @@ class Evolver:
         )
         self._wrappers = [gm] if isinstance(gm, DistributedDataParallel) else []
         self._process_group = process_group
-        gm = unwrapped(uncompiled(gm))
+        gm = unwrapped(gm)
         if isinstance(gm, nn.Module):
             check_optimizer(optimizer, gm)
         self.gm = gm

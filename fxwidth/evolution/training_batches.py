@@ -78,9 +78,6 @@ class TrainingBatches:
         left_out = count - len(self.gathered.batches)
         told = f"{left_out} of the {count} batches given to step() that were kept are not looked at: {reason}"
         if not has_some and self.loss is not None:
-            raise FxwidthError(
-                f"loss= is taken on batches of training, and there are none: {told} Where sizes "
-                "vary, pass data= of the sizes of the example."
-            )
+            raise FxwidthError(f"loss= is taken on batches of training, and there are none: {told}")
         noise = "" if has_some else " Random inputs are looked at now."
         warn(f"{told}{noise} Where sizes vary, pass data= of the sizes of the example.")

@@ -144,8 +144,7 @@ class _Parts:
         above = self._writer(mask, "triu")
         if above is None or above.arguments["diagonal"] != 1:
             return False
-        ones = self._writer(above.inputs[0], "ones_like", "detach")
-        return ones is not None and (ones.name == "ones_like" or self._writer(ones.inputs[0], "ones_like") is not None)
+        return self._writer(above.inputs[0], "ones_like") is not None
 
     def _writer(self, tensor: Tensor, *names: str) -> OpCall | None:
         """Return the op of one of some names that gave a tensor, perhaps under another shape."""
@@ -164,5 +163,5 @@ class _Parts:
         return call if call is not None and call.name == name else None
 
 
-# What a product of matrices does to its operands and its result.
-_SHAPING = frozenset({"expand", "view", "_unsafe_view", "clone", "reshape"})
+# What a product of matrices does to its operands and its result, and what a mask is given through.
+_SHAPING = frozenset({"expand", "view", "_unsafe_view", "clone", "reshape", "detach"})

@@ -37,7 +37,6 @@ from fxwidth.rewriting.optimizers import Optimizers, check_optimizer
 from fxwidth.rewriting.originals import resize_transaction
 from fxwidth.rewriting.other_sizes import other_size
 from fxwidth.rewriting.transaction import Transaction
-from fxwidth.runtime.compiled_modules import uncompiled
 from fxwidth.runtime.finiteness import refuse_nan
 from fxwidth.runtime.process_groups import ranks_at_work
 from fxwidth.statistics.calibration_data import replayed
@@ -129,7 +128,7 @@ def resize(
         {'0': [1, 2]}
     """
     checked = options_from(ResizeOptions, {"optimizer": optimizer, **options})
-    wrapper, gm = gm, unwrapped(uncompiled(gm))
+    wrapper, gm = gm, unwrapped(gm)
     refuse_other_than_graph(gm)
     listening(progress, lambda: resize_with(gm, plan, checked, process_group, shard))
     # The wrapper must not be garbage before.
